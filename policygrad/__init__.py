@@ -1,0 +1,1 @@
+"""policygrad: the policy-gradient family of reinforcement learning, whole, in one PyTorch library."""

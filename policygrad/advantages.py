@@ -1,0 +1,129 @@
+"""return -> advantage: how much better than expected. Baselines, group statistics, GAE, standardisation."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from policygrad.returns import lambda_return, n_step
+from policygrad.rollout import Rollout
+
+# Baselines of a batch: (rollout, returns [B, T]) -> [B, T]. Each leaves the row's own return out, because a baseline
+# that depends on the action it judges biases the gradient. Those that need a policy or a critic are in critics.py.
+
+
+def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """b = 0."""
+    return torch.zeros_like(returns)
+
+
+def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """b_i = mean of the other rows' returns, over all their steps (Williams 1992, reinforcement comparison)."""
+    returns, count = returns.where(rollout.mask, 0.0), rollout.mask.sum(1, keepdim=True)
+    others = (count.sum() - count).clamp(min=1)
+    return ((returns.sum() - returns.sum(1, keepdim=True)) / others).expand_as(returns)
+
+
+def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """b_it = mean of the other rows' returns at step t; 0 where no other row has got that far."""
+    returns = returns.where(rollout.mask, 0.0)
+    others = (rollout.mask.sum(0) - rollout.mask.int()).clamp(min=1)
+    return (returns.sum(0) - returns) / others
+
+
+def optimal_constant_baseline(
+    returns_score: Float[Tensor, " B"], score_score: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """b_i = sum_{j!=i} X_j.Z_j / sum_{j!=i} |Z_j|^2: the constant that minimises the variance of X - b Z.
+
+    Z_j = sum_t grad log pi(a_t|s_t) is a row's score and X_j = sum_t grad log pi(a_t|s_t) G_t its gradient without a
+    baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
+    Schaal 2008, eq. 13). `returns_score` holds X_j.Z_j and `score_score` |Z_j|^2.
+    """
+    others = score_score.sum() - score_score
+    return torch.where(others > 0, (returns_score.sum() - returns_score) / others, 0.0)
+
+
+def gae(
+    reward: Float[Tensor, "B T"],
+    value: Float[Tensor, "B T+1"],
+    terminated: Bool[Tensor, "B T"],
+    ended: Bool[Tensor, "B T"],
+    gamma: float,
+    lam: float,
+) -> Float[Tensor, "B T"]:
+    """A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Schulman et al. 2016, eq. 16).
+
+    delta uses `terminated` (no value beyond an end), the sum stops at `ended` (a time limit too). It is the
+    lambda-return minus the value.
+    """
+    return lambda_return(reward, value, terminated, ended, gamma, lam) - value[:, :-1]
+
+
+def n_step_advantage(
+    reward: Float[Tensor, "B T"],
+    value: Float[Tensor, "B T+1"],
+    terminated: Bool[Tensor, "B T"],
+    ended: Bool[Tensor, "B T"],
+    gamma: float,
+    n: int,
+) -> Float[Tensor, "B T"]:
+    """A_t = r_t + ... + gamma^n V(s_{t+n}) - V(s_t) (A3C, Mnih et al. 2016, section 4)."""
+    return n_step(reward, value, terminated, ended, gamma, n) - value[:, :-1]
+
+
+def monte_carlo_advantage(
+    reward: Float[Tensor, "B T"],
+    value: Float[Tensor, "B T+1"],
+    terminated: Bool[Tensor, "B T"],
+    ended: Bool[Tensor, "B T"],
+    gamma: float,
+) -> Float[Tensor, "B T"]:
+    """A_t = G_t - V(s_t), the TD(1) advantage: GAE with lam = 1. V enters G only where the row or a time limit cuts."""
+    return gae(reward, value, terminated, ended, gamma, 1.0)
+
+
+def group_mean(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Mean score of each row's group (GRPO, arXiv 2402.03300, section 4.1.1). Equal scores give it to the last bit."""
+    same, origin = _same(score, group)
+    return origin + _sum(same, score - origin) / same.sum(1)
+
+
+def leave_one_out(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Mean score of the others in each row's group; 0 for a row alone (RLOO, Kool et al. 2019; arXiv 2402.14740, eq. 10)."""
+    same, origin = _same(score, group)
+    others = same.sum(1) - 1
+    mean = origin + (_sum(same, score - origin) - (score - origin)) / others.clamp(min=1)
+    return mean.where(others > 0, 0.0)
+
+
+def group_std(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Sample standard deviation (n - 1) of each row's group, in two passes; 0 for a row alone."""
+    same, _ = _same(score, group)
+    squares = _sum(same, (score - group_mean(score, group)) ** 2)
+    return (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
+
+
+def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
+    """(x - mean) / (std + epsilon) over the mask. Exactly 0 if all are equal, or there is but one."""
+    # Measured from the smallest, equal numbers are equal to 0 to the last bit, and so is what is left of them.
+    smallest = x.where(mask, torch.inf).amin()
+    x = (x - smallest).where(mask, 0.0)
+    count = mask.sum()
+    centred = (x - x.sum() / count.clamp(min=1)).where(mask, 0.0)
+    std = ((centred**2).sum() / (count - 1).clamp(min=1)).sqrt()
+    return centred / (std + epsilon)
+
+
+def unnormalized(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """x as it is: what stands in standardize's place where nothing is to be normalised."""
+    return x
+
+
+def _same(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows share a group [B, B], and the score of each group's first row [B], from which the others are measured."""
+    same = group.unsqueeze(1) == group.unsqueeze(0)
+    return same, score[same.int().argmax(1)]
+
+
+def _sum(same: Tensor, x: Tensor) -> Tensor:
+    return (same * x).sum(1)

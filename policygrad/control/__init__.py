@@ -1,0 +1,1 @@
+"""The world of control: Gymnasium environments, and policies for their spaces."""

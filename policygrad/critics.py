@@ -1,0 +1,76 @@
+"""Critics: the values that bootstrap an advantage, and fitting them to their targets."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from policygrad.advantages import optimal_constant_baseline
+from policygrad.diagnostics import explained_variance, mean_metrics
+from policygrad.linalg import score_products
+from policygrad.objectives import squared_error
+from policygrad.rollout import Batch, Rollout, minibatches
+from policygrad.updates import ascend
+from policygrad.weights import average
+
+# How a critic is fitted between updates: (batch with targets) -> metrics, e.g. partial(fit_critic, critic=..., ...).
+Fit = Callable[[Batch], dict[str, Tensor]]
+
+
+@torch.no_grad()
+def bootstrap_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B T+1"]:
+    """V(s_0), ..., V(s_T): of every step, and of where each row stops (0 if every row terminates)."""
+    value = critic(rollout.obs)
+    if rollout.final_obs is None:
+        last = torch.zeros_like(value[:, :1])
+    else:
+        last = critic(tree_map(lambda x: x.unsqueeze(1), rollout.final_obs))
+    return torch.cat([value, last], 1)
+
+
+def fit_critic(
+    batch: Batch,
+    critic: nn.Module,
+    optimizer: Optimizer,
+    *,
+    epochs: int = 10,
+    minibatch_size: int = 64,
+    max_grad_norm: float = torch.inf,
+) -> dict[str, Tensor]:
+    """Regress V(s) on batch.target: minimise the mean of (V(s) - target)^2 by minibatches.
+
+    Returns value_loss, critic_gradient_norm (means over all minibatches) and explained_variance (of batch.value, the
+    critic's prediction before it saw the targets, where the batch has one).
+    """
+    share = batch.weight / batch.weight.sum()
+
+    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = average(squared_error(critic(batch.obs), batch.target), batch.weight)
+        return -loss, {"value_loss": loss.detach()}
+
+    parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
+    metrics = mean_metrics([ascend(objective, part, optimizer, max_grad_norm=max_grad_norm) for part in parts])
+    metrics["critic_gradient_norm"] = metrics.pop("gradient_norm")
+    if batch.value is not None and batch.target is not None:
+        metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
+    return metrics
+
+
+def no_fit(batch: Batch) -> dict[str, Tensor]:
+    """There is no critic to fit."""
+    return {}
+
+
+def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: nn.Module) -> Float[Tensor, "B T"]:
+    """b_t = V(s_t), learned from earlier rollouts."""
+    with torch.no_grad():
+        return critic(rollout.obs)
+
+
+def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
+    """b = the constant that minimises the variance of the gradient, estimated from the other rows."""
+    returns_score, score_score = score_products(policy, rollout.obs, rollout.action, returns, rollout.mask)
+    return optimal_constant_baseline(returns_score, score_score).unsqueeze(1).expand_as(returns)

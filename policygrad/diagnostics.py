@@ -1,0 +1,52 @@
+"""What a practitioner looks at while it learns. Nothing here has a gradient."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from policygrad.divergences import k3
+from policygrad.weights import average
+
+
+@torch.no_grad()
+def ratio_metrics(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    weight: Float[Tensor, "B T"],
+    low: float = torch.inf,
+    high: float = torch.inf,
+) -> dict[str, Tensor]:
+    """How far the new policy is from the old one, on the old one's decisions.
+
+    kl: KL(old, new), estimated by k3. clip_fraction: share of ratios outside [1 - low, 1 + high].
+    effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1] (Kong 1992).
+    """
+    share = weight / weight.sum().clamp(min=1e-12)
+    log_ratio = (logp - logp_old).where(mask, 0.0)
+    ratio = log_ratio.exp()
+    outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)
+    return {
+        "kl": average(k3(torch.zeros_like(log_ratio), log_ratio), share),
+        "clip_fraction": average(outside, share),
+        "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share),
+    }
+
+
+@torch.no_grad()
+def explained_variance(
+    value: Float[Tensor, "B T"], target: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """1 - Var[target - V] / Var[target]: 1 is a perfect critic, 0 one no better than a constant. 0 if targets are equal."""
+    share = weight / weight.sum().clamp(min=1e-12)
+
+    def variance(x: Tensor) -> Tensor:
+        return average((x - average(x, share)) ** 2, share)
+
+    spread = variance(target)
+    return torch.where(spread > 0, 1 - variance(target - value) / spread, 0.0)
+
+
+def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over the minibatches of an update."""
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}

@@ -1,0 +1,66 @@
+"""KL(p, q): exact between distributions, and the estimates k1, k2, k3 from samples of p. And its adaptive coefficient."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+
+def kl(p: Any, q: Any) -> Float[Tensor, "B T"]:
+    """KL(p, q) = E_p[log p - log q] of two distributions of the same kind, in closed form.
+
+    Raises NotImplementedError if torch.distributions knows no closed form for the pair.
+    """
+    return kl_divergence(p, q)
+
+
+def k1(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """log p - log q: unbiased for KL(p, q) under samples of p, of either sign (Schulman 2020, Approximating KL)."""
+    return logp - logp_ref
+
+
+def k2(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """(log p - log q)^2 / 2: biased, never negative; its on-policy gradient is that of KL(p, q) (Schulman 2020)."""
+    return (logp - logp_ref) ** 2 / 2
+
+
+def k3(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """q/p - 1 - log(q/p): unbiased for KL(p, q) under samples of p, never negative (Schulman 2020).
+
+    As a loss its gradient depends on which side is trained. With p the fixed policy that sampled and q the one in
+    training (PPO's KL(old, new)) its expected gradient is that of KL(p, q). With p in training it is not: it is the
+    gradient of KL(q, p).
+    """
+    log_ratio = logp_ref - logp
+    return torch.expm1(log_ratio) - log_ratio
+
+
+class AdaptiveCoefficient:
+    """PPO's adaptive KL coefficient: beta / 2 if KL < target / 1.5, 2 beta if KL > 1.5 target (Schulman et al. 2017, eq. 8).
+
+    `value` is a tensor changed in place, so that an objective that reads it needs no new graph. Without a target it
+    is constant. Raises ValueError for a negative value or a target that is not positive.
+    """
+
+    def __init__(self, value: float, target: float = math.inf) -> None:
+        if value < 0 or not target > 0:
+            raise ValueError(f"a KL coefficient is not negative and its target positive, not {value} and {target}")
+        self.value = torch.tensor(float(value))
+        self.target = target
+
+    def update(self, kl: float) -> None:
+        """Move the coefficient after an update whose KL was `kl`."""
+        if math.isfinite(self.target):
+            if kl < self.target / 1.5:
+                self.value /= 2
+            elif kl > self.target * 1.5:
+                self.value *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value.item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value.fill_(state["value"])

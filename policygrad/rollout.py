@@ -1,0 +1,111 @@
+"""What happened: trajectories as [B, T] arrays with a mask, and minibatches of their decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B rows of T steps, sampled from one policy.
+
+    A row is a stretch of experience: one episode, or a segment that several episodes share, one after the other.
+    `terminated` and `ended` are two arrays because a time limit is not an end of value: `terminated` cuts the
+    bootstrap, `ended` (terminated or truncated) cuts the trace. `mask` is the one notion of 'counts'.
+
+    reward and logp are set to 0 where the mask is False, so that whatever stood there (NaN and inf too) changes
+    nothing. With Gymnasium's next-step auto-reset the observation of the masked step after an end is the true final
+    observation, so that V(obs[:, t + 1]) is the value of the successor of step t everywhere.
+    """
+
+    obs: Any  # [B, T, ...] opaque: only a policy or a critic looks inside
+    action: Tensor  # [B, T, ...]
+    logp: Float[Tensor, "B T"]  # under the policy that sampled
+    reward: Float[Tensor, "B T"]
+    terminated: Bool[Tensor, "B T"]  # no value beyond this step
+    ended: Bool[Tensor, "B T"]  # terminated or truncated
+    mask: Bool[Tensor, "B T"]  # the policy chose this action
+    group: Int[Tensor, " B"]  # rows that answer the same prompt or start state share a number
+    final_obs: Any | None = None  # [B, ...] where each row stops; None if every row terminates
+    memoryless: bool = False  # may a step be taken out of its row?
+    metrics: dict[str, float] = field(default_factory=dict)  # what the sampler measured: return, steps, ...
+
+    def __post_init__(self) -> None:
+        for name in ("reward", "logp"):
+            object.__setattr__(self, name, torch.where(self.mask, getattr(self, name), 0.0))
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same rollout on another device."""
+        return Rollout(**{f.name: tree_map(_mover(device), getattr(self, f.name)) for f in fields(self)})
+
+
+class Batch(NamedTuple):
+    """The decisions of a rollout with their credit: what an objective sees. All [B, T], or [N, 1] if memoryless.
+
+    A NamedTuple, so that it passes through torch.func and torch.compile as it is. `weight` says how decisions are
+    averaged (see weights.py); it is computed on the whole rollout, so that any split adds up to the same gradient.
+    """
+
+    obs: Any
+    action: Tensor
+    logp: Tensor
+    mask: Tensor
+    weight: Tensor
+    advantage: Tensor
+    target: Tensor | None = None  # what a critic is to predict
+    value: Tensor | None = None  # what it predicted when the rollout was scored
+
+
+def decisions(
+    rollout: Rollout,
+    weight: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    target: Float[Tensor, "B T"] | None = None,
+    value: Float[Tensor, "B T"] | None = None,
+) -> Batch:
+    """Join a rollout with its credit. Behind the mask every column is 0.
+
+    The steps of a memoryless rollout become rows of one step each; the rows of any other stay whole, since a step
+    of a sequence model that loses its prefix is another state.
+    """
+    columns = [
+        None if x is None else torch.where(rollout.mask, x, 0.0)
+        for x in (rollout.logp, weight, advantage, target, value)
+    ]
+    logp, weight, advantage, target, value = columns  # type: ignore[assignment]
+    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value)  # type: ignore[arg-type]
+    return tree_map(lambda x: x.flatten(0, 1).unsqueeze(1), batch) if rollout.memoryless else batch
+
+
+def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
+    """Epoch after epoch, the rows of a batch in random order, `size` at a time, every minibatch of the same shape.
+
+    If `size` does not divide the rows, the last minibatch is filled up with rows of weight 0. Weights are scaled by
+    the number of minibatches, so that the mean of the minibatches' objectives is the objective of the batch.
+    """
+    rows = batch.mask.shape[0]
+    size = min(size, rows)
+    count = math.ceil(rows / size)
+    spare = count * size - rows
+    real = torch.arange(count * size, device=batch.mask.device).view(count, size, 1) < rows
+    for _ in range(epochs):
+        order = torch.randperm(rows, device=batch.mask.device)
+        for k, index in enumerate(torch.cat([order, order[:spare]]).split(size)):
+            part = tree_map(lambda x, index=index: x[index], batch)
+            weight = part.weight * count
+            if k == count - 1 and spare:
+                part = part._replace(mask=part.mask & real[k])
+                weight = weight.where(real[k], 0.0)
+            yield part._replace(weight=weight)
+
+
+def _mover(device: torch.device | str) -> Any:
+    return lambda x: x.to(device) if isinstance(x, Tensor) else x

@@ -1,0 +1,1 @@
+"""What the command line does: configuration, training, checkpoints, evaluation, reports."""

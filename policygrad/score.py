@@ -1,0 +1,27 @@
+"""log pi: the score term, and the ratio of two policies by token and by sequence."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def score(logp: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """log pi(a|s) A: its gradient, grad log pi A, is the policy gradient (Williams 1992, theorem 1).
+
+    Its value means nothing; only its gradient does.
+    """
+    return logp * advantage.detach()
+
+
+def token_ratio(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """r = pi(a|s) / pi_old(a|s), and 1 behind the mask (Schulman et al. 2017, section 3)."""
+    return (logp - logp_old).where(mask, 0.0).exp()
+
+
+def sequence_ratio(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B 1"]:
+    """s = (pi(y|x) / pi_old(y|x))^(1/|y|), one ratio a row (GSPO, arXiv 2507.18071, eq. 7)."""
+    total = (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True)
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).exp()
