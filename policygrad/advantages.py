@@ -83,13 +83,13 @@ def monte_carlo_advantage(
 
 
 def group_mean(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean score of each row's group (GRPO, arXiv 2402.03300, section 4.1.1). Equal scores give it to the last bit."""
+    """Mean score of each row's group, exact if all are equal (GRPO, arXiv 2402.03300, section 4.1.1)."""
     same, origin = _same(score, group)
     return origin + _sum(same, score - origin) / same.sum(1)
 
 
 def leave_one_out(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean score of the others in each row's group; 0 for a row alone (RLOO, Kool et al. 2019; arXiv 2402.14740, eq. 10)."""
+    """Mean score of the others in the group; 0 for a row alone (Kool et al. 2019; RLOO, arXiv 2402.14740)."""
     same, origin = _same(score, group)
     others = same.sum(1) - 1
     mean = origin + (_sum(same, score - origin) - (score - origin)) / others.clamp(min=1)
@@ -120,7 +120,7 @@ def unnormalized(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Te
 
 
 def _same(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows share a group [B, B], and the score of each group's first row [B], from which the others are measured."""
+    """Which rows share a group [B, B], and the score of each group's first row, the origin of the others [B]."""
     same = group.unsqueeze(1) == group.unsqueeze(0)
     return same, score[same.int().argmax(1)]
 

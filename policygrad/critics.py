@@ -42,8 +42,8 @@ def fit_critic(
 ) -> dict[str, Tensor]:
     """Regress V(s) on batch.target: minimise the mean of (V(s) - target)^2 by minibatches.
 
-    Returns value_loss, critic_gradient_norm (means over all minibatches) and explained_variance (of batch.value, the
-    critic's prediction before it saw the targets, where the batch has one).
+    Returns value_loss, critic_gradient_norm (means over all minibatches) and explained_variance (of batch.value, what the
+    critic predicted before it saw the targets).
     """
     share = batch.weight / batch.weight.sum()
 
@@ -54,8 +54,7 @@ def fit_critic(
     parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
     metrics = mean_metrics([ascend(objective, part, optimizer, max_grad_norm=max_grad_norm) for part in parts])
     metrics["critic_gradient_norm"] = metrics.pop("gradient_norm")
-    if batch.value is not None and batch.target is not None:
-        metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
+    metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
     return metrics
 
 

@@ -37,7 +37,7 @@ def ratio_metrics(
 def explained_variance(
     value: Float[Tensor, "B T"], target: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """1 - Var[target - V] / Var[target]: 1 is a perfect critic, 0 one no better than a constant. 0 if targets are equal."""
+    """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant (or equal targets)."""
     share = weight / weight.sum().clamp(min=1e-12)
 
     def variance(x: Tensor) -> Tensor:

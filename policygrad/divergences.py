@@ -1,4 +1,4 @@
-"""KL(p, q): exact between distributions, and the estimates k1, k2, k3 from samples of p. And its adaptive coefficient."""
+"""KL(p, q): exact, the estimates k1, k2, k3 from samples of p, and an adaptive coefficient."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ def k3(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tens
 
 
 class AdaptiveCoefficient:
-    """PPO's adaptive KL coefficient: beta / 2 if KL < target / 1.5, 2 beta if KL > 1.5 target (Schulman et al. 2017, eq. 8).
+    """PPO's adaptive KL coefficient (Schulman et al. 2017, section 4): halved below target / 1.5, doubled above 1.5 target.
 
     `value` is a tensor changed in place, so that an objective that reads it needs no new graph. Without a target it
     is constant. Raises ValueError for a negative value or a target that is not positive.

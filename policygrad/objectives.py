@@ -43,7 +43,7 @@ def clipped_weight(
     low: float,
     high: float,
 ) -> Float[Tensor, "B T"]:
-    """sg(clip(r, 1 - low, 1 + high)) A log pi: the weight is clipped, the gradient kept (CISPO, arXiv 2506.13585, eq. 4)."""
+    """sg(clip(r, 1 - low, 1 + high)) A log pi: clips the weight, keeps the gradient (CISPO, arXiv 2506.13585)."""
     return ratio.clamp(1 - low, 1 + high).detach() * advantage * logp
 
 

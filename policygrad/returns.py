@@ -94,7 +94,7 @@ def vtrace(
 def kl_in_reward(
     reward: Float[Tensor, "B T"], logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"], beta: float
 ) -> Float[Tensor, "B T"]:
-    """r_t - beta log(pi(a_t|s_t) / pi_ref(a_t|s_t)) (Ziegler et al. 2019, eq. 2): its return is J - beta KL(pi, pi_ref)."""
+    """r_t - beta log(pi / pi_ref) (Ziegler et al. 2019, eq. 2): its expected return is J - beta KL(pi, pi_ref)."""
     return reward - beta * (logp - logp_ref)
 
 
@@ -111,15 +111,13 @@ def discount(mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"], gamma: float
     return gamma ** torch.stack(ages, 1).to(torch.get_default_dtype())
 
 
-def _suffix_sum(
-    x: Float[Tensor, "B T"], decay: float | Float[Tensor, "B T"], ended: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
+def _suffix_sum(x: Float[Tensor, "B T"], decay: float | Tensor, ended: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """y_t = x_t + decay_t y_{t+1}, where nothing is carried over an end: the recursion behind every return."""
     columns, cuts = x.unbind(1), ended.unbind(1)
-    decays = decay.unbind(1) if isinstance(decay, Tensor) else [decay] * len(columns)
+    decays = decay.unbind(1) if isinstance(decay, Tensor) else (decay,) * len(columns)
     y, out = torch.zeros_like(columns[0]), []
     for x_t, decay_t, cut in zip(reversed(columns), reversed(decays), reversed(cuts), strict=True):
         # `where`, not a product with (1 - cut): a NaN behind an end must not come through.
-        y = x_t + decay_t * y.where(~cut, 0.0)
+        y = x_t + decay_t * y.where(~cut, 0.0)  # type: ignore[operator]
         out.append(y)
     return torch.stack(out[::-1], 1)

@@ -60,8 +60,8 @@ class Batch(NamedTuple):
     mask: Tensor
     weight: Tensor
     advantage: Tensor
-    target: Tensor | None = None  # what a critic is to predict
-    value: Tensor | None = None  # what it predicted when the rollout was scored
+    target: Tensor  # what a critic is to predict; 0 if nothing
+    value: Tensor  # what it predicted when the rollout was scored; 0 if there is none
 
 
 def decisions(
@@ -76,12 +76,10 @@ def decisions(
     The steps of a memoryless rollout become rows of one step each; the rows of any other stay whole, since a step
     of a sequence model that loses its prefix is another state.
     """
-    columns = [
-        None if x is None else torch.where(rollout.mask, x, 0.0)
-        for x in (rollout.logp, weight, advantage, target, value)
-    ]
-    logp, weight, advantage, target, value = columns  # type: ignore[assignment]
-    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value)  # type: ignore[arg-type]
+    zero = torch.zeros_like(advantage)
+    columns = [rollout.logp, weight, advantage, zero if target is None else target, zero if value is None else value]
+    logp, weight, advantage, target, value = (torch.where(rollout.mask, x, 0.0) for x in columns)
+    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value)
     return tree_map(lambda x: x.flatten(0, 1).unsqueeze(1), batch) if rollout.memoryless else batch
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from policygrad.rollout import Batch
 Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 # A divergence is a mean KL(old, new): (batch) -> scalar, 0 and without slope at the old parameters.
 Divergence = Callable[[Batch], Tensor]
+# How far to go along x = F^-1 g: (g.x) -> alpha.
 StepSize = Callable[[Tensor], Tensor]
 
 
@@ -37,7 +37,7 @@ def ascend(
 
 
 def kl_radius(slope: Tensor, *, delta: float) -> Tensor:
-    """sqrt(2 delta / g.F^-1 g): the step along F^-1 g whose KL is delta to second order (Peters & Schaal 2008; TRPO)."""
+    """sqrt(2 delta / g.F^-1 g): the step along F^-1 g of KL delta, to second order (Peters & Schaal 2008; TRPO)."""
     return (2 * delta / slope).sqrt()
 
 
@@ -52,7 +52,7 @@ def natural_step(
     batch: Batch,
     parameters: Iterable[Tensor],
     *,
-    step_size: StepSize = partial(kl_radius, delta=0.01),
+    step_size: StepSize,
     damping: float = 0.1,
     cg_iters: int = 10,
 ) -> dict[str, Tensor]:

@@ -26,5 +26,5 @@ def per_episode(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
 
 
 def average(x: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """sum_bt w_bt x_bt, over the places of weight other than 0 only: what stands elsewhere (NaN too) changes nothing."""
+    """sum_bt w_bt x_bt, where w is not 0: what stands elsewhere (NaN too) changes nothing."""
     return (weight * x).where(weight != 0, 0.0).sum()

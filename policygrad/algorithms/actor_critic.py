@@ -7,13 +7,12 @@ update    one step of gradient ascent (V-trace: several on the same steps)
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from policygrad.advantages import gae, unnormalized
+from policygrad.advantages import monte_carlo_advantage, unnormalized
 from policygrad.critics import bootstrap_values
 from policygrad.diagnostics import explained_variance, mean_metrics, ratio_metrics
 from policygrad.objectives import squared_error
@@ -31,7 +30,7 @@ def actor_critic(
     optimizer: Optimizer,
     *,
     gamma: float = 0.99,
-    advantages: Callable[..., Tensor] = partial(gae, lam=1.0),
+    advantages: Callable[..., Tensor] = monte_carlo_advantage,
     entropy_coefficient: float = 0.0,
     value_coefficient: float = 0.5,
     normalize: Callable[[Tensor, Tensor], Tensor] = unnormalized,

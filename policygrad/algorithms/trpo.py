@@ -1,4 +1,4 @@
-"""Trust-region policy optimisation (Schulman et al. 2015, arXiv 1502.05477), and the natural policy gradient (Kakade 2001).
+"""TRPO (Schulman et al. 2015, arXiv 1502.05477) and the natural policy gradient (Kakade 2001).
 
 sample    rows from pi_old
 credit    A = GAE(lam), target = A + V
@@ -19,7 +19,7 @@ from policygrad.divergences import kl
 from policygrad.objectives import surrogate
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import token_ratio
-from policygrad.updates import natural_step, trust_region_step
+from policygrad.updates import kl_radius, natural_step, trust_region_step
 from policygrad.weights import average, per_token
 
 
@@ -72,4 +72,4 @@ def trpo(
         yield {**rollout.metrics, **metrics, "effective_sample_size": moved["effective_sample_size"], **fit(batch)}
 
 
-npg = partial(trpo, step=natural_step)
+npg = partial(trpo, step=partial(natural_step, step_size=partial(kl_radius, delta=0.01)))
