@@ -1,0 +1,119 @@
+"""Vector environments from a Gymnasium id, an environment, or a callable that makes one."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import FlattenObservation
+from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
+
+from policygrad.errors import UserError
+
+Environment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
+
+
+def make_environments(
+    environment: Environment, num_envs: int = 1, *, vectorization: str = "auto", **options: Any
+) -> VectorEnv:
+    """`num_envs` copies of an environment, stepped together, each resetting on the step after its end.
+
+    environment: an id that Gymnasium knows (`module:Id-v0` imports the module first), an environment object (for one
+    copy), a callable that makes one, or a vector environment, which is taken as it is. vectorization: `auto` takes the
+    environment's own vectorised form where it has one and `sync` otherwise; `async` runs a process for each copy.
+    options go to gymnasium.make. Dict, Tuple and other composite observations are flattened into a Box.
+
+    Raises UserError for an environment that is not known or cannot be made, and for num_envs < 1.
+    """
+    if num_envs < 1:
+        raise UserError(f"num_envs is {num_envs}; at least one environment is needed")
+    if vectorization not in ("auto", "sync", "async"):
+        raise UserError(f"vectorization is {vectorization!r}; it is one of auto, sync, async")
+    if isinstance(environment, VectorEnv):
+        return _flat(environment)
+    if isinstance(environment, gymnasium.Env):
+        if num_envs > 1:
+            raise UserError(
+                f"one environment object cannot be {num_envs} environments: hand in a callable that makes one"
+            )
+        return SyncVectorEnv([lambda: _prepared(environment)], autoreset_mode=AutoresetMode.NEXT_STEP)
+    try:
+        if isinstance(environment, str):
+            spec = find(environment)
+            if spec.vector_entry_point is not None and vectorization == "auto":
+                return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
+
+            def make() -> gymnasium.Env:
+                return gymnasium.make(spec, disable_env_checker=True, **options)
+        else:
+            make = environment
+        copies = [lambda: _prepared(make())] * num_envs
+        vector = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
+        return vector(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+    except UserError:
+        raise
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise UserError(f"{environment} needs a package that is not installed: {_line(error)}") from error
+    except Exception as error:
+        raise UserError(
+            f"the environment {environment} could not be made: {type(error).__name__}: {_line(error)}"
+        ) from error
+
+
+def find(name: str) -> gymnasium.envs.registration.EnvSpec:
+    """The specification of an id. Raises UserError with the nearest ids if there is none."""
+    try:
+        return gymnasium.spec(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"environment {name!r}: there is no module {error.name!r} to import") from error
+    except (gymnasium.error.Error, ValueError) as error:
+        known = {key.lower(): key for key in gymnasium.registry}
+        near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "`policygrad list environments` names those there are"
+        raise UserError(f"unknown environment {name!r}: {hint}") from error
+
+
+class Checked(gymnasium.Wrapper):
+    """Finds a step that does not keep to the environment's own spaces, before it is averaged into a batch."""
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """As the environment's, with the observation's shape checked."""
+        obs, info = self.env.reset(**options)
+        self._check(obs, "reset")
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """As the environment's, with the observation's and the reward's shape checked."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self._check(obs, "step")
+        if np.ndim(reward) != 0:  # type: ignore[arg-type]
+            raise UserError(
+                f"the environment's step returned a reward of shape {np.shape(reward)}: it must be a number"
+            )
+        return obs, reward, terminated, truncated, info
+
+    def _check(self, obs: Any, method: str) -> None:
+        shape = self.observation_space.shape
+        if shape is not None and np.shape(obs) != shape:
+            raise UserError(
+                f"the environment's {method} returned an observation of shape {np.shape(obs)}, and its "
+                f"observation_space says {shape}: mend one of the two"
+            )
+
+
+def _prepared(environment: gymnasium.Env) -> gymnasium.Env:
+    checked = Checked(environment)
+    simple = isinstance(checked.observation_space, spaces.Box | spaces.Discrete)
+    return checked if simple else FlattenObservation(checked)
+
+
+def _flat(environments: VectorEnv) -> VectorEnv:
+    simple = isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete)
+    return environments if simple else FlattenVectorObservation(environments)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,72 @@
+"""Running normalisation of observations and scaling of rewards. Plain numpy, with a state_dict."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating]
+
+
+class RunningStatistics:
+    """Mean and variance of all that was seen, merged batch by batch without cancellation (Chan et al. 1979)."""
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.mean = np.zeros(shape)
+        self.var = np.ones(shape)
+        self.count = 0.0
+
+    def update(self, x: FloatArray) -> None:
+        """Take in x, [N, *shape]."""
+        n = len(x)
+        if n == 0:
+            return
+        mean = x.mean(0, dtype=np.float64)
+        squares = ((x - mean) ** 2).sum(0) + (self.var * self.count if self.count else 0.0)
+        delta = mean - self.mean
+        total = self.count + n
+        squares = squares + delta**2 * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.var = squares / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """mean, var and count as arrays."""
+        return {"mean": self.mean, "var": self.var, "count": np.asarray(self.count)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """What state_dict gave."""
+        self.mean, self.var = (np.array(state[name], dtype=np.float64) for name in ("mean", "var"))
+        self.count = float(state["count"])
+
+
+class ObservationNormalizer:
+    """(obs - mean) / std of the observations that decisions were taken on, clipped to +-10. `frozen` in evaluation."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.statistics = RunningStatistics(shape)
+        self.frozen = False
+
+    def __call__(self, obs: FloatArray, counts: NDArray[np.bool_]) -> FloatArray:
+        """Normalise obs [B, *shape]; where counts [B], it enters the statistics first."""
+        if not self.frozen:
+            self.statistics.update(obs[counts])
+        centred = (obs - self.statistics.mean) / np.sqrt(self.statistics.var + 1e-8)
+        return np.clip(centred, -10, 10)
+
+
+class RewardScaler:
+    """reward / std of the running discounted return, clipped to +-10 (Engstrom et al. 2020, section 3).
+
+    Rewards are scaled and not centred: a shift would change what is optimal.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        self.statistics = RunningStatistics()
+        self.returns = np.zeros(num_envs)
+        self.gamma = gamma
+
+    def __call__(self, reward: FloatArray, ended: NDArray[np.bool_], counts: NDArray[np.bool_]) -> FloatArray:
+        """Scale reward [B]; the returns it belongs to enter the statistics where counts [B]."""
+        self.returns = np.where(counts, self.gamma * self.returns + reward, self.returns)
+        self.statistics.update(self.returns[counts])
+        self.returns[ended] = 0.0
+        return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10)
