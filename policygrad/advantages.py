@@ -39,8 +39,10 @@ def optimal_constant_baseline(
     baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
     Schaal 2008, eq. 13). `returns_score` holds X_j.Z_j and `score_score` |Z_j|^2.
     """
-    others = score_score.sum() - score_score
-    return torch.where(others > 0, (returns_score.sum() - returns_score) / others, 0.0)
+    # Summed without the row, not subtracted from the sum: a row with a large score would cancel the others.
+    others = ~torch.eye(len(score_score), dtype=torch.bool, device=score_score.device)
+    squares = _sum(others, score_score)
+    return torch.where(squares > 0, _sum(others, returns_score) / squares, 0.0)
 
 
 def gae(
@@ -126,4 +128,4 @@ def _same(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(same: Tensor, x: Tensor) -> Tensor:
-    return (same * x).sum(1)
+    return x.where(same, 0.0).sum(1)

@@ -42,8 +42,8 @@ def fit_critic(
 ) -> dict[str, Tensor]:
     """Regress V(s) on batch.target: minimise the mean of (V(s) - target)^2 by minibatches.
 
-    Returns value_loss, critic_gradient_norm (means over all minibatches) and explained_variance (of batch.value, what the
-    critic predicted before it saw the targets).
+    Returns value_loss and critic_gradient_norm, means over all minibatches, and explained_variance, of batch.value:
+    what the critic predicted before it saw the targets.
     """
     share = batch.weight / batch.weight.sum()
 

@@ -29,7 +29,7 @@ def ratio_metrics(
     return {
         "kl": average(k3(torch.zeros_like(log_ratio), log_ratio), share),
         "clip_fraction": average(outside, share),
-        "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share),
+        "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share).clamp(min=1e-30),
     }
 
 
@@ -39,6 +39,8 @@ def explained_variance(
 ) -> Float[Tensor, ""]:
     """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant (or equal targets)."""
     share = weight / weight.sum().clamp(min=1e-12)
+    first = share.argmax()  # measured from one of them, equal targets are equal to 0 to the last bit
+    target, value = target - target.flatten()[first], value - target.flatten()[first]
 
     def variance(x: Tensor) -> Tensor:
         return average((x - average(x, share)) ** 2, share)

@@ -15,12 +15,12 @@ def conjugate_gradient(
 ) -> Float[Tensor, " N"]:
     """Solve F x = b for a symmetric positive definite F known by its products (Hestenes & Stiefel 1952).
 
-    Stops after `iters` products, or once |b - F x| <= tol |b|. Where it stops early, x still satisfies
-    x.b = x.F x, so the KL of a step along x is known without another product.
+    Stops after `iters` products, or once |b - F x| <= tol |b|, or as near as the precision goes. Where it stops early,
+    x still satisfies x.b = x.F x, so the KL of a step along x is known without another product.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
-    limit = tol**2 * square
+    limit = max(tol, 10 * torch.finfo(b.dtype).eps) ** 2 * square  # beyond it a singular F has noise for directions
     for _ in range(iters):
         if square <= limit:  # also b = 0
             break
@@ -80,7 +80,7 @@ def score_products(
 
     Sums over the steps in the mask. Rows are differentiated `chunk_size` at a time (torch.func.vmap).
     """
-    parameters = {name: p.detach() for name, p in policy.named_parameters()}
+    parameters = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
     buffers = dict(policy.named_buffers())
     ones = torch.ones_like(returns).where(mask, 0.0)
     returns = returns.where(mask, 0.0)

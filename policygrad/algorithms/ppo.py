@@ -56,7 +56,7 @@ def ppo(
 
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         distribution = policy(batch.obs)
-        logp, entropy = distribution.log_prob(batch.action), distribution.entropy()
+        logp, entropy = distribution.log_prob(batch.action).where(batch.mask, 0.0), distribution.entropy()
         ratio = token_ratio(logp, batch.logp, batch.mask)
         advantage = normalize_minibatch(batch.advantage, batch.mask)
         gain = dual_clip(clipped_surrogate(ratio, advantage, *clip), advantage, dual_clip_bound)

@@ -30,7 +30,7 @@ class SquashedNormal(Distribution):
         self.half_width = half_width
         super().__init__(self.normal.batch_shape, self.normal.event_shape, validate_args=False)
 
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # type: ignore[override]
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """u, differentiable in mean and std."""
         return self.normal.rsample(torch.Size(sample_shape))
 

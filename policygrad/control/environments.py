@@ -87,9 +87,10 @@ class Checked(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As the environment's, with the observation's and the reward's shape checked."""
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, number, terminated, truncated, info = self.env.step(action)
+        reward: Any = number
         self._check(obs, "step")
-        if np.ndim(reward) != 0:  # type: ignore[arg-type]
+        if np.ndim(reward) != 0:
             raise UserError(
                 f"the environment's step returned a reward of shape {np.shape(reward)}: it must be a number"
             )

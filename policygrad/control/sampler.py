@@ -22,9 +22,8 @@ class Sampler:
     environments run on from one rollout to the next, and the row that an episode ends in goes on with the next one.
     The step on which an environment resets is no transition: it is masked, and counts in nothing.
 
-    normalize_observations and scale_rewards: by running statistics, which are part of the state. `gamma` is that of
-    the return whose spread scales the rewards. The policy is put in evaluation mode: with dropout the policy that is
-    scored would not be the one that was sampled from.
+    observation_normalizer and reward_scaler: running statistics, part of the state. The policy is put in evaluation
+    mode: with dropout the policy that is scored would not be the one that was sampled from.
 
     Rollout.metrics: steps (decisions taken so far), and over the last 100 episodes return and length, unscaled.
     Raises UserError if the environment raises, or returns what is not finite or of another shape.
@@ -37,9 +36,8 @@ class Sampler:
         *,
         seed: int | None = None,
         whole_episodes: bool = False,
-        normalize_observations: bool = False,
-        scale_rewards: bool = False,
-        gamma: float = 0.99,
+        observation_normalizer: ObservationNormalizer | None = None,
+        reward_scaler: RewardScaler | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if steps < 1:
@@ -51,13 +49,10 @@ class Sampler:
         self.environments, self.length, self.whole_episodes = environments, steps, whole_episodes
         self.device = torch.device(device)
         self.observation_space = environments.single_observation_space
-        self.observation_normalizer = None
-        if normalize_observations:
-            if not isinstance(self.observation_space, spaces.Box):
-                raise UserError(f"normalize_observations is for Box observations, not {self.observation_space}")
-            self.observation_normalizer = ObservationNormalizer(self.observation_space.shape)
+        if observation_normalizer is not None and not isinstance(self.observation_space, spaces.Box):
+            raise UserError(f"observations can be normalised in a Box, and the space is {self.observation_space}")
+        self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
         count = environments.num_envs
-        self.reward_scaler = RewardScaler(count, gamma) if scale_rewards else None
         self.seed = seed
         self.obs: np.ndarray | None = None  # what the next decision is taken on; None before the first reset
         self.resetting = np.zeros(count, dtype=bool)  # the next step only resets

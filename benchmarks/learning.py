@@ -1,0 +1,104 @@
+"""Does it learn what the field's methods learn? Trains each method on its tasks over several seeds, by the command line.
+
+    python benchmarks/learning.py                     every task (hours on two cores)
+    python benchmarks/learning.py ppo/CartPole-v1     some of them
+    python benchmarks/learning.py --table             only write docs/learning.md from the results there are
+
+Each run is `policygrad train` with the presets, then `policygrad eval` of 20 episodes with the policy's mode. A task
+passes if the mean over its seeds reaches the threshold. Results are kept in benchmarks/learning.json, run by run.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "learning.json"
+TABLE = HERE.parent / "docs" / "learning.md"
+
+# (algorithm, environment, steps, seeds, threshold)
+TASKS = [
+    ("ppo", "CartPole-v1", 100_000, 5, 490),
+    ("trpo", "CartPole-v1", 100_000, 5, 490),
+    ("npg", "CartPole-v1", 200_000, 5, 475),
+    ("actor_critic", "CartPole-v1", 500_000, 5, 475),
+    ("reinforce", "CartPole-v1", 500_000, 5, 475),
+    ("ppo", "Acrobot-v1", 500_000, 5, -85),
+    ("ppo", "Pendulum-v1", 200_000, 5, -250),
+    ("ppo", "LunarLander-v3", 1_000_000, 5, 220),
+    ("ppo", "HalfCheetah-v5", 1_000_000, 3, 2000),
+    ("trpo", "HalfCheetah-v5", 1_000_000, 3, 1800),
+]
+
+
+def one(algorithm: str, environment: str, steps: int, seed: int) -> dict:
+    """Train and evaluate once."""
+    command = [sys.executable, "-m", "policygrad.cli"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/run"
+        train = [*command, "train", algorithm, environment, "--steps", str(steps), "--seed", str(seed)]
+        trained = json.loads(subprocess.check_output([*train, "--out", out, "--json"]))
+        evaluated = json.loads(subprocess.check_output([*command, "eval", out, "--episodes", "20", "--json"]))
+    return {
+        "algorithm": algorithm,
+        "environment": environment,
+        "steps": trained["steps"],
+        "seed": seed,
+        "seconds": trained["seconds"],
+        "evaluation": evaluated["return_mean"],
+        "training": trained["return_mean"],
+    }
+
+
+def write_table(results: list[dict]) -> None:
+    """docs/learning.md."""
+    lines = [
+        "# What is learned",
+        "",
+        "Written by `python benchmarks/learning.py`: `policygrad train` with the presets, then 20 evaluation episodes",
+        "with the policy's mode. Mean over the seeds, each seed's result beside it.",
+        "",
+        "| method | environment | steps | threshold | evaluation, mean over seeds | each seed | seconds a run (median) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for algorithm, environment, steps, seeds, threshold in TASKS:
+        runs = [r for r in results if (r["algorithm"], r["environment"]) == (algorithm, environment)]
+        runs = sorted((r for r in runs if r["seed"] < seeds), key=lambda r: r["seed"])
+        if len(runs) < seeds:
+            continue
+        scores = [r["evaluation"] for r in runs]
+        lines.append(
+            f"| `{algorithm}` | {environment} | {steps:,} | {threshold} | **{statistics.mean(scores):,.1f}** | "
+            f"{', '.join(f'{x:,.0f}' for x in scores)} | {statistics.median(r['seconds'] for r in runs):,.0f} |"
+        )
+    lines += ["", "Seconds were taken with two runs side by side on two cores; they say how long to wait, no more."]
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help="ALGORITHM/ENVIRONMENT, by default all")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if not arguments.table:
+        chosen = [task for task in TASKS if not arguments.tasks or f"{task[0]}/{task[1]}" in arguments.tasks]
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            jobs = [pool.submit(one, *task[:3], seed) for task in chosen for seed in range(task[3])]
+            for job in as_completed(jobs):
+                result = job.result()
+                print(json.dumps(result), flush=True)
+                key = ("algorithm", "environment", "seed")
+                results = [r for r in results if any(r[k] != result[k] for k in key)] + [result]
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_table(results)
+
+
+if __name__ == "__main__":
+    main()

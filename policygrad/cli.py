@@ -1,0 +1,231 @@
+"""The command line. It imports torch only once there is work to do."""
+
+import contextlib
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+
+from policygrad.errors import UserError
+from policygrad.runs import presets
+from policygrad.runs.options import ALGORITHMS, ALIASES, Options, algorithm_named, with_values
+
+USAGE = """\
+policygrad: the policy-gradient family of reinforcement learning
+
+  policygrad train ALGORITHM ENVIRONMENT [options]   train a policy; --help after the algorithm lists its options
+  policygrad eval RUN [options]                      play whole episodes with a trained policy
+  policygrad list                                    algorithms, their variants and presets
+
+for example:
+
+  policygrad train ppo CartPole-v1 --steps 100000
+  policygrad train ppo --help
+  policygrad eval runs/CartPole-v1/ppo-seed0 --episodes 20
+
+--debug, anywhere, shows the traceback of an error.
+"""
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+@dataclass
+class Train(Generic[O]):
+    """policygrad train."""
+
+    environment: Positional[str]
+    """A Gymnasium id; `module:Id-v0` imports the module first."""
+    algorithm: OmitArgPrefixes[O]
+    out: Path | None = None
+    """Directory of the run; by default runs/ENVIRONMENT/ALGORITHM-seedSEED."""
+    preset: str | None = None
+    """Tuned settings by name, or none; by default the environment's own. Options given here go before them."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object at the end, and nothing else."""
+
+
+@dataclass
+class Eval:
+    """Play whole episodes with a trained policy, and report what it scored."""
+
+    run: Positional[Path]
+    """The directory that train wrote."""
+    episodes: int = 10
+    """How many."""
+    seed: int = 1000
+    """Of the environments, and of the noise of a stochastic policy."""
+    stochastic: FlagCreatePairsOff[bool] = False
+    """Sample the actions; by default each is the mode of the policy's distribution."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object, and nothing else."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `policygrad`. Exit code 2 for what the user can mend, which is said in one line."""
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in rest
+    rest = [x for x in rest if x != "--debug"]
+    try:
+        sys.exit(_dispatch(rest))
+    except UserError as error:
+        if debug:
+            raise
+        print(f"policygrad: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("policygrad: stopped; what was learned so far is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _dispatch(rest: list[str]) -> int:
+    commands = {"train": _train, "eval": _eval, "list": _list}
+    if not rest or rest[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if rest[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("policygrad"))
+        return 0
+    if rest[0] not in commands:
+        raise UserError(f"unknown command {rest[0]!r}: there are {', '.join(commands)}")
+    return commands[rest[0]](rest[1:])
+
+
+def _train(rest: list[str]) -> int:
+    if not rest or rest[0] in ("-h", "--help"):
+        print("usage: policygrad train ALGORITHM ENVIRONMENT [options]\n       policygrad train ALGORITHM --help\n")
+        return _list(["algorithms"])
+    name, rest = algorithm_named(rest[0]), rest[1:]
+    defaults = ALGORITHMS[name]()
+    if not {"-h", "--help"} & set(rest):
+        first = _parse(Train[type(defaults)], rest, f"train {name}", Train(tyro.MISSING, defaults))  # type: ignore[misc]
+        environment, preset = first.environment, first.preset
+    else:  # the help shows the defaults of the environment's preset, if it is named first
+        environment = rest[0] if not rest[0].startswith("-") else None
+        preset = None
+    preset, tuned = presets.choose(preset, name, environment)
+    defaults = with_values(defaults, tuned, f"preset {preset}: ")
+    command = _parse(Train[type(defaults)], rest, f"train {name}", Train(tyro.MISSING, defaults))  # type: ignore[misc]
+    out = command.out or _free(Path("runs") / _file_name(command.environment) / f"{name}-seed{command.algorithm.seed}")
+
+    _quiet()
+    from policygrad.runs.training import train
+
+    values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
+    say = (lambda line: None) if command.json else print
+    run = train(name, command.environment, out=out, preset=preset or "none", announce=say, **values)
+    summary = run.summary()
+    if command.json:
+        print(json.dumps(summary))
+        return 0
+    score = "no episode has ended"
+    if summary["return_mean"] is not None:
+        score = (
+            f"return {summary['return_mean']:,.1f} +- {summary['return_std']:,.1f} (last {len(run.recent)} episodes)"
+        )
+    print(
+        f"{name} on {command.environment}: {score}, {summary['steps']:,} steps in {summary['seconds']:.1f} s "
+        f"({summary['steps_per_second']:,.0f} steps/s)"
+    )
+    print(f"run: {out} (curve.png, metrics.jsonl, policy.safetensors; evaluate: policygrad eval {out})")
+    return 0
+
+
+def _eval(rest: list[str]) -> int:
+    command = _parse(Eval, rest, "eval", None)
+    _quiet()
+    from policygrad.runs.training import evaluate_run
+
+    result = evaluate_run(command.run, command.episodes, seed=command.seed, stochastic=command.stochastic)
+    if command.json:
+        print(json.dumps(vars(result)))
+    else:
+        print(
+            f"return {result.return_mean:,.1f} +- {result.return_std:,.1f}, length {result.length_mean:,.1f}, "
+            f"{result.episodes} episodes"
+        )
+    return 0
+
+
+def _list(rest: list[str]) -> int:
+    topics = {"algorithms": _algorithms, "presets": _presets, "environments": _environments}
+    if rest and rest[0] in ("-h", "--help"):
+        print(f"usage: policygrad list [{'|'.join(topics)}]")
+        return 0
+    if rest and rest[0] not in topics:
+        raise UserError(f"nothing to list under {rest[0]!r}: there are {', '.join(topics)}")
+    print("\n".join(line for topic in rest or ["algorithms", "presets"] for line in topics[topic]()))
+    return 0
+
+
+def _algorithms() -> list[str]:
+    other = {full: alias for alias, full in ALIASES.items()}
+    names = {name: name + (f" ({other[name]})" if name in other else "") for name in ALGORITHMS}
+    width = max(map(len, names.values()))
+    return ["algorithms:"] + [
+        f"  {names[name]:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in ALGORITHMS.items()
+    ]
+
+
+def _presets() -> list[str]:
+    width = max(map(len, presets.names()), default=0)
+    return ["presets:"] + [f"  {name:{width}}  {', '.join(presets.load(name))}" for name in presets.names()]
+
+
+def _environments() -> list[str]:
+    import gymnasium
+
+    return [f"  {name}" for name in sorted(gymnasium.registry)]
+
+
+def _parse(kind: Any, arguments: list[str], name: str, default: Any) -> Any:
+    """tyro's parse, with its framed error as one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind, prog=f"policygrad {name}", args=arguments, **({} if default is None else {"default": default})
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [re.sub(r"[\s\u2500-\u257f]+", " ", line).strip() for line in said.getvalue().splitlines()]
+        title, *lines = [line for line in lines if line] or ["bad arguments"]
+        if title == "Required options":
+            raise UserError(f"which? {' '.join(lines[1:3])}: see policygrad {name} --help") from None
+        meant = [line.split()[0] for line in lines if line.startswith("--")]
+        hint = f"did you mean {meant[0]}? " if "Perhaps you meant:" in lines and meant else ""
+        raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None
+
+
+def _file_name(environment: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", environment)
+
+
+def _free(directory: Path) -> Path:
+    """The directory, or with -2, -3, ... where it holds a run already."""
+    number, candidate = 1, directory
+    while candidate.exists():
+        number += 1
+        candidate = directory.with_name(f"{directory.name}-{number}")
+    return candidate
+
+
+def _quiet() -> None:
+    """Gymnasium's own warnings are for those who write environments."""
+    import gymnasium
+
+    gymnasium.logger.min_level = logging.CRITICAL
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Playing whole episodes with a policy that no longer changes."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from policygrad.control.normalization import ObservationNormalizer
+from policygrad.control.sampler import Sampler
+from policygrad.errors import UserError
+
+
+def evaluate(
+    policy: nn.Module,
+    environments: VectorEnv,
+    episodes: int,
+    *,
+    seed: int = 0,
+    stochastic: bool = False,
+    normalizer: ObservationNormalizer | None = None,
+    max_steps: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The returns and lengths of `episodes` whole episodes.
+
+    Every environment plays the same number of them, plus or minus one: whichever ended first would be a short one too
+    often. Actions are the mode of the policy's distribution unless `stochastic`; the normaliser's statistics are
+    frozen. max_steps: of an episode, by default the environment's time limit, or 100,000. Raises UserError for
+    episodes < 1, and for an episode that does not end.
+    """
+    if episodes < 1:
+        raise UserError(f"episodes is {episodes}; at least one is needed")
+    if normalizer is not None:
+        normalizer = copy.deepcopy(normalizer)
+        normalizer.frozen = True
+    limit = max_steps or time_limit(environments) or 100_000
+    sample = Sampler(
+        environments, limit, seed=seed, whole_episodes=True, observation_normalizer=normalizer, device=device
+    )
+    player = policy if stochastic else Mode(policy)
+    returns: list[float] = []
+    lengths: list[int] = []
+    while len(returns) < episodes:
+        rollout = sample(player)
+        if not rollout.ended.any(1).all():
+            raise UserError(f"an episode did not end within {limit} steps: give the environment a time limit")
+        returns += rollout.reward.double().sum(1).tolist()
+        lengths += rollout.mask.sum(1).tolist()
+    return np.array(returns[:episodes]), np.array(lengths[:episodes])
+
+
+def time_limit(environments: VectorEnv) -> int | None:
+    """The longest episode that the environment allows, where its specification says."""
+    for environment in (environments, *getattr(environments, "envs", ())):
+        spec = getattr(environment, "spec", None)
+        if spec is not None and spec.max_episode_steps is not None:
+            return spec.max_episode_steps
+    return None
+
+
+class Mode(nn.Module):
+    """A policy without its noise: what it samples is the mode of its distribution."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+        if hasattr(policy, "to_environment"):
+            self.to_environment = policy.to_environment
+
+    def forward(self, obs: Any) -> "Certain":
+        return Certain(self.policy(obs))
+
+
+class Certain:
+    """The mode of a distribution in the place of its samples."""
+
+    def __init__(self, distribution: torch.distributions.Distribution) -> None:
+        self.distribution = distribution
+
+    def sample(self) -> Tensor:
+        """The mode."""
+        return self.distribution.mode
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The distribution's own."""
+        return self.distribution.log_prob(value)

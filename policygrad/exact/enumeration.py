@@ -1,0 +1,128 @@
+"""Every trajectory of a small world, as one Rollout with the probability of each row; and every batch of them.
+
+The expectation of any estimator is then a finite sum: of its value on each batch, times the batch's probability.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from policygrad.errors import UserError
+from policygrad.exact.worlds import World, termination
+from policygrad.rollout import Rollout
+
+LIMIT = 200_000
+
+
+def trajectories(
+    world: World, probs: Float[Tensor, "S A"], horizon: int, limit: int = LIMIT
+) -> tuple[Rollout, Float[Tensor, " B"]]:
+    """All trajectories of at most `horizon` steps, with P(row) = P(s_0) prod_t pi(a_t|s_t) P(s_{t+1}|s_t, a_t).
+
+    A row that terminates early is padded behind its mask; one that does not is truncated. States where nothing
+    happens any more are 0, a state like any other: who looks at them gets a wrong value.
+    Raises UserError if there are more than `limit`.
+    """
+    probs = probs.detach()
+    states = world.start.shape[0]
+    outcome = torch.cat([world.transition, termination(world).unsqueeze(-1)], -1)  # [S, A, S + 1]: the last is the end
+    step = probs.unsqueeze(-1) * outcome
+    step = torch.cat([step, torch.zeros_like(step[:1])])  # the end leads, surely and by action 0, to the end
+    step[states, 0, states] = 1.0
+    state = world.start.nonzero()[:, 0].unsqueeze(1)
+    action, probability = state.new_zeros(len(state), 0), world.start[state[:, 0]]
+    for _ in range(horizon):
+        branch = step[state[:, -1]]
+        if branch.count_nonzero() > limit:
+            raise UserError(f"the world has more than {limit:,} trajectories of {horizon} steps: shorten its horizon")
+        row, a, to = branch.nonzero(as_tuple=True)
+        probability = probability[row] * branch[row, a, to]
+        state = torch.cat([state[row], to.unsqueeze(1)], 1)
+        action = torch.cat([action[row], a.unsqueeze(1)], 1)
+    logp = torch.cat([probs, probs[:1]])[state[:, :-1], action].log()
+    return as_rollout(world, state, action, logp), probability
+
+
+def rows(rollout: Rollout, index: Int[Tensor, " K"]) -> Rollout:
+    """The rows of a rollout that `index` names, in its order, as often as it names them."""
+    return Rollout(
+        rollout.obs[index],
+        rollout.action[index],
+        rollout.logp[index],
+        rollout.reward[index],
+        rollout.terminated[index],
+        rollout.ended[index],
+        rollout.mask[index],
+        rollout.group[index],
+        None if rollout.final_obs is None else rollout.final_obs[index],
+        rollout.memoryless,
+    )
+
+
+def batches(
+    probability: Float[Tensor, " B"], size: int, limit: int = LIMIT
+) -> tuple[Int[Tensor, "K size"], Float[Tensor, " K"]]:
+    """All ordered batches of `size` independent rows: the rows of each, and P(batch) = prod_i P(row_i).
+
+    Raises UserError if there are more than `limit`.
+    """
+    count = len(probability)
+    if count**size > limit:
+        raise UserError(f"{count} trajectories make {count**size:,} batches of {size}: too many to enumerate")
+    index = torch.cartesian_prod(*[torch.arange(count)] * size).view(-1, size)
+    return index, probability[index].prod(1)
+
+
+def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
+    """Rows of two episodes, one after the other, with a step between that no policy chose.
+
+    That step is what Gymnasium's next-step auto-reset makes: its observation is where the first episode stopped, its
+    action is ignored, it is masked, and here its reward is NaN, so that whoever counts it is found out. An episode
+    that terminates early is filled up with such steps.
+    """
+    first, second = rows(rollout, index[:, 0]), rows(rollout, index[:, 1])
+    pad = first.mask[:, :1]
+    between = first.obs[:, :1] if first.final_obs is None else first.final_obs.unsqueeze(1)
+    nothing = torch.zeros_like(first.reward[:, :1])
+
+    def joined(name: str, filler: Tensor) -> Tensor:
+        return torch.cat([getattr(first, name), filler, getattr(second, name)], 1)
+
+    return Rollout(
+        joined("obs", between),
+        joined("action", torch.zeros_like(first.action[:, :1])),
+        joined("logp", nothing),
+        joined("reward", nothing + torch.nan),
+        joined("terminated", torch.zeros_like(pad)),
+        joined("ended", torch.zeros_like(pad)),
+        joined("mask", torch.zeros_like(pad)),
+        first.group,
+        second.final_obs,
+        rollout.memoryless,
+    )
+
+
+def as_rollout(
+    world: World, state: Int[Tensor, "B T+1"], action: Int[Tensor, "B T"], logp: Float[Tensor, "B T"]
+) -> Rollout:
+    """The rollout of visited states and actions, one episode a row; state S is the end, from which nothing leads out.
+
+    What has not terminated by the last step is truncated there.
+    """
+    end = state == len(world.start)
+    mask, over, state = ~end[:, :-1], end[:, 1:], state.where(~end, 0)
+    terminated = mask & over
+    ended = terminated.clone()
+    ended[:, -1] |= mask[:, -1]
+    return Rollout(
+        state[:, :-1],
+        action,
+        logp,
+        world.reward[state[:, :-1], action],
+        terminated,
+        ended,
+        mask,
+        torch.arange(len(state)),
+        state[:, -1],
+        memoryless=True,
+    )

@@ -1,0 +1,55 @@
+"""Softmax policies and tabular critics of a small world: the Policy and Critic interfaces, with their tables open."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+
+class SoftmaxPolicy(nn.Module):
+    """pi(a|s) = exp(theta.phi(s, a)) / sum_b exp(theta.phi(s, b)); obs [B, T] of state numbers -> Categorical [B, T].
+
+    With one feature for each (s, a) it is the tabular policy; with shared features, states share parameters.
+    """
+
+    def __init__(self, features: Float[Tensor, "S A N"], theta: Float[Tensor, " N"] | None = None) -> None:
+        super().__init__()
+        self.features: Tensor
+        self.register_buffer("features", features)
+        self.theta = nn.Parameter(torch.zeros_like(features[0, 0]) if theta is None else theta.clone())
+
+    def forward(self, obs: Int[Tensor, "B T"]) -> Categorical:
+        """The distribution over actions at every step."""
+        return Categorical(logits=(self.features @ self.theta)[obs], validate_args=False)
+
+
+class TabularCritic(nn.Module):
+    """V(s) from a table; obs [B, T] of state numbers -> [B, T]."""
+
+    def __init__(self, value: Float[Tensor, " S"]) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value.detach().clone())
+
+    def forward(self, obs: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """The value of every step's state."""
+        return self.value[obs]
+
+
+def tabular(states: int, actions: int) -> Float[Tensor, "S A N"]:
+    """phi(s, a) = the unit vector of (s, a): one logit for each."""
+    return torch.eye(states * actions, dtype=torch.float64).view(states, actions, states * actions)
+
+
+def blind_to_time(features: Float[Tensor, "S A N"], horizon: int) -> Float[Tensor, "_ A N"]:
+    """The same features at every time of a world `with_clock`: the policy does not see the clock."""
+    return features.repeat(horizon, 1, 1)
+
+
+def probabilities(policy: SoftmaxPolicy) -> Float[Tensor, "S A"]:
+    """pi(a|s) as a table, differentiable in theta."""
+    return (policy.features @ policy.theta).softmax(-1)
+
+
+def score_table(features: Float[Tensor, "S A N"], probs: Float[Tensor, "S A"]) -> Float[Tensor, "S A N"]:
+    """grad log pi(a|s) = phi(s, a) - sum_b pi(b|s) phi(s, b) (Sutton et al. 2000, section 3)."""
+    return features - torch.einsum("sa,san->sn", probs, features).unsqueeze(1)

@@ -1,0 +1,114 @@
+"""Samplers of small worlds: (policy) -> Rollout, with their own random generator, so that they resume bit for bit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from policygrad.errors import UserError
+from policygrad.exact.enumeration import as_rollout
+from policygrad.exact.tokens import TokenWorld, as_tokens, token_row, tree
+from policygrad.exact.worlds import World, termination
+from policygrad.rollout import Rollout
+
+
+class EpisodeSampler:
+    """Each call plays `rows` episodes, one a row, of at most `horizon` steps (by default the world's time limit).
+
+    An episode that goes on beyond is truncated. The policy is any whose distribution has `probs`. Raises UserError
+    without a row, or without a horizon or a time limit.
+    """
+
+    def __init__(self, world: World, rows: int, horizon: int | None = None, seed: int = 0) -> None:
+        length = horizon or world.time_limit
+        if length is None or rows < 1:
+            raise UserError("a sampler needs at least one row, and a horizon where the world has no time limit")
+        self.world, self.rows, self.horizon = world, rows, length
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        """Play with the policy as it is now."""
+        start = _draw(self.world.start.expand(self.rows, -1), self.generator)
+        rollout = play(self.world, policy, start, self.horizon, self.generator)
+        return replace(rollout, metrics=_metrics(rollout))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class CompletionSampler:
+    """Each call draws `prompts` prompts and answers each `completions` times; a draw's rows are a group."""
+
+    def __init__(self, world: TokenWorld, prompts: int, completions: int, seed: int = 0) -> None:
+        self.world, self.prompts, self.completions = world, prompts, completions
+        self.tree = tree(world)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        """Answer with the policy as it is now."""
+        drawn = torch.randint(self.world.prompts, (self.prompts,), generator=self.generator)
+        start = drawn.repeat_interleave(self.completions)
+
+        def see(state: Tensor, action: Tensor) -> Tensor:
+            return token_row(self.world, start, action)
+
+        rollout = as_tokens(self.world, play(self.tree, policy, start, self.world.length, self.generator, see))
+        group = torch.arange(self.prompts).repeat_interleave(self.completions)
+        return replace(rollout, group=group, metrics=_metrics(rollout))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+def _newest(state: Tensor, action: Tensor) -> Tensor:
+    """What a memoryless policy sees of the states and actions so far: the state it is in."""
+    return state[:, -1:]
+
+
+@torch.no_grad()
+def play(
+    world: World,
+    policy: nn.Module,
+    start: Int[Tensor, " B"],
+    horizon: int,
+    generator: torch.Generator,
+    see: Callable[[Tensor, Tensor], Tensor] = _newest,
+) -> Rollout:
+    """Follow the policy from the given states: a_t ~ pi(.|what it sees), s_{t+1} ~ P(.|s_t, a_t).
+
+    `see` turns the states [B, t + 1] and actions [B, t] so far into the observation of the policy [B, *].
+    """
+    end = len(world.start)
+    outcome = torch.cat([world.transition, termination(world).unsqueeze(-1)], -1)
+    state, action = start.unsqueeze(1), start.new_zeros(len(start), 0)
+    logp = []
+    for _ in range(horizon):
+        alive = state[:, -1] != end
+        probs = policy(see(state.where(state != end, 0), action)).probs[:, -1]
+        a = _draw(probs, generator).where(alive, 0)
+        logp.append(probs.gather(1, a.unsqueeze(1))[:, 0].log())
+        to = _draw(outcome[state[:, -1].where(alive, 0), a], generator).where(alive, end)
+        state = torch.cat([state, to.unsqueeze(1)], 1)
+        action = torch.cat([action, a.unsqueeze(1)], 1)
+    return as_rollout(world, state, action, torch.stack(logp, 1))
+
+
+def _draw(probs: Float[Tensor, "B K"], generator: torch.Generator) -> Int[Tensor, " B"]:
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def _metrics(rollout: Rollout) -> dict[str, float]:
+    return {
+        "return": float(rollout.reward.sum(1).mean()),
+        "length": float(rollout.mask.sum(1).double().mean()),
+        "steps": float(rollout.mask.sum()),
+    }

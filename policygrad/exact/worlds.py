@@ -1,0 +1,146 @@
+"""Tabular Markov decision processes, small enough to solve: bandit, chain, cliff, Garnet, two states; and a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from policygrad.errors import UserError
+
+DTYPE = torch.float64
+
+
+@dataclass(frozen=True)
+class World:
+    """S states, A actions. What a row of `transition` lacks to 1 is the probability that the episode terminates.
+
+    A time limit truncates: it is not part of the world's value, only of what is seen of it. For a horizon at which
+    the world itself ends, see `with_clock`. Raises UserError if the numbers are no probabilities.
+    """
+
+    transition: Float[Tensor, "S A S"]  # P(s'|s, a)
+    reward: Float[Tensor, "S A"]
+    start: Float[Tensor, " S"]
+    gamma: float
+    time_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        leaving = self.transition.sum(-1)
+        if self.transition.min() < 0 or leaving.max() > 1 + 1e-9 or self.start.min() < 0:
+            raise UserError("a world's transitions and start are probabilities: none negative, no row above 1")
+        if abs(float(self.start.sum()) - 1) > 1e-9 or not 0 <= self.gamma <= 1:
+            raise UserError("a world's start sums to 1 and its gamma lies in [0, 1]")
+
+
+def termination(world: World) -> Float[Tensor, "S A"]:
+    """1 - sum_s' P(s'|s, a): the probability that the episode ends with this step; exactly 0 where it is rounding."""
+    missing = 1 - world.transition.sum(-1)
+    return missing.where(missing > 1e-12, 0.0)
+
+
+def bandit(rewards: Float[Tensor, "S A"]) -> World:
+    """One decision in one of S equally likely contexts, and the end (Sutton & Barto 2018, section 2.9)."""
+    states, actions = rewards.shape
+    return World(
+        torch.zeros(states, actions, states, dtype=DTYPE),
+        rewards.to(DTYPE),
+        torch.full((states,), 1 / states, dtype=DTYPE),
+        gamma=1.0,
+    )
+
+
+def chain(length: int = 5, gamma: float = 0.9, slip: float = 0.1) -> World:
+    """States in a line; actions left and right, exchanged with probability `slip`.
+
+    Leaving on the right pays 1 and ends; a step left from the first state pays 0.1 and stays: the near reward
+    distracts from the far one (after Strens 2000, figure 1).
+    """
+    walk = torch.zeros(length, 2, length, dtype=DTYPE)
+    reward = torch.zeros(length, 2, dtype=DTYPE)
+    for s in range(length):
+        for action, right in ((0, slip), (1, 1 - slip)):
+            walk[s, action, max(s - 1, 0)] += 1 - right
+            if s + 1 < length:
+                walk[s, action, s + 1] += right
+    reward[-1] = torch.tensor([slip, 1 - slip])
+    reward[0] += 0.1 * torch.tensor([1 - slip, slip])
+    start = torch.zeros(length, dtype=DTYPE).index_fill(0, torch.tensor(0), 1.0)
+    return World(walk, reward, start, gamma)
+
+
+def cliff(height: int = 4, width: int = 12, gamma: float = 0.95, fall: float = -100.0) -> World:
+    """A grid whose lowest row between start and goal is a cliff (Sutton & Barto 2018, example 6.6).
+
+    Actions up, right, down, left; every step pays -1, a fall pays `fall` and leads back to the start, the goal ends.
+    """
+    cells = height * width
+    start_cell, goal = cells - width, cells - 1
+    move = torch.zeros(cells, 4, cells, dtype=DTYPE)
+    reward = torch.full((cells, 4), -1.0, dtype=DTYPE)
+    for cell in range(cells):
+        row, column = divmod(cell, width)
+        for action, (down, right) in enumerate([(-1, 0), (0, 1), (1, 0), (0, -1)]):
+            to = min(max(row + down, 0), height - 1) * width + min(max(column + right, 0), width - 1)
+            if start_cell < to < goal:
+                reward[cell, action], to = fall, start_cell
+            if to != goal:
+                move[cell, action, to] = 1.0
+    start = torch.zeros(cells, dtype=DTYPE).index_fill(0, torch.tensor(start_cell), 1.0)
+    return World(move, reward, start, gamma)
+
+
+def garnet(
+    states: int = 3,
+    actions: int = 2,
+    branching: int = 2,
+    gamma: float = 0.9,
+    termination: float = 0.0,
+    seed: int = 0,
+) -> World:
+    """A random world: each (s, a) leads to `branching` random states, with random probabilities and rewards.
+
+    Generic Average Reward Non-stationary Environment Test-bench (Archibald, McKinnon & Thomas 1995), stationary; each
+    step ends the episode with probability `termination`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(states, actions, states, generator=generator, dtype=DTYPE).argsort(-1)[..., :branching]
+    weight = torch.rand(states, actions, branching, generator=generator, dtype=DTYPE) + 0.1
+    transition = torch.zeros(states, actions, states, dtype=DTYPE).scatter_(-1, order, weight)
+    transition = (1 - termination) * transition / transition.sum(-1, keepdim=True)
+    reward = torch.randn(states, actions, generator=generator, dtype=DTYPE)
+    start = torch.rand(states, generator=generator, dtype=DTYPE)
+    return World(transition, reward, start / start.sum(), gamma)
+
+
+def two_states(gamma: float = 0.95) -> World:
+    """Stay or go, in two states: staying in the first pays 1, in the second 2 (Kakade 2001, section 4, figure 2).
+
+    Most episodes start in the first, whose near reward teaches a plain gradient to stay away from the better one.
+    """
+    stay_go = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]], dtype=DTYPE)
+    reward = torch.tensor([[1.0, 0.0], [2.0, 0.0]], dtype=DTYPE)
+    return World(stay_go, reward, torch.tensor([0.8, 0.2], dtype=DTYPE), gamma)
+
+
+def with_clock(world: World, horizon: int) -> World:
+    """The world that ends after `horizon` steps, and whose states know the time: state t S + s is s at time t.
+
+    So a finite horizon is part of the value, and V, Q and the visitation keep their stationary equations.
+    """
+    states, actions = world.reward.shape
+    transition = torch.zeros(horizon, states, actions, horizon, states, dtype=DTYPE)
+    for t in range(horizon - 1):
+        transition[t, :, :, t + 1] = world.transition
+    start = torch.zeros(horizon, states, dtype=DTYPE)
+    start[0] = world.start
+    size = horizon * states
+    return replace(
+        world,
+        transition=transition.reshape(size, actions, size),
+        reward=world.reward.repeat(horizon, 1),
+        start=start.flatten(),
+        time_limit=None,
+    )

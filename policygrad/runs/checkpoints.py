@@ -1,0 +1,86 @@
+"""A policy on disk: policy.safetensors and policy.json, from which it is rebuilt. Nothing is ever unpickled."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from policygrad.control import ObservationNormalizer, Policy
+from policygrad.errors import UserError
+
+FORMAT = 1
+
+
+def save_policy(
+    directory: Path, policy: nn.Module, critic: nn.Module, normalizer: ObservationNormalizer | None
+) -> None:
+    """Write the policy, its critic and the statistics that its observations are normalised by.
+
+    Each file is written beside its place and moved there, so that a crash leaves the one before.
+    """
+    tensors = {f"policy.{name}": x for name, x in policy.state_dict().items()}
+    tensors |= {f"critic.{name}": x for name, x in critic.state_dict().items()}
+    if normalizer is not None:
+        tensors |= {f"observations.{n}": torch.from_numpy(x) for n, x in normalizer.statistics.state_dict().items()}
+    description = {
+        "format": FORMAT,
+        "policy": getattr(policy, "description", None),
+        "class": f"{type(policy).__module__}:{type(policy).__qualname__}",
+        "normalizes_observations": normalizer is not None,
+    }
+    temporary = directory / "policy.safetensors.new"
+    save_file({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, temporary)
+    os.replace(temporary, directory / "policy.safetensors")
+    write_json(directory / "policy.json", description)
+
+
+def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Module, ObservationNormalizer | None]:
+    """The policy of a run directory, and its normaliser, frozen. A policy of one's own is handed in to be filled.
+
+    Raises UserError for a directory that has none, or one that does not fit.
+    """
+    try:
+        description = json.loads((directory / "policy.json").read_text())
+        tensors = load_file(directory / "policy.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory} holds no policy that can be read ({error}): give the directory of a run"
+        ) from error
+    except Exception as error:  # safetensors raises its own, for a file that is cut short
+        raise UserError(f"{directory}/policy.safetensors is damaged: {error}") from error
+    if description.get("format") != FORMAT:
+        raise UserError(f"{directory}/policy.json is of format {description.get('format')}, and this is {FORMAT}")
+    if policy is None:
+        if description["policy"] is None:
+            raise UserError(
+                f"the policy in {directory} is a {description['class']} of your own: load it from Python with "
+                "load_policy(directory, policy)"
+            )
+        policy = Policy.from_description(description["policy"])
+    try:
+        policy.load_state_dict(_part(tensors, "policy."))
+    except RuntimeError as error:
+        raise UserError(f"the weights in {directory} do not fit the policy: {' '.join(str(error).split())}") from error
+    normalizer = None
+    if description["normalizes_observations"]:
+        statistics = {name: x.numpy() for name, x in _part(tensors, "observations.").items()}
+        normalizer = ObservationNormalizer(np.shape(statistics["mean"]))
+        normalizer.statistics.load_state_dict(statistics)
+        normalizer.frozen = True
+    return policy, normalizer
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside its place and move it there."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,336 @@
+"""Training a policy on an environment: the caller's loop around an algorithm."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+
+from policygrad.control import (
+    Critic,
+    ObservationNormalizer,
+    Policy,
+    RewardScaler,
+    Sampler,
+    evaluate,
+    make_environments,
+)
+from policygrad.control.environments import Environment
+from policygrad.control.evaluation import time_limit
+from policygrad.errors import UserError
+from policygrad.runs import learners, presets
+from policygrad.runs.checkpoints import load_policy, save_policy, write_json
+from policygrad.runs.options import ALGORITHMS, Options, Reinforce, algorithm_named, validate, with_values
+from policygrad.runs.reports import Log, ProgressLine, Row, draw_curve
+
+Module = nn.Module | Callable[..., nn.Module]
+
+
+@dataclass
+class Evaluation:
+    """What a policy scored on whole episodes."""
+
+    return_mean: float
+    return_std: float
+    length_mean: float
+    episodes: int
+    returns: list[float]
+
+
+@dataclass
+class Run:
+    """A policy that was trained, with what is needed to use it, judge it and save it."""
+
+    algorithm: str
+    environment: Environment
+    options: Options
+    preset: str | None
+    policy: nn.Module
+    critic: nn.Module
+    normalizer: ObservationNormalizer | None
+    directory: Path | None
+    metrics: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)  # returns of the last 100 episodes of training
+
+    def evaluate(self, episodes: int = 10, *, seed: int = 1000, stochastic: bool = False) -> Evaluation:
+        """Play whole episodes with the policy as it is: its mode, or with its noise if `stochastic`."""
+        return play(
+            self.policy,
+            self.normalizer,
+            self.environment,
+            episodes,
+            seed=seed,
+            stochastic=stochastic,
+            device=self.options.device,
+        )
+
+    def save(self, directory: Path | str) -> None:
+        """Write the run directory: config.json, the policy, and curve.png."""
+        directory = Path(directory)
+        _make(directory)
+        write_json(directory / "config.json", self.configuration())
+        save_policy(directory, self.policy, self.critic, self.normalizer)
+        if self.metrics:
+            draw_curve(self.metrics, f"{self.algorithm} on {label(self.environment)}", directory / "curve.png")
+
+    def configuration(self) -> dict[str, Any]:
+        """All that the run was started with."""
+        return {
+            "algorithm": self.algorithm,
+            "environment": label(self.environment),
+            "preset": self.preset,
+            "options": {name: _json_number(x) for name, x in dataclasses.asdict(self.options).items()},
+            "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What `policygrad train --json` prints. return_mean and return_std are of the last 100 training episodes."""
+        steps = int(self.metrics[-1]["steps"]) if self.metrics else 0
+        returns = torch.tensor(self.recent, dtype=torch.float64)
+        return {
+            "run": None if self.directory is None else str(self.directory),
+            "algorithm": self.algorithm,
+            "environment": label(self.environment),
+            "steps": steps,
+            "seconds": round(self.seconds, 3),
+            "steps_per_second": round(steps / max(self.seconds, 1e-9), 1),
+            "return_mean": returns.mean().item() if self.recent else None,
+            "return_std": returns.std(correction=0).item() if self.recent else None,
+            "episodes": int(self.metrics[-1]["episodes"]) if self.metrics else 0,
+        }
+
+
+def train(
+    algorithm: str,
+    environment: Environment,
+    *,
+    out: Path | str | None = None,
+    preset: str | None = None,
+    policy: Module | None = None,
+    critic: Module | None = None,
+    progress: bool = True,
+    announce: Callable[[str], None] = lambda line: None,
+    **values: Any,
+) -> Run:
+    """Train a policy.
+
+    algorithm: reinforce, actor_critic (a2c), off_policy_actor_critic, npg, trpo or ppo. environment: a Gymnasium id,
+    an environment, a callable that makes one, or a vector environment. out: a directory to write the run to; None
+    writes nothing. preset: the name of tuned settings, "none", or by default the environment's own if there are any.
+    policy, critic: modules of one's own, or callables that make them of (observation_space, action_space) and
+    (observation_space). values: any option of the algorithm (see policygrad.runs.options), over the preset's.
+
+    The seed decides all that is random: the same seed gives the same parameters, bit for bit, on the same machine with
+    the same number of threads. torch's global generator is left as it was.
+
+    Raises UserError for whatever the caller can mend, and when training turns NaN or infinite; what had been learned
+    by then is in `out`.
+    """
+    algorithm = algorithm_named(algorithm)
+    preset, tuned = presets.choose(preset, algorithm, environment)
+    options = with_values(with_values(ALGORITHMS[algorithm](), tuned, f"preset {preset}: "), values)
+    validate(options)
+    if preset is not None:
+        announce(f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned))
+    directory = None if out is None else Path(out)
+    if directory is not None and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty, and nothing is overwritten: choose another directory")
+    with ExitStack() as stack:
+        environments = make_environments(environment, options.num_envs, vectorization=options.vectorization)
+        if isinstance(environment, str) or not isinstance(environment, gymnasium.Env | VectorEnv):
+            stack.callback(environments.close)
+        stack.enter_context(torch.random.fork_rng())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(options.threads)
+        torch.manual_seed(options.seed)
+        sampler = _sampler(environments, options)
+        policy, critic = _modules(policy, critic, environments, options)
+        run = Run(algorithm, environment, options, preset, policy, critic, sampler.observation_normalizer, directory)
+        if directory is not None:
+            _make(directory)
+            write_json(directory / "config.json", run.configuration())
+            save_policy(directory, policy, critic, run.normalizer)
+        _train(run, sampler, progress)
+    return run
+
+
+def _train(run: Run, sampler: Sampler, progress: bool) -> None:
+    """The loop: iterate the algorithm, log, guard against what is not finite, and stop in good order."""
+    options = run.options
+    learner = learners.build(options, run.policy, run.critic, sampler)
+    rates = [group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups]
+    modules = nn.ModuleList([run.policy, run.critic])
+    good = _copy(modules)
+    start, next_row = time.perf_counter(), 0.0
+    with ExitStack() as stack:
+        log = None if run.directory is None else stack.enter_context(Log(run.directory))
+        line = stack.enter_context(ProgressLine(f"{run.algorithm} {label(run.environment)}", options.steps, progress))
+        stack.callback(_finish, run, sampler, start)
+        for iteration, metrics in enumerate(_translated(learner.iterations)):
+            row = {name: float(x) for name, x in metrics.items()}
+            bad = [f"{name} is {x}" for name, x in row.items() if not math.isfinite(x)]
+            bad += [f"the parameter {n} is not finite" for n, p in modules.named_parameters() if not p.isfinite().all()]
+            if bad:
+                modules.load_state_dict(good)
+                raise UserError(
+                    f"training stopped in iteration {iteration + 1}, after {sampler.steps:,} steps, because {bad[0]}; "
+                    "the policy before it is kept. A lower learning_rate or scale_rewards may help"
+                )
+            good = _copy(modules)
+            row["seconds"] = time.perf_counter() - start
+            row["steps_per_second"] = row["steps"] / row["seconds"]
+            done = row["steps"] >= options.steps or row.get("return", -math.inf) >= options.stop_at_return
+            if row["steps"] >= next_row or done:
+                run.metrics.append(row)
+                next_row = row["steps"] + options.steps / 1000
+                if log is not None:
+                    log.write(row)
+            line.update(row)
+            if done:
+                break
+            if options.learning_rate_schedule == "linear":
+                left = 1 - row["steps"] / options.steps
+                for group, rate in zip((g for o in learner.optimizers for g in o.param_groups), rates, strict=True):
+                    group["lr"] = rate * left
+
+
+def _translated(iterations: Any) -> Any:
+    """An algorithm's iterations, with torch's complaint of NaN in a distribution as one line for the user."""
+    try:
+        yield from iterations
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError) or "nan" not in str(error).lower():
+            raise
+        raise UserError(f"training stopped: a probability turned NaN ({' '.join(str(error).split())[:80]})") from error
+
+
+def _finish(run: Run, sampler: Sampler, start: float) -> None:
+    """Whatever ended the run, keep what was learned."""
+    run.seconds = time.perf_counter() - start
+    run.recent = [x for x, _ in sampler.finished]
+    if run.directory is not None:
+        run.save(run.directory)
+
+
+def _sampler(environments: VectorEnv, options: Options) -> Sampler:
+    whole = isinstance(options, Reinforce)
+    steps = options.num_steps or time_limit(environments)
+    if steps is None:
+        raise UserError("the environment has no time limit: say how long an episode may be, with num_steps")
+    space = environments.single_observation_space
+    normalizer = ObservationNormalizer(space.shape or ()) if options.normalize_observations else None
+    scaler = RewardScaler(environments.num_envs, options.gamma) if options.scale_rewards else None
+    return Sampler(
+        environments,
+        steps,
+        seed=options.seed,
+        whole_episodes=whole,
+        observation_normalizer=normalizer,
+        reward_scaler=scaler,
+        device=options.device,
+    )
+
+
+def _modules(
+    policy: Module | None, critic: Module | None, environments: VectorEnv, options: Options
+) -> tuple[nn.Module, nn.Module]:
+    """The user's own modules where there are any, else perceptrons as the options say; on the device."""
+    observation_space, action_space = environments.single_observation_space, environments.single_action_space
+    shape: dict[str, Any] = {
+        "hidden": options.hidden,
+        "activation": options.activation,
+        "orthogonal": options.orthogonal,
+    }
+    if policy is None:
+        policy = Policy(
+            observation_space,
+            action_space,
+            **shape,
+            squash=options.squash,
+            state_dependent_std=options.state_dependent_std,
+            initial_log_std=options.initial_log_std,
+        )
+    elif not isinstance(policy, nn.Module):
+        policy = policy(observation_space, action_space)
+    if critic is None:
+        critic = Critic(observation_space, **shape)
+    elif not isinstance(critic, nn.Module):
+        critic = critic(observation_space)
+    try:
+        return policy.to(options.device), critic.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def play(
+    policy: nn.Module,
+    normalizer: ObservationNormalizer | None,
+    environment: Environment,
+    episodes: int,
+    *,
+    seed: int,
+    stochastic: bool,
+    device: str = "cpu",
+) -> Evaluation:
+    """Evaluate a policy on an environment of its own, made for the purpose where it can be."""
+    single = isinstance(environment, gymnasium.Env)
+    environments = make_environments(environment, 1 if single else max(1, min(episodes, 16)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        returns, lengths = evaluate(
+            policy, environments, episodes, seed=seed, stochastic=stochastic, normalizer=normalizer, device=device
+        )
+    if not isinstance(environment, gymnasium.Env | VectorEnv):
+        environments.close()
+    return Evaluation(
+        float(returns.mean()), float(returns.std()), float(lengths.mean()), episodes, [float(x) for x in returns]
+    )
+
+
+def evaluate_run(directory: Path, episodes: int = 10, *, seed: int = 1000, stochastic: bool = False) -> Evaluation:
+    """Evaluate the policy in a run directory, on the environment that it was trained on."""
+    try:
+        configuration = (directory / "config.json").read_text()
+    except OSError as error:
+        raise UserError(f"{directory} is no run directory ({error.strerror}): give one that train wrote") from error
+    environment = json.loads(configuration)["environment"]
+    policy, normalizer = load_policy(directory)
+    return play(policy, normalizer, environment, episodes, seed=seed, stochastic=stochastic)
+
+
+def label(environment: Environment) -> str:
+    """The name of an environment."""
+    if isinstance(environment, str):
+        return environment
+    spec = getattr(environment, "spec", None)
+    if spec is not None:
+        return spec.id
+    return getattr(environment, "__name__", type(environment).__name__)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ".writable").touch()
+        (directory / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"the directory {directory} cannot be written ({error.strerror}): choose another") from error
+
+
+def _copy(modules: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in modules.state_dict().items()}
+
+
+def _json_number(x: Any) -> Any:
+    """JSON has no infinity."""
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
