@@ -1,0 +1,30 @@
+# make demo: set up, train PPO on CartPole until solved, evaluate, draw the learning curve.
+# make test: set up, then formatting, lint, types and all tests.
+# VENV=... points both at another environment.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test format
+demo: $(VENV)/.installed
+	@rm -rf $(DEMO)
+	@$(BIN)/policygrad train ppo CartPole-v1 --steps 200000 --stop-at-return 475 --out $(DEMO)
+	@$(BIN)/policygrad eval $(DEMO) --episodes 20
+	@echo "learning curve: $(DEMO)/curve.png"
+
+test: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): once, some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mujoco,box2d]"
+	@touch $@

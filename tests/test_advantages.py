@@ -1,0 +1,270 @@
+"""How much better than expected: GAE, baselines, group statistics and standardisation against their definitions."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from segments import Segments
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from policygrad.advantages import (
+    gae,
+    group_mean,
+    group_std,
+    leave_one_out,
+    mean_baseline,
+    monte_carlo_advantage,
+    n_step_advantage,
+    no_baseline,
+    optimal_constant_baseline,
+    standardize,
+    time_mean_baseline,
+    unnormalized,
+)
+from policygrad.returns import lambda_return, n_step
+from policygrad.rollout import Rollout
+
+pytestmark = pytest.mark.usefixtures("float64")
+GAMMA = 0.9
+
+
+# GAE
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_is_the_double_sum(segments: Segments, lam: float) -> None:
+    """A_t = sum_k (gamma lam)^k (r_{t+k} + gamma V(s_{t+k+1}) - V(s_{t+k})), as far as the episode goes."""
+
+    def advantage(b: int, t: int) -> Tensor:
+        total = torch.zeros(())
+        for u in range(t, segments.stop(b, t) + 1):
+            delta = segments.reward[b, u] + GAMMA * segments.after(b, u) - segments.value[b, u]
+            total = total + (GAMMA * lam) ** (u - t) * delta
+        return total
+
+    assert_close(gae(*segments, GAMMA, lam), segments.each(advantage))
+
+
+def test_gae_of_0_is_the_td_error_and_of_1_the_monte_carlo_advantage(segments: Segments) -> None:
+    delta = segments.each(lambda b, t: segments.reward[b, t] + GAMMA * segments.after(b, t) - segments.value[b, t])
+    assert_close(gae(*segments, GAMMA, 0.0), delta)
+    assert_close(gae(*segments, GAMMA, 1.0), n_step(*segments, GAMMA, 7) - segments.value[:, :-1])
+    assert_close(monte_carlo_advantage(*segments, GAMMA), gae(*segments, GAMMA, 1.0))
+
+
+def test_n_step_advantage_is_the_return_less_the_value(segments: Segments) -> None:
+    assert_close(n_step_advantage(*segments, GAMMA, 3), n_step(*segments, GAMMA, 3) - segments.value[:, :-1])
+
+
+def truncated_at_5(length: int = 12) -> Tensor:
+    return (torch.arange(length) % 5 == 4).expand(2, -1)
+
+
+def all_advantages(s: Segments) -> list[Tensor]:
+    found = [gae(*s, GAMMA, lam) for lam in (0.0, 0.9, 1.0)] + [n_step_advantage(*s, GAMMA, n) for n in (1, 3, 99)]
+    return [*found, monte_carlo_advantage(*s, GAMMA)]
+
+
+def test_a_time_limit_is_no_end_of_value() -> None:
+    """Constant reward 1, V = 1 / (1 - gamma), truncated at 5: nothing is better than expected."""
+    value = torch.full((2, 13), 1 / (1 - GAMMA))
+    never = torch.zeros(2, 12, dtype=torch.bool)
+    for advantage in all_advantages(Segments(torch.ones(2, 12), value, never, truncated_at_5())):
+        assert_close(advantage, torch.zeros(2, 12), atol=1e-13, rtol=0)
+
+
+def test_an_end_of_value_is_one() -> None:
+    ended = truncated_at_5()
+    advantage = gae(torch.ones(2, 12), torch.full((2, 13), 1 / (1 - GAMMA)), ended, ended, GAMMA, 0.9)
+    assert (advantage[:, :10] < -1e-2).all()
+
+
+def test_a_batch_with_a_truncation_is_its_two_trajectories_estimated_apart() -> None:
+    reward, value = torch.randn(3, 8), torch.randn(3, 9)
+    never = torch.zeros(3, 8, dtype=torch.bool)
+    ended = never.index_fill(1, torch.tensor(4), True)
+    apart = [
+        all_advantages(Segments(reward[:, :5], value[:, :6], never[:, :5], never[:, :5])),
+        all_advantages(Segments(reward[:, 5:], value[:, 5:], never[:, 5:], never[:, 5:])),
+    ]
+    # In one row V(obs[5]) is the second trajectory's first state, which the bootstrap of the first is taken from.
+    for whole, first, second in zip(all_advantages(Segments(reward, value, never, ended)), *apart, strict=True):
+        assert_close(whole, torch.cat([first, second], 1))
+
+
+@pytest.mark.parametrize("reset_ends", [False, True])
+def test_next_step_reset_gives_the_advantages_of_the_episodes_apart(reset_ends: bool) -> None:
+    """The masked step's value is the true final observation's: first episode, its last value, second episode."""
+    reward, value = [torch.randn(3, 4), torch.randn(3, 3)], [torch.randn(3, 5), torch.randn(3, 4)]
+    never = torch.zeros(3, 8, dtype=torch.bool)
+    ended = never.clone()
+    ended[:, 3], ended[:, 4] = True, reset_ends
+    garbage = torch.full((3, 1), 1e3)
+    row = Segments(torch.cat([reward[0], garbage, reward[1]], 1), torch.cat(value, 1), never, ended)
+    apart = [
+        all_advantages(Segments(r, v, torch.zeros_like(r).bool(), torch.zeros_like(r).bool()))
+        for r, v in zip(reward, value, strict=True)
+    ]
+    for whole, first, second in zip(all_advantages(row), *apart, strict=True):
+        assert_close(whole[:, :4], first)
+        assert_close(whole[:, 5:], second)
+
+
+# Baselines
+
+
+def returns_of(rollout: Rollout) -> Tensor:
+    return torch.randn(rollout.mask.shape).where(rollout.mask, torch.nan)
+
+
+def test_mean_baseline_is_the_mean_return_of_the_other_rows(softmax: nn.Module, sample: Callable[..., Rollout]) -> None:
+    rollout = sample(softmax)
+    returns = returns_of(rollout)
+    for i, b in enumerate(mean_baseline(rollout, returns)):
+        others = [returns[j, t] for j in range(6) for t in range(5) if j != i and rollout.mask[j, t]]
+        assert_close(b, (sum(others) / len(others)).expand(5))
+
+
+def test_time_mean_baseline_is_the_mean_return_of_the_other_rows_at_that_step(
+    softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    rollout.mask[1:, 4] = False  # only row 0 gets that far
+    rollout.mask[0, 4] = True
+    returns = returns_of(rollout)
+    baseline = time_mean_baseline(rollout, returns)
+    for i in range(6):
+        for t in range(5):
+            others = [returns[j, t] for j in range(6) if j != i and rollout.mask[j, t]]
+            if rollout.mask[i, t]:
+                assert_close(baseline[i, t], sum(others) / len(others) if others else torch.zeros(()))
+
+
+def test_optimal_constant_baseline_minimises_the_variance_of_the_other_rows_gradients() -> None:
+    score, gradient = torch.randn(6, 4), torch.randn(6, 4)  # Z_j and X_j
+    baseline = optimal_constant_baseline((gradient * score).sum(1), (score * score).sum(1))
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+
+        def second_moment(b: Tensor, others: list[int] = others) -> Tensor:
+            return sum((gradient[j] - b * score[j]).square().sum() for j in others)
+
+        slope = torch.func.grad(second_moment)(baseline[i])
+        assert_close(slope, torch.zeros(()), atol=1e-12, rtol=0)
+
+
+def test_optimal_constant_baseline_survives_a_row_with_a_score_that_dwarfs_the_others() -> None:
+    squares = torch.tensor([1.0, 1e-9, 1e-9], dtype=torch.float32)
+    products = torch.tensor([1.0, 3e-9, 3e-9], dtype=torch.float32)
+    assert_close(optimal_constant_baseline(products, squares)[0], torch.tensor(3.0, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("baseline", [no_baseline, mean_baseline, time_mean_baseline])
+def test_no_baseline_looks_at_the_row_it_judges(
+    baseline: Callable[[Rollout, Tensor], Tensor], softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    returns = returns_of(rollout)
+    changed = returns.clone()
+    changed[2] += 5
+    before, after = (baseline(rollout, x)[2][rollout.mask[2]] for x in (returns, changed))
+    assert_close(before, after)
+
+
+@pytest.mark.parametrize("baseline", [no_baseline, mean_baseline, time_mean_baseline])
+def test_the_baseline_of_a_row_alone_is_0(
+    baseline: Callable[[Rollout, Tensor], Tensor], softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax, rows=1)
+    assert baseline(rollout, returns_of(rollout))[rollout.mask].eq(0).all()
+    assert optimal_constant_baseline(torch.randn(1), torch.rand(1)).eq(0).all()
+
+
+# Groups
+
+
+def test_group_statistics_are_their_definitions() -> None:
+    score, group = torch.randn(9), torch.tensor([7, 2, 7, 2, 2, 7, 5, 7, 5])
+    mean, others, std = group_mean(score, group), leave_one_out(score, group), group_std(score, group)
+    for i in range(9):
+        own = [score[j] for j in range(9) if group[j] == group[i]]
+        rest = [score[j] for j in range(9) if group[j] == group[i] and j != i]
+        assert_close(mean[i], sum(own) / len(own))
+        assert_close(others[i], sum(rest) / len(rest))
+        assert_close(std[i], torch.sqrt(sum((x - mean[i]) ** 2 for x in own) / (len(own) - 1)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 64])
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6 + 0.1, -0.7])
+def test_equal_rewards_have_advantage_exactly_0(reward: float, size: int) -> None:
+    score, group = torch.full((size,), reward, dtype=torch.float32), torch.zeros(size, dtype=torch.long)
+    assert (score - group_mean(score, group)).eq(0).all()
+    assert group_std(score, group).eq(0).all()
+    if size > 1:
+        assert (score - leave_one_out(score, group)).eq(0).all()
+
+
+def test_a_row_alone_has_its_own_mean_nobody_to_be_compared_with_and_no_spread() -> None:
+    score, group = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([0, 1, 0])
+    assert group_mean(score, group)[1] == 3
+    assert leave_one_out(score, group)[1] == 0
+    assert group_std(score, group)[1] == 0
+
+
+@pytest.mark.parametrize("statistic", [group_mean, leave_one_out, group_std])
+def test_group_statistics_do_not_depend_on_labels_or_order(statistic: Callable[[Tensor, Tensor], Tensor]) -> None:
+    score, group, order = torch.randn(12), torch.randint(4, (12,)), torch.randperm(12)
+    relabelled = torch.tensor([40, -3, 7, 1000])[group]
+    assert torch.equal(statistic(score, relabelled), statistic(score, group))
+    assert_close(statistic(score[order], group[order]), statistic(score, group)[order])
+
+
+@pytest.mark.parametrize("statistic", [group_mean, leave_one_out, group_std])
+def test_a_group_is_not_touched_by_the_numbers_of_another(statistic: Callable[[Tensor, Tensor], Tensor]) -> None:
+    score, group = torch.tensor([1.0, 2.0, 4.0, torch.nan, torch.inf, 3.0]), torch.tensor([0, 0, 0, 1, 2, 2])
+    assert torch.equal(statistic(score, group)[:3], statistic(score[:3], group[:3]))
+
+
+def test_a_large_offset_does_not_cancel() -> None:
+    small = torch.tensor([0.0, 0.5, 1.0, 0.5], dtype=torch.float32)
+    group = torch.zeros(4, dtype=torch.long)
+    large = small + 1e6
+    assert_close(large - group_mean(large, group), small - 0.5)
+    assert_close(large - leave_one_out(large, group), (small - 0.5) * 4 / 3, atol=0.05, rtol=0)
+    assert_close(group_std(large, group), group_std(small, group))
+    assert_close(standardize(large[None], large[None] > 0), standardize(small[None], small[None] >= 0))
+
+
+# Standardisation
+
+
+def test_standardized_is_of_mean_0_and_standard_deviation_1_over_the_mask() -> None:
+    x, mask = 5 + 3 * torch.randn(4, 6), torch.rand(4, 6) < 0.6
+    y = standardize(x, mask)
+    chosen = x[mask]
+    assert_close(y[mask], (chosen - chosen.mean()) / chosen.std())
+    assert_close(y[mask].mean(), torch.zeros(()), atol=1e-12, rtol=0)
+    assert_close(y[mask].std(), torch.ones(()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 1000])
+def test_equal_advantages_and_one_alone_are_standardized_to_exactly_0(count: int) -> None:
+    x = torch.full((1, count + 2), 0.1, dtype=torch.float32)
+    x[:, :2] = torch.tensor([torch.nan, 1e9])
+    mask = torch.ones(1, count + 2, dtype=torch.bool).index_fill(1, torch.tensor([0, 1]), False)
+    assert standardize(x, mask).eq(0).all()
+
+
+def test_nothing_in_the_mask_is_standardized_to_0() -> None:
+    assert standardize(torch.full((2, 2), torch.nan), torch.zeros(2, 2, dtype=torch.bool)).eq(0).all()
+
+
+def test_unnormalized_is_as_it_was() -> None:
+    x = torch.randn(2, 3)
+    assert unnormalized(x, x > 0) is x
+
+
+def test_lambda_return_is_gae_plus_the_value(segments: Segments) -> None:
+    target = gae(*segments, GAMMA, 0.8) + segments.value[:, :-1]
+    assert_close(target, lambda_return(*segments, GAMMA, 0.8))

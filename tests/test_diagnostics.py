@@ -1,0 +1,88 @@
+"""What a practitioner looks at."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from policygrad.diagnostics import explained_variance, mean_metrics, ratio_metrics
+from policygrad.weights import per_row, per_token
+
+pytestmark = pytest.mark.usefixtures("float64")
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+
+
+def test_ratio_metrics_are_their_definitions() -> None:
+    old, new, weight = torch.randn(2, 4), torch.randn(2, 4), 3 * per_row(MASK)  # whatever the weights add up to
+    metrics = ratio_metrics(new.where(MASK, torch.nan), old, MASK, weight, low=0.5, high=0.7)
+    share = {(b, t): weight[b, t] / weight.sum() for b in range(2) for t in range(4) if MASK[b, t]}
+    ratio = {bt: (new[bt] - old[bt]).exp() for bt in share}
+    assert_close(metrics["kl"], sum(w * (ratio[bt] - 1 - ratio[bt].log()) for bt, w in share.items()))
+    outside = sum(w for bt, w in share.items() if not 0.5 <= ratio[bt] <= 1.7)
+    assert 0 < outside < 1
+    assert_close(metrics["clip_fraction"], outside)
+    first, second = (sum(w * ratio[bt] ** k for bt, w in share.items()) for k in (1, 2))
+    assert_close(metrics["effective_sample_size"], first**2 / second)
+
+
+def test_equal_policies_have_kl_0_nothing_clipped_and_every_sample_effective() -> None:
+    logp = torch.randn(2, 4)
+    metrics = ratio_metrics(logp, logp, MASK, per_token(MASK), 0.0, 0.0)
+    assert metrics["kl"] == 0
+    assert metrics["clip_fraction"] == 0
+    assert_close(metrics["effective_sample_size"], torch.tensor(1.0))
+
+
+def test_one_ratio_that_dwarfs_the_others_leaves_one_effective_sample() -> None:
+    logp = torch.zeros(2, 4)
+    logp[0, 0] = 30
+    metrics = ratio_metrics(logp, torch.zeros(2, 4), MASK, per_token(MASK))
+    assert_close(metrics["effective_sample_size"], torch.tensor(1 / 6))
+    assert metrics["clip_fraction"] == 0  # nothing is outside of an infinite interval
+
+
+def test_a_minibatch_without_a_decision_has_finite_metrics() -> None:
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    metrics = ratio_metrics(torch.randn(2, 4), torch.randn(2, 4), nothing, per_token(nothing), 0.2, 0.2)
+    assert all(value == 0 for value in metrics.values())
+
+
+def test_explained_variance_is_one_less_the_share_that_is_left() -> None:
+    value, target, weight = torch.randn(2, 4), torch.randn(2, 4), torch.rand(2, 4).where(MASK, 0.0)
+    left, whole = (target - value)[MASK], target[MASK]
+    share = weight[MASK] / weight.sum()
+    variance = [(share * (x - (share * x).sum()) ** 2).sum() for x in (left, whole)]
+    spoilt = [x.where(MASK, torch.nan) for x in (value, target)]
+    assert_close(explained_variance(*spoilt, weight), 1 - variance[0] / variance[1])
+
+
+def test_explained_variance_is_1_for_a_perfect_critic_and_one_that_is_off_by_a_constant() -> None:
+    target = torch.randn(2, 4)
+    assert explained_variance(target, target, per_token(MASK)) == 1
+    assert_close(explained_variance(target + 3, target, per_token(MASK)), torch.tensor(1.0))
+
+
+def test_explained_variance_is_0_for_a_constant() -> None:
+    value = torch.full((2, 4), 7.0)
+    assert_close(explained_variance(value, torch.randn(2, 4), per_token(MASK)), torch.tensor(0.0), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 64, 1000])
+@pytest.mark.parametrize("target", [0.1, 1 / 3, 1e6 + 0.1])
+def test_explained_variance_of_equal_targets_is_0_and_not_a_quotient_of_rounding_errors(
+    steps: int, target: float
+) -> None:
+    equal = torch.full((1, steps), target, dtype=torch.float32)
+    weight = torch.full((1, steps), 1 / steps, dtype=torch.float32)
+    assert explained_variance(torch.randn(1, steps, dtype=torch.float32), equal, weight) == 0
+
+
+def test_metrics_have_no_gradient() -> None:
+    logp = torch.randn(2, 4, requires_grad=True)
+    metrics = ratio_metrics(logp, torch.zeros(2, 4), MASK, per_token(MASK))
+    metrics["explained_variance"] = explained_variance(logp, torch.randn(2, 4), per_token(MASK))
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_mean_metrics_are_means() -> None:
+    rows = [{"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, {"a": torch.tensor(2.0), "b": torch.tensor(7.0)}]
+    assert mean_metrics(rows) == {"a": torch.tensor(1.5), "b": torch.tensor(6.0)}

@@ -1,0 +1,165 @@
+"""What is maximised: tables of values and slopes, and the one gradient that all share at the old policy."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from policygrad.objectives import (
+    clipped_squared_error,
+    clipped_surrogate,
+    clipped_weight,
+    dual_clip,
+    penalised_surrogate,
+    squared_error,
+    surrogate,
+)
+from policygrad.rollout import Rollout
+from policygrad.score import score, token_ratio
+
+pytestmark = pytest.mark.usefixtures("float64")
+INF = torch.inf
+
+
+def value_and_slope(f: Callable[[Tensor], Tensor], x: float) -> tuple[float, float]:
+    at = torch.full((1, 1), x, requires_grad=True)
+    y = f(at)
+    return y.item(), torch.autograd.grad(y.sum(), at)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "value", "slope"),
+    [
+        # a good action: no more gain above 1 + high
+        (2.0, 0.5, 1.0, 2.0),
+        (2.0, 0.85, 1.7, 2.0),
+        (2.0, 1.0, 2.0, 2.0),
+        (2.0, 1.25, 2.5, 2.0),
+        (2.0, 1.5, 2.6, 0.0),
+        # a bad action: no more gain below 1 - low
+        (-2.0, 0.5, -1.6, 0.0),
+        (-2.0, 0.85, -1.7, -2.0),
+        (-2.0, 1.0, -2.0, -2.0),
+        (-2.0, 1.25, -2.5, -2.0),
+        (-2.0, 1.5, -3.0, -2.0),
+        # neither
+        (0.0, 0.5, 0.0, 0.0),
+        (0.0, 1.5, 0.0, 0.0),
+    ],
+)
+def test_clipped_surrogate_with_low_0p2_and_high_0p3(
+    advantage: float, ratio: float, value: float, slope: float
+) -> None:
+    found = value_and_slope(lambda r: clipped_surrogate(r, torch.full((1, 1), advantage), 0.2, 0.3), ratio)
+    assert found == pytest.approx((value, slope))
+
+
+def test_clipped_surrogate_is_the_least_of_the_two_and_so_a_lower_bound() -> None:
+    ratio, advantage = torch.rand(20, 20) * 3, torch.randn(20, 20)
+    bound = clipped_surrogate(ratio, advantage, 0.1, 0.4)
+    for r, a, b in zip(ratio.flatten(), advantage.flatten(), bound.flatten(), strict=True):
+        assert_close(b, min(r * a, min(max(r, torch.tensor(0.9)), torch.tensor(1.4)) * a))
+    assert (bound <= surrogate(ratio, advantage)).all()
+
+
+def test_clip_inf_is_the_surrogate() -> None:
+    ratio, advantage = (torch.rand(5, 5) * 9).requires_grad_(), torch.randn(5, 5)
+    assert torch.equal(clipped_surrogate(ratio, advantage, INF, INF), surrogate(ratio, advantage))
+    assert_close(torch.autograd.grad(clipped_surrogate(ratio, advantage, INF, INF).sum(), ratio)[0], advantage)
+
+
+def test_one_ratio_a_row_serves_every_token() -> None:
+    ratio, advantage = torch.rand(3, 1) * 2, torch.randn(3, 4)
+    whole = ratio.expand(3, 4)
+    assert torch.equal(clipped_surrogate(ratio, advantage, 0.2, 0.2), clipped_surrogate(whole, advantage, 0.2, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "value", "slope"),
+    [(-2.0, 2.0, -4.0, -2.0), (-2.0, 5.0, -6.0, 0.0), (-2.0, 0.5, -1.6, 0.0), (2.0, 5.0, 2.4, 0.0), (0.0, 5.0, 0.0, 0.0)],
+)
+def test_dual_clip_is_a_floor_of_3_advantages_where_the_advantage_is_negative(
+    advantage: float, ratio: float, value: float, slope: float
+) -> None:
+    a = torch.full((1, 1), advantage)
+    found = value_and_slope(lambda r: dual_clip(clipped_surrogate(r, a, 0.2, 0.2), a, 3.0), ratio)
+    assert found == pytest.approx((value, slope))
+
+
+def test_dual_clip_inf_is_no_floor_and_an_advantage_of_0_gives_no_nan() -> None:
+    ratio, advantage = torch.tensor([[0.5, 1.0, 90.0]]).requires_grad_(), torch.tensor([[-1.0, 0.0, -2.0]])
+    gain = dual_clip(surrogate(ratio, advantage), advantage, INF)
+    assert_close(gain, surrogate(ratio, advantage))
+    assert_close(torch.autograd.grad(gain.sum(), ratio)[0], advantage)
+
+
+def test_penalised_surrogate_is_the_gain_less_beta_times_the_divergence() -> None:
+    gain, divergence = torch.randn(2, 3), torch.rand(2, 3)
+    for beta in (0.0, 0.7, torch.tensor(2.0)):
+        assert_close(penalised_surrogate(gain, divergence, beta), gain - float(beta) * divergence)
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.3, 0.8), (0.9, 0.9), (1.2, 1.2), (7.0, 1.5)])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_the_gradient_of_clipped_weight_is_the_clipped_ratio_times_that_of_the_score_term(
+    ratio: float, weight: float, advantage: float
+) -> None:
+    old = torch.full((1, 1), -1.0)
+
+    def objective(logp: Tensor) -> Tensor:
+        return clipped_weight(logp, (logp - old).exp(), torch.full((1, 1), advantage), 0.2, 0.5)
+
+    logp = -1 + torch.tensor(ratio).log().item()
+    assert value_and_slope(objective, logp) == pytest.approx((weight * advantage * logp, weight * advantage))
+
+
+def test_surrogates_and_score_have_one_gradient_at_the_old_policy(
+    policy: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout, advantage = sample(policy), torch.randn(6, 5)
+
+    def gradient(objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        logp = policy(rollout.obs).log_prob(rollout.action)
+        gain = objective(logp, token_ratio(logp, rollout.logp, rollout.mask)).where(rollout.mask, 0.0).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(gain, list(policy.parameters()))])
+
+    plain = gradient(lambda logp, ratio: score(logp, advantage))
+    assert plain.norm() > 0.1
+    assert_close(gradient(lambda logp, ratio: surrogate(ratio, advantage)), plain)
+    assert_close(gradient(lambda logp, ratio: clipped_surrogate(ratio, advantage, 0.2, 0.2)), plain)
+    assert_close(gradient(lambda logp, ratio: clipped_weight(logp, ratio, advantage, 0.2, 0.2)), plain)
+    assert_close(
+        gradient(lambda logp, ratio: dual_clip(clipped_surrogate(ratio, advantage, 0.2, 0.2), advantage, 3.0)), plain
+    )
+
+
+def test_squared_error() -> None:
+    value, target = torch.randn(2, 3), torch.randn(2, 3)
+    assert_close(squared_error(value, target), value**2 - 2 * value * target + target**2)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "error", "slope"),
+    [
+        (1.1, 3.0, 1.9**2, -3.8),  # within reach of the old value, 1
+        (1.5, 3.0, 1.8**2, 0.0),  # nearer to the target than it may be: no slope
+        (0.5, 3.0, 2.5**2, -5.0),  # moved away from the target: the full error
+        (5.0, 1.0, 4.0**2, 8.0),  # far beyond the target
+    ],
+)
+def test_clipped_squared_error_is_the_larger_of_the_two(
+    value: float, target: float, error: float, slope: float
+) -> None:
+    old, to = torch.ones(1, 1), torch.full((1, 1), target)
+    assert value_and_slope(lambda v: clipped_squared_error(v, to, old, 0.2), value) == pytest.approx((error, slope))
+
+
+def test_clipped_squared_error_without_a_clip_is_the_squared_error() -> None:
+    value, target, old = torch.randn(3, 5, 5)
+    value.requires_grad_()
+    assert_close(clipped_squared_error(value, target, old, INF), squared_error(value, target))
+    assert_close(
+        torch.autograd.grad(clipped_squared_error(value, target, old, INF).sum(), value)[0], 2 * (value - target)
+    )
