@@ -14,7 +14,8 @@ _MODULES = {
     "policygrad.algorithms.trpo": ("trpo", "npg"),
     "policygrad.algorithms.ppo": ("ppo",),
     "policygrad.control": ("Policy", "Critic", "Sampler", "make_environments", "evaluate"),
-    "policygrad.runs.training": ("train", "Run", "Evaluation", "evaluate_run"),
+    "policygrad.runs.training": ("train",),
+    "policygrad.runs.run": ("Run", "Evaluation", "evaluate_run"),
     "policygrad.runs.checkpoints": ("load_policy",),
     "policygrad.errors": ("UserError",),
 }

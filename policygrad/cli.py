@@ -143,7 +143,7 @@ def _train(rest: list[str]) -> int:
 def _eval(rest: list[str]) -> int:
     command = _parse(Eval, rest, "eval", None)
     _quiet()
-    from policygrad.runs.training import evaluate_run
+    from policygrad.runs.run import evaluate_run
 
     result = evaluate_run(command.run, command.episodes, seed=command.seed, stochastic=command.stochastic)
     if command.json:

@@ -21,7 +21,7 @@ Fit = Callable[[Batch], dict[str, Tensor]]
 
 
 @torch.no_grad()
-def bootstrap_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B T+1"]:
+def bootstrap_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B steps"]:
     """V(s_0), ..., V(s_T): of every step, and of where each row stops (0 if every row terminates)."""
     value = critic(rollout.obs)
     if rollout.final_obs is None:

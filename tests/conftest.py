@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from segments import Segments
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
 from policygrad.rollout import Rollout
-from segments import Segments
 
 torch.set_num_threads(1)
 

@@ -78,7 +78,13 @@ def test_one_ratio_a_row_serves_every_token() -> None:
 
 @pytest.mark.parametrize(
     ("advantage", "ratio", "value", "slope"),
-    [(-2.0, 2.0, -4.0, -2.0), (-2.0, 5.0, -6.0, 0.0), (-2.0, 0.5, -1.6, 0.0), (2.0, 5.0, 2.4, 0.0), (0.0, 5.0, 0.0, 0.0)],
+    [
+        (-2.0, 2.0, -4.0, -2.0),
+        (-2.0, 5.0, -6.0, 0.0),
+        (-2.0, 0.5, -1.6, 0.0),
+        (2.0, 5.0, 2.4, 0.0),
+        (0.0, 5.0, 0.0, 0.0),
+    ],
 )
 def test_dual_clip_is_a_floor_of_3_advantages_where_the_advantage_is_negative(
     advantage: float, ratio: float, value: float, slope: float

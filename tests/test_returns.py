@@ -133,7 +133,9 @@ def test_returns_of_a_transposed_array_are_those_of_a_copy(segments: Segments) -
 def test_the_precision_of_the_rewards_is_the_precision_of_the_return() -> None:
     reward, ended = torch.randn(2, 3, dtype=torch.float32), torch.zeros(2, 3, dtype=torch.bool)
     assert reward_to_go(reward, ended, GAMMA).dtype == torch.float32
-    assert lambda_return(reward, torch.zeros(2, 4, dtype=torch.float32), ended, ended, GAMMA, 0.9).dtype == torch.float32
+    assert (
+        lambda_return(reward, torch.zeros(2, 4, dtype=torch.float32), ended, ended, GAMMA, 0.9).dtype == torch.float32
+    )
 
 
 def test_expected_reward_less_the_kl_charge_is_the_expected_reward_less_beta_kl() -> None:

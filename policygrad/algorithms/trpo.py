@@ -7,6 +7,7 @@ update    the natural step F^-1 g, inside KL <= delta with a line search (TRPO) 
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -52,7 +53,7 @@ def trpo(
         advantage = normalize(advantage, rollout.mask)
         batch = decisions(rollout, weights(rollout.mask), advantage, target, value[:, :-1])
         with torch.no_grad():
-            old = policy(batch.obs)
+            old = deepcopy(policy(batch.obs))  # what holds a parameter itself, not a function of it, would move along
 
         # Objective
         def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

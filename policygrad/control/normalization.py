@@ -30,7 +30,7 @@ class RunningStatistics:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """mean, var and count as arrays."""
-        return {"mean": self.mean, "var": self.var, "count": np.asarray(self.count)}
+        return {name: np.array(getattr(self, name)) for name in ("mean", "var", "count")}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """What state_dict gave."""

@@ -1,5 +1,6 @@
 """Sampling a Gymnasium vector environment: (policy) -> Rollout."""
 
+import copy
 from collections import deque
 from typing import Any
 
@@ -85,6 +86,8 @@ class Sampler:
             if self.whole_episodes and self.resetting.all():
                 break
         spare = length - len(actions)
+        if spare:
+            obs[:, len(actions)] = self.obs  # where the episodes that ended last stopped
         action, logp = (torch.cat(x, 1) for x in (actions, logps))
         columns = {
             "obs": obs,
@@ -115,10 +118,11 @@ class Sampler:
         if self.reward_scaler is not None:
             state["rewards"] = self.reward_scaler.statistics.state_dict()
             state["returns"] = self.reward_scaler.returns
-        return state
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What state_dict gave."""
+        state = copy.deepcopy(state)
         for name in _STATE:
             setattr(self, name, state[name])
         self.finished = deque((tuple(x) for x in state["finished"]), maxlen=100)
@@ -137,6 +141,8 @@ class Sampler:
         self.resetting[:] = False
         self.episode_return[:] = 0.0
         self.episode_length[:] = 0
+        if self.reward_scaler is not None:
+            self.reward_scaler.returns[:] = 0.0
         self.obs = self._receive(obs, ~self.resetting)
 
     def _step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -146,6 +152,10 @@ class Sampler:
         except Exception as error:
             raise _failure("step", error) from error
         counts = ~self.resetting
+        if np.shape(reward) != counts.shape:
+            raise UserError(
+                f"the environments returned rewards of shape {np.shape(reward)}, not {counts.shape}: mend their step"
+            )
         reward = np.where(counts, reward, 0.0)
         terminated, ended = terminated & counts, (terminated | truncated) & counts
         if not np.isfinite(reward).all():
@@ -181,7 +191,12 @@ class Sampler:
             raise UserError(
                 f"the environments returned observations of shape {obs.shape}, not {expected}: mend the space"
             )
-        if np.issubdtype(obs.dtype, np.integer) and isinstance(self.observation_space, spaces.Discrete):
+        if isinstance(self.observation_space, spaces.Discrete):
+            number = obs - self.observation_space.start
+            if not ((number >= 0) & (number < self.observation_space.n)).all():
+                raise UserError(
+                    f"the environment returned an observation outside its {self.observation_space}: mend the space"
+                )
             return obs.astype(np.int64)
         if not np.isfinite(obs).all():
             raise UserError("the environment returned an observation that is NaN or infinite: mend its step or reset")
@@ -201,7 +216,7 @@ class Sampler:
         return torch.from_numpy(column).to(self.device)
 
     def _metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {"steps": self.steps, "episodes": self.episodes}
+        metrics = {"steps": float(self.steps), "episodes": float(self.episodes)}
         if self.finished:
             returns, lengths = zip(*self.finished, strict=True)
             metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}

@@ -38,6 +38,18 @@ def expected_return(world: World, probs: Float[Tensor, "S A"]) -> Float[Tensor, 
     return world.start @ state_value(world, probs)
 
 
+def optimal_probs(world: World) -> Float[Tensor, "S A"]:
+    """The greedy policy of its own Q, by policy iteration (Sutton & Barto 2018, section 4.3). For gamma < 1."""
+    states, actions = world.reward.shape
+    probs = torch.full_like(world.reward, 1 / actions)
+    for _ in range(states * actions + 1):
+        greedy = torch.eye(actions, dtype=probs.dtype)[action_value(world, probs).argmax(1)]
+        if torch.equal(greedy, probs):
+            break
+        probs = greedy
+    return probs
+
+
 def visitation(
     world: World, probs: Float[Tensor, "S A"], gamma: float, horizon: int | None = None
 ) -> Float[Tensor, " S"]:
@@ -74,7 +86,7 @@ def policy_gradient(world: World, probs: Float[Tensor, "S A"], score: Float[Tens
 def fisher(
     visits: Float[Tensor, " S"], probs: Float[Tensor, "S A"], score: Float[Tensor, "S A N"]
 ) -> Float[Tensor, "N N"]:
-    """F = sum_s d(s) sum_a pi(a|s) grad log pi grad log pi^T, d the visits divided by their sum (Kakade 2001, eq. 2)."""
+    """F = sum_s d(s) sum_a pi(a|s) grad log pi grad log pi^T, d = eta / sum eta (Kakade 2001, eq. 2)."""
     return torch.einsum("s,sa,sam,san->mn", visits / visits.sum(), probs, score, score)
 
 

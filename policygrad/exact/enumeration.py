@@ -77,7 +77,7 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
     """Rows of two episodes, one after the other, with a step between that no policy chose.
 
     That step is what Gymnasium's next-step auto-reset makes: its observation is where the first episode stopped, its
-    action is ignored, it is masked, and here its reward is NaN, so that whoever counts it is found out. An episode
+    action is ignored, it is masked, and here its reward and log-probability are NaN, so that who counts it is found out. An episode
     that terminates early is filled up with such steps.
     """
     first, second = rows(rollout, index[:, 0]), rows(rollout, index[:, 1])
@@ -91,7 +91,7 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
     return Rollout(
         joined("obs", between),
         joined("action", torch.zeros_like(first.action[:, :1])),
-        joined("logp", nothing),
+        joined("logp", nothing + torch.nan),
         joined("reward", nothing + torch.nan),
         joined("terminated", torch.zeros_like(pad)),
         joined("ended", torch.zeros_like(pad)),

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from policygrad.errors import UserError
-from policygrad.exact.enumeration import LIMIT, rows, trajectories
+from policygrad.exact.enumeration import LIMIT, trajectories
 from policygrad.exact.worlds import DTYPE, World
 from policygrad.rollout import Rollout
 
@@ -77,7 +77,7 @@ def prefix_state(world: TokenWorld, obs: Int[Tensor, "B T"]) -> Int[Tensor, "B T
 
 
 class OnPrefixes(nn.Module):
-    """A policy or critic of the tree, as a causal model of tokens: obs [B, T] of tokens -> what it says of each prefix."""
+    """A policy or critic of the tree as a causal model of tokens: obs [B, T] -> what it says of each prefix."""
 
     def __init__(self, world: TokenWorld, module: nn.Module) -> None:
         super().__init__()

@@ -202,7 +202,7 @@ BUILDERS: dict[type[Options], Callable[..., Learner]] = {
 def _adam(options: Options, rate: float, *modules: nn.Module) -> Adam:
     # A dict keeps their order and takes each once: policy and critic may share a trunk.
     parameters = dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad)
-    return Adam(list(parameters), lr=rate, eps=options.adam_epsilon)
+    return Adam(list(parameters), lr=rate, eps=options.adam_epsilon, fused=True)
 
 
 def _fit(options: Any, critic: nn.Module, optimizer: Adam) -> Callable:

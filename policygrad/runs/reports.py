@@ -97,7 +97,7 @@ def draw_curve(rows: list[Row], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.8), layout="constrained", dpi=150)
     panels = [(name, label) for name, label in PANELS if any(name in row for row in rows)]
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(2.0, 1.0)))
+    left, right = list(np.asarray(figure.subfigures(1, 2, width_ratios=(2.0, 1.0))))
     main = left.subplots()
     small = right.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
     curves = [(main, "return", "#1f5fa8", 2.0)] + [
@@ -117,15 +117,8 @@ def draw_curve(rows: list[Row], title: str, path: Path) -> None:
     main.set_ylabel("mean return of the last 100 episodes")
     last = [row["return"] for row in rows if "return" in row]
     if last:
-        main.annotate(
-            f"{last[-1]:,.1f}",
-            (rows[-1]["steps"], last[-1]),
-            xytext=(-4, -14),
-            textcoords="offset points",
-            ha="right",
-            color="#1f5fa8",
-            fontweight="bold",
-        )
+        main.plot(rows[-1]["steps"], last[-1], "o", color="#1f5fa8", markersize=6, clip_on=False, zorder=3)
+        main.set_title(f"{last[-1]:,.1f}", loc="right", fontsize=12, fontweight="bold", color="#1f5fa8")
     for axes, (_, label) in zip(small, panels, strict=True):
         axes.set_title(label, loc="left", fontsize=9, color="#444444")
         axes.tick_params(labelsize=7)

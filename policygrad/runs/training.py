@@ -1,12 +1,9 @@
 """Training a policy on an environment: the caller's loop around an algorithm."""
 
-import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,99 +12,17 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from policygrad.control import (
-    Critic,
-    ObservationNormalizer,
-    Policy,
-    RewardScaler,
-    Sampler,
-    evaluate,
-    make_environments,
-)
+from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.environments import Environment
 from policygrad.control.evaluation import time_limit
 from policygrad.errors import UserError
 from policygrad.runs import learners, presets
-from policygrad.runs.checkpoints import load_policy, save_policy, write_json
+from policygrad.runs.checkpoints import save_policy, write_json
 from policygrad.runs.options import ALGORITHMS, Options, Reinforce, algorithm_named, validate, with_values
-from policygrad.runs.reports import Log, ProgressLine, Row, draw_curve
+from policygrad.runs.reports import Log, ProgressLine
+from policygrad.runs.run import Run, label, make_directory
 
 Module = nn.Module | Callable[..., nn.Module]
-
-
-@dataclass
-class Evaluation:
-    """What a policy scored on whole episodes."""
-
-    return_mean: float
-    return_std: float
-    length_mean: float
-    episodes: int
-    returns: list[float]
-
-
-@dataclass
-class Run:
-    """A policy that was trained, with what is needed to use it, judge it and save it."""
-
-    algorithm: str
-    environment: Environment
-    options: Options
-    preset: str | None
-    policy: nn.Module
-    critic: nn.Module
-    normalizer: ObservationNormalizer | None
-    directory: Path | None
-    metrics: list[Row] = field(default_factory=list)
-    seconds: float = 0.0
-    recent: list[float] = field(default_factory=list)  # returns of the last 100 episodes of training
-
-    def evaluate(self, episodes: int = 10, *, seed: int = 1000, stochastic: bool = False) -> Evaluation:
-        """Play whole episodes with the policy as it is: its mode, or with its noise if `stochastic`."""
-        return play(
-            self.policy,
-            self.normalizer,
-            self.environment,
-            episodes,
-            seed=seed,
-            stochastic=stochastic,
-            device=self.options.device,
-        )
-
-    def save(self, directory: Path | str) -> None:
-        """Write the run directory: config.json, the policy, and curve.png."""
-        directory = Path(directory)
-        _make(directory)
-        write_json(directory / "config.json", self.configuration())
-        save_policy(directory, self.policy, self.critic, self.normalizer)
-        if self.metrics:
-            draw_curve(self.metrics, f"{self.algorithm} on {label(self.environment)}", directory / "curve.png")
-
-    def configuration(self) -> dict[str, Any]:
-        """All that the run was started with."""
-        return {
-            "algorithm": self.algorithm,
-            "environment": label(self.environment),
-            "preset": self.preset,
-            "options": {name: _json_number(x) for name, x in dataclasses.asdict(self.options).items()},
-            "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """What `policygrad train --json` prints. return_mean and return_std are of the last 100 training episodes."""
-        steps = int(self.metrics[-1]["steps"]) if self.metrics else 0
-        returns = torch.tensor(self.recent, dtype=torch.float64)
-        return {
-            "run": None if self.directory is None else str(self.directory),
-            "algorithm": self.algorithm,
-            "environment": label(self.environment),
-            "steps": steps,
-            "seconds": round(self.seconds, 3),
-            "steps_per_second": round(steps / max(self.seconds, 1e-9), 1),
-            "return_mean": returns.mean().item() if self.recent else None,
-            "return_std": returns.std(correction=0).item() if self.recent else None,
-            "episodes": int(self.metrics[-1]["episodes"]) if self.metrics else 0,
-        }
 
 
 def train(
@@ -157,7 +72,7 @@ def train(
         policy, critic = _modules(policy, critic, environments, options)
         run = Run(algorithm, environment, options, preset, policy, critic, sampler.observation_normalizer, directory)
         if directory is not None:
-            _make(directory)
+            make_directory(directory)
             write_json(directory / "config.json", run.configuration())
             save_policy(directory, policy, critic, run.normalizer)
         _train(run, sampler, progress)
@@ -189,7 +104,8 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
             good = _copy(modules)
             row["seconds"] = time.perf_counter() - start
             row["steps_per_second"] = row["steps"] / row["seconds"]
-            done = row["steps"] >= options.steps or row.get("return", -math.inf) >= options.stop_at_return
+            solved = row["episodes"] >= 100 and row["return"] >= options.stop_at_return
+            done = solved or row["steps"] >= options.steps
             if row["steps"] >= next_row or done:
                 run.metrics.append(row)
                 next_row = row["steps"] + options.steps / 1000
@@ -272,65 +188,5 @@ def _modules(
         raise UserError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def play(
-    policy: nn.Module,
-    normalizer: ObservationNormalizer | None,
-    environment: Environment,
-    episodes: int,
-    *,
-    seed: int,
-    stochastic: bool,
-    device: str = "cpu",
-) -> Evaluation:
-    """Evaluate a policy on an environment of its own, made for the purpose where it can be."""
-    single = isinstance(environment, gymnasium.Env)
-    environments = make_environments(environment, 1 if single else max(1, min(episodes, 16)))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        returns, lengths = evaluate(
-            policy, environments, episodes, seed=seed, stochastic=stochastic, normalizer=normalizer, device=device
-        )
-    if not isinstance(environment, gymnasium.Env | VectorEnv):
-        environments.close()
-    return Evaluation(
-        float(returns.mean()), float(returns.std()), float(lengths.mean()), episodes, [float(x) for x in returns]
-    )
-
-
-def evaluate_run(directory: Path, episodes: int = 10, *, seed: int = 1000, stochastic: bool = False) -> Evaluation:
-    """Evaluate the policy in a run directory, on the environment that it was trained on."""
-    try:
-        configuration = (directory / "config.json").read_text()
-    except OSError as error:
-        raise UserError(f"{directory} is no run directory ({error.strerror}): give one that train wrote") from error
-    environment = json.loads(configuration)["environment"]
-    policy, normalizer = load_policy(directory)
-    return play(policy, normalizer, environment, episodes, seed=seed, stochastic=stochastic)
-
-
-def label(environment: Environment) -> str:
-    """The name of an environment."""
-    if isinstance(environment, str):
-        return environment
-    spec = getattr(environment, "spec", None)
-    if spec is not None:
-        return spec.id
-    return getattr(environment, "__name__", type(environment).__name__)
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".writable").touch()
-        (directory / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"the directory {directory} cannot be written ({error.strerror}): choose another") from error
-
-
 def _copy(modules: nn.Module) -> dict[str, Tensor]:
     return {name: x.detach().clone() for name, x in modules.state_dict().items()}
-
-
-def _json_number(x: Any) -> Any:
-    """JSON has no infinity."""
-    return str(x) if isinstance(x, float) and not math.isfinite(x) else x

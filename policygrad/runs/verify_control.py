@@ -29,6 +29,7 @@ from policygrad.algorithms.trpo import trpo
 from policygrad.critics import bootstrap_values, optimal_baseline, value_baseline
 from policygrad.divergences import k3
 from policygrad.exact.closed_form import (
+    policy_gradient,
     action_value,
     advantage,
     state_value,
@@ -40,10 +41,11 @@ from policygrad.exact.expected import gae_credit, n_step_credit, td_credit, vtra
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, blind_to_time, probabilities, score_table, tabular
 from policygrad.exact.sampler import EpisodeSampler
 from policygrad.exact.worlds import World, bandit, chain, cliff, garnet, termination, with_clock
+from policygrad.linalg import flat_gradient
 from policygrad.objectives import clipped_surrogate, clipped_weight, surrogate
 from policygrad.returns import discount, lambda_return, reward_to_go, trajectory_return, vtrace
-from policygrad.rollout import Rollout, decisions
-from policygrad.runs.verify_statistics import Estimator, Experience, Moments
+from policygrad.rollout import Batch, Rollout, decisions
+from policygrad.runs.verify_statistics import BATCH, Estimator, Experience, Moments
 from policygrad.score import score, token_ratio
 from policygrad.weights import average, per_episode
 
@@ -52,7 +54,7 @@ CLIP = (0.1, 0.2)  # two numbers, so that an exchange shows
 LEANS = "leans on the critic"
 TWICE = "gamma^t counted twice"
 NO_DISCOUNT = "gamma^t dropped (Nota & Thomas)"
-OLD_STATES = "states of the old policy (Degris et al.)"
+OLD_STATES = "states of the old policy (Degris)"
 CLIPPED = "old states, ratio clipped"
 
 Credit = Callable[[Rollout], Tensor]
@@ -127,7 +129,7 @@ def _sampled(world: World, policy: nn.Module, horizon: int, samples: int, seed: 
     rollout = EpisodeSampler(world, samples, horizon, seed)(policy)
 
     def split(size: int) -> tuple[Tensor, Tensor]:
-        size = 8 if size > 1 else 1
+        size = BATCH if size > 1 else 1
         index = torch.arange(samples // size * size).view(-1, size)
         return index, torch.full((len(index),), 1 / len(index))
 
@@ -227,7 +229,8 @@ def reinforce_rows(at: Setting) -> list[Estimator]:
         return weighted_gradient(visitation(world, at.probs, rate), at.probs, q, at.scores)
 
     def row(name: str, rows: int = 1, expected: Tensor | None = None, reason: str = "", **options: Any) -> Estimator:
-        return Estimator(f"REINFORCE, {name}", partial(_reinforce, gamma=gamma, **options), rows, expected, reason)
+        gain = partial(_reinforce, gamma=gamma, **options)
+        return Estimator(f"REINFORCE, {name}", gain, rows, expected=expected, reason=reason, any_rows=rows > 1)
 
     whole = {"returns": trajectory_return, "discounted": False}
     learned = partial(value_baseline, critic=critic)
@@ -277,7 +280,7 @@ def actor_critic_rows(at: Setting) -> list[Estimator]:
                 continue  # where a time limit cuts, the closed forms hold for the exact critic only
             gain = partial(_actor_critic, gamma=world.gamma, critic=TabularCritic(value), advantages=estimate)
             expected = weighted_gradient(visits, probs, credit(value), at.scores)
-            table.append(Estimator(f"A2C, {kind}, {name} critic", gain, 1, expected, LEANS))
+            table.append(Estimator(f"A2C, {kind}, {name} critic", gain, expected=expected, reason=LEANS))
     gain = partial(
         _actor_critic,
         gamma=world.gamma,
@@ -287,7 +290,7 @@ def actor_critic_rows(at: Setting) -> list[Estimator]:
     )
     visits = visitation(world, probs, 1.0, at.horizon)
     expected = weighted_gradient(visits, probs, advantage(world, probs), at.scores)
-    return [*table, Estimator("A2C, GAE(0.9), exact, without gamma^t", gain, 1, expected, NO_DISCOUNT)]
+    return [*table, Estimator("A2C, GAE(0.9), exact, without gamma^t", gain, expected=expected, reason=NO_DISCOUNT)]
 
 
 def vtrace_rows(at: Setting) -> list[Estimator]:
@@ -311,7 +314,7 @@ def vtrace_rows(at: Setting) -> list[Estimator]:
         expected = weighted_gradient(visitation(world, sampled, world.gamma, at.horizon), sampled, credit, at.scores)
         gain = partial(_vtrace, gamma=world.gamma, critic=TabularCritic(value), **options)
         reason = LEANS if not off else OLD_STATES if bar > 1 else "old states, ratios clipped"
-        table.append(Estimator(f"V-trace, {name}", gain, 1, expected, reason, off_policy=off))
+        table.append(Estimator(f"V-trace, {name}", gain, expected=expected, reason=reason, off_policy=off))
     return table
 
 
@@ -353,7 +356,7 @@ def objective_rows(at: Setting) -> list[Estimator]:
         critic = TabularCritic(value_old if off else value)
         objective = partial(_ratio_gain, gamma=gamma, critic=critic, lam=0.0, gain=gain)
         where = "away from the old policy" if off else "at the old policy"
-        rows.append(Estimator(f"{name}, {where}", objective, 1, expected, reason, off_policy=off))
+        rows.append(Estimator(f"{name}, {where}", objective, expected=expected, reason=reason, off_policy=off))
     # sum_s eta(s) grad KL(old, pi)(s) = -sum_s eta(s) sum_a old(a|s) grad log pi(a|s); eta counts visits, undiscounted.
     toward_old = weighted_gradient(visitation(world, probs_old, 1.0), probs_old, torch.ones_like(probs), at.scores)
     objective = partial(_ratio_gain, gamma=gamma, critic=TabularCritic(value), lam=0.0, gain=penalty)
@@ -396,7 +399,7 @@ def two_episode_rows(seed: int) -> tuple[Setting, list[Estimator], Tensor]:
         return torch.arange(len(probability)).unsqueeze(1), probability
 
     at = replace(at, name="random, two episodes a row", on_policy=Experience(pairs, each, enumerated=True))
-    kept = [row for row in (*actor_critic_rows(at), *vtrace_rows(at))]
+    kept = [*actor_critic_rows(at), *vtrace_rows(at)]
     return at, [replace(row, expected=None if row.expected is None else 2 * row.expected) for row in kept], 2 * exact
 
 
@@ -436,6 +439,48 @@ def algorithm_rows(at: Setting) -> list[tuple[Estimator, Moments]]:
     table = []
     for name, expected, step in named:
         reason = "gamma^t dropped, old states" if expected is off else NO_DISCOUNT
-        estimator = Estimator(f"{name} as it runs", _nothing, 1, expected, reason)
+        estimator = Estimator(f"{name} as it runs", _nothing, expected=expected, reason=reason)
         table.append((estimator, Moments(step, empty)))
     return table
+
+
+Run = Callable[..., Any]  # (policy, critic, sample, optimizer, weights) -> the algorithm's generator
+
+
+def _expected_step(at: Setting, run: Run, source: Experience) -> Tensor:
+    """How far one iteration moves theta, with all of the experience as its rollout and a rate of 1."""
+    policy = SoftmaxPolicy(at.policy.features, at.policy.theta.detach())
+    critic = TabularCritic(state_value(at.world, at.probs))
+    optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=1.0)
+    _, probability = source.batches(1)
+
+    def weights(mask: Tensor) -> Tensor:
+        return mask * probability.unsqueeze(1)
+
+    next(iter(run(policy, critic, lambda _: source.rollout, optimizer, weights)))
+    return (policy.theta - at.policy.theta).detach()
+
+
+def _plain_step(objective: Any, divergence: Any, batch: Batch, parameters: list[Tensor]) -> dict[str, Tensor]:
+    """In the place of TRPO's step: theta <- theta + g, so that its gradient can be seen."""
+    gradient = flat_gradient(objective(batch)[0], parameters)
+    with torch.no_grad():
+        parameters[0].add_(gradient)
+    return {}
+
+
+def _as_it_is(advantage: Tensor, mask: Tensor) -> Tensor:
+    return advantage
+
+
+def _no_fit(batch: Batch) -> dict[str, Tensor]:
+    return {}
+
+
+def _nothing(policy: Callable[[Any], Any], rollout: Rollout) -> Tensor:
+    raise NotImplementedError  # the row was measured already
+
+
+def exact_gradient(at: Setting) -> Tensor:
+    """grad J of the setting's world at its policy."""
+    return policy_gradient(at.world, at.probs, at.scores)

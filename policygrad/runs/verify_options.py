@@ -10,8 +10,9 @@ class VerifyOptions:
     """Hold every estimator and update against the exact gradient of small worlds."""
 
     estimator: str | None = None
-    """Your own advantage function, `module:function` or `file.py:function`, put into the same table. It is called as
-    the library's are, `my_advantage(reward, value, terminated, ended, gamma)`, and returns [B, T]; value is [B, T + 1]."""
+    """Your own advantage function, `module:function` or `file.py:function`, put into the same table. It is
+    called as the library's are, `my_advantage(reward, value, terminated, ended, gamma)`, and returns [B, T]; value is
+    [B, T + 1]."""
 
     world: Literal["all", "random", "cliff", "chain", "bandit", "tokens"] = "all"
     """The world whose rows are shown; `all` runs every one, and the updates too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ Objective = Callable[[Callable[[Any], Any], Rollout], Tensor]
 FALSE_ALARM_RATE = 5e-4  # of all sampled rows of a run together; rows that are enumerated have none
 TOLERANCE = 1e-9  # of an enumerated expectation, relative to the size of what it is compared with
 PROJECTIONS = 32
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Estimator:
     name: str
     objective: Objective
     rows: int = 1  # of a batch: more than one where rows look at each other
+    any_rows: bool = False  # they may be more: then the variance is that of BATCH
     expected: Tensor | None = None
     reason: str = ""
     exact: Tensor | None = None
@@ -42,6 +44,8 @@ class Estimator:
     off_policy: bool = False  # sampled by the old policy
     is_value: bool = False  # the estimate is the objective itself, not its gradient
     wrong_if_biased: bool = True  # False: there is no closed form to hold it against
+    one_by_one: bool = False  # torch.func.vmap does not go through it
+    experience: Experience | None = None  # its own, in place of the section's
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,46 @@ class Finding:
 
 
 def estimates(
-    policy: nn.Module, objective: Objective, rollout: Rollout, index: Int[Tensor, "K B"], is_value: bool = False
+    policy: nn.Module, estimator: Estimator, rollout: Rollout, index: Int[Tensor, "K B"]
 ) -> Float[Tensor, "K N"]:
     """The estimate of every batch: the gradient of its objective at the policy's parameters (or the objective)."""
     parameters = {name: p.detach() for name, p in policy.named_parameters()}
 
     def gain(parameters: dict[str, Tensor], index: Tensor) -> Tensor:
-        return objective(lambda obs: functional_call(policy, parameters, (obs,)), take(rollout, index))
+        return estimator.objective(lambda obs: functional_call(policy, parameters, (obs,)), take(rollout, index))
 
     def one(index: Tensor) -> Tensor:
-        if is_value:
+        if estimator.is_value:
             return gain(parameters, index).reshape(1)
         return torch.cat([g.flatten() for g in grad(gain)(parameters, index).values()])
 
+    if estimator.one_by_one:
+        return torch.stack([one(i) for i in index]).detach()
     return vmap(one, chunk_size=8192)(index).detach()
 
 
 def moments(policy: nn.Module, estimator: Estimator, experience: Experience) -> Moments:
-    """E[x] and Cov[x] = E[x x^T] - E[x] E[x]^T of the estimate x of one batch, with n / (n - 1) where sampled."""
+    """E[x] and Cov[x] = E[x x^T] - E[x] E[x]^T of the estimate x of one batch, with n / (n - 1) where sampled.
+
+    A baseline from the other rows of a batch is enumerated over the smallest batches, where it is least good; its
+    covariance is that of batches of BATCH, drawn from the same probabilities.
+    """
     index, probability = experience.batches(estimator.rows)
-    x = estimates(policy, estimator.objective, experience.rollout, index, estimator.is_value)
+    found = _moments(estimates(policy, estimator, experience.rollout, index), probability)
+    if not experience.enumerated:
+        count = len(index)
+        return replace(found, covariance=found.covariance * count / (count - 1), rows=index.shape[1], count=count)
+    if not estimator.any_rows:
+        return replace(found, rows=estimator.rows)
+    _, each = experience.batches(1)
+    drawn = torch.multinomial(each, 2048 * BATCH, replacement=True, generator=torch.Generator().manual_seed(0))
+    x = estimates(policy, estimator, experience.rollout, drawn.view(-1, BATCH))
+    return replace(found, covariance=torch.cov(x.T), rows=BATCH)
+
+
+def _moments(x: Float[Tensor, "K N"], probability: Float[Tensor, " K"]) -> Moments:
     mean = probability @ x
-    covariance = (probability.unsqueeze(1) * (x - mean)).T @ (x - mean)
-    if experience.enumerated:
-        return Moments(mean, covariance, estimator.rows)
-    count = len(index)
-    return Moments(mean, covariance * count / (count - 1), estimator.rows, count)
+    return Moments(mean, (probability.unsqueeze(1) * (x - mean)).T @ (x - mean))
 
 
 def agrees(found: Moments, expected: Float[Tensor, " N"], tests: int) -> bool:

@@ -1,0 +1,315 @@
+"""What is done with the gradient, held against a solved world: natural step, trust region, clipping, minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from policygrad.advantages import gae, group_mean, group_std, leave_one_out, standardize
+from policygrad.divergences import kl
+from policygrad.exact.closed_form import (
+    advantage,
+    expected_return,
+    fisher,
+    kl_by_state,
+    lower_bound,
+    mean_kl,
+    natural_gradient,
+    optimal_probs,
+    performance_difference,
+    policy_gradient,
+    visitation,
+)
+from policygrad.exact.policies import SoftmaxPolicy, probabilities, score_table, tabular
+from policygrad.exact.worlds import World, garnet
+from policygrad.linalg import conjugate_gradient, fisher_vector_product, flat_gradient
+from policygrad.objectives import clipped_surrogate, surrogate
+from policygrad.rollout import Batch, minibatches
+from policygrad.score import token_ratio
+from policygrad.updates import Divergence, Objective, ascend, kl_radius, learning_rate, natural_step, trust_region_step
+from policygrad.weights import average
+
+DELTA = 0.01
+LOW, HIGH = 0.2, 0.3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: what was measured, what it should be, and whether it is."""
+
+    name: str
+    measured: float
+    claim: str
+    holds: bool
+
+
+def update_checks(seed: int) -> list[Check]:
+    """Every claim about updates, on a random world of four states and three actions."""
+    world = garnet(4, 3, 2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    features = identifiable(4, 3)
+    theta = torch.randn(features.shape[-1], generator=generator)
+    away = torch.randn(64, features.shape[-1], generator=generator)
+    mix = torch.randn(len(theta), len(theta), generator=generator) + 2 * torch.eye(len(theta))
+    at = partial(SoftmaxPolicy, features)
+    return [
+        *_identities(world, at(theta), [at(theta + a) for a in away]),
+        *_natural(world, at(theta), mix),
+        *_radius(world, features, theta),
+        *_trust_region(world, at(theta)),
+        _restored(world, at(theta)),
+        *_clipping(world, at(theta)),
+        *_batches(world, at(theta)),
+        *_credit(),
+    ]
+
+
+def identifiable(states: int, actions: int) -> Tensor:
+    """One logit for each (s, a) but the last action of each state, whose logit is 0: then F has an inverse."""
+    return tabular(states, actions).view(states, actions, states, actions)[..., :-1].flatten(2)
+
+
+def exact_batch(world: World, policy: SoftmaxPolicy) -> Batch:
+    """Every (s, a) once, weighted by d(s) pi(a|s), with its exact advantage: a rollout without chance."""
+    probs = probabilities(policy).detach()
+    states, actions = probs.shape
+    visits = visitation(world, probs, world.gamma)
+    weight = (visits / visits.sum()).unsqueeze(1) * probs
+    obs = torch.arange(states).repeat_interleave(actions).unsqueeze(1)
+    action = torch.arange(actions).repeat(states).unsqueeze(1)
+    columns = [x.reshape(-1, 1) for x in (probs.log(), weight, advantage(world, probs))]
+    zero = torch.zeros_like(columns[0])
+    return Batch(obs, action, columns[0], zero == 0, columns[1], columns[2], zero, zero)
+
+
+def surrogate_and_kl(policy: SoftmaxPolicy, batch: Batch) -> tuple[Objective, Divergence]:
+    """E[r A] and E[KL(old, new)], as algorithms/trpo.py has them."""
+    with torch.no_grad():
+        old = policy(batch.obs)
+
+    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        ratio = token_ratio(policy(batch.obs).log_prob(batch.action), batch.logp, batch.mask)
+        return average(surrogate(ratio, batch.advantage), batch.weight), {}
+
+    def divergence(batch: Batch) -> Tensor:
+        return average(kl(old, policy(batch.obs)), batch.weight)
+
+    return objective, divergence
+
+
+def _small(name: str, error: Tensor | float, limit: float = 1e-9) -> Check:
+    error = float(error)
+    return Check(name, error, f"below {limit:.0e}", error <= limit)  # false for NaN
+
+
+def _identities(world: World, policy: SoftmaxPolicy, others: list[SoftmaxPolicy]) -> list[Check]:
+    """The performance difference and the lower bound, at policies near and far."""
+    old = probabilities(policy).detach()
+    error, slack = 0.0, torch.inf
+    for other in others:
+        new = probabilities(other).detach()
+        gained = expected_return(world, new) - expected_return(world, old)
+        error = max(error, float((gained - performance_difference(world, new, old)).abs()))
+        slack = min(slack, float(expected_return(world, new) - lower_bound(world, new, old)))
+    return [
+        _small("performance difference identity, 64 policies: error", error),
+        Check("J above TRPO's lower bound, 64 policies: least slack", slack, "not negative", slack >= -1e-9),
+    ]
+
+
+def _natural(world: World, policy: SoftmaxPolicy, mix: Tensor) -> list[Check]:
+    """Gradient, Fisher-vector product, conjugate gradient, and what a change of coordinates does to a step."""
+    probs = probabilities(policy).detach()
+    score, visits = score_table(policy.features, probs), visitation(world, probs, world.gamma)
+    matrix, gradient = fisher(visits, probs, score), policy_gradient(world, probs, score) / visits.sum()
+    batch = exact_batch(world, policy)
+    objective, divergence = surrogate_and_kl(policy, batch)
+    found = flat_gradient(objective(batch)[0], [policy.theta])
+    product = fisher_vector_product(lambda: divergence(batch), [policy.theta])
+    columns = torch.stack([product(e) for e in torch.eye(len(gradient))])
+    dense = natural_gradient(matrix, gradient)
+    solved = conjugate_gradient(product, gradient, iters=len(gradient) + 2)
+    few = conjugate_gradient(product, gradient, iters=3)
+    shifts = {name: _step_in_both(world, policy, mix, step) for name, step in _STEPS.items()}
+    return [
+        _small("gradient of the surrogate against grad J: error", (found - gradient).abs().max()),
+        _small("Fisher-vector product against the matrix: error", (columns - matrix).abs().max()),
+        _small("conjugate gradient against the dense solve: error", (solved - dense).norm() / dense.norm(), 1e-6),
+        Check("the same after 3 of 8 products", float((few - dense).norm() / dense.norm()), "above 0, below 1",
+              0 < float((few - dense).norm() / dense.norm()) < 1),
+        _small("natural step in other coordinates: pi differs by", shifts["natural"], 1e-6),
+        _small("natural step of KL delta in other coordinates: pi differs by", shifts["radius"], 1e-6),
+        Check("plain step in other coordinates: pi differs by", shifts["plain"], "above 1e-3", shifts["plain"] > 1e-3),
+        _small("natural step of rate 0.1 against 0.1 F^-1 g: error", (_moved(world, policy) - 0.1 * dense).abs().max(),
+               1e-6),
+    ]  # fmt: skip
+
+
+def _plain(objective: Objective, divergence: Divergence, batch: Batch, parameters: list[Tensor]) -> None:
+    ascend(objective, batch, torch.optim.SGD(parameters, lr=0.1))
+
+
+_EXACT = {"damping": 0.0, "cg_iters": 20}
+_STEPS: dict[str, Callable[..., object]] = {
+    "natural": partial(natural_step, step_size=partial(learning_rate, rate=0.1), **_EXACT),
+    "radius": partial(natural_step, step_size=partial(kl_radius, delta=DELTA), **_EXACT),
+    "plain": _plain,
+}
+
+
+def _after(world: World, policy: SoftmaxPolicy, step: Callable[..., object]) -> SoftmaxPolicy:
+    """A copy of the policy, one step on."""
+    policy = SoftmaxPolicy(policy.features, policy.theta.detach())
+    batch = exact_batch(world, policy)
+    step(*surrogate_and_kl(policy, batch), batch, [policy.theta])
+    return policy
+
+
+def _moved(world: World, policy: SoftmaxPolicy) -> Tensor:
+    return (_after(world, policy, _STEPS["natural"]).theta - policy.theta).detach()
+
+
+def _step_in_both(world: World, policy: SoftmaxPolicy, mix: Tensor, step: Callable[..., object]) -> float:
+    """max |pi - pi'| after the same step with theta, and with theta' where theta = M theta'."""
+    other = SoftmaxPolicy(policy.features @ mix, torch.linalg.solve(mix, policy.theta.detach()))
+    one, two = (probabilities(_after(world, p, step)) for p in (policy, other))
+    return float((one - two).detach().abs().max())
+
+
+def _radius(world: World, features: Tensor, theta: Tensor) -> list[Check]:
+    """KL(old, new) of the natural step over delta: 1 to second order, so its error falls with sqrt(delta)."""
+    checks = []
+    for delta in (1e-2, 1e-4, 1e-6):
+        policy = SoftmaxPolicy(features, theta)
+        old = probabilities(policy).detach()
+        step = partial(natural_step, step_size=partial(kl_radius, delta=delta), **_EXACT)
+        new = probabilities(_after(world, policy, step)).detach()
+        ratio = float(mean_kl(visitation(world, old, world.gamma), old, new)) / delta
+        limit = 10 * delta**0.5
+        name = f"KL of the natural step over delta = {delta:.0e}"
+        checks.append(Check(name, ratio, f"1 within {limit:.0e}", abs(ratio - 1) <= limit))
+    return checks
+
+
+def _trust_region(world: World, policy: SoftmaxPolicy, steps: int = 25) -> list[Check]:
+    """Trust-region steps with exact advantages: J against what they promise."""
+    policy = SoftmaxPolicy(policy.features, policy.theta.detach())
+    first, best = (float(expected_return(world, p.detach())) for p in (probabilities(policy), optimal_probs(world)))
+    rise, slack, farthest, error, surrogate_gain = torch.inf, torch.inf, 0.0, 0.0, torch.inf
+    for _ in range(steps):
+        old = probabilities(policy).detach()
+        batch = exact_batch(world, policy)
+        report = trust_region_step(*surrogate_and_kl(policy, batch), batch, [policy.theta], delta=DELTA, **_EXACT)
+        new = probabilities(policy).detach()
+        moved = float(mean_kl(visitation(world, old, world.gamma), old, new))
+        rise = min(rise, float(expected_return(world, new) - expected_return(world, old)))
+        slack = min(slack, float(expected_return(world, new) - lower_bound(world, new, old)))
+        farthest, error = max(farthest, moved), max(error, abs(moved - float(report["kl"])))
+        surrogate_gain = min(surrogate_gain, float(report["improvement"]))
+    share = (float(expected_return(world, new)) - first) / (best - first)
+    return [
+        Check(f"TRPO, {steps} steps: least rise of J", rise, "not negative", rise >= -1e-9),
+        Check("TRPO: share of the way to the optimal J", share, "above 0.5", share > 0.5),
+        Check("TRPO: least rise of the surrogate", surrogate_gain, "not negative", surrogate_gain >= 0),
+        Check("TRPO: J above its lower bound, least slack", slack, "not negative", slack >= -1e-9),
+        Check("TRPO: largest KL(old, new) over delta", farthest / DELTA, "at most 1, above 0.5",
+              0.5 < farthest / DELTA <= 1 + 1e-9),
+        _small("TRPO: KL it reports against KL(old, new): error", error),
+    ]  # fmt: skip
+
+
+def _restored(world: World, policy: SoftmaxPolicy) -> Check:
+    """An objective that falls wherever one steps: the parameters must be what they were, bit for bit."""
+    policy = SoftmaxPolicy(policy.features, policy.theta.detach())
+    before, batch = policy.theta.detach().clone(), exact_batch(world, policy)
+    objective, divergence = surrogate_and_kl(policy, batch)
+    calls: list[int] = []
+
+    def falling(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(1)
+        value, metrics = objective(batch)
+        return value - len(calls), metrics
+
+    trust_region_step(falling, divergence, batch, [policy.theta], delta=DELTA, **_EXACT)
+    changed = int((policy.theta != before).sum())
+    return Check("TRPO, no step accepted: parameters changed", changed, "exactly 0", changed == 0)
+
+
+def _clipping(world: World, policy: SoftmaxPolicy) -> list[Check]:
+    """PPO's objective inside its bound, at it and beyond: pointwise, and after many steps on one batch."""
+    ratio = torch.cat([torch.linspace(0.2, 2.0, 37), torch.tensor([1 - LOW, 1 + HIGH])]).repeat(2).unsqueeze(1)
+    gain = torch.tensor([1.0, -2.0]).repeat_interleave(len(ratio) // 2).unsqueeze(1)
+    ratio.requires_grad_()
+    value = clipped_surrogate(ratio, gain, LOW, HIGH)
+    slope = torch.autograd.grad(value.sum(), ratio)[0]
+    at = ratio.detach()
+    rewarded = ((gain > 0) & (at > 1 + HIGH + 1e-9)) | ((gain < 0) & (at < 1 - LOW - 1e-9))
+    inside = (at > 1 - LOW + 1e-9) & (at < 1 + HIGH - 1e-9)
+    back = ~rewarded & ~inside & (at - 1 - HIGH).abs().gt(1e-9) & (at - 1 + LOW).abs().gt(1e-9)
+    policy = SoftmaxPolicy(policy.features, policy.theta.detach())
+    old, batch = probabilities(policy).detach(), exact_batch(world, policy)
+
+    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        ratio = token_ratio(policy(batch.obs).log_prob(batch.action), batch.logp, batch.mask)
+        return average(clipped_surrogate(ratio, batch.advantage, LOW, HIGH), batch.weight), {}
+
+    start, optimizer = float(objective(batch)[0].detach()), torch.optim.SGD(policy.parameters(), lr=1.0)
+    for _ in range(200):
+        ascend(objective, batch, optimizer)
+    gained = float(objective(batch)[0].detach()) - start
+    bound = float(average(torch.where(batch.advantage > 0, HIGH, LOW) * batch.advantage.abs(), batch.weight))
+    ratios = (probabilities(policy).detach() / old).flatten()
+    moved = float(kl_by_state(old, probabilities(policy).detach()).max())
+    return [
+        _small("PPO: clipped minus surrogate, at most", (value - ratio * gain).detach().max(), 1e-12),
+        _small("PPO, inside the bound: slope against A, error", (slope - gain)[inside].abs().max(), 1e-12),
+        _small("PPO, beyond it the rewarded way: slope", slope[rewarded].abs().max(), 1e-12),
+        _small("PPO, beyond it the other way: slope against A, error", (slope - gain)[back].abs().max(), 1e-12),
+        Check("PPO, 200 steps on one batch: gain over its bound", gained / bound, "above 0, at most 1",
+              0 < gained / bound <= 1 + 1e-9),
+        Check("the same: largest ratio (nothing holds it at the bound)", float(ratios.max()), f"above {1 + HIGH}",
+              float(ratios.max()) > 1 + HIGH),
+        Check("the same: largest KL(old, new) of a state", moved, "finite", 0 < moved < torch.inf),
+    ]  # fmt: skip
+
+
+def _batches(world: World, policy: SoftmaxPolicy) -> list[Check]:
+    """Minibatches of any size add up to the gradient of the whole batch, and the first ratio is 1."""
+    batch = exact_batch(world, policy)
+    objective, _ = surrogate_and_kl(policy, batch)
+    whole = flat_gradient(objective(batch)[0], [policy.theta])
+    error = 0.0
+    state = torch.get_rng_state()  # minibatches are drawn from the global generator: leave it as it was
+    for size in (1, 3, 5, 7, 12):
+        parts = [flat_gradient(objective(part)[0], [policy.theta]) for part in minibatches(batch, size)]
+        error = max(error, float((torch.stack(parts).mean(0) - whole).abs().max()))
+    torch.set_rng_state(state)
+    first = token_ratio(policy(batch.obs).log_prob(batch.action), batch.logp, batch.mask)
+    return [
+        _small("minibatches of 1, 3, 5, 7, 12: mean gradient against the whole, error", error),
+        _small("ratio before the first step, minus 1", (first - 1).detach().abs().max(), 1e-12),
+    ]
+
+
+def _credit() -> list[Check]:
+    """Credit that must be exactly nothing: equal rewards of a group, a constant reward under a time limit."""
+    gamma, steps = 0.9, 5
+    reward, value = torch.ones(2, steps), torch.full((2, steps + 1), 1 / (1 - gamma))
+    terminated = torch.zeros(2, steps, dtype=torch.bool)
+    ended = terminated.clone()
+    ended[:, -1] = True
+    cut = gae(reward, value, terminated, ended, gamma, 0.95)
+    score, group = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7, 0.7]), torch.tensor([0, 0, 0, 1, 1, 1])
+    flat = (score - group_mean(score, group)) / (group_std(score, group) + 1e-12)
+    alone = torch.cat([flat, score - leave_one_out(score, group)])
+    even = standardize(torch.full((2, 3), 0.1), torch.ones(2, 3, dtype=torch.bool))
+    return [
+        _small("reward 1, V = 1 / (1 - gamma), time limit: largest advantage", cut.abs().max()),
+        Check("groups of equal rewards: largest advantage", float(alone.abs().max()), "exactly 0",
+              bool((alone == 0).all())),
+        Check("equal advantages, standardised: largest", float(even.abs().max()), "exactly 0", bool((even == 0).all())),
+    ]  # fmt: skip

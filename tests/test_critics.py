@@ -1,0 +1,164 @@
+"""Values that bootstrap, critics that learn, baselines that need a network."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from policygrad.critics import bootstrap_values, fit_critic, no_fit, optimal_baseline, value_baseline
+from policygrad.linalg import flat_gradient
+from policygrad.rollout import Batch, Rollout, decisions
+from policygrad.weights import per_episode, per_token
+
+pytestmark = pytest.mark.usefixtures("float64")
+Sample = Callable[..., Rollout]
+
+
+def test_bootstrap_values_are_of_every_step_and_of_where_the_row_stops(
+    policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    rollout = sample(policy, final_obs=torch.randn(6, 3))
+    value = bootstrap_values(critic, rollout)
+    assert value.shape == (6, 6)
+    assert not value.requires_grad
+    for b in range(6):
+        for t in range(5):
+            assert_close(value[b, t], critic(rollout.obs[b, t]).detach())
+        assert_close(value[b, 5], critic(rollout.final_obs[b]).detach())
+
+
+def test_where_every_row_terminates_the_last_value_is_0(policy: nn.Module, critic: nn.Module, sample: Sample) -> None:
+    value = bootstrap_values(critic, sample(policy, final_obs=None))
+    assert value[:, -1].eq(0).all()
+    assert value[:, :-1].ne(0).all()
+
+
+def test_bootstrap_values_of_a_tree_of_observations(policy: nn.Module, sample: Sample) -> None:
+    class Ear(nn.Module):
+        def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
+            return 2 * obs["ear"]
+
+    ear, last = torch.randn(6, 5), torch.randn(6)
+    value = bootstrap_values(Ear(), sample(policy, obs={"ear": ear}, final_obs={"ear": last}))
+    assert_close(value, 2 * torch.cat([ear, last[:, None]], 1))
+
+
+def fitting(policy: nn.Module, critic: nn.Module, sample: Sample, memoryless: bool) -> Batch:
+    """Targets that a linear critic can meet, and garbage behind the mask."""
+    rollout = sample(policy, memoryless=memoryless)
+    target = rollout.obs @ torch.tensor([1.0, -2.0, 0.5]) + 3
+    with torch.no_grad():
+        value = critic(rollout.obs)
+    target = target.where(rollout.mask, torch.nan)
+    return decisions(rollout, per_episode(rollout.mask), torch.zeros(6, 5), target, value)
+
+
+@pytest.mark.parametrize("memoryless", [True, False])
+def test_a_critic_is_fitted_to_its_targets(
+    memoryless: bool, policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    batch = fitting(policy, critic, sample, memoryless)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.05)
+    first = fit_critic(batch, critic, optimizer, epochs=1, minibatch_size=8)
+    for _ in range(4):
+        last = fit_critic(batch, critic, optimizer, epochs=50, minibatch_size=8)
+    assert last["value_loss"] < 1e-4 * first["value_loss"]
+    assert_close(critic.net.weight.detach(), torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05, rtol=0)
+    assert set(last) == {"value_loss", "critic_gradient_norm", "explained_variance"}
+
+
+def test_what_is_reported_is_the_mean_squared_error_and_what_was_explained_before(
+    policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    batch = fitting(policy, critic, sample, True)
+    error = (batch.value - batch.target)[batch.mask]
+    spread = (batch.target - batch.target[batch.mask].mean())[batch.mask]
+    loss = (critic(batch.obs) - batch.target)[batch.mask].square().mean()
+    norm = flat_gradient(loss, list(critic.parameters())).norm()
+    metrics = fit_critic(batch, critic, torch.optim.SGD(critic.parameters(), lr=0.1), epochs=1, minibatch_size=1000)
+    assert_close(metrics["value_loss"], error.square().mean())  # whatever the weights add up to
+    assert_close(metrics["explained_variance"], 1 - error.var(correction=0) / spread.square().mean())
+    assert_close(metrics["critic_gradient_norm"], norm)
+
+
+def test_the_critics_gradient_is_clipped_and_epochs_and_minibatches_count(
+    policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    batch = fitting(policy, critic, sample, True)  # 30 steps
+    start = nn.utils.parameters_to_vector(critic.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
+    metrics = fit_critic(batch, critic, optimizer, epochs=1, minibatch_size=30, max_grad_norm=1e-3)
+    moved = nn.utils.parameters_to_vector(critic.parameters()).detach() - start
+    assert metrics["critic_gradient_norm"] > 0.1
+    assert_close(moved.norm(), torch.tensor(1e-3), rtol=1e-4, atol=0)
+    adam = torch.optim.Adam(critic.parameters())
+    fit_critic(batch, critic, adam, epochs=3, minibatch_size=8)
+    assert adam.state[critic.net.weight]["step"] == 3 * 4
+
+
+def test_without_a_critic_nothing_is_fitted(policy: nn.Module, critic: nn.Module, sample: Sample) -> None:
+    assert no_fit(fitting(policy, critic, sample, True)) == {}
+
+
+def test_the_value_baseline_is_the_critic_and_does_not_look_at_the_returns(
+    policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    rollout = sample(policy)
+    baseline = value_baseline(rollout, torch.full((6, 5), torch.nan), critic=critic)
+    assert_close(baseline, critic(rollout.obs).detach())
+    assert not baseline.requires_grad
+
+
+def test_the_optimal_baseline_is_one_number_a_row_that_does_not_look_at_the_row(
+    policy: nn.Module, sample: Sample
+) -> None:
+    rollout, returns = sample(policy), torch.randn(6, 5)
+    baseline = optimal_baseline(rollout, returns, policy=policy)
+    assert baseline.shape == (6, 5)
+    assert baseline.eq(baseline[:, :1]).all()
+    changed = returns.clone()
+    changed[2] += 5
+    after = optimal_baseline(rollout, changed, policy=policy)
+    assert_close(after[2], baseline[2])
+    assert (after - baseline)[[0, 1, 3, 4, 5]].abs().min() > 1e-3
+
+
+def test_of_returns_that_are_equal_the_optimal_baseline_is_that_return(policy: nn.Module, sample: Sample) -> None:
+    rollout = sample(policy)
+    returns = torch.full((6, 5), 3.0).where(rollout.mask, torch.nan)
+    assert_close(optimal_baseline(rollout, returns, policy=policy), torch.full((6, 5), 3.0))
+
+
+def test_of_whole_trajectory_returns_it_is_their_mean_weighted_by_the_squared_score(
+    policy: nn.Module, sample: Sample
+) -> None:
+    rollout, total = sample(policy), torch.randn(6, 1)
+    squares = []
+    for b in range(6):
+        logp = policy(rollout.obs[b : b + 1]).log_prob(rollout.action[b : b + 1])
+        z = flat_gradient(logp.where(rollout.mask[b : b + 1], 0.0).sum(), list(policy.parameters()))
+        squares.append(z @ z)
+    baseline = optimal_baseline(rollout, total.expand(6, 5), policy=policy)
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        mean = sum(squares[j] * total[j, 0] for j in others) / sum(squares[j] for j in others)
+        assert_close(baseline[i, 0], mean)
+
+
+def test_a_critic_is_taught_nothing_by_steps_that_do_not_count(
+    policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    rollout = sample(policy)
+    target = torch.randn(6, 5)
+    starts = {name: p.detach().clone() for name, p in critic.named_parameters()}
+    fitted = []
+    for garbage in (0.0, torch.inf):
+        critic.load_state_dict(starts)
+        torch.manual_seed(5)
+        spoilt = target.where(rollout.mask, garbage)
+        batch = decisions(rollout, per_token(rollout.mask), spoilt, spoilt, spoilt)
+        fit_critic(batch, critic, torch.optim.SGD(critic.parameters(), lr=0.01), epochs=2, minibatch_size=4)
+        fitted.append(nn.utils.parameters_to_vector(critic.parameters()).detach().clone())
+    assert torch.equal(*fitted)
