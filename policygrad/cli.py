@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 
 from policygrad.errors import UserError
 from policygrad.runs import presets
-from policygrad.runs.options import ALGORITHMS, ALIASES, Options, algorithm_named, with_values
+from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, with_values
 
 USAGE = """\
 policygrad: the policy-gradient family of reinforcement learning
@@ -157,13 +157,18 @@ def _eval(rest: list[str]) -> int:
 
 
 def _list(rest: list[str]) -> int:
-    topics = {"algorithms": _algorithms, "presets": _presets, "environments": _environments}
+    topics = {
+        "algorithms": _algorithms,
+        "variants": _variants,
+        "presets": _presets,
+        "environments": _environments,
+    }
     if rest and rest[0] in ("-h", "--help"):
         print(f"usage: policygrad list [{'|'.join(topics)}]")
         return 0
     if rest and rest[0] not in topics:
         raise UserError(f"nothing to list under {rest[0]!r}: there are {', '.join(topics)}")
-    print("\n".join(line for topic in rest or ["algorithms", "presets"] for line in topics[topic]()))
+    print("\n".join(line for topic in rest or ["algorithms", "variants", "presets"] for line in topics[topic]()))
     return 0
 
 
@@ -174,6 +179,11 @@ def _algorithms() -> list[str]:
     return ["algorithms:"] + [
         f"  {names[name]:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in ALGORITHMS.items()
     ]
+
+
+def _variants() -> list[str]:
+    width = max(len(how) for _, how, _ in VARIANTS)
+    return ["variants:"] + [f"  {how:{width}}  {name}: {what}" for name, how, what in VARIANTS]
 
 
 def _presets() -> list[str]:

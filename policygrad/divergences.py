@@ -39,7 +39,7 @@ def k3(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tens
 
 
 class AdaptiveCoefficient:
-    """PPO's adaptive KL coefficient: halved below target / 1.5, doubled above 1.5 target (Schulman et al. 2017, sec. 4).
+    """The adaptive KL coefficient: halved below target / 1.5, doubled above 1.5 target (Schulman et al. 2017, sec. 4).
 
     `value` is a tensor changed in place, so that an objective that reads it needs no new graph. Without a target it
     is constant. Raises ValueError for a negative value or a target that is not positive.

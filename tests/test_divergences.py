@@ -115,6 +115,9 @@ def test_the_coefficient_changes_in_place() -> None:
     held = coefficient.value
     coefficient.update(1.0)
     assert held.item() == 2
+    coefficient.update(0.0)
+    coefficient.update(0.0)
+    assert held.item() == 0.5
     coefficient.load_state_dict({"value": 0.25})
     assert held.item() == 0.25
 

@@ -301,24 +301,23 @@ def test_if_no_step_is_accepted_the_parameters_are_what_they_were_bit_for_bit(
     assert metrics["gradient_norm"] > 0
 
 
-def far(policy: nn.Module, batch: Batch, **options: float) -> dict[str, Tensor]:
-    """A step so large that its second-order KL is wrong, from the same parameters each time."""
+def far(policy: nn.Module, batch: Batch, rule: Callable[..., dict] = trust_region_step, **options: object) -> tuple:
+    """The metrics and the step of a rule that goes so far that its second-order KL is wrong; the policy stays."""
     start = flat(policy.parameters())
-    metrics = trust_region_step(
-        *problem(policy, batch), batch, policy.parameters(), **{"delta": 0.5, "damping": 1e-4, **options}
-    )
+    metrics = rule(*problem(policy, batch), batch, policy.parameters(), damping=1e-4, **options)
+    step = flat(policy.parameters()) - start
     nn.utils.vector_to_parameters(start, policy.parameters())
-    return metrics
+    return metrics, step
 
 
 def test_more_backtracks_find_a_step_where_few_find_none(softmax: nn.Module, batch_of: BatchOf) -> None:
     batch = batch_of(softmax)
-    found = far(softmax, batch, backtracks=20)
+    found, _ = far(softmax, batch, delta=0.5, backtracks=20)
     assert found["accepted"] == 1
     tries = round((found["step_fraction"].log() / torch.tensor(0.8).log()).item()) + 1
     assert tries > 1
-    assert far(softmax, batch, backtracks=tries)["accepted"] == 1
-    assert far(softmax, batch, backtracks=tries - 1)["accepted"] == 0
+    assert far(softmax, batch, delta=0.5, backtracks=tries)[0]["accepted"] == 1
+    assert far(softmax, batch, delta=0.5, backtracks=tries - 1)[0]["accepted"] == 0
 
 
 @pytest.mark.parametrize("shrink", [0.3, 0.8, 0.95])
@@ -326,13 +325,15 @@ def test_the_step_is_shrunk_by_shrink_and_the_first_that_fits_is_taken(
     shrink: float, softmax: nn.Module, batch_of: BatchOf
 ) -> None:
     batch = batch_of(softmax)
-    found = far(softmax, batch, shrink=shrink, backtracks=60)
+    _, full = far(softmax, batch, natural_step, step_size=partial(kl_radius, delta=0.5))
+    found, step = far(softmax, batch, delta=0.5, shrink=shrink, backtracks=60)
     assert found["accepted"] == 1
     tries = (found["step_fraction"].log() / torch.tensor(shrink).log()).item()
     assert tries == pytest.approx(round(tries))
     assert round(tries) >= 1
-    # The full natural step times the fraction: one try earlier it was outside, or lower.
-    assert far(softmax, batch, shrink=shrink, backtracks=round(tries))["accepted"] == 0
+    assert_close(step, shrink ** round(tries) * full)
+    # one try earlier it was outside, or lower
+    assert far(softmax, batch, delta=0.5, shrink=shrink, backtracks=round(tries))[0]["accepted"] == 0
 
 
 def test_the_full_step_is_the_natural_step_where_it_fits(gaussian: nn.Module, batch_of: BatchOf) -> None:

@@ -1,6 +1,7 @@
 """Vector environments from a Gymnasium id, an environment, or a callable that makes one."""
 
 import difflib
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,10 @@ def make_environments(
 
 def find(name: str) -> gymnasium.envs.registration.EnvSpec:
     """The specification of an id. Raises UserError with the nearest ids if there is none."""
+    module, _, name = name.rpartition(":")
     try:
+        if module:
+            importlib.import_module(module)
         return gymnasium.spec(name)
     except ModuleNotFoundError as error:
         raise UserError(f"environment {name!r}: there is no module {error.name!r} to import") from error
@@ -112,8 +116,16 @@ def _prepared(environment: gymnasium.Env) -> gymnasium.Env:
 
 
 def _flat(environments: VectorEnv) -> VectorEnv:
-    simple = isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete)
-    return environments if simple else FlattenVectorObservation(environments)
+    if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
+        return environments
+    try:
+        return FlattenVectorObservation(environments)
+    except ValueError as error:
+        space = type(environments.single_observation_space).__name__
+        raise UserError(
+            f"{space} observations can be flattened if the vector environment resets on the next step: make it with "
+            f"autoreset_mode NEXT_STEP ({_line(error)})"
+        ) from error
 
 
 def _line(error: Exception) -> str:

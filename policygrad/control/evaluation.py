@@ -3,9 +3,11 @@
 import copy
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -54,11 +56,15 @@ def evaluate(
 
 
 def time_limit(environments: VectorEnv) -> int | None:
-    """The longest episode that the environment allows, where its specification says."""
+    """The longest episode that the environment allows, where its specification or a TimeLimit wrapper says."""
     for environment in (environments, *getattr(environments, "envs", ())):
         spec = getattr(environment, "spec", None)
         if spec is not None and spec.max_episode_steps is not None:
             return spec.max_episode_steps
+        while isinstance(environment, gymnasium.Wrapper):
+            if isinstance(environment, TimeLimit):
+                return environment._max_episode_steps
+            environment = environment.env
     return None
 
 

@@ -228,7 +228,7 @@ class NormalHead(nn.Module):
         return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def to_environment(self, action: Tensor) -> np.ndarray:
-        numbers = action.double().cpu().numpy().reshape(-1, *self.shape)
+        numbers = action.detach().double().cpu().numpy().reshape(-1, *self.shape)
         if self.squash:
             numbers = self.low + (np.tanh(numbers) + 1) / 2 * (self.high - self.low)
         return np.clip(numbers, self.low, self.high).astype(self.dtype)

@@ -103,7 +103,7 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
 
 
 def as_rollout(
-    world: World, state: Int[Tensor, "B T+1"], action: Int[Tensor, "B T"], logp: Float[Tensor, "B T"]
+    world: World, state: Int[Tensor, "B _"], action: Int[Tensor, "B T"], logp: Float[Tensor, "B T"]
 ) -> Rollout:
     """The rollout of visited states and actions, one episode a row; state S is the end, from which nothing leads out.
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 
-from policygrad.exact.worlds import World, chain, cliff, garnet, termination, two_states
+from policygrad.exact.worlds import World, bandit, chain, cliff, garnet, termination, two_states
 
 
 class TabularEnv(gymnasium.Env[np.int64, np.int64]):
@@ -53,6 +54,10 @@ def _tabular_env(world: World, **_: Any) -> TabularEnv:
     return TabularEnv(world)
 
 
+def _bandit_env(**_: Any) -> TabularEnv:
+    return TabularEnv(bandit(torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])))
+
+
 def _chain_env(length: int = 5, slip: float = 0.1, **_: Any) -> TabularEnv:
     return TabularEnv(chain(length, slip=slip))
 
@@ -70,6 +75,7 @@ def _two_states_env(**_: Any) -> TabularEnv:
 
 
 gymnasium.register("policygrad/Tabular-v0", entry_point=_tabular_env)
+gymnasium.register("policygrad/Bandit-v0", entry_point=_bandit_env)
 gymnasium.register("policygrad/Chain-v0", entry_point=_chain_env, max_episode_steps=100)
 gymnasium.register("policygrad/Cliff-v0", entry_point=_cliff_env, max_episode_steps=200)
 gymnasium.register("policygrad/Garnet-v0", entry_point=_garnet_env, max_episode_steps=50)

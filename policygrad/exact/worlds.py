@@ -65,8 +65,8 @@ def chain(length: int = 5, gamma: float = 0.9, slip: float = 0.1) -> World:
             walk[s, action, max(s - 1, 0)] += 1 - right
             if s + 1 < length:
                 walk[s, action, s + 1] += right
-    reward[-1] = torch.tensor([slip, 1 - slip])
-    reward[0] += 0.1 * torch.tensor([1 - slip, slip])
+    reward[-1] = torch.tensor([slip, 1 - slip], dtype=DTYPE)
+    reward[0] += torch.tensor([0.1 * (1 - slip), 0.1 * slip], dtype=DTYPE)
     start = torch.zeros(length, dtype=DTYPE).index_fill(0, torch.tensor(0), 1.0)
     return World(walk, reward, start, gamma)
 

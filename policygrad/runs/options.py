@@ -218,6 +218,17 @@ ALGORITHMS: dict[str, type[Options]] = {
 }
 ALIASES = {"a2c": "actor_critic"}
 
+# What else the options make of the algorithms: (name, how, what it is).
+VARIANTS = (
+    ("a2c", "actor_critic", "synchronous advantage actor-critic, by its usual name"),
+    ("PPO with a KL penalty", "ppo --clip inf --kl-coefficient 1 --kl-coefficient-target 0.01", "adaptive beta"),
+    ("PPO with both", "ppo --kl-coefficient 1 --kl-coefficient-target 0.01", "clipped and penalised"),
+    ("PPO with dual clip", "ppo --dual-clip-bound 3", "a floor for bad actions that became likely"),
+    ("natural gradient", "npg --step-rule learning_rate", "Kakade's plain learning rate along F^-1 g"),
+    ("one-step actor-critic", "actor_critic --advantage n_step --n 1", "the TD error as the advantage"),
+    ("true discounted gradient", "reinforce --discounted", "with the factor gamma^t that is usually dropped"),
+)
+
 UNIT = ("gamma", "lam")
 FRACTION = ("shrink",)
 COUNTS: tuple[str, ...] = (

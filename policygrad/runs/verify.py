@@ -28,6 +28,7 @@ from policygrad.runs.verify_control import (
     setting_of,
     time_limit_rows,
     two_episode_rows,
+    two_whole_episode_rows,
 )
 from policygrad.runs.verify_options import VerifyOptions
 from policygrad.runs.verify_statistics import Estimator, Experience, Finding, Moments, judge, moments
@@ -36,6 +37,7 @@ from policygrad.runs.verify_updates import Check, update_checks
 from policygrad.runs.verify_user import Advantage, load_function, user_rows
 
 CONTROL = ("random", "chain", "bandit", "cliff")
+BRIEF = ("random, two episodes a row", "chain", "bandit", "cliff")  # they repeat the random world's rows
 SAMPLES = (1_000, 200_000)
 LEGEND = """\
 bias       distance of the expected estimate from the exact gradient, over the exact gradient's size; cosine between them
@@ -111,7 +113,7 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
             ran = algorithm_rows(at) if at.on_policy.enumerated else []
             yield _control_section(at, control_rows(at), exact_gradient(at), options, function, ran)
             if name == "random":
-                for cut in (time_limit_rows, two_episode_rows):
+                for cut in (time_limit_rows, two_episode_rows, two_whole_episode_rows):
                     yield _control_section(*cut(options.seed), options, function)
     if options.world in ("all", "tokens"):
         yield _token_section(token_setting(options.seed), options, function)
@@ -205,14 +207,14 @@ def print_report(report: Report, options: VerifyOptions, seconds: float) -> None
     for world in names:
         rows = [f for f in report.findings if f.world == world]
         wrong = [f for f in rows if f.verdict == "WRONG"]
-        brief = options.world == "all" and world in ("chain", "bandit", "cliff")
+        brief = options.world == "all" and world in BRIEF
         shown = wrong if brief else rows
         shown += [f for f in rows if brief and options.estimator is not None and _is_users(f, options)]
         if shown:
             console.print(_estimator_table(world, shown, options))
         if brief:
             count = f"{len(rows) - len(wrong)} of {len(rows)} rows as they should be"
-            console.print(f"[bold]{world}[/bold], by {rows[0].method}: {count} (policygrad verify --world {world})\n")
+            console.print(f"[bold]{world}[/bold], by {rows[0].method}: {count} (policygrad verify --world {world.partition(',')[0]})\n")
     if report.checks:
         console.print(_update_table(report.checks))
     total = len(report.findings) + len(report.checks)

@@ -149,9 +149,9 @@ def _reinforce(
     rollout: Rollout,
     *,
     gamma: float,
-    returns: Callable[..., Tensor] = reward_to_go,
-    baseline: Callable[[Rollout, Tensor], Tensor] = no_baseline,
-    discounted: bool = True,
+    returns: Callable[..., Tensor],
+    baseline: Callable[[Rollout, Tensor], Tensor],
+    discounted: bool,
 ) -> Tensor:
     target = returns(rollout.reward, rollout.ended, gamma)
     credit = target - baseline(rollout, target)
@@ -229,7 +229,8 @@ def reinforce_rows(at: Setting) -> list[Estimator]:
         return weighted_gradient(visitation(world, at.probs, rate), at.probs, q, at.scores)
 
     def row(name: str, rows: int = 1, expected: Tensor | None = None, reason: str = "", **options: Any) -> Estimator:
-        gain = partial(_reinforce, gamma=gamma, **options)
+        chosen = {"returns": reward_to_go, "baseline": no_baseline, "discounted": True} | options
+        gain = partial(_reinforce, gamma=gamma, **chosen)
         return Estimator(f"REINFORCE, {name}", gain, rows, expected=expected, reason=reason, any_rows=rows > 1)
 
     whole = {"returns": trajectory_return, "discounted": False}
@@ -390,17 +391,30 @@ def time_limit_rows(seed: int) -> tuple[Setting, list[Estimator], Tensor]:
 
 def two_episode_rows(seed: int) -> tuple[Setting, list[Estimator], Tensor]:
     """Rows of two episodes with a masked reset between, each cut by a time limit: twice the gradient of one."""
-    at, _, exact = time_limit_rows(seed)
-    single = at.on_policy
-    index, probability = single.batches(2)
-    pairs = in_succession(single.rollout, index)
+    at, rows, exact = time_limit_rows(seed)
+    return _in_pairs(at, "random, two cut episodes a row"), _doubled(rows), 2 * exact
+
+
+def two_whole_episode_rows(seed: int) -> tuple[Setting, list[Estimator], Tensor]:
+    """The same with episodes that terminate, early ones too."""
+    at = setting_of("random", 0, seed)
+    rows = [row for row in reinforce_rows(at) if row.rows == 1 and "whole" not in row.name]
+    rows += [*actor_critic_rows(at), *(row for row in vtrace_rows(at) if not row.off_policy)]
+    return _in_pairs(at, "random, two episodes a row"), _doubled(rows), 2 * exact_gradient(at)
+
+
+def _in_pairs(at: Setting, name: str) -> Setting:
+    index, probability = at.on_policy.batches(2)
+    pairs = in_succession(at.on_policy.rollout, index)
 
     def each(size: int) -> tuple[Tensor, Tensor]:
         return torch.arange(len(probability)).unsqueeze(1), probability
 
-    at = replace(at, name="random, two episodes a row", on_policy=Experience(pairs, each, enumerated=True))
-    kept = [*actor_critic_rows(at), *vtrace_rows(at)]
-    return at, [replace(row, expected=None if row.expected is None else 2 * row.expected) for row in kept], 2 * exact
+    return replace(at, name=name, on_policy=Experience(pairs, each, enumerated=True))
+
+
+def _doubled(rows: list[Estimator]) -> list[Estimator]:
+    return [replace(row, expected=None if row.expected is None else 2 * row.expected) for row in rows]
 
 
 # The algorithms themselves, run once over all trajectories

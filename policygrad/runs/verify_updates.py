@@ -28,6 +28,7 @@ from policygrad.exact.policies import SoftmaxPolicy, probabilities, score_table,
 from policygrad.exact.worlds import World, garnet
 from policygrad.linalg import conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.objectives import clipped_surrogate, surrogate
+from policygrad.returns import reward_to_go
 from policygrad.rollout import Batch, minibatches
 from policygrad.score import token_ratio
 from policygrad.updates import Divergence, Objective, ascend, kl_radius, learning_rate, natural_step, trust_region_step
@@ -236,7 +237,7 @@ def _restored(world: World, policy: SoftmaxPolicy) -> Check:
 
     trust_region_step(falling, divergence, batch, [policy.theta], delta=DELTA, **_EXACT)
     changed = int((policy.theta != before).sum())
-    return Check("TRPO, no step accepted: parameters changed", changed, "exactly 0", changed == 0)
+    return Check("TRPO, no step accepted: parameters changed", float(changed), "exactly 0", changed == 0)
 
 
 def _clipping(world: World, policy: SoftmaxPolicy) -> list[Check]:
@@ -306,10 +307,19 @@ def _credit() -> list[Check]:
     score, group = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7, 0.7]), torch.tensor([0, 0, 0, 1, 1, 1])
     flat = (score - group_mean(score, group)) / (group_std(score, group) + 1e-12)
     alone = torch.cat([flat, score - leave_one_out(score, group)])
+    mixed, either = torch.tensor([0.0, 1.0, 5.0, 7.0, 3.0]) + 1e8, torch.tensor([0, 0, 1, 1, 1])
+    by_hand = torch.tensor([0.5, 0.5, 5.0, 5.0, 5.0]) + 1e8, torch.tensor([0.5**0.5] * 2 + [2.0] * 3)
+    others = torch.tensor([1.0, 0.0, 5.0, 4.0, 6.0]) + 1e8
+    found = (group_mean(mixed, either), by_hand[0]), (group_std(mixed, either), by_hand[1])
+    error = max(float((x - y).abs().max()) for x, y in (*found, (leave_one_out(mixed, either), others)))
+    over_ends = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[False, True, False]])
+    to_go = reward_to_go(*over_ends, 0.5) - torch.tensor([[2.0, 2.0, 4.0]])
     even = standardize(torch.full((2, 3), 0.1), torch.ones(2, 3, dtype=torch.bool))
     return [
         _small("reward 1, V = 1 / (1 - gamma), time limit: largest advantage", cut.abs().max()),
         Check("groups of equal rewards: largest advantage", float(alone.abs().max()), "exactly 0",
               bool((alone == 0).all())),
+        _small("reward-to-go of a row with an end in it: error", to_go.abs().max()),
+        _small("mean, deviation and leave-one-out of two groups around 1e8: error", error, 1e-6),
         Check("equal advantages, standardised: largest", float(even.abs().max()), "exactly 0", bool((even == 0).all())),
     ]  # fmt: skip

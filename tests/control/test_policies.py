@@ -1,0 +1,317 @@
+"""Policies for every space: what they hand over is in the space, and what is scored is what was drawn."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+
+from policygrad.control import Critic, Policy
+from policygrad.control.policies import ACTIVATIONS
+from policygrad.control.spaces import describe, rebuild
+from policygrad.divergences import kl
+from policygrad.errors import UserError
+
+OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+BOX = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
+NESTED = spaces.MultiDiscrete(np.array([[2, 3], [1, 4]]), start=np.array([[0, 5], [-2, 1]]))
+
+POLICIES: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
+    "discrete": (spaces.Discrete(4), {}),
+    "discrete from -3": (spaces.Discrete(4, start=-3), {}),
+    "clipped": (BOX, {}),
+    "clipped, matrix": (spaces.Box(-0.1, 0.1, (2, 2), np.float32), {"initial_log_std": 1.0}),
+    "clipped, unbounded": (spaces.Box(-np.inf, np.inf, (2,), np.float32), {}),
+    "clipped, float64": (spaces.Box(0.0, 1.0, (1,), np.float64), {}),
+    "clipped, state-dependent std": (BOX, {"state_dependent_std": True}),
+    "squashed": (BOX, {"squash": True}),
+    "squashed, state-dependent std": (BOX, {"squash": True, "state_dependent_std": True}),
+    "multi-discrete": (spaces.MultiDiscrete([2, 5, 3]), {}),
+    "multi-discrete, nested, from a start": (NESTED, {}),
+    "multi-binary": (spaces.MultiBinary(5), {}),
+    "multi-binary, matrix": (spaces.MultiBinary((2, 3)), {}),
+}
+every_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+def made(name: str, scale: float = 1.0) -> Policy:
+    """A policy whose last layer is not small, so that its distributions differ from each other."""
+    space, options = POLICIES[name]
+    policy = Policy(OBSERVATIONS, space, hidden=(16,), **options)
+    with torch.no_grad():
+        policy.network[-1].weight.mul_(100 * scale)  # type: ignore[operator, union-attr]
+    return policy
+
+
+@every_policy
+def test_distributions_are_rows_of_steps(name: str) -> None:
+    distribution = made(name)(torch.randn(4, 6, 3))
+    action = distribution.sample()
+    assert distribution.batch_shape == (4, 6)
+    assert action.shape[:2] == (4, 6)
+    assert distribution.log_prob(action).shape == distribution.entropy().shape == distribution.mode.shape[:2] == (4, 6)
+
+
+@every_policy
+def test_what_the_environment_gets_is_in_its_space(name: str) -> None:
+    space = POLICIES[name][0]
+    policy = made(name, 10.0)
+    distribution = policy(10 * torch.randn(200, 1, 3))
+    for action in (distribution.sample(), distribution.mode):
+        for one in policy.to_environment(action[:, 0]):
+            assert space.contains(one if np.ndim(one) else space.dtype.type(one)), one  # type: ignore[union-attr]
+
+
+@every_policy
+def test_every_action_of_a_finite_space_and_both_bounds_of_a_box_are_reached(name: str) -> None:
+    space, options = POLICIES[name]
+    policy = Policy(OBSERVATIONS, space, **(options | {"initial_log_std": 2.0}))
+    action = policy.to_environment(policy(torch.zeros(4000, 1, 3)).sample()[:, 0]).reshape(4000, -1)
+    if isinstance(space, spaces.Box):
+        low, high = space.low.reshape(-1), space.high.reshape(-1)
+        if np.isfinite(low).all():
+            np.testing.assert_allclose(action.min(0), low, atol=0.02)
+            np.testing.assert_allclose(action.max(0), high, atol=0.02)
+    else:
+        counts = {
+            spaces.Discrete: lambda: [space.n],
+            spaces.MultiDiscrete: lambda: space.nvec.reshape(-1),
+            spaces.MultiBinary: lambda: [2] * int(np.prod(space.shape)),
+        }[type(space)]()
+        start = np.reshape(getattr(space, "start", 0), -1)
+        for column, n, first in zip(action.T, counts, np.broadcast_to(start, len(counts)), strict=True):
+            assert sorted(set(column.tolist())) == list(range(int(first), int(first) + int(n)))
+
+
+@every_policy
+def test_the_ratio_is_1_on_the_policys_own_samples(name: str, float64: None) -> None:
+    policy, obs = made(name), torch.randn(5, 7, 3)
+    with torch.no_grad():
+        action = policy(obs).sample()
+        logp = policy(obs).log_prob(action)
+    flat = lambda x: x.flatten(0, 1).unsqueeze(1)  # noqa: E731
+    again = policy(flat(obs)).log_prob(flat(action))
+    torch.testing.assert_close((again - flat(logp)).exp(), torch.ones(35, 1), rtol=0, atol=1e-12)
+
+
+@every_policy
+def test_log_probabilities_of_all_actions_add_up_to_1(name: str, float64: None) -> None:
+    space, _ = POLICIES[name]
+    if isinstance(space, spaces.Box):
+        pytest.skip("a density: see test_distributions")
+    match space:
+        case spaces.Discrete():
+            actions = torch.arange(int(space.n))
+        case spaces.MultiDiscrete():
+            actions = torch.cartesian_prod(*[torch.arange(int(n)) for n in space.nvec.reshape(-1)])
+        case _:
+            actions = torch.cartesian_prod(*[torch.arange(2.0)] * int(np.prod(space.shape)))
+    obs = torch.randn(1, 1, 3).expand(len(actions), 1, 3)
+    logp = made(name)(obs).log_prob(actions.unsqueeze(1))
+    assert logp.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@every_policy
+def test_the_entropy_and_the_divergence_are_the_means_over_samples(name: str, float64: None) -> None:
+    p, q = made(name)(torch.randn(1, 1, 3)), made(name)(torch.randn(1, 1, 3))
+    u = p.sample((100_000,))
+    logp, logq = p.log_prob(u), q.log_prob(u)
+    for exact, samples in ((p.entropy(), -logp), (kl(p, q), logp - logq)):
+        assert exact.item() == pytest.approx(samples.mean().item(), abs=5 * samples.std().item() / 100_000**0.5 + 1e-3)
+
+
+@every_policy
+def test_the_divergence_has_gradients_of_its_gradients(name: str, float64: None) -> None:
+    """What a Fisher-vector product needs; 0 at the old policy to first order, and no NaN where a logit is padding."""
+    policy, obs = made(name), torch.randn(5, 1, 3)
+    with torch.no_grad():
+        old = policy(obs)
+    parameters = list(policy.parameters())
+    gradient = torch.autograd.grad(kl(old, policy(obs)).mean(), parameters, create_graph=True)
+    assert max(g.abs().max().item() for g in gradient) < 1e-12
+    product = torch.autograd.grad(sum(g.sum() for g in gradient), parameters, materialize_grads=True)
+    assert all(x.isfinite().all() for x in product)
+    assert any(x.abs().max() > 0 for x in product)
+
+
+@every_policy
+def test_entropy_and_log_probability_have_finite_gradients(name: str, float64: None) -> None:
+    policy = made(name)
+    distribution = policy(torch.randn(5, 1, 3))
+    (distribution.entropy() + distribution.log_prob(distribution.sample())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_several_choices_are_their_separate_categoricals(float64: None) -> None:
+    nvec = [2, 5, 1, 3]
+    policy = Policy(OBSERVATIONS, spaces.MultiDiscrete(nvec), hidden=(8,))
+    nn.init.normal_(policy.network[-1].weight)  # type: ignore[arg-type]
+    obs, other = torch.randn(4, 1, 3), torch.randn(4, 1, 3)
+
+    def single(obs: Tensor) -> list[Categorical]:
+        return [Categorical(logits=x) for x in policy.network(obs).split(nvec, -1)]
+
+    p, q = policy(obs), policy(other)
+    action = p.sample()
+    torch.testing.assert_close(
+        p.log_prob(action), sum(c.log_prob(a) for c, a in zip(single(obs), action.unbind(-1), strict=True))
+    )
+    torch.testing.assert_close(p.entropy(), sum(c.entropy() for c in single(obs)))
+    torch.testing.assert_close(
+        kl(p, q), sum(kl_divergence(a, b) for a, b in zip(single(obs), single(other), strict=True))
+    )
+
+
+def test_clipping_comes_after_the_log_probability() -> None:
+    policy = Policy(OBSERVATIONS, BOX)
+    action = torch.tensor([[7.0, -3.0], [-0.5, 2.0]])
+    np.testing.assert_array_equal(policy.to_environment(action), np.array([[1, 0], [-0.5, 2]], np.float32))
+    assert action.tolist() == [[7, -3], [-0.5, 2]], "the action that is scored stays as it was drawn"
+
+
+def test_squashing_puts_the_mean_at_the_centre_and_infinity_at_the_bounds() -> None:
+    policy = Policy(OBSERVATIONS, BOX, squash=True)
+    action = torch.tensor([[0.0, 0.0], [99.0, -99.0], [0.5, 0.5]])
+    expected = [[0, 2.5], [1, 0], [np.tanh(0.5), 2.5 + 2.5 * np.tanh(0.5)]]
+    np.testing.assert_allclose(policy.to_environment(action), np.array(expected, np.float32), rtol=1e-6)
+
+
+def test_the_squashed_log_probability_is_a_density_over_the_environments_actions(float64: None) -> None:
+    """Mass of an interval of actions by integrating the density, against the share of samples that fall in it."""
+    policy = Policy(OBSERVATIONS, spaces.Box(-2.0, 6.0, (1,), np.float64), squash=True)
+    distribution = policy(torch.zeros(1, 1, 3))
+    action = torch.linspace(-1.9, 3.0, 20_001)
+    u = ((action - 2) / 4).atanh()
+    mass = torch.trapezoid(distribution.log_prob(u.view(-1, 1, 1, 1)).exp().flatten(), action)
+    taken = policy.to_environment(distribution.sample((200_000,)).view(-1, 1))
+    assert ((taken >= -1.9) & (taken <= 3.0)).mean() == pytest.approx(mass.item(), abs=0.006)
+
+
+def test_the_standard_deviation_depends_on_the_state_where_it_is_asked_to() -> None:
+    obs = torch.randn(2, 1, 3)
+    for state_dependent in (False, True):
+        policy = Policy(OBSERVATIONS, BOX, state_dependent_std=state_dependent, initial_log_std=-1.0)
+        nn.init.normal_(policy.network[-1].weight)  # type: ignore[arg-type]
+        std = policy(obs).stddev
+        assert torch.equal(std[0], std[1]) != state_dependent
+    fresh = Policy(OBSERVATIONS, BOX, state_dependent_std=True, initial_log_std=-1.0)
+    torch.testing.assert_close(
+        fresh(obs).stddev, torch.full((2, 1, 2), np.exp(-1.0)), rtol=0.1, atol=0, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "said"),
+    [
+        (spaces.Dict({"a": BOX}), {}, "Dict"),
+        (spaces.Tuple((BOX,)), {}, "Tuple"),
+        (spaces.Text(5), {}, "Text"),
+        (spaces.Graph(BOX, None), {}, "Graph"),
+        (spaces.Sequence(BOX), {}, "Sequence"),
+        (spaces.Discrete(2), {"squash": True}, r"squash.*Discrete"),
+        (spaces.MultiBinary(2), {"state_dependent_std": True}, r"state_dependent_std.*MultiBinary"),
+        (spaces.Box(-np.inf, np.inf, (2,)), {"squash": True}, r"squash.*Box"),
+        (spaces.Box(0, np.inf, (2,)), {"squash": True}, r"squash.*Box"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_an_action_space_that_it_cannot_take_is_named(space: spaces.Space, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        Policy(OBSERVATIONS, space, **options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("space", [spaces.Dict({"a": BOX}), spaces.Graph(BOX, None), spaces.MultiBinary(3)])
+@pytest.mark.parametrize("make", [Critic, lambda space: Policy(space, BOX)], ids=["critic", "policy"])
+def test_an_observation_space_that_it_cannot_take_is_named(make: Any, space: spaces.Space) -> None:
+    with pytest.raises(UserError, match=type(space).__name__):
+        make(space)
+
+
+@pytest.mark.parametrize("make", [Critic, lambda space, **o: Policy(space, spaces.Discrete(2), **o)])
+@pytest.mark.parametrize(
+    ("space", "obs", "size"),
+    [
+        (spaces.Box(0, 255, (4, 3, 2), np.uint8), torch.randint(256, (5, 6, 4, 3, 2)), 24),
+        (spaces.Box(-1, 1, (), np.float32), torch.randn(5, 6), 1),
+        (spaces.Discrete(7, start=-2), torch.randint(-2, 5, (5, 6)), 7),
+    ],
+    ids=["rank 3", "rank 0", "discrete"],
+)
+def test_observations_of_any_rank_are_flattened_and_numbers_made_one_hot(
+    make: Any, space: spaces.Space, obs: Tensor, size: int
+) -> None:
+    module = make(space)
+    features = module.encode(obs)
+    assert features.shape == (5, 6, size)
+    if isinstance(space, spaces.Discrete):
+        assert torch.equal(features.argmax(-1), obs + 2)
+        assert torch.equal(features.sum(-1), torch.ones(5, 6))
+    out = module(obs if isinstance(space, spaces.Discrete) else obs.float())
+    assert (out if isinstance(out, Tensor) else out.entropy()).shape == (5, 6)
+
+
+@every_policy
+def test_a_description_survives_json_and_rebuilds_the_policy(name: str) -> None:
+    policy = made(name)
+    text = json.dumps(policy.description, allow_nan=False)
+    again = Policy.from_description(json.loads(text))
+    again.load_state_dict(policy.state_dict())
+    assert again.description == policy.description
+    obs = torch.randn(4, 3, 3)
+    a, b = policy(obs), again(obs)
+    assert torch.equal(a.mode, b.mode)
+    assert torch.equal(a.entropy(), b.entropy())
+    np.testing.assert_array_equal(policy.to_environment(a.mode[:, 0]), again.to_environment(b.mode[:, 0]))
+
+
+@pytest.mark.parametrize("space", [*(space for space, _ in POLICIES.values()), OBSERVATIONS], ids=str)
+def test_a_space_is_rebuilt_from_its_description(space: spaces.Space) -> None:
+    again = rebuild(json.loads(json.dumps(describe(space), allow_nan=False)))
+    assert describe(again) == describe(space)
+    assert again.shape == space.shape
+    assert again.dtype == space.dtype
+    if not isinstance(space, spaces.MultiBinary):  # MultiBinary(5) and MultiBinary([5]) are the same and not equal
+        assert again == space
+
+
+def test_hidden_says_how_many_layers_there_are_and_how_wide() -> None:
+    for hidden in ((), (5,), (7, 6)):
+        for module in (Policy(OBSERVATIONS, spaces.Discrete(2), hidden=hidden), Critic(OBSERVATIONS, hidden=hidden)):
+            layers = [x for x in module.network if isinstance(x, nn.Linear)]
+            assert tuple(x.out_features for x in layers[:-1]) == hidden
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_stands_between_the_layers(activation: str) -> None:
+    module = Critic(OBSERVATIONS, hidden=(4, 4), activation=activation)
+    assert [type(x) for x in module.network] == [nn.Linear, ACTIVATIONS[activation]] * 2 + [nn.Linear]
+
+
+def test_orthogonal_layers_have_the_gains_of_the_field(float64: None) -> None:
+    for module, last in (
+        (Policy(OBSERVATIONS, spaces.Discrete(3), hidden=(8, 8)), 0.01),
+        (Critic(OBSERVATIONS, hidden=(8, 8)), 1.0),
+    ):
+        *first, end = [x.weight for x in module.network if isinstance(x, nn.Linear)]
+        for weight, gain in (*((w, 2**0.5) for w in first), (end, last)):
+            square = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+            torch.testing.assert_close(square, gain**2 * torch.eye(len(square)))
+        assert all((x.bias == 0).all() for x in module.network if isinstance(x, nn.Linear))
+
+
+def test_without_orthogonal_the_layers_are_torchs_own() -> None:
+    torch.manual_seed(3)
+    module = Critic(OBSERVATIONS, hidden=(4,), orthogonal=False)
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected.parameters(), strict=True))
+
+
+def test_the_first_policy_is_nearly_uniform() -> None:
+    p = Policy(OBSERVATIONS, spaces.Discrete(4))(torch.randn(100, 1, 3))
+    torch.testing.assert_close(p.probs, torch.full((100, 1, 4), 0.25), rtol=0, atol=0.02)
