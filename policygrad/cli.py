@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,12 +18,14 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from policygrad.errors import UserError
 from policygrad.runs import presets
 from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, with_values
+from policygrad.runs.verify_options import VerifyOptions
 
 USAGE = """\
 policygrad: the policy-gradient family of reinforcement learning
 
   policygrad train ALGORITHM ENVIRONMENT [options]   train a policy; --help after the algorithm lists its options
   policygrad eval RUN [options]                      play whole episodes with a trained policy
+  policygrad verify [options]                        hold every estimator against the exact gradient
   policygrad list                                    algorithms, their variants and presets
 
 for example:
@@ -73,11 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
     rest = [x for x in rest if x != "--debug"]
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module of the user's own is found where the command is run
     try:
         sys.exit(_dispatch(rest))
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"policygrad: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -86,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(rest: list[str]) -> int:
-    commands = {"train": _train, "eval": _eval, "list": _list}
+    commands = {"train": _train, "eval": _eval, "verify": _verify, "list": _list}
     if not rest or rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -154,6 +159,13 @@ def _eval(rest: list[str]) -> int:
             f"{result.episodes} episodes"
         )
     return 0
+
+
+def _verify(rest: list[str]) -> int:
+    options = _parse(VerifyOptions, rest, "verify", None)
+    from policygrad.runs.verify import run
+
+    return run(options)
 
 
 def _list(rest: list[str]) -> int:

@@ -2,9 +2,11 @@
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from policygrad.divergences import k3
+from policygrad.rollout import Batch
+from policygrad.score import token_ratio
 from policygrad.weights import average
 
 
@@ -14,23 +16,34 @@ def ratio_metrics(
     logp_old: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     weight: Float[Tensor, "B T"],
-    low: float = torch.inf,
-    high: float = torch.inf,
 ) -> dict[str, Tensor]:
     """How far the new policy is from the old one, on the old one's decisions.
 
-    kl: KL(old, new), estimated by k3. clip_fraction: share of ratios outside [1 - low, 1 + high].
-    effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1] (Kong 1992).
+    kl: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
+    (Kong 1992).
     """
-    share = weight / weight.sum().clamp(min=1e-12)
-    log_ratio = (logp - logp_old).where(mask, 0.0)
-    ratio = log_ratio.exp()
-    outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)
+    share = _share(weight)
+    ratio = token_ratio(logp, logp_old, mask)
     return {
-        "kl": average(k3(torch.zeros_like(log_ratio), log_ratio), share),
-        "clip_fraction": average(outside, share),
+        "kl": average(k3(torch.zeros_like(ratio), ratio.log()), share),
         "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share).clamp(min=1e-30),
     }
+
+
+def policy_change(policy: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """ratio_metrics of the policy as it is now, after an update, against the one that sampled the batch."""
+    with torch.no_grad():
+        logp = policy(batch.obs).log_prob(batch.action)
+    return ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
+
+
+@torch.no_grad()
+def clip_fraction(
+    ratio: Float[Tensor, "B #T"], weight: Float[Tensor, "B T"], low: float, high: float
+) -> Float[Tensor, ""]:
+    """The share of decisions whose ratio is outside [1 - low, 1 + high]."""
+    outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)
+    return average(outside.expand_as(weight), _share(weight))
 
 
 @torch.no_grad()
@@ -38,7 +51,7 @@ def explained_variance(
     value: Float[Tensor, "B T"], target: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant (or equal targets)."""
-    share = weight / weight.sum().clamp(min=1e-12)
+    share = _share(weight)
     first = share.argmax()  # measured from one of them, equal targets are equal to 0 to the last bit
     target, value = target - target.flatten()[first], value - target.flatten()[first]
 
@@ -52,3 +65,8 @@ def explained_variance(
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each metric over the minibatches of an update."""
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+
+def _share(weight: Tensor) -> Tensor:
+    """Weights that add up to 1, or to 0 where nothing counts."""
+    return weight / weight.sum().clamp(min=1e-12)

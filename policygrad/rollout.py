@@ -22,8 +22,9 @@ class Rollout:
     bootstrap, `ended` (terminated or truncated) cuts the trace. `mask` is the one notion of 'counts'.
 
     reward and logp are set to 0 where the mask is False, so that whatever stood there (NaN and inf too) changes
-    nothing. With Gymnasium's next-step auto-reset the observation of the masked step after an end is the true final
-    observation, so that V(obs[:, t + 1]) is the value of the successor of step t everywhere.
+    nothing; obs and action must be finite there too, since a network sees them. With Gymnasium's next-step auto-reset
+    the observation of the masked step after an end is the true final observation, so that V(obs[:, t + 1]) is the value
+    of the successor of step t everywhere.
     """
 
     obs: Any  # [B, T, ...] opaque: only a policy or a critic looks inside

@@ -15,8 +15,11 @@ def score(logp: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> Float[
 def token_ratio(
     logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """r = pi(a|s) / pi_old(a|s), and 1 behind the mask (Schulman et al. 2017, section 3)."""
-    return (logp - logp_old).where(mask, 0.0).exp()
+    """r = pi(a|s) / pi_old(a|s), and 1 behind the mask (Schulman et al. 2017, section 3).
+
+    At most e^20, here and below: an infinite ratio would have a gradient of NaN even where it is clipped.
+    """
+    return (logp - logp_old).where(mask, 0.0).clamp(max=20).exp()
 
 
 def sequence_ratio(
@@ -24,4 +27,4 @@ def sequence_ratio(
 ) -> Float[Tensor, "B 1"]:
     """s = (pi(y|x) / pi_old(y|x))^(1/|y|), one ratio a row (GSPO, arXiv 2507.18071, eq. 7)."""
     total = (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True)
-    return (total / mask.sum(1, keepdim=True).clamp(min=1)).exp()
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=20).exp()

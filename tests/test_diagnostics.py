@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from policygrad.diagnostics import explained_variance, mean_metrics, ratio_metrics
+from policygrad.diagnostics import clip_fraction, explained_variance, mean_metrics, ratio_metrics
+from policygrad.score import token_ratio
 from policygrad.weights import per_row, per_token
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -13,37 +14,41 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
 
 def test_ratio_metrics_are_their_definitions() -> None:
     old, new, weight = torch.randn(2, 4), torch.randn(2, 4), 3 * per_row(MASK)  # whatever the weights add up to
-    metrics = ratio_metrics(new.where(MASK, torch.nan), old, MASK, weight, low=0.5, high=0.7)
+    metrics = ratio_metrics(new.where(MASK, torch.nan), old, MASK, weight)
     share = {(b, t): weight[b, t] / weight.sum() for b in range(2) for t in range(4) if MASK[b, t]}
     ratio = {bt: (new[bt] - old[bt]).exp() for bt in share}
     assert_close(metrics["kl"], sum(w * (ratio[bt] - 1 - ratio[bt].log()) for bt, w in share.items()))
     outside = sum(w for bt, w in share.items() if not 0.5 <= ratio[bt] <= 1.7)
     assert 0 < outside < 1
-    assert_close(metrics["clip_fraction"], outside)
+    assert_close(clip_fraction(token_ratio(new.where(MASK, torch.nan), old, MASK), weight, 0.5, 0.7), outside)
     first, second = (sum(w * ratio[bt] ** k for bt, w in share.items()) for k in (1, 2))
     assert_close(metrics["effective_sample_size"], first**2 / second)
 
 
 def test_equal_policies_have_kl_0_nothing_clipped_and_every_sample_effective() -> None:
     logp = torch.randn(2, 4)
-    metrics = ratio_metrics(logp, logp, MASK, per_token(MASK), 0.0, 0.0)
+    metrics = ratio_metrics(logp, logp, MASK, per_token(MASK))
     assert metrics["kl"] == 0
-    assert metrics["clip_fraction"] == 0
+    assert clip_fraction(token_ratio(logp, logp, MASK), per_token(MASK), 0.0, 0.0) == 0
     assert_close(metrics["effective_sample_size"], torch.tensor(1.0))
 
 
 def test_one_ratio_that_dwarfs_the_others_leaves_one_effective_sample() -> None:
     logp = torch.zeros(2, 4)
-    logp[0, 0] = 30
+    logp[0, 0] = 20
     metrics = ratio_metrics(logp, torch.zeros(2, 4), MASK, per_token(MASK))
     assert_close(metrics["effective_sample_size"], torch.tensor(1 / 6))
-    assert metrics["clip_fraction"] == 0  # nothing is outside of an infinite interval
+    ratio = token_ratio(logp, torch.zeros(2, 4), MASK)
+    assert (
+        clip_fraction(ratio, per_token(MASK), torch.inf, torch.inf) == 0
+    )  # nothing is outside of an infinite interval
 
 
 def test_a_minibatch_without_a_decision_has_finite_metrics() -> None:
     nothing = torch.zeros(2, 4, dtype=torch.bool)
-    metrics = ratio_metrics(torch.randn(2, 4), torch.randn(2, 4), nothing, per_token(nothing), 0.2, 0.2)
+    metrics = ratio_metrics(torch.randn(2, 4), torch.randn(2, 4), nothing, per_token(nothing))
     assert all(value == 0 for value in metrics.values())
+    assert clip_fraction(torch.rand(2, 4), per_token(nothing), 0.2, 0.2) == 0
 
 
 def test_explained_variance_is_one_less_the_share_that_is_left() -> None:

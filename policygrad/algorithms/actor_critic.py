@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from policygrad.advantages import monte_carlo_advantage, unnormalized
 from policygrad.critics import bootstrap_values
-from policygrad.diagnostics import explained_variance, mean_metrics, ratio_metrics
+from policygrad.diagnostics import explained_variance, mean_metrics, policy_change
 from policygrad.objectives import squared_error
 from policygrad.returns import vtrace
 from policygrad.rollout import Batch, Rollout, decisions
@@ -55,7 +55,7 @@ def actor_critic(
         # Update
         metrics = ascend(objective, batch, optimizer, max_grad_norm=max_grad_norm)
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
-        yield {**rollout.metrics, **metrics}
+        yield {**rollout.metrics, **metrics, **policy_change(policy, batch)}
 
 
 def off_policy_actor_critic(
@@ -100,18 +100,16 @@ def off_policy_actor_critic(
             steps.append(ascend(objective, batch, optimizer, max_grad_norm=max_grad_norm))
         metrics = mean_metrics(steps)
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
-        yield {**rollout.metrics, **metrics}
+        yield {**rollout.metrics, **metrics, **policy_change(policy, batch)}
 
 
 def _objective(policy: nn.Module, critic: nn.Module, entropy_coefficient: float, value_coefficient: float) -> Objective:
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         distribution = policy(batch.obs)
-        logp = distribution.log_prob(batch.action)
-        gain = average(score(logp, batch.advantage), batch.weight)
+        gain = average(score(distribution.log_prob(batch.action), batch.advantage), batch.weight)
         entropy = average(distribution.entropy(), batch.weight)
         error = average(squared_error(critic(batch.obs), batch.target), batch.weight)
         metrics = {"objective": gain.detach(), "entropy": entropy.detach(), "value_loss": error.detach()}
-        metrics |= ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
         return gain + entropy_coefficient * entropy - value_coefficient * error, metrics
 
     return objective

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from policygrad.advantages import gae, standardize, unnormalized
 from policygrad.critics import bootstrap_values
-from policygrad.diagnostics import explained_variance, mean_metrics, ratio_metrics
+from policygrad.diagnostics import clip_fraction, explained_variance, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, penalised_surrogate
 from policygrad.rollout import Batch, Rollout, decisions, minibatches
@@ -65,7 +65,8 @@ def ppo(
         error = clipped_squared_error(critic(batch.obs), batch.target, batch.value, value_clip)
         gain, entropy, error = (average(x, batch.weight) for x in (gain, entropy, error))
         metrics = {"objective": gain.detach(), "entropy": entropy.detach(), "value_loss": error.detach()}
-        metrics |= ratio_metrics(logp, batch.logp, batch.mask, batch.weight, *clip)
+        metrics |= ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
+        metrics["clip_fraction"] = clip_fraction(ratio, batch.weight, *clip)
         return gain + entropy_coefficient * entropy - value_coefficient * error, metrics
 
     while True:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from policygrad.advantages import no_baseline, unnormalized
 from policygrad.critics import Fit, no_fit
+from policygrad.diagnostics import policy_change
 from policygrad.returns import discount, reward_to_go
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import score
@@ -61,4 +62,4 @@ def reinforce(
         batch = decisions(rollout, weights(rollout.mask), advantage, target, value)
         # Update
         metrics = ascend(objective, batch, optimizer, max_grad_norm=max_grad_norm)
-        yield {**rollout.metrics, **metrics, **fit(batch)}
+        yield {**rollout.metrics, **metrics, **policy_change(policy, batch), **fit(batch)}

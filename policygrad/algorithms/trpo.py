@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from policygrad.advantages import gae, standardize
 from policygrad.critics import Fit, bootstrap_values
-from policygrad.diagnostics import ratio_metrics
+from policygrad.diagnostics import policy_change
 from policygrad.divergences import kl
 from policygrad.objectives import surrogate
 from policygrad.rollout import Batch, Rollout, decisions
@@ -67,10 +67,8 @@ def trpo(
 
         # Update
         metrics = step(objective, divergence, batch, parameters)
-        with torch.no_grad():
-            logp = policy(batch.obs).log_prob(batch.action)
-        moved = ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
-        yield {**rollout.metrics, **metrics, "effective_sample_size": moved["effective_sample_size"], **fit(batch)}
+        metrics = {**policy_change(policy, batch), **metrics}  # of the two KLs, the exact one
+        yield {**rollout.metrics, **metrics, **fit(batch)}
 
 
 npg = partial(trpo, step=partial(natural_step, step_size=partial(kl_radius, delta=0.01)))

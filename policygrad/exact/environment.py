@@ -28,16 +28,22 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         self.observation_space = spaces.Discrete(states)
         self.action_space = spaces.Discrete(actions)
         outcome = np.concatenate([world.transition.numpy(), termination(world).unsqueeze(-1).numpy()], -1)
-        self._outcome, self._start, self._reward = outcome.cumsum(-1), world.start.numpy().cumsum(), world.reward.numpy()
+        self._outcome, self._start, self._reward = (
+            outcome.cumsum(-1),
+            world.start.numpy().cumsum(),
+            world.reward.numpy(),
+        )
         self._state = 0
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.int64, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.int64, dict[str, Any]]:
         """s_0 ~ the world's start."""
         super().reset(seed=seed)
         self._state = self._draw(self._start)
         return np.int64(self._state), {}
 
-    def step(self, action: np.int64) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
         """r(s, a) and s' ~ P(.|s, a)."""
         reward = float(self._reward[self._state, action])
         following = self._draw(self._outcome[self._state, action])

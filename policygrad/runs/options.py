@@ -4,7 +4,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from policygrad.errors import UserError
 
@@ -278,10 +280,10 @@ def validate(options: Options) -> None:
     """Raise UserError for a value that cannot be meant."""
     for f in fields(options):
         x = getattr(options, f.name)
+        if not _fits(x, f.type):
+            raise UserError(f"{f.name} is {x!r}: it must be {_said(f.type)}")
         if x is None or isinstance(x, str | bool | tuple):
             continue
-        if not isinstance(x, int | float):
-            raise UserError(f"{f.name} is {x!r}: it must be a number")
         for group, holds, bound in (
             (UNIT, 0 <= x <= 1, "between 0 and 1"),
             (FRACTION, 0 < x < 1, "more than 0 and less than 1"),
@@ -296,12 +298,37 @@ def validate(options: Options) -> None:
         raise UserError(f"num_steps is None: {type(options).__name__} needs a number")
     if not all(isinstance(size, int) and size >= 1 for size in options.hidden):
         raise UserError(f"hidden is {options.hidden}: every layer has at least 1 unit")
+    if getattr(options, "minibatch_size", 2) < 2 and getattr(options, "advantage_normalization", "") == "minibatch":
+        raise UserError("minibatch_size is 1: one advantage cannot be standardised; use advantage_normalization batch")
     size, steps = getattr(options, "minibatch_size", None), options.num_steps
     if size is not None and steps is not None and size > options.num_envs * steps:
         raise UserError(
             f"minibatch_size is {size}, and a rollout has num_envs * num_steps = {options.num_envs * steps} "
             "decisions: lower the one or raise the other"
         )
+
+
+def _fits(x: Any, kind: Any) -> bool:
+    """Is x of the type that an option is annotated with? A whole number is a number, and True is neither."""
+    if get_origin(kind) is Literal:
+        return x in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(x, tuple) and all(_fits(item, get_args(kind)[0]) for item in x)
+    if isinstance(kind, UnionType):
+        return any(_fits(x, one) for one in get_args(kind))
+    if kind in (int, float):
+        return isinstance(x, Integral if kind is int else Real) and not isinstance(x, bool)
+    return isinstance(x, kind)
+
+
+def _said(kind: Any) -> str:
+    """The type of an option, in words."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "a tuple of whole numbers"
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", int | None: "a whole number"}
+    return words[kind]
 
 
 def nearest(name: str, known: list[str]) -> str:

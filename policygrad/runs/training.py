@@ -52,11 +52,16 @@ def train(
     by then is in `out`.
     """
     algorithm = algorithm_named(algorithm)
+    if isinstance(environment, gymnasium.Env | VectorEnv):
+        count = getattr(environment, "num_envs", 1)
+        if values.setdefault("num_envs", count) != count:
+            raise UserError(f"num_envs is {values['num_envs']}, and the environment handed in is {count}: leave it out")
     preset, tuned = presets.choose(preset, algorithm, environment)
     options = with_values(with_values(ALGORITHMS[algorithm](), tuned, f"preset {preset}: "), values)
     validate(options)
     if preset is not None:
         announce(f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned))
+    _check_device(options.device)
     directory = None if out is None else Path(out)
     if directory is not None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty, and nothing is overwritten: choose another directory")
@@ -91,6 +96,7 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
         log = None if run.directory is None else stack.enter_context(Log(run.directory))
         line = stack.enter_context(ProgressLine(f"{run.algorithm} {label(run.environment)}", options.steps, progress))
         stack.callback(_finish, run, sampler, start)
+        stack.callback(_keep, modules, good)
         for iteration, metrics in enumerate(_translated(learner.iterations)):
             row = {name: float(x) for name, x in metrics.items()}
             bad = [f"{name} is {x}" for name, x in row.items() if not math.isfinite(x)]
@@ -101,7 +107,7 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
                     f"training stopped in iteration {iteration + 1}, after {sampler.steps:,} steps, because {bad[0]}; "
                     "the policy before it is kept. A lower learning_rate or scale_rewards may help"
                 )
-            good = _copy(modules)
+            good.update(_copy(modules))
             row["seconds"] = time.perf_counter() - start
             row["steps_per_second"] = row["steps"] / row["seconds"]
             solved = row["episodes"] >= 100 and row["return"] >= options.stop_at_return
@@ -128,6 +134,12 @@ def _translated(iterations: Any) -> Any:
         if isinstance(error, UserError) or "nan" not in str(error).lower():
             raise
         raise UserError(f"training stopped: a probability turned NaN ({' '.join(str(error).split())[:80]})") from error
+
+
+def _keep(modules: nn.Module, good: dict[str, Tensor]) -> None:
+    """Where an iteration stopped half-way with parameters that are not finite, go back to those before it."""
+    if not all(p.isfinite().all() for p in modules.parameters()):
+        modules.load_state_dict(good)
 
 
 def _finish(run: Run, sampler: Sampler, start: float) -> None:
@@ -182,10 +194,14 @@ def _modules(
         critic = Critic(observation_space, **shape)
     elif not isinstance(critic, nn.Module):
         critic = critic(observation_space)
+    return policy.to(options.device), critic.to(options.device)
+
+
+def _check_device(name: str) -> None:
     try:
-        return policy.to(options.device), critic.to(options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _copy(modules: nn.Module) -> dict[str, Tensor]:

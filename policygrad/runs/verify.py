@@ -31,7 +31,7 @@ from policygrad.runs.verify_control import (
     two_whole_episode_rows,
 )
 from policygrad.runs.verify_options import VerifyOptions
-from policygrad.runs.verify_statistics import Estimator, Experience, Finding, Moments, judge, moments
+from policygrad.runs.verify_statistics import Estimator, Experience, Finding, Moments, float64, judge, moments
 from policygrad.runs.verify_tokens import TokenSetting, exact_reward_gradient, token_rows, token_setting
 from policygrad.runs.verify_updates import Check, update_checks
 from policygrad.runs.verify_user import Advantage, load_function, user_rows
@@ -82,7 +82,7 @@ def run(options: VerifyOptions) -> int:
     if options.plot is not None:
         from policygrad.runs.verify_plot import draw  # matplotlib takes its time
 
-        draw(options.plot, report.findings, options.seed)
+        draw(options.plot, report.findings)
     if options.json:
         print(json.dumps(as_json(report, options, seconds)))
     else:
@@ -94,7 +94,7 @@ def verify(options: VerifyOptions, function: Advantage | None = None) -> Report:
     """All findings, in float64 and with random numbers of their own: the caller's are left as they were."""
     if not SAMPLES[0] <= options.samples <= SAMPLES[1]:
         raise UserError(f"--samples is {options.samples}: give {SAMPLES[0]:,} to {SAMPLES[1]:,}")
-    with _float64(), torch.random.fork_rng(devices=[]), _progress() as advance:
+    with float64(), torch.random.fork_rng(devices=[]), _progress() as advance:
         torch.manual_seed(options.seed)
         findings = []
         for section in sections(options, function):
@@ -156,16 +156,6 @@ def judged(section: Section, samples: int) -> list[Finding]:
 
 
 @contextmanager
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A line on standard error that says which world is at work, where that is a terminal."""
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -214,7 +204,9 @@ def print_report(report: Report, options: VerifyOptions, seconds: float) -> None
             console.print(_estimator_table(world, shown, options))
         if brief:
             count = f"{len(rows) - len(wrong)} of {len(rows)} rows as they should be"
-            console.print(f"[bold]{world}[/bold], by {rows[0].method}: {count} (policygrad verify --world {world.partition(',')[0]})\n")
+            console.print(
+                f"[bold]{world}[/bold], by {rows[0].method}: {count} (policygrad verify --world {world.partition(',')[0]})\n"
+            )
     if report.checks:
         console.print(_update_table(report.checks))
     total = len(report.findings) + len(report.checks)

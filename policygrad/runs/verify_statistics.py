@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
@@ -75,6 +76,7 @@ class Finding:
     name: str
     of: str
     method: Literal["enumeration", "sampling"]
+    size: float  # of the exact quantity
     bias: float
     relative_bias: float
     cosine: float
@@ -83,6 +85,17 @@ class Finding:
     sample_size: float
     verdict: str  # unbiased, biased (as the reason says), or WRONG
     reason: str
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Whatever is made without a dtype is float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def estimates(
@@ -171,6 +184,7 @@ def judge(
         estimator.name,
         estimator.of,
         "enumeration" if math.isinf(found.count) else "sampling",
+        float(exact.norm()),
         bias,
         bias / float(exact.norm()),
         cosine,

@@ -132,5 +132,3 @@ def _gain(policy: Callable[[Any], Any], rollout: Rollout, *, gamma: float) -> Te
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-

@@ -16,7 +16,7 @@ GAMMA = 0.5
 # The settings that make each quick here, none of them per probe.
 SETTINGS: dict[str, dict[str, Any]] = {
     "reinforce": {"learning_rate": 0.03, "critic_learning_rate": 0.03, "num_envs": 64, "critic_epochs": 5},
-    "actor_critic": {"learning_rate": 0.03, "num_envs": 64, "num_steps": 4},
+    "actor_critic": {"learning_rate": 0.03, "num_envs": 32, "num_steps": 4},
     "off_policy_actor_critic": {"learning_rate": 0.03, "num_envs": 64, "num_steps": 4, "epochs": 2},
     "npg": {"learning_rate": 0.03, "num_envs": 64, "num_steps": 4, "delta": 0.05},
     "trpo": {"learning_rate": 0.03, "num_envs": 64, "num_steps": 4, "delta": 0.05},

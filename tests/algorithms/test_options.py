@@ -1,0 +1,159 @@
+"""What the options of an algorithm do to it, by their own definition."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from policygrad import train
+from policygrad.runs import learners
+from policygrad.runs.training import Run
+
+
+def run(algorithm: str, **options: Any) -> Run:
+    small: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "num_steps": 16, "steps": 240, "learning_rate": 0.01}
+    if algorithm == "ppo":
+        small["minibatch_size"] = 16
+    return train(algorithm, "probes:Known-v0", **(small | options))
+
+
+def column(run: Run, name: str) -> list[float]:
+    return [row[name] for row in run.metrics]
+
+
+def parameters(run: Run) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for m in (run.policy, run.critic) for p in m.parameters()])
+
+
+def test_the_penalty_doubles_while_kl_is_above_its_target() -> None:
+    beta = column(run("ppo", kl_coefficient=0.1, kl_coefficient_target=1e-9), "kl_coefficient")
+    assert beta == pytest.approx([0.1 * 2**k for k in range(len(beta))])
+
+
+def test_the_penalty_halves_while_kl_is_below_its_target() -> None:
+    beta = column(run("ppo", kl_coefficient=0.1, kl_coefficient_target=1e9), "kl_coefficient")
+    assert beta == pytest.approx([0.1 / 2**k for k in range(len(beta))])
+
+
+def test_the_penalty_stays_without_a_target() -> None:
+    assert set(column(run("ppo", kl_coefficient=0.5), "kl_coefficient")) == {0.5}
+
+
+def test_a_strong_penalty_keeps_the_policy_near() -> None:
+    free, held = (run("ppo", clip=math.inf, kl_coefficient=beta) for beta in (1e-9, 100.0))
+    assert max(column(held, "kl")) < 0.2 * max(column(free, "kl"))
+
+
+def test_a_target_kl_ends_the_epochs_early() -> None:
+    full = column(run("ppo"), "updates")
+    assert set(full) == {10 * 4}
+    assert set(column(run("ppo", target_kl=1e-9), "updates")) <= {2, 3, 4}, "the first minibatch is at the old policy"
+
+
+def test_clipping_nothing_is_a_very_wide_clip() -> None:
+    assert torch.equal(parameters(run("ppo", clip=math.inf)), parameters(run("ppo", clip=1e9)))
+
+
+def test_bounds_of_infinity_are_bounds_that_are_never_reached() -> None:
+    plain = parameters(run("ppo"))
+    for option in ("value_clip", "dual_clip_bound", "max_grad_norm"):
+        infinite, wide = parameters(run("ppo", **{option: math.inf})), parameters(run("ppo", **{option: 1e9}))
+        assert torch.equal(infinite, wide), option
+        assert torch.equal(infinite, plain) == (option != "max_grad_norm"), option
+
+
+def test_each_advantage_normalization_is_its_own() -> None:
+    results = [parameters(run("ppo", advantage_normalization=x)) for x in ("minibatch", "batch", "none")]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(results[i], results[j])
+
+
+def test_over_one_minibatch_that_is_the_batch_both_normalizations_agree() -> None:
+    one = {"minibatch_size": 64, "epochs": 1, "steps": 1}
+    a, b = (parameters(run("ppo", advantage_normalization=x, **one)) for x in ("minibatch", "batch"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_normalized_advantages_do_not_care_for_the_scale_of_the_objective() -> None:
+    for algorithm, off in (("trpo", {"normalize_advantages": False}), ("npg", {"normalize_advantages": False})):
+        a, b = run(algorithm, steps=1), run(algorithm, steps=1, **off)
+        assert not torch.equal(parameters(a), parameters(b))
+        assert column(a, "improvement")[0] < column(b, "improvement")[0], "these rewards spread by more than 1"
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "actor_critic", "off_policy_actor_critic"])
+def test_the_linear_schedule_ends_at_0(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of each iteration is what is left of the steps when it begins."""
+    rates, built = [], learners.build
+
+    def watched(*arguments: Any) -> learners.Learner:
+        learner = built(*arguments)
+
+        def iterations() -> Iterator[Any]:
+            for metrics in learner.iterations:
+                rates.append([group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups])
+                yield metrics
+
+        return learners.Learner(iterations(), learner.optimizers, learner.others)
+
+    monkeypatch.setattr(learners, "build", watched)
+    done = run(algorithm, learning_rate_schedule="linear", steps=300)
+    left = [1.0] + [1 - steps / 300 for steps in column(done, "steps")[:-1]]
+    first = rates[0]
+    assert len(rates) > 3
+    for rate, share in zip(rates, left, strict=True):
+        assert rate == pytest.approx([x * share for x in first])
+    rates.clear()
+    run(algorithm, steps=300)
+    assert all(rate == first for rate in rates)
+
+
+def test_the_gradient_is_scaled_down_to_its_bound() -> None:
+    a, b = run("actor_critic", max_grad_norm=1e-4, steps=1), run("actor_critic", max_grad_norm=1e9, steps=1)
+    assert column(a, "gradient_norm") == column(b, "gradient_norm"), "it is reported as it was"
+    assert not torch.equal(parameters(a), parameters(b))
+
+
+def test_an_entropy_bonus_keeps_the_policy_random() -> None:
+    for algorithm in ("ppo", "actor_critic", "off_policy_actor_critic", "reinforce"):
+        plain, bonus = (run(algorithm, entropy_coefficient=c) for c in (0.0, 10.0))
+        assert column(bonus, "entropy")[-1] > column(plain, "entropy")[-1]
+
+
+@pytest.mark.parametrize("returns", ["reward_to_go", "trajectory_return"])
+def test_reinforce_with_the_factor_gamma_to_the_t_is_the_same_only_if_gamma_is_1(returns: str) -> None:
+    for gamma in (1.0, 0.5):
+        a, b = (run("reinforce", gamma=gamma, discounted=x, returns=returns, baseline="none") for x in (False, True))
+        assert torch.equal(parameters(a), parameters(b)) == (gamma == 1.0)
+
+
+def test_n_step_with_n_beyond_the_row_is_monte_carlo() -> None:
+    a = run("actor_critic", advantage="n_step", n=99)
+    b = run("actor_critic", advantage="monte_carlo")
+    c = run("actor_critic", advantage="gae", lam=1.0)
+    torch.testing.assert_close(parameters(a), parameters(b), rtol=1e-4, atol=1e-5)
+    assert torch.equal(parameters(b), parameters(c))
+
+
+def test_n_step_of_1_is_gae_with_lambda_0() -> None:
+    a, b = run("actor_critic", advantage="n_step", n=1), run("actor_critic", advantage="gae", lam=0.0)
+    torch.testing.assert_close(parameters(a), parameters(b), rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_rules_of_the_natural_gradient_meet_where_their_steps_are_equal() -> None:
+    radius = run("npg", steps=1)
+    alpha = column(radius, "step_size")[0]
+    plain = run("npg", steps=1, step_rule="learning_rate", natural_learning_rate=alpha)
+    torch.testing.assert_close(parameters(radius), parameters(plain), rtol=1e-5, atol=1e-6)
+    assert column(radius, "kl")[0] == pytest.approx(0.01, rel=0.5), "KL is delta to second order, less the damping"
+    assert set(column(run("npg", step_rule="learning_rate", natural_learning_rate=0.125), "step_size")) == {0.125}
+
+
+def test_off_policy_credit_with_one_epoch_is_on_policy() -> None:
+    """The ratio is 1 then, and V-trace with bounds of 1 is the lambda-return."""
+    a = run("off_policy_actor_critic", epochs=1, steps=1)
+    b = run("actor_critic", lam=1.0, steps=1)
+    torch.testing.assert_close(column(a, "value_loss"), column(b, "value_loss"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(column(a, "entropy"), column(b, "entropy"), rtol=1e-6, atol=1e-6)
