@@ -4,16 +4,17 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from policygrad.errors import UserError
 from policygrad.runs import presets
@@ -44,7 +45,7 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 class Train(Generic[O]):
     """policygrad train."""
 
-    environment: Positional[str]
+    environment: Annotated[str, Positional, arg(metavar="ENVIRONMENT")]
     """A Gymnasium id; `module:Id-v0` imports the module first."""
     algorithm: OmitArgPrefixes[O]
     out: Path | None = None
@@ -59,7 +60,7 @@ class Train(Generic[O]):
 class Eval:
     """Play whole episodes with a trained policy, and report what it scored."""
 
-    run: Positional[Path]
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
     """The directory that train wrote."""
     episodes: int = 10
     """How many."""
@@ -85,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print(f"policygrad: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("policygrad: stopped; what was learned so far is kept", file=sys.stderr)
         sys.exit(130)
@@ -112,14 +116,14 @@ def _train(rest: list[str]) -> int:
     name, rest = algorithm_named(rest[0]), rest[1:]
     defaults = ALGORITHMS[name]()
     if not {"-h", "--help"} & set(rest):
-        first = _parse(Train[type(defaults)], rest, f"train {name}", Train(tyro.MISSING, defaults))  # type: ignore[misc]
+        first = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
         environment, preset = first.environment, first.preset
     else:  # the help shows the defaults of the environment's preset, if it is named first
         environment = rest[0] if not rest[0].startswith("-") else None
         preset = None
     preset, tuned = presets.choose(preset, name, environment)
     defaults = with_values(defaults, tuned, f"preset {preset}: ")
-    command = _parse(Train[type(defaults)], rest, f"train {name}", Train(tyro.MISSING, defaults))  # type: ignore[misc]
+    command = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
     out = command.out or _free(Path("runs") / _file_name(command.environment) / f"{name}-seed{command.algorithm.seed}")
 
     _quiet()
@@ -143,6 +147,13 @@ def _train(rest: list[str]) -> int:
     )
     print(f"run: {out} (curve.png, metrics.jsonl, policy.safetensors; evaluate: policygrad eval {out})")
     return 0
+
+
+def _required(options: O) -> Train[O]:
+    """The defaults of a command whose environment has none."""
+    command = Train("", options)
+    command.environment = tyro.MISSING
+    return command
 
 
 def _eval(rest: list[str]) -> int:
@@ -223,7 +234,7 @@ def _parse(kind: Any, arguments: list[str], name: str, default: Any) -> Any:
         lines = [re.sub(r"[\s\u2500-\u257f]+", " ", line).strip() for line in said.getvalue().splitlines()]
         title, *lines = [line for line in lines if line] or ["bad arguments"]
         if title == "Required options":
-            raise UserError(f"which? {' '.join(lines[1:3])}: see policygrad {name} --help") from None
+            raise UserError(f"{lines[1].split()[0]} is missing: see policygrad {name} --help") from None
         meant = [line.split()[0] for line in lines if line.startswith("--")]
         hint = f"did you mean {meant[0]}? " if "Perhaps you meant:" in lines and meant else ""
         raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None

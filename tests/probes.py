@@ -1,5 +1,6 @@
 """Environments whose every number is known. `probes:Known-v0` and `probes:Broken-v0` have an id."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -136,9 +137,9 @@ class Known(Probe):
 class Broken(ConstantReward):
     """Fails in one way, from the third step on."""
 
-    def __init__(self, how: str = "raises in step") -> None:
+    def __init__(self, how: str | None = None) -> None:
         super().__init__()
-        self.how, self.steps = how, 0
+        self.how, self.steps = how or os.environ.get("BROKEN", "raises in step"), 0
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
         obs, info = super().reset(**options)
@@ -203,7 +204,10 @@ def limited(make: Callable[[], gymnasium.Env], steps: int) -> Callable[[], gymna
 
 
 gymnasium.register("Known-v0", entry_point=Known, max_episode_steps=8)
+gymnasium.register("Endless-v0", entry_point=Known)
 gymnasium.register("Broken-v0", entry_point=Broken, max_episode_steps=8)
 gymnasium.register(
     "Missing-v0", entry_point=lambda: (_ for _ in ()).throw(gymnasium.error.DependencyNotInstalled("no such\npackage"))
 )
+for _space in (spaces.Dict({"a": spaces.Discrete(2)}), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(5)):
+    gymnasium.register(f"{type(_space).__name__}Actions-v0", entry_point=Known, kwargs={"actions": _space})

@@ -42,6 +42,7 @@ def make_environments(
             )
         return SyncVectorEnv([lambda: _prepared(environment)], autoreset_mode=AutoresetMode.NEXT_STEP)
     try:
+        spec = None
         if isinstance(environment, str):
             spec = find(environment)
             if spec.vector_entry_point is not None and vectorization == "auto":
@@ -53,7 +54,9 @@ def make_environments(
             make = environment
         copies = [lambda: _prepared(make())] * num_envs
         vector = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
-        return vector(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+        environments = vector(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+        environments.spec = spec
+        return environments
     except UserError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:

@@ -57,7 +57,7 @@ def evaluate(
 
 def time_limit(environments: VectorEnv) -> int | None:
     """The longest episode that the environment allows, where its specification or a TimeLimit wrapper says."""
-    for environment in (environments, *getattr(environments, "envs", ())):
+    for environment in (*getattr(environments, "envs", ()), environments):
         spec = getattr(environment, "spec", None)
         if spec is not None and spec.max_episode_steps is not None:
             return spec.max_episode_steps

@@ -56,10 +56,6 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
         return int(np.searchsorted(cumulative, self.np_random.random() * cumulative[-1], side="right"))
 
 
-def _tabular_env(world: World, **_: Any) -> TabularEnv:
-    return TabularEnv(world)
-
-
 def _bandit_env(**_: Any) -> TabularEnv:
     return TabularEnv(bandit(torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])))
 
@@ -80,7 +76,7 @@ def _two_states_env(**_: Any) -> TabularEnv:
     return TabularEnv(two_states())
 
 
-gymnasium.register("policygrad/Tabular-v0", entry_point=_tabular_env)
+gymnasium.register("policygrad/Tabular-v0", entry_point="policygrad.exact.environment:TabularEnv")
 gymnasium.register("policygrad/Bandit-v0", entry_point=_bandit_env)
 gymnasium.register("policygrad/Chain-v0", entry_point=_chain_env, max_episode_steps=100)
 gymnasium.register("policygrad/Cliff-v0", entry_point=_cliff_env, max_episode_steps=200)

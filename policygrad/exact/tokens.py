@@ -43,7 +43,7 @@ def tree(world: TokenWorld) -> World:
         raise UserError(f"{size:,} prefixes are too many to enumerate: use fewer tokens or shorter completions")
     transition = torch.zeros(size, world.vocabulary, size, dtype=DTYPE)
     reward = torch.zeros(size, world.vocabulary, dtype=DTYPE)
-    level = [(prompt, prompt, ()) for prompt in range(world.prompts)]
+    level: list[tuple[int, int, tuple[int, ...]]] = [(prompt, prompt, ()) for prompt in range(world.prompts)]
     for t in range(world.length):
         following = []
         for state, prompt, prefix in level:

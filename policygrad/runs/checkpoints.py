@@ -53,6 +53,8 @@ def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Mo
         ) from error
     except Exception as error:  # safetensors raises its own, for a file that is cut short
         raise UserError(f"{directory}/policy.safetensors is damaged: {error}") from error
+    if not isinstance(description, dict):
+        raise UserError(f"{directory}/policy.json is damaged: it describes no policy")
     if description.get("format") != FORMAT:
         raise UserError(f"{directory}/policy.json is of format {description.get('format')}, and this is {FORMAT}")
     if policy is None:
@@ -61,7 +63,10 @@ def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Mo
                 f"the policy in {directory} is a {description['class']} of your own: load it from Python with "
                 "load_policy(directory, policy)"
             )
-        policy = Policy.from_description(description["policy"])
+        try:
+            policy = Policy.from_description(description["policy"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}/policy.json is damaged: {type(error).__name__}: {error}") from error
     try:
         policy.load_state_dict(_part(tensors, "policy."))
     except RuntimeError as error:

@@ -267,12 +267,17 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 def with_values(options: O, values: Mapping[str, Any], origin: str = "") -> O:
-    """The options with some of them set. Raises UserError for one that the algorithm does not have."""
-    names = {f.name for f in fields(options)}
-    for name in values:
-        if name not in names:
-            raise UserError(f"{origin}{type(options).__name__} has no option {name!r}: {nearest(name, sorted(names))}")
-    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    """The options with some of them set. Raises UserError for an unknown one, and for a value of another type."""
+    kinds = {f.name: f.type for f in fields(options)}
+    given: dict[str, Any] = {}
+    for name, x in values.items():
+        if name not in kinds:
+            raise UserError(f"{origin}{type(options).__name__} has no option {name!r}: {nearest(name, sorted(kinds))}")
+        given[name] = tuple(x) if isinstance(x, list) else x
+        if not _fits(given[name], kinds[name]):
+            raise UserError(f"{origin}{name} is {x!r}: it must be {_said(kinds[name])}")
+        if kinds[name] is float:
+            given[name] = float(x)
     return replace(options, **given)
 
 
@@ -280,8 +285,6 @@ def validate(options: Options) -> None:
     """Raise UserError for a value that cannot be meant."""
     for f in fields(options):
         x = getattr(options, f.name)
-        if not _fits(x, f.type):
-            raise UserError(f"{f.name} is {x!r}: it must be {_said(f.type)}")
         if x is None or isinstance(x, str | bool | tuple):
             continue
         for group, holds, bound in (
@@ -291,6 +294,7 @@ def validate(options: Options) -> None:
             (POSITIVE, x > 0, "more than 0"),
             (NOT_NEGATIVE, x >= 0, "0 or more"),
             (("dual_clip_bound",), x > 1, "more than 1"),
+            (("seed",), x < 2**63, "less than 2**63"),
         ):
             if f.name in group and not holds:
                 raise UserError(f"{f.name} is {x}: it must be {bound}")
@@ -300,6 +304,8 @@ def validate(options: Options) -> None:
         raise UserError(f"hidden is {options.hidden}: every layer has at least 1 unit")
     if getattr(options, "minibatch_size", 2) < 2 and getattr(options, "advantage_normalization", "") == "minibatch":
         raise UserError("minibatch_size is 1: one advantage cannot be standardised; use advantage_normalization batch")
+    if isinstance(options, PPO) and options.kl_coefficient == 0 and math.isfinite(options.kl_coefficient_target):
+        raise UserError("kl_coefficient_target adapts kl_coefficient, which is 0: set that too")
     size, steps = getattr(options, "minibatch_size", None), options.num_steps
     if size is not None and steps is not None and size > options.num_envs * steps:
         raise UserError(

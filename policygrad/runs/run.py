@@ -106,6 +106,8 @@ def play(
     device: str = "cpu",
 ) -> Evaluation:
     """Evaluate a policy on an environment of its own, made for the purpose where it can be."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
     single = isinstance(environment, gymnasium.Env)
     environments = make_environments(environment, 1 if single else max(1, min(episodes, 16)))
     with torch.random.fork_rng():

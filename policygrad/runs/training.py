@@ -89,7 +89,7 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
     options = run.options
     learner = learners.build(options, run.policy, run.critic, sampler)
     rates = [group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups]
-    modules = nn.ModuleList([run.policy, run.critic])
+    modules = nn.ModuleDict({"policy": run.policy, "critic": run.critic})
     good = _copy(modules)
     start, next_row = time.perf_counter(), 0.0
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
@@ -40,7 +40,7 @@ CONTROL = ("random", "chain", "bandit", "cliff")
 BRIEF = ("random, two episodes a row", "chain", "bandit", "cliff")  # they repeat the random world's rows
 SAMPLES = (1_000, 200_000)
 LEGEND = """\
-bias       distance of the expected estimate from the exact gradient, over the exact gradient's size; cosine between them
+bias       of the expected estimate, over the size of the exact gradient; cosine: between the two
 z          bias over the standard error at {samples:,} episodes (the mean of an unbiased sample has about 1)
 variance   of the estimate from one episode; n: the number of episodes at which noise equals bias
 biased     as its paper says, and by exactly as much: a row whose expectation is another is WRONG
@@ -82,7 +82,8 @@ def run(options: VerifyOptions) -> int:
     if options.plot is not None:
         from policygrad.runs.verify_plot import draw  # matplotlib takes its time
 
-        draw(options.plot, report.findings)
+        with _one_thread():
+            draw(options.plot, report.findings)
     if options.json:
         print(json.dumps(as_json(report, options, seconds)))
     else:
@@ -94,7 +95,7 @@ def verify(options: VerifyOptions, function: Advantage | None = None) -> Report:
     """All findings, in float64 and with random numbers of their own: the caller's are left as they were."""
     if not SAMPLES[0] <= options.samples <= SAMPLES[1]:
         raise UserError(f"--samples is {options.samples}: give {SAMPLES[0]:,} to {SAMPLES[1]:,}")
-    with float64(), torch.random.fork_rng(devices=[]), _progress() as advance:
+    with _one_thread(), float64(), torch.random.fork_rng(devices=[]), _progress() as advance:
         torch.manual_seed(options.seed)
         findings = []
         for section in sections(options, function):
@@ -156,6 +157,17 @@ def judged(section: Section, samples: int) -> list[Finding]:
 
 
 @contextmanager
+def _one_thread() -> Iterator[None]:
+    """Arrays this small are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A line on standard error that says which world is at work, where that is a terminal."""
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -203,16 +215,18 @@ def print_report(report: Report, options: VerifyOptions, seconds: float) -> None
         if shown:
             console.print(_estimator_table(world, shown, options))
         if brief:
-            count = f"{len(rows) - len(wrong)} of {len(rows)} rows as they should be"
-            console.print(
-                f"[bold]{world}[/bold], by {rows[0].method}: {count} (policygrad verify --world {world.partition(',')[0]})\n"
-            )
+            more = f"policygrad verify --world {world.partition(',')[0]}"
+            console.print(f"[bold]{world}[/bold], by {rows[0].method}: {_count(rows, wrong)} ({more})\n")
     if report.checks:
         console.print(_update_table(report.checks))
     total = len(report.findings) + len(report.checks)
     state = "[bold green]none WRONG" if report.wrong == 0 else f"[bold red]{report.wrong} WRONG"
     console.print(f"{total} rows in {seconds:.0f} s, {state}")
     console.print(LEGEND.format(samples=options.samples), style="dim")
+
+
+def _count(rows: list[Finding], wrong: list[Finding]) -> str:
+    return f"{len(rows) - len(wrong)} of {len(rows)} rows as they should be"
 
 
 def _is_users(finding: Finding, options: VerifyOptions) -> bool:

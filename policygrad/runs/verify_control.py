@@ -29,9 +29,9 @@ from policygrad.algorithms.trpo import trpo
 from policygrad.critics import bootstrap_values, optimal_baseline, value_baseline
 from policygrad.divergences import k3
 from policygrad.exact.closed_form import (
-    policy_gradient,
     action_value,
     advantage,
+    policy_gradient,
     state_value,
     visitation,
     weighted_gradient,
@@ -106,7 +106,8 @@ def setting_of(name: str, samples: int, seed: int) -> Setting:
     features = blind_to_time(tabular(12, 4), horizon)
     world = with_clock(cliff(3, 4, gamma=0.9, fall=-10.0), horizon)
     policy, old = _policies(features, seed)
-    return Setting(name, world, policy, old, *(_sampled(world, p, horizon, samples, seed) for p in (policy, old)))
+    on, off = (_sampled(world, p, horizon, samples, seed) for p in (policy, old))
+    return Setting(name, world, policy, old, on, off)
 
 
 def _policies(features: Tensor, seed: int) -> tuple[SoftmaxPolicy, SoftmaxPolicy]:
@@ -229,11 +230,11 @@ def reinforce_rows(at: Setting) -> list[Estimator]:
         return weighted_gradient(visitation(world, at.probs, rate), at.probs, q, at.scores)
 
     def row(name: str, rows: int = 1, expected: Tensor | None = None, reason: str = "", **options: Any) -> Estimator:
-        chosen = {"returns": reward_to_go, "baseline": no_baseline, "discounted": True} | options
+        chosen: dict[str, Any] = {"returns": reward_to_go, "baseline": no_baseline, "discounted": True} | options
         gain = partial(_reinforce, gamma=gamma, **chosen)
         return Estimator(f"REINFORCE, {name}", gain, rows, expected=expected, reason=reason, any_rows=rows > 1)
 
-    whole = {"returns": trajectory_return, "discounted": False}
+    whole: dict[str, Any] = {"returns": trajectory_return, "discounted": False}
     learned = partial(value_baseline, critic=critic)
     wrong = partial(value_baseline, critic=TabularCritic(at.wrong_value))
     optimal = partial(optimal_baseline, policy=at.policy)
@@ -267,7 +268,7 @@ def actor_critic_rows(at: Setting) -> list[Estimator]:
     visits = visitation(world, probs, world.gamma, at.horizon)
     exact = state_value(world, probs)
     critics = {"exact": exact, "zero": torch.zeros_like(exact), "wrong": at.wrong_value}
-    kinds = {
+    kinds: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
         "TD(1)": (monte_carlo_advantage, lambda v: gae_credit(world, probs, v, 1.0)),
         "1-step": (partial(n_step_advantage, n=1), lambda v: td_credit(world, v)),
         "2-step": (partial(n_step_advantage, n=2), lambda v: n_step_credit(world, probs, v, 2)),
@@ -310,7 +311,7 @@ def vtrace_rows(at: Setting) -> list[Estimator]:
         sampled = probs_old if off else probs
         if at.horizon is not None and (off or name != "on-policy, exact critic"):
             continue
-        options = {"lam": lam, "rho_bar": bar, "c_bar": bar}
+        options: dict[str, Any] = {"lam": lam, "rho_bar": bar, "c_bar": bar}
         credit = vtrace_credit(world, probs, sampled, value, **options)
         expected = weighted_gradient(visitation(world, sampled, world.gamma, at.horizon), sampled, credit, at.scores)
         gain = partial(_vtrace, gamma=world.gamma, critic=TabularCritic(value), **options)
@@ -338,14 +339,17 @@ def objective_rows(at: Setting) -> list[Estimator]:
     value, value_old = state_value(world, probs), state_value(world, probs_old)
     visits_old = visitation(world, probs_old, gamma)
     ratio = probs / probs_old
-    # E[min(r A, clip(r) A)] keeps the gradient r A grad log pi of the steps whose ratio is not out of bounds upward in
-    # the direction of A; A is here the TD error, which chance decides, so the mean is over the successor too.
+    # min(r A, clip(r) A) has the gradient r A grad log pi, and none where r is out of bounds in the direction that A
+    # rewards. A is here the TD error, whose sign depends on the successor, so the mean is over successors too.
     delta, chance = _td_errors(world, value_old)
     stopped = ((delta > 0) & (ratio > 1 + CLIP[1])[..., None]) | ((delta < 0) & (ratio < 1 - CLIP[0])[..., None])
     kept = (chance * delta.where(~stopped, 0.0)).sum(-1)
     td = (chance * delta).sum(-1)
     local = partial(weighted_gradient, visits_old, probs_old, score=at.scores)
-    table = [("surrogate", plain, False, None, ""), ("clipped surrogate", clip, False, None, "")]
+    table: list[tuple[str, Any, bool, Tensor | None, str]] = [
+        ("surrogate", plain, False, None, ""),
+        ("clipped surrogate", clip, False, None, ""),
+    ]
     table += [("clipped weight (CISPO)", weight, False, None, "")]
     table += [("surrogate", plain, True, local(credit=ratio * td), OLD_STATES)]
     table += [("clipped surrogate", clip, True, local(credit=ratio * kept), CLIPPED)]
@@ -436,7 +440,7 @@ def algorithm_rows(at: Setting) -> list[tuple[Estimator, Moments]]:
         at.scores,
     )
     on, old = (partial(_expected_step, at, source=source) for source in (at.on_policy, at.off_policy))
-    common = {"max_grad_norm": torch.inf, "value_coefficient": 0.0, "gamma": world.gamma}
+    common: dict[str, Any] = {"max_grad_norm": torch.inf, "value_coefficient": 0.0, "gamma": world.gamma}
     named = [
         ("reinforce(discounted=True)", None, on(lambda p, c, s, o, w: reinforce(
             p, s, o, gamma=world.gamma, discounted=True, weights=w))),

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,7 +20,7 @@ from torch.optim import SGD
 
 from policygrad.errors import UserError
 from policygrad.exact.closed_form import expected_return
-from policygrad.exact.policies import SoftmaxPolicy, probabilities
+from policygrad.exact.policies import SoftmaxPolicy
 from policygrad.exact.worlds import two_states
 from policygrad.rollout import Batch
 from policygrad.runs.verify_statistics import Finding, float64
@@ -39,10 +41,10 @@ INK = "#222222"
 
 def draw(path: Path, findings: Sequence[Finding]) -> None:
     """Write the figure. Raises UserError if the file cannot be written."""
-    figure = Figure(figsize=(19, 9.4))
+    figure = Figure(figsize=(19, 9.4), dpi=150)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        1, 3, width_ratios=[0.62, 1.15, 1.45], wspace=0.0, left=0.045, right=0.985, top=0.9, bottom=0.08
+        1, 3, width_ratios=[0.62, 1.15, 1.45], wspace=0.0, left=0.045, right=0.955, top=0.9, bottom=0.08
     )
     inner = grid[0, 2].subgridspec(1, 2, width_ratios=[0.1, 1], wspace=0.0)
     strip = figure.add_subplot(grid[0, 0])
@@ -50,7 +52,7 @@ def draw(path: Path, findings: Sequence[Finding]) -> None:
     with float64():
         learning_paths(figure.add_subplot(inner[0, 1]))
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the picture to {path}: {error}") from error
 
@@ -141,44 +143,47 @@ def _label_plane(axes: Axes, rows: list[tuple[Finding, str]]) -> None:
     """Each label at the first place around its point where it covers neither point nor label."""
     to_data = axes.transData.inverted().transform
     points = [axes.transData.transform((f.relative_bias, _noise(f))) for f, _ in rows]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    taken.append(axes.get_legend().get_window_extent().padded(4).extents)
+    reach = axes.figure.dpi / 14
+    taken: list[tuple[float, ...]] = [(x - reach, y - reach, x + reach, y + reach) for x, y in points]
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(tuple(legend.get_window_extent().padded(4).extents))
     frame = axes.get_window_extent()
     for (f, name), (x, y) in sorted(zip(rows, points, strict=True), key=lambda pair: -pair[1][1]):
         color = FAMILIES[_family(f)][0]
         text = axes.text(f.relative_bias, _noise(f), name, fontsize=SMALL, va="center", ha="left", color=color)
         extent = text.get_window_extent()
-        for box in _around(x, y, extent.width, extent.height):
+        for box in _around(x, y, extent.width, extent.height, 1.3 * reach):
             inside = frame.x0 + 4 < box[0] and box[2] < frame.x1 - 4 and frame.y0 < box[1] and box[3] < frame.y1
             if inside and not any(_overlap(box, other) for other in taken):
                 break
         taken.append(box)
         middle = (box[1] + box[3]) / 2
-        text.set_position(to_data((box[0], middle)))
+        text.set_position(tuple(to_data((box[0], middle))))
         near = to_data((min(max(x, box[0]), box[2]), middle))
         axes.plot([f.relative_bias, near[0]], [_noise(f), near[1]], color="#BBBBBB", linewidth=0.6, zorder=1)
 
 
-def _around(x: float, y: float, width: float, height: float) -> list[tuple[float, float, float, float]]:
+def _around(x: float, y: float, width: float, height: float, gap: float) -> list[tuple[float, float, float, float]]:
     boxes = []
-    for far in range(0, 14):
+    for far in range(14):
         for up in (0,) if far == 0 else (far, -far):
             bottom = y - height / 2 + up * height * 0.9
-            for left in (x + 9, x - 9 - width, x - width / 2):
+            for left in (x + gap, x - gap - width, x - width / 2):
                 if far > 0 or left != x - width / 2:
                     boxes.append((left, bottom, left + width, bottom + height))
     return boxes
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
 # Learning paths
 
 
 Step = Callable[[Objective, Divergence, Batch, list[Tensor]], object]
-EXACT = {"damping": 1e-8, "cg_iters": 10}
+EXACT: dict[str, Any] = {"damping": 1e-8, "cg_iters": 10}
 GAMMA, START = 0.9, (2.0, -2.0)
 WINDOW = (-2.6, 6.9, -3.1, 8.4)
 STEPS = 320
@@ -192,24 +197,25 @@ def learning_paths(axes: Axes) -> None:
     """Plain, natural and trust-region ascent from one start, over the contours of J of Kakade's two states."""
     low_x, high_x, low_y, high_y = WINDOW
     x, y = np.linspace(low_x, high_x, 101), np.linspace(low_y, high_y, 101)
-    height = np.array([[_height(torch.tensor([a, b])) for a in x] for b in y])
+    height = _height(torch.tensor(np.stack(np.meshgrid(x, y), -1)).flatten(0, 1)).reshape(len(y), len(x))
     filled = axes.contourf(x, y, height, levels=26, cmap="YlGnBu_r", alpha=0.92)
     axes.contour(x, y, height, levels=26, colors="white", linewidths=0.35, alpha=0.7)
     bar = axes.figure.colorbar(filled, ax=axes, pad=0.015, fraction=0.04, aspect=38)
     bar.set_label("$J(\\theta)$", fontsize=BODY)
-    inset = axes.inset_axes((0.055, 0.05, 0.36, 0.235), facecolor="#FFFFFFEE")
+    inset = axes.inset_axes((0.05, 0.06, 0.3, 0.22), facecolor="#FFFFFFEE")
     natural = partial(natural_step, step_size=partial(learning_rate, rate=0.03), **EXACT)
     region = partial(trust_region_step, delta=0.01, **EXACT)
     stretch = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-    for name, step, mix, color, style in [
+    ways: list[tuple[str, Step, Tensor, str, str]] = [
         ("plain gradient", _plain, torch.eye(2), "#E4322B", "-"),
         ("plain gradient, $\\theta_2$ in thirds", _plain, stretch, "#E4322B", "--"),
         ("natural gradient", natural, torch.eye(2), "#FFB000", "-"),
         ("natural gradient, $\\theta_2$ in thirds", natural, stretch, "#6B4200", ":"),
         ("trust region (TRPO)", region, torch.eye(2), "#101010", "-"),
-    ]:
+    ]
+    for name, step, mix, color, style in ways:
         path = ascent(step, mix)
-        reached = [_height(torch.tensor(point)) for point in path]
+        reached = _height(torch.tensor(path))
         axes.plot(*path.T, style, color=color, linewidth=2.3, label=name, zorder=4 + (style == ":"))
         inset.plot(range(len(reached)), reached, style, color=color, linewidth=1.6)
         if style == "-":
@@ -219,7 +225,7 @@ def learning_paths(axes: Axes) -> None:
     axes.annotate(
         "start", START, xytext=(-14, 10), textcoords="offset points", fontsize=BODY, ha="right", color="white"
     )
-    axes.annotate("the plateau: staying where 1 is paid", (4.2, -2.25), fontsize=BODY, ha="center", color="white")
+    axes.annotate("the plateau: staying where 1 is paid", (4.6, -2.3), fontsize=BODY, ha="center", color="white")
     axes.set_xlim(low_x, high_x)
     axes.set_ylim(low_y, high_y)
     axes.set_xlabel("$\\theta_1$: log-odds of staying in the first state, which pays 1", fontsize=BODY)
@@ -249,6 +255,7 @@ def ascent(step: Step, mix: Tensor) -> np.ndarray:
     return torch.stack(path).numpy()
 
 
-def _height(theta: Tensor) -> float:
-    policy = SoftmaxPolicy(identifiable(2, 2), theta)
-    return float(expected_return(two_states(GAMMA), probabilities(policy).detach()))
+def _height(theta: Float[Tensor, "K 2"]) -> np.ndarray:
+    """J at each of K pairs of parameters."""
+    features, world = identifiable(2, 2), two_states(GAMMA)
+    return torch.vmap(lambda pair: expected_return(world, (features @ pair).softmax(-1)))(theta).numpy()

@@ -65,7 +65,7 @@ class Moments:
     mean: Float[Tensor, " N"]
     covariance: Float[Tensor, "N N"]
     rows: int = 1
-    count: float = math.inf
+    count: int | float = math.inf
 
 
 @dataclass(frozen=True)

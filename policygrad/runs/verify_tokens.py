@@ -49,6 +49,7 @@ class TokenSetting:
     policy: OnPrefixes
     table: SoftmaxPolicy  # the policy on the tree of prefixes
     old: SoftmaxPolicy
+    table_reference: SoftmaxPolicy
     reference: OnPrefixes
     on_policy: Experience
     off_policy: Experience
@@ -63,7 +64,7 @@ class TokenSetting:
 
     @property
     def probs_reference(self) -> Tensor:
-        return probabilities(self.reference.module).detach()
+        return probabilities(self.table_reference).detach()
 
     @property
     def scores(self) -> Tensor:
@@ -79,9 +80,10 @@ def token_setting(seed: int) -> TokenSetting:
     features = tabular(*world.reward.shape)
     theta, away, further = torch.randn(3, features.shape[-1], generator=generator)
     table, old = SoftmaxPolicy(features, 0.7 * theta), SoftmaxPolicy(features, 0.7 * theta + 0.3 * away)
-    reference = OnPrefixes(tokens, SoftmaxPolicy(features, 0.7 * theta + 0.5 * further)).requires_grad_(False)
-    seen = [_enumerated(tokens, probabilities(p)) for p in (table, old)]
-    return TokenSetting(tokens, world, OnPrefixes(tokens, table), table, old, reference, *seen)
+    anchor = SoftmaxPolicy(features, 0.7 * theta + 0.5 * further)
+    reference = OnPrefixes(tokens, anchor).requires_grad_(False)
+    on, off = (_enumerated(tokens, probabilities(p)) for p in (table, old))
+    return TokenSetting(tokens, world, OnPrefixes(tokens, table), table, old, anchor, reference, on, off)
 
 
 def _enumerated(tokens: TokenWorld, probs: Tensor) -> Experience:
@@ -191,7 +193,7 @@ def group_rows(at: TokenSetting) -> list[Estimator]:
     by_total = _given_own(at, lambda r, all_r, size, sizes: n * (r - all_r[:, 1:].mean(1)) / sizes.sum(1))
     length = rollout.mask.sum(1)
     by_mean, off = partial(_group_gain, weights=per_row), {"off_policy": True}
-    table: list[tuple[str, Objective, Tensor | None, str, dict[str, bool]]] = [
+    table: list[tuple[str, Objective, Tensor | None, str, dict[str, Any]]] = [
         ("leave-one-out (RLOO)", partial(_group_gain, credit=_rloo), None, "", {}),
         ("group mean, own reward in it", partial(_group_gain, credit=_centred), (1 - 1 / n) * exact,
          "1 - 1/n as long, same direction", {}),
@@ -313,7 +315,7 @@ def kl_rows(at: TokenSetting) -> list[Estimator]:
         gain = partial(_kl_loss, reference=at.reference, estimate=estimate)
         table.append(Estimator(name, gain, expected=expected, reason=reason, exact=downhill, of="-grad KL"))
     over = partial(_kl_over_vocabulary, reference=at.reference)
-    options = {"exact": downhill, "of": "-grad KL"}
+    options: dict[str, Any] = {"exact": downhill, "of": "-grad KL"}
     name = "KL over the vocabulary in the loss"
     table.append(Estimator(name, over, expected=still, reason=local, one_by_one=True, **options))
     by_sequence = partial(_kl_by_sequence, reference=at.reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ def _plain(objective: Objective, divergence: Divergence, batch: Batch, parameter
     ascend(objective, batch, torch.optim.SGD(parameters, lr=0.1))
 
 
-_EXACT = {"damping": 0.0, "cg_iters": 20}
+_EXACT: dict[str, Any] = {"damping": 0.0, "cg_iters": 20}
 _STEPS: dict[str, Callable[..., object]] = {
     "natural": partial(natural_step, step_size=partial(learning_rate, rate=0.1), **_EXACT),
     "radius": partial(natural_step, step_size=partial(kl_radius, delta=DELTA), **_EXACT),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from policygrad.critics import bootstrap_values
 from policygrad.errors import UserError
-from policygrad.exact.enumeration import LIMIT, rows
+from policygrad.exact.enumeration import rows
 from policygrad.returns import discount
 from policygrad.rollout import Rollout, decisions
 from policygrad.runs.verify_statistics import Estimator, Experience
@@ -26,6 +26,8 @@ from policygrad.weights import average, per_episode
 
 # my_advantage(reward [B, T], value [B, T + 1], terminated [B, T], ended [B, T], gamma) -> [B, T]
 Advantage = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+PAIRS = 50_000  # of trajectories, on each of which a user's function may be called
 
 
 def load_function(name: str) -> Advantage:
@@ -50,7 +52,8 @@ def _import(place: str) -> ModuleType:
         if not path.is_file():
             raise UserError(f"there is no file {place}: give its path from here")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -66,39 +69,44 @@ def user_rows(
     experience: Experience,
     critics: dict[str, nn.Module],
     gamma: float,
-    per_token: bool = False,
 ) -> list[Estimator]:
     """The function with each critic. With the exact one any bias is an error; another it may lean on.
 
-    Its advantages are computed before anything is differentiated, so that it may do what it likes with tensors.
+    Its advantages are computed before anything is differentiated, so that it may do what it likes with tensors. A
+    function that looks at several rows at once has no row where there are too many pairs to call it on each.
     """
     short = name.rpartition(":")[2]
     table = []
     for critic_name, critic in critics.items():
-        credited, size = _credited(name, function, experience, critic, gamma)
-        gain = partial(_gain, gamma=1.0 if per_token else gamma)
+        whole = _call(name, function, experience.rollout, critic, gamma)
+        if _row_by_row(name, function, experience.rollout, critic, gamma, whole):
+            credited, size = replace(experience, rollout=replace(experience.rollout, reward=whole)), 1
+        elif experience.enumerated and len(whole) ** 2 > PAIRS:
+            continue
+        else:
+            credited, size = _batch_by_batch(name, function, experience, critic, gamma)
+        gain = partial(_gain, gamma=gamma)
         row = Estimator(f"{short}, {critic_name} critic", gain, size, experience=credited, reason="leans on the critic")
         table.append(replace(row, wrong_if_biased=critic_name == "exact"))
     return table
 
 
-def _credited(
+def _row_by_row(
+    name: str, function: Advantage, rollout: Rollout, critic: nn.Module, gamma: float, whole: Tensor
+) -> bool:
+    """Whether two rows' advantages are the same with the others there and without."""
+    pairs = torch.tensor([[0, len(whole) // 2], [len(whole) // 3, len(whole) - 1]])
+    few = [_call(name, function, rows(rollout, pair), critic, gamma) for pair in pairs]
+    return torch.allclose(torch.stack(few), whole[pairs], equal_nan=True)
+
+
+def _batch_by_batch(
     name: str, function: Advantage, experience: Experience, critic: nn.Module, gamma: float
 ) -> tuple[Experience, int]:
-    """The experience with the advantages in the reward's place, and how many rows of it make a batch.
-
-    A function that looks at one row alone is called once, on all; else once on each batch.
-    """
-    rollout = experience.rollout
-    whole = _call(name, function, rollout, critic, gamma)
-    few = [_call(name, function, rows(rollout, torch.tensor([i])), critic, gamma) for i in (0, len(whole) // 2, -1)]
-    if torch.allclose(torch.cat(few), whole[[0, len(whole) // 2, -1]], equal_nan=True):
-        return replace(experience, rollout=replace(rollout, reward=whole)), 1
-    if experience.enumerated and len(whole) ** 2 > LIMIT // 4:
-        raise UserError(f"{name} looks at several rows at once, and the world has too many pairs: use --world cliff")
+    """The batches of the experience, one after the other, with the advantages in the reward's place; their size."""
     index, probability = experience.batches(2)
-    credit = torch.cat([_call(name, function, rows(rollout, i), critic, gamma) for i in index])
-    expanded = replace(rows(rollout, index.flatten()), reward=credit)
+    credit = torch.cat([_call(name, function, rows(experience.rollout, i), critic, gamma) for i in index])
+    expanded = replace(rows(experience.rollout, index.flatten()), reward=credit)
     size = index.shape[1]
 
     def each(_: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +120,7 @@ def _call(name: str, function: Advantage, rollout: Rollout, critic: nn.Module, g
     value = bootstrap_values(critic, rollout)
     arrays = [x.clone() for x in (rollout.reward, value, rollout.terminated, rollout.ended)]
     try:
-        credit = function(*arrays, gamma)  # type: ignore[arg-type]
+        credit = function(arrays[0], arrays[1], arrays[2], arrays[3], gamma)
     except Exception as error:
         raise UserError(f"{name} raised {_said(error)}: mend the function") from error
     if not isinstance(credit, Tensor) or credit.shape != rollout.reward.shape:

@@ -39,7 +39,8 @@ def test_termination_and_truncation_are_two_things():
     rollout = EpisodeSampler(world, 500, 4)(uniform(world))
     assert (rollout.ended.sum(1) == 1).all()
     cut = rollout.ended & ~rollout.terminated
-    assert cut.any() and rollout.terminated.any()
+    assert cut.any()
+    assert rollout.terminated.any()
     assert not cut[:, :-1].any()
     assert (rollout.mask.sum(1) == rollout.ended.int().argmax(1) + 1).all()
     assert (rollout.reward[~rollout.mask] == 0).all()

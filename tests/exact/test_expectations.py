@@ -19,7 +19,7 @@ from policygrad.score import score, token_ratio
 from policygrad.weights import average, per_episode
 
 HORIZON = 2
-WORLD = with_clock(garnet(2, 2, 2, termination=0.2, seed=3), HORIZON)
+WORLD = with_clock(garnet(2, 2, 1, termination=0.2, seed=3), HORIZON)
 # One start state, so that there are few trajectories and triples of them can be listed.
 WORLD = type(WORLD)(WORLD.transition, WORLD.reward, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64), WORLD.gamma)
 

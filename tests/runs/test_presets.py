@@ -1,0 +1,92 @@
+"""Presets: every file fits its algorithms and its environment, and the right one is taken."""
+
+import gymnasium
+import pytest
+
+from policygrad import train
+from policygrad.errors import UserError
+from policygrad.runs import presets
+from policygrad.runs.options import ALGORITHMS, validate, with_values
+
+PROMISED = {
+    "CartPole-v1",
+    "Acrobot-v1",
+    "Pendulum-v1",
+    "MountainCarContinuous-v0",
+    "LunarLander-v3",
+    "LunarLanderContinuous-v3",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Walker2d-v5",
+    "Ant-v5",
+    "Swimmer-v5",
+    "InvertedPendulum-v5",
+}
+
+
+def test_the_promised_presets_are_there() -> None:
+    assert set(presets.names()) >= PROMISED
+    assert all("ppo" in presets.load(name) for name in PROMISED)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_it_is_named_for_an_environment(name: str) -> None:
+    assert name in gymnasium.registry
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"), [(name, algorithm) for name in presets.names() for algorithm in presets.load(name)]
+)
+def test_every_setting_is_a_possible_option_of_its_algorithm(name: str, algorithm: str) -> None:
+    defaults = ALGORITHMS[algorithm]()
+    tuned = presets.load(name)[algorithm]
+    validate(with_values(defaults, tuned))
+    assert not {"seed", "device", "threads", "steps"} & set(tuned), "these are the user's"
+
+
+def test_the_environments_own_is_taken_by_default() -> None:
+    assert presets.choose(None, "ppo", "CartPole-v1") == ("CartPole-v1", presets.load("CartPole-v1")["ppo"])
+    assert presets.choose(None, "ppo", "somewhere:CartPole-v1")[0] == "CartPole-v1"
+
+
+@pytest.mark.parametrize("environment", ["probes:Known-v0", "CartPole-v0", gymnasium.make, None])
+def test_there_is_none_by_default_for_other_environments(environment: object) -> None:
+    assert presets.choose(None, "ppo", environment) == (None, {})
+
+
+def test_none_takes_none() -> None:
+    assert presets.choose("none", "ppo", "CartPole-v1") == (None, {})
+
+
+def test_another_environments_can_be_taken_by_name() -> None:
+    assert presets.choose("CartPole-v1", "ppo", "Acrobot-v1") == presets.choose(None, "ppo", "CartPole-v1")
+
+
+def test_an_unknown_one_gives_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'CartPole-v2': did you mean CartPole-v1"):
+        presets.load("CartPole-v2")
+
+
+def test_one_without_the_algorithm_says_which_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "load", lambda name: {"ppo": {}, "trpo": {}})
+    with pytest.raises(UserError, match=r"no settings for npg, only for ppo, trpo"):
+        presets.choose("CartPole-v1", "npg", "CartPole-v1")
+
+
+def test_what_is_given_goes_before_the_preset_and_both_are_announced() -> None:
+    said: list[str] = []
+    run = train("ppo", "CartPole-v1", steps=1, num_envs=2, minibatch_size=64, epochs=1, announce=said.append)
+    tuned = presets.load("CartPole-v1")["ppo"]
+    assert run.preset == "CartPole-v1"
+    assert run.options.num_envs == 2
+    assert run.options.gamma == tuned["gamma"]
+    assert len(said) == 1
+    assert said[0].startswith("preset CartPole-v1: ")
+    assert "num_envs=2" in said[0]
+
+
+def test_without_a_preset_nothing_is_announced() -> None:
+    said: list[str] = []
+    run = train("actor_critic", "CartPole-v1", preset="none", steps=1, announce=said.append)
+    assert run.preset is None
+    assert said == []

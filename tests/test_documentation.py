@@ -1,0 +1,117 @@
+"""What the documents show is so: the examples run, the commands parse, the links lead somewhere, the tree is whole."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import policygrad
+from policygrad import cli
+from policygrad.runs import presets
+from policygrad.runs.verify_options import VerifyOptions
+
+ROOT = Path(policygrad.__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a document in one of the languages."""
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The lines of its shell blocks, in words, with continuations joined and comments and prompts left out."""
+    text = "\n".join(blocks(document, "sh", "bash", "console", "shell")).replace("\\\n", " ")
+    lines = [shlex.split(line.removeprefix("$ "), comments=True) for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+@every_document
+def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would paste them; of training steps there are fewer."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for source in blocks(document, "python"):
+        short = re.sub(r"\b\d{1,3}(?:_?\d{3}){1,2}\b", "400", source)
+        exec(compile(short, f"{document.name}: {source[:40]}", "exec"), names)
+
+
+@every_document
+def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, in one directory, each training for a single iteration."""
+    monkeypatch.chdir(tmp_path)
+    for _, name, *rest in (line for line in commands(document) if line[0] == "policygrad"):
+        if any(word.isupper() and len(word) > 2 for word in rest):
+            continue  # a form, not an example
+        if name == "verify":
+            cli._parse(VerifyOptions, rest, "verify", None)
+            continue
+        if name == "train":
+            environment = rest[1] if len(rest) > 1 else ""
+            if "--help" not in rest:
+                rest += ["--steps", "1"]
+            if environment.endswith("-v5") and find_spec("mujoco") is None:
+                continue
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, *rest])
+        assert not stop.value.code, f"{document.name}: policygrad {name} {' '.join(rest)}"
+
+
+@every_document
+def test_scripts_and_make_targets_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in commands(document):
+        if line[0] == "make":
+            assert {word for word in line[1:] if "=" not in word} <= targets
+        if line[0] == "python" and line[1].endswith(".py"):
+            assert (ROOT / line[1]).exists(), line[1]
+
+
+@every_document
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_tree_of_the_readme_has_one_line_for_each_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    if "TREE" in readme.splitlines():
+        pytest.skip("the tree is still to be written")
+    tree = blocks(ROOT / "README.md", "", "text")[-1]
+    names = [path.name for path in (ROOT / "policygrad").rglob("*.py") if path.name != "__init__.py"]
+    missing = [name for name in names if not re.search(rf"\b{re.escape(name)}", tree)]
+    assert missing == []
+
+
+def test_the_readme_names_every_algorithm_by_the_name_it_has() -> None:
+    from policygrad.runs.options import ALGORITHMS
+
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in ALGORITHMS if f"`{name}`" not in readme] == []
+
+
+def test_presets_begin_with_a_word_on_their_environment() -> None:
+    for name in presets.names():
+        first = (ROOT / "policygrad" / "presets" / f"{name}.toml").read_text().splitlines()[0]
+        assert re.match(r"# .{10,}", first), name
+
+
+def test_the_contributors_page_is_short() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
+
+
+@pytest.mark.parametrize("name", sorted(policygrad.__all__))
+def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
+    thing = getattr(policygrad, name)
+    assert thing.__doc__
+    assert name in dir(policygrad)
+
+
+def test_there_is_nothing_by_any_other_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'dqn'"):
+        _ = policygrad.dqn
