@@ -1,4 +1,4 @@
-"""Does it learn what the field's methods learn? Trains each method on its tasks over several seeds, by the command line.
+"""Does it learn what the field's methods learn? Trains each on its tasks over several seeds, by the command line.
 
     python benchmarks/learning.py                     every task (hours on two cores)
     python benchmarks/learning.py ppo/CartPole-v1     some of them
@@ -63,7 +63,7 @@ def write_table(results: list[dict]) -> None:
         "Written by `python benchmarks/learning.py`: `policygrad train` with the presets, then 20 evaluation episodes",
         "with the policy's mode. Mean over the seeds, each seed's result beside it.",
         "",
-        "| method | environment | steps | threshold | evaluation, mean over seeds | each seed | seconds a run (median) |",
+        "| method | environment | steps | threshold | evaluation, mean | each seed | seconds a run (median) |",
         "|---|---|---|---|---|---|---|",
     ]
     for algorithm, environment, steps, seeds, threshold in TASKS:

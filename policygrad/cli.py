@@ -19,7 +19,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from policygrad.errors import UserError
 from policygrad.runs import presets
 from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, with_values
-from policygrad.runs.verify_options import VerifyOptions
+from policygrad.runs.verify.options import VerifyOptions
 
 USAGE = """\
 policygrad: the policy-gradient family of reinforcement learning
@@ -174,7 +174,7 @@ def _eval(rest: list[str]) -> int:
 
 def _verify(rest: list[str]) -> int:
     options = _parse(VerifyOptions, rest, "verify", None)
-    from policygrad.runs.verify import run
+    from policygrad.runs.verify.command import run
 
     return run(options)
 

@@ -38,6 +38,12 @@ def k3(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tens
     return torch.expm1(log_ratio) - log_ratio
 
 
+def straight_through(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """sg(k3) + k2 - sg(k2): k3 as a number, and the gradient of k2, which on-policy is that of KL(p, q)."""
+    square = k2(logp, logp_ref)
+    return k3(logp, logp_ref).detach() + square - square.detach()
+
+
 class AdaptiveCoefficient:
     """The adaptive KL coefficient: halved below target / 1.5, doubled above 1.5 target (Schulman et al. 2017, sec. 4).
 

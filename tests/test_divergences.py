@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.testing import assert_close
 
-from policygrad.divergences import AdaptiveCoefficient, k1, k2, k3, kl
+from policygrad.divergences import AdaptiveCoefficient, k1, k2, k3, kl, straight_through
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -142,3 +142,11 @@ def test_the_coefficients_state_is_its_value_bit_for_bit() -> None:
 def test_an_impossible_coefficient_is_refused(value: float, target: float) -> None:
     with pytest.raises(ValueError, match="coefficient"):
         AdaptiveCoefficient(value, target)
+
+
+def test_straight_through_has_the_value_of_k3_and_the_gradient_of_k2() -> None:
+    logp, logp_ref = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    assert_close(straight_through(logp, logp_ref), k3(logp, logp_ref))
+    (gradient,) = torch.autograd.grad(straight_through(logp, logp_ref).sum(), logp)
+    (of_k2,) = torch.autograd.grad(k2(logp, logp_ref).sum(), logp)
+    assert_close(gradient, of_k2)

@@ -10,7 +10,7 @@ import pytest
 import policygrad
 from policygrad import cli
 from policygrad.runs import presets
-from policygrad.runs.verify_options import VerifyOptions
+from policygrad.runs.verify.options import VerifyOptions
 
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

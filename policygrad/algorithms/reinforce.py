@@ -40,7 +40,8 @@ def reinforce(
     """Train without end; yields the metrics of each iteration. Each row of `sample` is to be one whole episode.
 
     returns: reward_to_go or trajectory_return. baseline: (rollout, returns) -> [B, T]. fit: teaches a learned baseline
-    the returns. discounted: weigh step t by gamma^t, which makes the update the gradient of the discounted J.
+    the returns. discounted: weigh step t by gamma^t, which makes the update with reward_to_go
+    the gradient of the discounted J (with trajectory_return it is that without the factor).
     """
 
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

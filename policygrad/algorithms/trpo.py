@@ -59,11 +59,11 @@ def trpo(
         def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             distribution = policy(batch.obs)
             ratio = token_ratio(distribution.log_prob(batch.action), batch.logp, batch.mask)
-            entropy = average(distribution.entropy(), batch.weight)
+            entropy = average(distribution.entropy(), batch.weight / batch.weight.sum())
             return average(surrogate(ratio, batch.advantage), batch.weight), {"entropy": entropy.detach()}
 
         def divergence(batch: Batch, old: torch.distributions.Distribution = old) -> Tensor:
-            return average(kl(old, policy(batch.obs)), batch.weight)
+            return average(kl(old, policy(batch.obs)), batch.weight / batch.weight.sum())
 
         # Update
         metrics = step(objective, divergence, batch, parameters)

@@ -306,6 +306,8 @@ def validate(options: Options) -> None:
         raise UserError("minibatch_size is 1: one advantage cannot be standardised; use advantage_normalization batch")
     if isinstance(options, PPO) and options.kl_coefficient == 0 and math.isfinite(options.kl_coefficient_target):
         raise UserError("kl_coefficient_target adapts kl_coefficient, which is 0: set that too")
+    if isinstance(options, Reinforce) and options.discounted and options.returns == "trajectory_return":
+        raise UserError("discounted is for reward_to_go: a trajectory_return has gamma^t in it already")
     size, steps = getattr(options, "minibatch_size", None), options.num_steps
     if size is not None and steps is not None and size > options.num_envs * steps:
         raise UserError(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from policygrad import advantages, critics, divergences, linalg, objectives, returns, rollout, score, updates, weights
-from policygrad.runs.verify import sections
-from policygrad.runs.verify_options import VerifyOptions
-from policygrad.runs.verify_statistics import judge, moments
-from policygrad.runs.verify_updates import update_checks
+from policygrad.runs.verify.command import sections
+from policygrad.runs.verify.options import VerifyOptions
+from policygrad.runs.verify.statistics import judge, moments
+from policygrad.runs.verify.updates import update_checks
 
 
 def inject(monkeypatch, module, name, fault):

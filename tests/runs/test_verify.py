@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from policygrad.errors import UserError
-from policygrad.runs.verify import run, verify
-from policygrad.runs.verify_options import VerifyOptions
-from policygrad.runs.verify_statistics import Moments, agrees
-from policygrad.runs.verify_updates import Check
+from policygrad.runs.verify.command import run, verify
+from policygrad.runs.verify.options import VerifyOptions
+from policygrad.runs.verify.statistics import Moments, agrees
+from policygrad.runs.verify.updates import Check
 
 CONTROL = ["random", "chain", "bandit"]
 
@@ -98,8 +98,9 @@ def test_the_table_says_it_in_words_and_stderr_is_quiet(capsys):
 
 
 def test_wrong_is_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr("policygrad.runs.verify.update_checks", lambda seed: [Check("a claim", 1.0, "0", False)])
-    monkeypatch.setattr("policygrad.runs.verify.sections", lambda *_: iter(()))
+    wrong = [Check("a claim", 1.0, "0", False)]
+    monkeypatch.setattr("policygrad.runs.verify.command.update_checks", lambda seed: wrong)
+    monkeypatch.setattr("policygrad.runs.verify.command.sections", lambda *_: iter(()))
     assert run(VerifyOptions()) == 1
     assert "1 WRONG" in capsys.readouterr().out
 
@@ -114,7 +115,7 @@ def test_the_callers_random_numbers_and_dtype_are_left_alone():
 
 
 def test_the_options_need_no_torch():
-    code = "import sys, policygrad.runs.verify_options; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, policygrad.runs.verify.options; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -158,7 +159,7 @@ def file(tmp_path) -> Path:
 
 def users(file, name, world="random"):
     options = VerifyOptions(estimator=f"{file}:{name}", world=world, samples=1_000)
-    from policygrad.runs.verify_user import load_function
+    from policygrad.runs.verify.user import load_function
 
     report = verify(options, load_function(str(options.estimator)))
     return {(f.world, f.name): f.verdict for f in report.findings if f.name.startswith(f"{name},")}
@@ -230,7 +231,7 @@ def test_too_few_and_too_many_samples_are_refused():
 
 
 def test_the_picture_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr("policygrad.runs.verify_plot.STEPS", 20)
+    monkeypatch.setattr("policygrad.runs.verify.plot.STEPS", 20)
     path = tmp_path / "verify.png"
     assert run(VerifyOptions(world="bandit", samples=1_000, plot=path, json=True)) == 0
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -45,7 +45,7 @@ from policygrad.linalg import flat_gradient
 from policygrad.objectives import clipped_surrogate, clipped_weight, surrogate
 from policygrad.returns import discount, lambda_return, reward_to_go, trajectory_return, vtrace
 from policygrad.rollout import Batch, Rollout, decisions
-from policygrad.runs.verify_statistics import BATCH, Estimator, Experience, Moments
+from policygrad.runs.verify.statistics import BATCH, Estimator, Experience, Moments
 from policygrad.score import score, token_ratio
 from policygrad.weights import average, per_episode
 

@@ -20,7 +20,7 @@ from policygrad.errors import UserError
 from policygrad.exact.closed_form import state_value
 from policygrad.exact.policies import TabularCritic
 from policygrad.exact.tokens import OnPrefixes
-from policygrad.runs.verify_control import (
+from policygrad.runs.verify.control import (
     Setting,
     algorithm_rows,
     control_rows,
@@ -30,11 +30,11 @@ from policygrad.runs.verify_control import (
     two_episode_rows,
     two_whole_episode_rows,
 )
-from policygrad.runs.verify_options import VerifyOptions
-from policygrad.runs.verify_statistics import Estimator, Experience, Finding, Moments, float64, judge, moments
-from policygrad.runs.verify_tokens import TokenSetting, exact_reward_gradient, token_rows, token_setting
-from policygrad.runs.verify_updates import Check, update_checks
-from policygrad.runs.verify_user import Advantage, load_function, user_rows
+from policygrad.runs.verify.options import VerifyOptions
+from policygrad.runs.verify.statistics import Estimator, Experience, Finding, Moments, float64, judge, moments
+from policygrad.runs.verify.tokens import TokenSetting, exact_reward_gradient, token_rows, token_setting
+from policygrad.runs.verify.updates import Check, update_checks
+from policygrad.runs.verify.user import Advantage, load_function, user_rows
 
 CONTROL = ("random", "chain", "bandit", "cliff")
 BRIEF = ("random, two episodes a row", "chain", "bandit", "cliff")  # they repeat the random world's rows
@@ -80,7 +80,7 @@ def run(options: VerifyOptions) -> int:
     report = verify(options, function)
     seconds = time.perf_counter() - start
     if options.plot is not None:
-        from policygrad.runs.verify_plot import draw  # matplotlib takes its time
+        from policygrad.runs.verify.plot import draw  # matplotlib takes its time
 
         with _one_thread():
             draw(options.plot, report.findings)

@@ -23,8 +23,8 @@ from policygrad.exact.closed_form import expected_return
 from policygrad.exact.policies import SoftmaxPolicy
 from policygrad.exact.worlds import two_states
 from policygrad.rollout import Batch
-from policygrad.runs.verify_statistics import Finding, float64
-from policygrad.runs.verify_updates import exact_batch, identifiable, surrogate_and_kl
+from policygrad.runs.verify.statistics import Finding, float64
+from policygrad.runs.verify.updates import exact_batch, identifiable, surrogate_and_kl
 from policygrad.updates import Divergence, Objective, ascend, learning_rate, natural_step, trust_region_step
 
 # Families by the beginning of a row's name; what is of no family is of language.

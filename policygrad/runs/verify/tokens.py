@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from policygrad.advantages import gae, group_mean, group_std, leave_one_out
 from policygrad.critics import bootstrap_values
-from policygrad.divergences import k1, k2, k3, kl
+from policygrad.divergences import k1, k2, k3, kl, straight_through
 from policygrad.exact.closed_form import state_value, visitation, weighted_gradient
 from policygrad.exact.expected import gae_credit
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilities, score_table, tabular
@@ -31,7 +31,7 @@ from policygrad.exact.worlds import World
 from policygrad.objectives import clipped_surrogate, penalised_surrogate, surrogate
 from policygrad.returns import kl_in_reward, reward_to_go
 from policygrad.rollout import Batch, Rollout, decisions
-from policygrad.runs.verify_statistics import Estimator, Experience, Objective
+from policygrad.runs.verify.statistics import Estimator, Experience, Objective
 from policygrad.score import score, sequence_ratio, token_ratio
 from policygrad.weights import average, per_episode, per_row, per_token
 
@@ -289,12 +289,6 @@ def _kl_charged(policy: Callable[[Any], Any], rollout: Rollout, *, reference: nn
     advantage = reward_to_go(reward, rollout.ended)
     batch = decisions(rollout, per_episode(rollout.mask), advantage)
     return average(score(policy(batch.obs).log_prob(batch.action), batch.advantage), batch.weight)
-
-
-def straight_through(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """k3 in value, k2 in gradient: sg(k3) + k2 - sg(k2)."""
-    square = k2(logp, logp_ref)
-    return k3(logp, logp_ref).detach() + square - square.detach()
 
 
 def kl_rows(at: TokenSetting) -> list[Estimator]:

@@ -20,7 +20,7 @@ from policygrad.errors import UserError
 from policygrad.exact.enumeration import rows
 from policygrad.returns import discount
 from policygrad.rollout import Rollout, decisions
-from policygrad.runs.verify_statistics import Estimator, Experience
+from policygrad.runs.verify.statistics import Estimator, Experience
 from policygrad.score import score
 from policygrad.weights import average, per_episode
 

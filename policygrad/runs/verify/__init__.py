@@ -1,0 +1,1 @@
+"""`policygrad verify`: is an estimator right, and how noisy is it? Each is held against the exact gradient."""
