@@ -10,7 +10,6 @@ import pytest
 import policygrad
 from policygrad import cli
 from policygrad.runs import presets
-from policygrad.runs.verify.options import VerifyOptions
 
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,7 +18,8 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path:
 
 def blocks(document: Path, *languages: str) -> list[str]:
     """The fenced blocks of a document in one of the languages."""
-    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for language, block in found if language in languages]
 
 
 def commands(document: Path) -> list[list[str]]:
@@ -47,7 +47,7 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         if any(word.isupper() and len(word) > 2 for word in rest):
             continue  # a form, not an example
         if name == "verify":
-            cli._parse(VerifyOptions, rest, "verify", None)
+            cli._parse(cli.VerifyOptions, rest, "verify", None)
             continue
         if name == "train":
             environment = rest[1] if len(rest) > 1 else ""
@@ -79,13 +79,21 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_the_tree_of_the_readme_has_one_line_for_each_file() -> None:
-    readme = (ROOT / "README.md").read_text()
-    if "TREE" in readme.splitlines():
-        pytest.skip("the tree is still to be written")
-    tree = blocks(ROOT / "README.md", "", "text")[-1]
-    names = [path.name for path in (ROOT / "policygrad").rglob("*.py") if path.name != "__init__.py"]
-    missing = [name for name in names if not re.search(rf"\b{re.escape(name)}", tree)]
-    assert missing == []
+    """Two spaces a level; a file stands below its folder, with a word on what is in it."""
+    folders: list[str] = []
+    named = set()
+    for line in blocks(ROOT / "README.md", "", "text")[-1].splitlines():
+        name, *words = line.split(maxsplit=1)
+        del folders[(len(line) - len(line.lstrip())) // 2 :]
+        if name.endswith("/"):
+            folders.append(name)
+        elif not name.endswith("__init__.py"):
+            assert words, line
+            named.add("".join(folders) + name)
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "policygrad").rglob("*.py")}
+    package -= {path for path in package if path.endswith("/__init__.py")}
+    assert {path for path in named if path.startswith("policygrad/")} == package
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
 def test_the_readme_names_every_algorithm_by_the_name_it_has() -> None:

@@ -28,7 +28,7 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 def run(algorithm: str, **options: Any) -> Run:
     small: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "num_steps": 16, "steps": 180, "learning_rate": 0.01}
     if algorithm == "ppo":
-        small["minibatch_size"] = 16
+        small |= {"minibatch_size": 16, "epochs": 4}
     return train(algorithm, "probes:Known-v0", **(small | options))
 
 

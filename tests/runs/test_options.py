@@ -26,7 +26,9 @@ from policygrad.runs.run import Run
 from policygrad.updates import natural_step, trust_region_step
 
 SMALL: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "num_steps": 16, "steps": 140, "learning_rate": 0.01}
-BASE: dict[str, dict[str, Any]] = dict.fromkeys(ALGORITHMS, SMALL) | {"ppo": SMALL | {"minibatch_size": 16}}
+BASE: dict[str, dict[str, Any]] = dict.fromkeys(ALGORITHMS, SMALL) | {
+    "ppo": SMALL | {"minibatch_size": 16, "epochs": 4}
+}
 
 # option -> (another value, what else must be set for it to have a say)
 COMMON: dict[str, tuple[Any, dict[str, Any]]] = {
