@@ -32,7 +32,7 @@ class Rollout:
     logp: Float[Tensor, "B T"]  # under the policy that sampled
     reward: Float[Tensor, "B T"]
     terminated: Bool[Tensor, "B T"]  # no value beyond this step
-    ended: Bool[Tensor, "B T"]  # terminated or truncated
+    ended: Bool[Tensor, "B T"]  # terminated or truncated; or an auto-reset, over which nothing is carried either
     mask: Bool[Tensor, "B T"]  # the policy chose this action
     group: Int[Tensor, " B"]  # rows that answer the same prompt or start state share a number
     final_obs: Any | None = None  # [B, ...] where each row stops; None if every row terminates

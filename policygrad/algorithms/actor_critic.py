@@ -97,9 +97,11 @@ def off_policy_actor_critic(
             advantage = normalize(advantage, rollout.mask)
             batch = decisions(rollout, weights(rollout.mask), advantage, target, value[:, :-1])
             # Update
-            steps.append(ascend(objective, batch, optimizer, max_grad_norm=max_grad_norm))
+            metrics = ascend(objective, batch, optimizer, max_grad_norm=max_grad_norm)
+            metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
+            steps.append(metrics)
         metrics = mean_metrics(steps)
-        metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
+        metrics["explained_variance"] = steps[0]["explained_variance"]  # before the critic saw this rollout
         yield {**rollout.metrics, **metrics, **policy_change(policy, batch)}
 
 

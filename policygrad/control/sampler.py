@@ -21,7 +21,8 @@ class Sampler:
 
     With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`; else the
     environments run on from one rollout to the next, and the row that an episode ends in goes on with the next one.
-    The step on which an environment resets is no transition: it is masked, and counts in nothing.
+    The step on which an environment resets is no transition: it is masked, cuts every trace (`ended`), and counts in
+    nothing.
 
     observation_normalizer and reward_scaler: running statistics, part of the state. The policy is put in evaluation
     mode: with dropout the policy that is scored would not be the one that was sampled from.
@@ -88,6 +89,7 @@ class Sampler:
         spare = length - len(actions)
         if spare:
             obs[:, len(actions)] = self.obs  # where the episodes that ended last stopped
+        ended |= ~mask
         action, logp = (torch.cat(x, 1) for x in (actions, logps))
         columns = {
             "obs": obs,
@@ -245,6 +247,7 @@ def next_step_layout(
         result[name][rows, slot[rows, steps]] = column[rows, steps]
     rows, steps = np.nonzero(ended & (slot + 1 < length))
     result["obs"][rows, slot[rows, steps] + 1] = final[rows, steps]
+    result["ended"] |= ~result["mask"]
     rows, kept = np.arange(len(ended)), (slot < length).sum(1) - 1
     following = np.concatenate([columns["obs"], last[:, None]], 1)[rows, kept + 1]
     stopped = ended[rows, kept].reshape(-1, *[1] * (last.ndim - 1))

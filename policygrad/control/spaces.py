@@ -30,9 +30,9 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
     """The space that `describe` described."""
     match description["kind"]:
         case "Box":
-            shape = description["shape"]
-            low = _bound(description["low"], -np.inf, shape)
-            return spaces.Box(low, _bound(description["high"], np.inf, shape), dtype=np.dtype(description["dtype"]))
+            shape, dtype = description["shape"], np.dtype(description["dtype"])
+            low, high = _bound(description["low"], -np.inf, shape), _bound(description["high"], np.inf, shape)
+            return spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype.type)
         case "Discrete":
             return spaces.Discrete(description["n"], start=description["start"])
         case "MultiDiscrete":

@@ -20,6 +20,7 @@ from policygrad.algorithms.trpo import npg, trpo
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.critics import bootstrap_values, no_fit
 from policygrad.errors import UserError
+from policygrad.returns import trajectory_return
 from policygrad.rollout import Rollout
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
@@ -55,7 +56,8 @@ def test_a_row_holds_episodes_one_after_the_other_with_a_masked_step_where_the_e
     assert rollout.mask.int().tolist() == [[1, 1, 0, 1, 1, 1, 0, 1, 1]]
     assert rollout.reward.tolist() == [[1, 2, 0, 1, 2, 3, 0, 1, 2]]
     assert rollout.terminated.int().tolist() == [[0, 1, 0, 0, 0, 0, 0, 0, 1]]
-    assert rollout.ended.int().tolist() == [[0, 1, 0, 0, 0, 1, 0, 0, 1]]
+    assert rollout.ended.int().tolist() == [[0, 1, 1, 0, 0, 1, 1, 0, 1]]  # nothing is carried over a reset either
+    assert trajectory_return(rollout.reward, rollout.ended, 0.5).tolist() == [[2, 2, 0, 2.75, 2.75, 2.75, 0, 2, 2]]
     assert rollout.final_obs.tolist() == [[2, 2]], "the row stops where an episode ends: that is its last observation"
     assert rollout.memoryless
     assert sampler.steps == 7
@@ -192,7 +194,7 @@ def test_whole_episodes_are_one_to_a_row_and_masked_after_their_end() -> None:
     assert rollout.mask.int().tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]]
     assert rollout.reward.sum(1).tolist() == [3, 10]
     assert rollout.obs[:, 0].tolist() == [[0, 0], [0, 0]]
-    assert rollout.ended.sum(1).tolist() == [1, 1]
+    assert (rollout.ended & rollout.mask).sum(1).tolist() == [1, 1]
     assert (sampler.steps, sampler.episodes) == (6, 2)
 
 
