@@ -77,8 +77,8 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
     """Rows of two episodes, one after the other, with a step between that no policy chose.
 
     That step is what Gymnasium's next-step auto-reset makes: its observation is where the first episode stopped, its
-    action is ignored, it is masked, and here its reward and log-probability are NaN, so that who counts it is found
-    out. An episode that terminates early is filled up with masked steps.
+    action is ignored, it is masked, nothing is carried over it, and here its reward and log-probability are NaN, so
+    that who counts it is found out. An episode that terminates early is filled up with masked steps.
     """
     first, second = rows(rollout, index[:, 0]), rows(rollout, index[:, 1])
     pad = first.mask[:, :1]
@@ -94,7 +94,7 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
         joined("logp", nothing + torch.nan),
         joined("reward", nothing + torch.nan),
         joined("terminated", torch.zeros_like(pad)),
-        joined("ended", torch.zeros_like(pad)),
+        joined("ended", torch.ones_like(pad)),
         joined("mask", torch.zeros_like(pad)),
         first.group,
         second.final_obs,

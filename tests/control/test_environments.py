@@ -200,6 +200,7 @@ def test_a_wrong_shape_inside_a_composite_observation_is_one_line() -> None:
         played(make_environments(lambda: Wrong(spaces.Dict({"a": spaces.Box(-1, 1, (2,))})), 1))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium reports the worker's end in its own words too
 def test_an_error_in_another_process_is_one_line() -> None:
     environments = make_environments(Broken, 2, vectorization="async")
     try:

@@ -402,7 +402,7 @@ def two_episode_rows(seed: int) -> tuple[Setting, list[Estimator], Tensor]:
 def two_whole_episode_rows(seed: int) -> tuple[Setting, list[Estimator], Tensor]:
     """The same with episodes that terminate, early ones too."""
     at = setting_of("random", 0, seed)
-    rows = [row for row in reinforce_rows(at) if row.rows == 1 and "whole" not in row.name]
+    rows = [row for row in reinforce_rows(at) if row.rows == 1]
     rows += [*actor_critic_rows(at), *(row for row in vtrace_rows(at) if not row.off_policy)]
     return _in_pairs(at, "random, two episodes a row"), _doubled(rows), 2 * exact_gradient(at)
 
