@@ -76,7 +76,7 @@ def write_table(results: list[dict]) -> None:
             f"| `{algorithm}` | {environment} | {steps:,} | {threshold} | **{statistics.mean(scores):,.1f}** | "
             f"{', '.join(f'{x:,.0f}' for x in scores)} | {statistics.median(r['seconds'] for r in runs):,.0f} |"
         )
-    lines += ["", "Seconds were taken with two runs side by side on two cores; they say how long to wait, no more."]
+    lines += ["", "Seconds were taken with two to four runs side by side on two cores: how long to wait at most."]
     TABLE.write_text("\n".join(lines) + "\n")
 
 
