@@ -57,8 +57,6 @@ NO_DISCOUNT = "gamma^t dropped (Nota & Thomas)"
 OLD_STATES = "states of the old policy (Degris)"
 CLIPPED = "old states, ratio clipped"
 
-Credit = Callable[[Rollout], Tensor]
-
 
 @dataclass(frozen=True)
 class Setting:
