@@ -1,4 +1,5 @@
-# make demo: set up, train PPO on CartPole until solved, evaluate, draw the learning curve.
+# make demo: set up, train PPO on CartPole until solved, evaluate, draw the learning curve; then a small language model
+# by GRPO on arithmetic.
 # make test: set up, then formatting, lint, types and all tests.
 # VENV=... points both at another environment.
 VENV ?= .venv
@@ -12,6 +13,8 @@ demo: $(VENV)/.installed
 	@$(BIN)/policygrad train ppo CartPole-v1 --steps 200000 --stop-at-return 475 --out $(DEMO)
 	@$(BIN)/policygrad eval $(DEMO) --episodes 20
 	@echo "learning curve: $(DEMO)/curve.png"
+	@rm -rf $(DEMO)-language
+	@$(BIN)/policygrad train grpo arithmetic --out $(DEMO)-language
 
 test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -26,5 +29,5 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): once, some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mujoco,box2d]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mujoco,box2d,language]"
 	@touch $@

@@ -1,10 +1,12 @@
 """return -> advantage: how much better than expected. Baselines, group statistics, GAE, standardisation."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from policygrad.returns import lambda_return, n_step
+from policygrad.returns import lambda_return, n_step, reward_to_go
 from policygrad.rollout import Rollout
 
 # Baselines of a batch: (rollout, returns [B, T]) -> [B, T]. Each leaves the row's own return out, because a baseline
@@ -103,6 +105,37 @@ def group_std(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Ten
     same, _ = _same(score, group)
     squares = _sum(same, (score - group_mean(score, group)) ** 2)
     return (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
+
+
+def group_scale(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """std of the group + 1e-4, what GRPO divides by: prompts nearly always or nearly never right count most."""
+    return group_std(score, group) + 1e-4
+
+
+def unit_scale(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """1: nothing is divided by (Dr. GRPO, arXiv 2503.20783; RLOO)."""
+    return torch.ones_like(score)
+
+
+def group_advantage(
+    rollout: Rollout,
+    *,
+    baseline: Callable[[Tensor, Tensor], Tensor] = group_mean,
+    scale: Callable[[Tensor, Tensor], Tensor] = group_scale,
+) -> Float[Tensor, "B T"]:
+    """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards: the same for all of the row's decisions.
+
+    baseline and scale: (score [B], group [B]) -> [B]. With group_mean and group_scale it is GRPO's
+    (arXiv 2402.03300, section 4.1.2); with leave_one_out and unit_scale RLOO's (arXiv 2402.14740, eq. 8).
+    """
+    score = rollout.reward.sum(1)
+    advantage = (score - baseline(score, rollout.group)) / scale(score, rollout.group)
+    return advantage.unsqueeze(1).expand_as(rollout.reward)
+
+
+def batch_advantage(rollout: Rollout, *, gamma: float = 1.0) -> Float[Tensor, "B T"]:
+    """The reward-to-go, standardised over all decisions of the batch (REINFORCE++, arXiv 2501.03262, eq. 6 to 8)."""
+    return standardize(reward_to_go(rollout.reward, rollout.ended, gamma), rollout.mask)
 
 
 def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:

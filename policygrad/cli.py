@@ -14,24 +14,29 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from policygrad.errors import UserError
 from policygrad.runs import presets
-from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, with_values
+from policygrad.runs.language.options import LANGUAGE, LanguageOptions, RewardModelOptions
+from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, nearest, with_values
 from policygrad.runs.verify.options import VerifyOptions
 
 USAGE = """\
 policygrad: the policy-gradient family of reinforcement learning
 
   policygrad train ALGORITHM ENVIRONMENT [options]   train a policy; --help after the algorithm lists its options
-  policygrad eval RUN [options]                      play whole episodes with a trained policy
+  policygrad train ALGORITHM arithmetic [options]    train a language model: on a task that needs nothing else,
+  policygrad train ALGORITHM --model M --dataset D --reward R [options]      or on prompts of your own
+  policygrad reward-model [options]                  learn a reward from preferences
+  policygrad eval RUN [options]                      play whole episodes, or answer held-out prompts
   policygrad verify [options]                        hold every estimator against the exact gradient
   policygrad list                                    algorithms, their variants and presets
 
 for example:
 
   policygrad train ppo CartPole-v1 --steps 100000
+  policygrad train grpo arithmetic
   policygrad train ppo --help
   policygrad eval runs/CartPole-v1/ppo-seed0 --episodes 20
 
@@ -56,9 +61,29 @@ class Train(Generic[O]):
     """Print one JSON object at the end, and nothing else."""
 
 
+L = TypeVar("L", bound=LanguageOptions)
+
+
+@dataclass
+class TrainLanguage(Generic[L]):
+    """policygrad train, of a language model."""
+
+    algorithm: OmitArgPrefixes[L]
+    task: Annotated[str | None, Positional, arg(metavar="TASK")] = None
+    """arithmetic, or a data set of prompts as --dataset names it."""
+    out: Path | None = None
+    """Directory of the run; by default runs/TASK/ALGORITHM-seedSEED."""
+    preset: str | None = None
+    """Tuned settings by name, or none; by default the task's own. Options given here go before them."""
+    samples: int = 4
+    """Completions shown before and after training; 0: none."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object at the end, and nothing else."""
+
+
 @dataclass
 class Eval:
-    """Play whole episodes with a trained policy, and report what it scored."""
+    """Play whole episodes with a trained policy, or answer held-out prompts, and report what it scored."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """The directory that train wrote."""
@@ -68,6 +93,12 @@ class Eval:
     """Of the environments, and of the noise of a stochastic policy."""
     stochastic: FlagCreatePairsOff[bool] = False
     """Sample the actions; by default each is the mode of the policy's distribution."""
+    completions: int | None = None
+    """Language models: of each prompt, sampled; by default as in training. pass@k is known up to it."""
+    greedy: FlagCreatePairsOff[bool] = False
+    """Language models: the likeliest token each time, instead of samples."""
+    samples: int = 4
+    """Language models: completions to show."""
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object, and nothing else."""
 
@@ -95,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(rest: list[str]) -> int:
-    commands = {"train": _train, "eval": _eval, "verify": _verify, "list": _list}
+    commands = {"train": _train, "reward-model": _reward_model, "eval": _eval, "verify": _verify, "list": _list}
     if not rest or rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -113,7 +144,9 @@ def _train(rest: list[str]) -> int:
     if not rest or rest[0] in ("-h", "--help"):
         print("usage: policygrad train ALGORITHM ENVIRONMENT [options]\n       policygrad train ALGORITHM --help\n")
         return _list(["algorithms"])
-    name, rest = algorithm_named(rest[0]), rest[1:]
+    name, rest = _algorithm(rest[0]), rest[1:]
+    if name not in ALGORITHMS or (name in LANGUAGE and _of_language(rest)):
+        return _train_language(name, rest)
     defaults = ALGORITHMS[name]()
     if not {"-h", "--help"} & set(rest):
         first = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
@@ -149,6 +182,85 @@ def _train(rest: list[str]) -> int:
     return 0
 
 
+def _algorithm(name: str) -> str:
+    """The name of an algorithm in full, of control or language. Raises UserError with the nearest names."""
+    known = [*ALGORITHMS, *ALIASES, *LANGUAGE]
+    full = name.replace("-", "_")
+    if full not in known:
+        raise UserError(f"unknown algorithm {name!r}: {nearest(name, list(dict.fromkeys(known)))}")
+    return full if full in LANGUAGE else algorithm_named(name)
+
+
+def _of_language(rest: list[str]) -> bool:
+    """Does the command line of an algorithm of both worlds mean a language model?"""
+    return rest[:1] == ["arithmetic"] or any(x.split("=")[0] in ("--model", "--dataset") for x in rest)
+
+
+def _train_language(name: str, rest: list[str]) -> int:
+    defaults = LANGUAGE[name]()
+    kind: Any = TrainLanguage[type(defaults)]  # type: ignore[misc]
+    config = (UseAppendAction,)
+    if {"-h", "--help"} & set(rest):
+        task, preset = rest[0] if not rest[0].startswith("-") else None, None
+        own = True
+    else:
+        first = _parse(kind, rest, f"train {name}", TrainLanguage(defaults), config)
+        task, preset, own = first.task, first.preset, first.algorithm.model is None
+    preset, tuned = presets.choose(preset, name, task if own else None)
+    defaults = with_values(defaults, tuned, f"preset {preset}: ")
+    command = _parse(kind, rest, f"train {name}", TrainLanguage(defaults), config)
+    label = Path(command.task or command.algorithm.dataset or "arithmetic").stem
+    out = command.out or _free(Path("runs") / _file_name(label) / f"{name}-seed{command.algorithm.seed}")
+
+    _language_installed()
+    from policygrad.language.evaluation import samples_table
+    from policygrad.runs.language.run import LanguageRun
+    from policygrad.runs.language.training import explanation, train_language
+
+    def watch(run: LanguageRun) -> None:
+        result = run.after or run.before
+        if result is not None and not command.json:
+            print(f"{'after ' if run.after else 'before'}: {result.line()}", flush=True)
+            samples_table(result.rows[:: result.completions], limit=command.samples)
+
+    values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
+    say = (lambda line: None) if command.json else print
+    run = train_language(name, command.task, out=out, preset=preset or "none", announce=say, watch=watch, **values)
+    summary = run.summary()
+    if command.json:
+        print(json.dumps(summary))
+        return 0
+    why = explanation(run.metrics)
+    if why is not None:
+        print(f"note: {why}")
+    last = run.metrics[-1]
+    print(
+        f"{name} on {run.task.name}: reward {last['reward']:.3f} in the last rollout, {summary['completions']:,} "
+        f"completions, {summary['tokens']:,} tokens in {summary['seconds']:.1f} s "
+        f"({last['sampling_tokens_per_second']:,.0f} tokens/s sampling, "
+        f"{last['learning_tokens_per_second']:,.0f} learning)"
+    )
+    print(f"run: {out} (model/, samples.jsonl, curve.png, metrics.jsonl; evaluate: policygrad eval {out})")
+    return 0
+
+
+def _language_installed() -> None:
+    """Raise UserError where the packages of language models are missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("transformers", "datasets", "peft", "math_verify") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be installed for language models: pip install policygrad[language]")
+
+
+def _reward_model(rest: list[str]) -> int:
+    options = _parse(RewardModelOptions, rest, "reward-model", None)
+    _language_installed()
+    from policygrad.runs.language.reward_model import run
+
+    return run(options)
+
+
 def _required(options: O) -> Train[O]:
     """The defaults of a command whose environment has none."""
     command = Train("", options)
@@ -158,6 +270,8 @@ def _required(options: O) -> Train[O]:
 
 def _eval(rest: list[str]) -> int:
     command = _parse(Eval, rest, "eval", None)
+    if _is_language(command.run):
+        return _eval_language(command)
     _quiet()
     from policygrad.runs.run import evaluate_run
 
@@ -169,6 +283,27 @@ def _eval(rest: list[str]) -> int:
             f"return {result.return_mean:,.1f} +- {result.return_std:,.1f}, length {result.length_mean:,.1f}, "
             f"{result.episodes} episodes"
         )
+    return 0
+
+
+def _is_language(run: Path) -> bool:
+    """Is it the directory of a run on a language model? One that cannot be read is left to those who say why."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((run / "config.json").read_text()).get("kind") == "language"
+    return False
+
+
+def _eval_language(command: Eval) -> int:
+    _language_installed()
+    from policygrad.language.evaluation import samples_table
+    from policygrad.runs.language.run import evaluate_language_run
+
+    result = evaluate_language_run(command.run, command.completions, seed=command.seed, greedy=command.greedy)
+    if command.json:
+        print(json.dumps(result.summary()))
+        return 0
+    print(result.line())
+    samples_table(result.rows[:: result.completions], limit=command.samples)
     return 0
 
 
@@ -198,10 +333,10 @@ def _list(rest: list[str]) -> int:
 def _algorithms() -> list[str]:
     other = {full: alias for alias, full in ALIASES.items()}
     names = {name: name + (f" ({other[name]})" if name in other else "") for name in ALGORITHMS}
-    width = max(map(len, names.values()))
-    return ["algorithms:"] + [
-        f"  {names[name]:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in ALGORITHMS.items()
-    ]
+    width = max(map(len, [*names.values(), *LANGUAGE]))
+    lines = [f"  {names[name]:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in ALGORITHMS.items()]
+    language = [f"  {name:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in LANGUAGE.items()]
+    return ["algorithms:", *lines, "algorithms for language models:", *language]
 
 
 def _variants() -> list[str]:
@@ -220,13 +355,17 @@ def _environments() -> list[str]:
     return [f"  {name}" for name in sorted(gymnasium.registry)]
 
 
-def _parse(kind: Any, arguments: list[str], name: str, default: Any) -> Any:
+def _parse(kind: Any, arguments: list[str], name: str, default: Any, config: Sequence[Any] = ()) -> Any:
     """tyro's parse, with its framed error as one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                kind, prog=f"policygrad {name}", args=arguments, **({} if default is None else {"default": default})
+                kind,
+                prog=f"policygrad {name}",
+                args=arguments,
+                config=config,
+                **({} if default is None else {"default": default}),
             )
     except SystemExit as stop:
         if not stop.code:

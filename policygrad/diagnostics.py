@@ -1,13 +1,14 @@
 """What a practitioner looks at while it learns. Nothing here has a gradient."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from policygrad.advantages import group_std
 from policygrad.divergences import k3
 from policygrad.rollout import Batch
 from policygrad.score import token_ratio
-from policygrad.weights import average
+from policygrad.weights import average, normalized
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def ratio_metrics(
     kl: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
     (Kong 1992).
     """
-    share = _share(weight)
+    share = normalized(weight)
     ratio = token_ratio(logp, logp_old, mask)
     return {
         "kl": average(k3(torch.zeros_like(ratio), ratio.log()), share),
@@ -43,7 +44,32 @@ def clip_fraction(
 ) -> Float[Tensor, ""]:
     """The share of decisions whose ratio is outside [1 - low, 1 + high]."""
     outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)
-    return average(outside.expand_as(weight), _share(weight))
+    return average(outside.expand_as(weight), normalized(weight))
+
+
+@torch.no_grad()
+def clip_fraction_by_side(
+    ratio: Float[Tensor, "B #T"],
+    advantage: Float[Tensor, "B T"],
+    weight: Float[Tensor, "B T"],
+    low: float,
+    high: float,
+) -> dict[str, Tensor]:
+    """The shares of decisions that clipping leaves without gradient: bad below 1 - low, good above 1 + high."""
+    share = normalized(weight)
+    below = (ratio < 1 - low) & (advantage < 0)
+    above = (ratio > 1 + high) & (advantage > 0)
+    return {
+        "clip_fraction_low": average(below.to(share.dtype), share),
+        "clip_fraction_high": average(above.to(share.dtype), share),
+    }
+
+
+@torch.no_grad()
+def group_metrics(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> dict[str, Tensor]:
+    """The spread of rewards inside a group, and the share of rows whose group is flat: they teach nothing."""
+    std = group_std(score, group)
+    return {"group_std": std.mean(), "flat_groups": (std == 0).to(std.dtype).mean()}
 
 
 @torch.no_grad()
@@ -51,7 +77,7 @@ def explained_variance(
     value: Float[Tensor, "B T"], target: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant (or equal targets)."""
-    share = _share(weight)
+    share = normalized(weight)
     first = share.argmax()  # measured from one of them, equal targets are equal to 0 to the last bit
     target, value = target - target.flatten()[first], value - target.flatten()[first]
 
@@ -65,8 +91,3 @@ def explained_variance(
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each metric over the minibatches of an update."""
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-
-
-def _share(weight: Tensor) -> Tensor:
-    """Weights that add up to 1, or to 0 where nothing counts."""
-    return weight / weight.sum().clamp(min=1e-12)

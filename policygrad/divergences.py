@@ -1,12 +1,15 @@
 """KL(p, q): exact, the estimates k1, k2, k3 from samples of p, and an adaptive coefficient."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import kl_divergence
+
+from policygrad.rollout import Batch
 
 
 def kl(p: Any, q: Any) -> Float[Tensor, "B T"]:
@@ -42,6 +45,60 @@ def straight_through(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"])
     """sg(k3) + k2 - sg(k2): k3 as a number, and the gradient of k2, which on-policy is that of KL(p, q)."""
     square = k2(logp, logp_ref)
     return k3(logp, logp_ref).detach() + square - square.detach()
+
+
+# KL(p, q) at each decision of a batch that `p` or an older policy sampled, as an objective uses it:
+# (p, q, batch, ratio [B, T] of p to the policy that sampled) -> [B, T].
+Divergence = Callable[[Any, Any, Batch, Tensor], Tensor]
+
+
+def at_action(
+    p: Any, q: Any, batch: Batch, ratio: Float[Tensor, "B T"], *, estimate: Callable[[Tensor, Tensor], Tensor]
+) -> Float[Tensor, "B T"]:
+    """k1, k2, k3 or straight_through of the actions taken, as GRPO was published (with k3).
+
+    The estimates are of KL under samples of p: right only as long as p is the policy that sampled.
+    """
+    return estimate(*_of_actions(p, q, batch))
+
+
+def reweighted(
+    p: Any,
+    q: Any,
+    batch: Batch,
+    ratio: Float[Tensor, "B T"],
+    *,
+    estimate: Callable[[Tensor, Tensor], Tensor] = straight_through,
+) -> Float[Tensor, "B T"]:
+    """sg(ratio) times the estimate: with straight_through its gradient follows KL(p, q), off the old policy too.
+
+    E_old[sg(r) log(p/q) grad log p] = E_p[log(p/q) grad log p] = grad KL(p, q), at every prefix.
+    """
+    return ratio.detach() * estimate(*_of_actions(p, q, batch))
+
+
+def over_actions(p: Any, q: Any, batch: Batch, ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The exact KL(p, q), a sum over all actions (the whole vocabulary): without noise, at more work."""
+    return kl(p, q)
+
+
+def to_reference(
+    p: Any, batch: Batch, ratio: Float[Tensor, "B T"], *, reference: Callable[[Any], Any], divergence: Divergence
+) -> Float[Tensor, "B T"]:
+    """KL(pi, pi_ref) at each decision, from the reference policy; 0 behind the mask.
+
+    Each decision is charged with its own KL alone. What it does to the KL of later tokens is left out (only KL in the
+    reward has that; see docs/theory.md).
+    """
+    with torch.no_grad():
+        q = reference(batch.obs)
+    return divergence(p, q, batch, ratio).where(batch.mask, 0.0)
+
+
+def _of_actions(p: Any, q: Any, batch: Batch) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """log p and log q of what was done, 0 behind the mask: an estimate that is infinite there has a gradient of NaN."""
+    logp, logp_ref = (x.log_prob(batch.action).where(batch.mask, 0.0) for x in (p, q))
+    return logp, logp_ref
 
 
 class AdaptiveCoefficient:

@@ -38,10 +38,12 @@ class Rollout:
     final_obs: Any | None = None  # [B, ...] where each row stops; None if every row terminates
     memoryless: bool = False  # may a step be taken out of its row?
     metrics: dict[str, float] = field(default_factory=dict)  # what the sampler measured: return, steps, ...
+    importance: Float[Tensor, "B T"] | None = None  # pi_old / what really sampled, truncated; None: they are the same
 
     def __post_init__(self) -> None:
-        for name in ("reward", "logp"):
-            object.__setattr__(self, name, torch.where(self.mask, getattr(self, name), 0.0))
+        for name in ("reward", "logp", "importance"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, torch.where(self.mask, getattr(self, name), 0.0))
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""
@@ -74,10 +76,16 @@ def decisions(
 ) -> Batch:
     """Join a rollout with its credit. Behind the mask every column is 0.
 
+    Where the rollout has importance weights the decisions' weights are multiplied by them: every mean over the batch
+    is then one over actions of the policy whose log-probabilities the rollout has, not of the engine that sampled. What
+    came before a decision and what it led to stay the engine's.
+
     The steps of a memoryless rollout become rows of one step each; the rows of any other stay whole, since a step
     of a sequence model that loses its prefix is another state.
     """
     zero = torch.zeros_like(advantage)
+    if rollout.importance is not None:
+        weight = weight * rollout.importance
     columns = [rollout.logp, weight, advantage, zero if target is None else target, zero if value is None else value]
     logp, weight, advantage, target, value = (torch.where(rollout.mask, x, 0.0) for x in columns)
     batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value)
@@ -104,6 +112,20 @@ def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
                 part = part._replace(mask=part.mask & real[k])
                 weight = weight.where(real[k], 0.0)
             yield part._replace(weight=weight)
+
+
+def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
+    """The batch in order, at most `rows` rows at a time, each with its share of the batch's weight.
+
+    The weights of a part are scaled up to those of the whole, so that the mean of any objective or metric over the
+    parts, taken with the shares, is that of the batch: also of one that divides by the sum of the weights. (What is
+    a ratio of two means, as the effective sample size, is not linear in them: its mean is over the parts.)
+    """
+    total = batch.weight.sum().clamp(min=torch.finfo(batch.weight.dtype).tiny)
+    for start in range(0, batch.mask.shape[0], rows):
+        part = tree_map(lambda x, start=start: x[start : start + rows], batch)
+        share = float(part.weight.sum() / total)
+        yield share, part._replace(weight=part.weight / (share or 1.0))
 
 
 def _mover(device: torch.device | str) -> Any:

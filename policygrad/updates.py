@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
-from policygrad.rollout import Batch
+from policygrad.rollout import Batch, micro_batches
 
 # An objective is a function of a batch that closes over its modules: (batch) -> (scalar to maximise, metrics).
 Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -20,20 +20,31 @@ StepSize = Callable[[Tensor], Tensor]
 
 
 def ascend(
-    objective: Objective, batch: Batch, optimizer: Optimizer, *, max_grad_norm: float = math.inf
+    objective: Objective,
+    batch: Batch,
+    optimizer: Optimizer,
+    *,
+    max_grad_norm: float = math.inf,
+    micro_batch: int | None = None,
 ) -> dict[str, Tensor]:
     """theta <- theta + step(grad objective): one step of a torch optimiser, uphill.
 
-    The gradient is scaled down to `max_grad_norm` where its norm is larger. Returns the objective's metrics and
+    The gradient is scaled down to `max_grad_norm` where its norm is larger. micro_batch: the rows that the objective
+    sees at a time, gradients adding up; it changes the memory and nothing else. Returns the objective's metrics and
     gradient_norm, the norm before that.
     """
-    value, metrics = objective(batch)
     optimizer.zero_grad()
-    (-value).backward()  # the one minus sign: torch's optimisers descend
+    total: dict[str, Tensor] = {}
+    rows = batch.mask.shape[0]
+    for share, part in [(1.0, batch)] if (micro_batch or rows) >= rows else micro_batches(batch, micro_batch or rows):
+        value, metrics = objective(part)
+        (-share * value).backward()  # the one minus sign: torch's optimisers descend
+        for name, x in metrics.items():
+            total[name] = total[name] + share * x if name in total else share * x
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
-    return {**metrics, "gradient_norm": norm}
+    return {**total, "gradient_norm": norm}
 
 
 def kl_radius(slope: Tensor, *, delta: float) -> Tensor:

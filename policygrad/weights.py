@@ -25,6 +25,16 @@ def per_episode(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return mask.to(torch.get_default_dtype()) / mask.shape[0]
 
 
+def per_budget(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """w = m / (B T): a constant, T being the most decisions that a row may have (Dr. GRPO, arXiv 2503.20783)."""
+    return mask.to(torch.get_default_dtype()) / mask.numel()
+
+
+def normalized(weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """w / sum(w): weights that add up to 1, or to 0 where nothing counts."""
+    return weight / weight.sum().clamp(min=1e-12)
+
+
 def average(x: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
     """sum_bt w_bt x_bt, where w is not 0: what stands elsewhere (NaN too) changes nothing."""
     return (weight * x).where(weight != 0, 0.0).sum()

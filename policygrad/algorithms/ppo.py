@@ -35,6 +35,7 @@ def ppo(
     lam: float = 0.95,
     epochs: int = 10,
     minibatch_size: int = 64,
+    micro_batch: int | None = None,
     clip: tuple[float, float] = (0.2, 0.2),
     penalty: AdaptiveCoefficient | None = None,
     target_kl: float = torch.inf,
@@ -49,17 +50,17 @@ def ppo(
 ) -> Iterator[dict[str, Tensor | float]]:
     """Train without end; yields the metrics of each iteration. `optimizer` holds the parameters of policy and critic.
 
-    clip: (low, high) of the ratio. penalty: coefficient of KL(old, new), adapted after every iteration. target_kl: an
-    iteration ends once a minibatch's KL exceeds 1.5 target_kl. normalize_batch, normalize_minibatch: (advantage, mask)
-    -> advantage on the whole rollout and on each minibatch.
+    micro_batch: rows computed at a time (see ascend). clip: (low, high) of the ratio. penalty: coefficient of
+    KL(old, new), adapted after every iteration. target_kl: an iteration ends once a minibatch's KL exceeds
+    1.5 target_kl. normalize_batch, normalize_minibatch: (advantage, mask) -> advantage on the whole rollout and on each
+    minibatch. Of a language model: whole rows, and KL(pi, pi_ref) charged in the reward by samplers.KLCharged.
     """
 
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         distribution = policy(batch.obs)
         logp, entropy = distribution.log_prob(batch.action).where(batch.mask, 0.0), distribution.entropy()
         ratio = token_ratio(logp, batch.logp, batch.mask)
-        advantage = normalize_minibatch(batch.advantage, batch.mask)
-        gain = dual_clip(clipped_surrogate(ratio, advantage, *clip), advantage, dual_clip_bound)
+        gain = dual_clip(clipped_surrogate(ratio, batch.advantage, *clip), batch.advantage, dual_clip_bound)
         if penalty is not None:
             gain = penalised_surrogate(gain, k3(batch.logp, logp), penalty.value)
         error = clipped_squared_error(critic(batch.obs), batch.target, batch.value, value_clip)
@@ -81,7 +82,8 @@ def ppo(
         # Update
         steps = []
         for part in minibatches(batch, minibatch_size, epochs):
-            steps.append(ascend(objective, part, optimizer, max_grad_norm=max_grad_norm))
+            part = part._replace(advantage=normalize_minibatch(part.advantage, part.mask))
+            steps.append(ascend(objective, part, optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch))
             if steps[-1]["kl"] > 1.5 * target_kl:
                 break
         metrics = mean_metrics(steps[-len(batch.mask) // minibatch_size :])  # of the last epoch

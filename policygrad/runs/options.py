@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from types import UnionType
@@ -263,12 +263,12 @@ def algorithm_named(name: str) -> str:
     return full
 
 
-O = TypeVar("O", bound=Options)  # noqa: E741
+O = TypeVar("O")  # noqa: E741
 
 
 def with_values(options: O, values: Mapping[str, Any], origin: str = "") -> O:
     """The options with some of them set. Raises UserError for an unknown one, and for a value of another type."""
-    kinds = {f.name: f.type for f in fields(options)}
+    kinds: dict[str, Any] = {f.name: f.type for f in fields(options)}  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     for name, x in values.items():
         if name not in kinds:
@@ -278,26 +278,39 @@ def with_values(options: O, values: Mapping[str, Any], origin: str = "") -> O:
             raise UserError(f"{origin}{name} is {x!r}: it must be {_said(kinds[name])}")
         if kinds[name] is float:
             given[name] = float(x)
-    return replace(options, **given)
+    return replace(options, **given)  # type: ignore[type-var]
+
+
+def check_bounds(
+    values: Mapping[str, Any],
+    *,
+    positive: Collection[str] = (),
+    counts: Collection[str] = (),
+    not_negative: Collection[str] = (),
+    unit: Collection[str] = (),
+    fraction: Collection[str] = (),
+) -> None:
+    """Raise UserError for a number outside of the bounds of its name."""
+    for name, x in values.items():
+        if x is None or isinstance(x, str | bool | tuple):
+            continue
+        for group, holds, bound in (
+            (unit, 0 <= x <= 1, "between 0 and 1"),
+            (fraction, 0 < x < 1, "more than 0 and less than 1"),
+            (counts, x >= 1, "at least 1"),
+            (positive, x > 0, "more than 0"),
+            (not_negative, x >= 0, "0 or more"),
+            (("dual_clip_bound",), x > 1, "more than 1"),
+            (("seed",), x < 2**63, "less than 2**63"),
+        ):
+            if name in group and not holds:
+                raise UserError(f"{name} is {x}: it must be {bound}")
 
 
 def validate(options: Options) -> None:
     """Raise UserError for a value that cannot be meant."""
-    for f in fields(options):
-        x = getattr(options, f.name)
-        if x is None or isinstance(x, str | bool | tuple):
-            continue
-        for group, holds, bound in (
-            (UNIT, 0 <= x <= 1, "between 0 and 1"),
-            (FRACTION, 0 < x < 1, "more than 0 and less than 1"),
-            (COUNTS, x >= 1, "at least 1"),
-            (POSITIVE, x > 0, "more than 0"),
-            (NOT_NEGATIVE, x >= 0, "0 or more"),
-            (("dual_clip_bound",), x > 1, "more than 1"),
-            (("seed",), x < 2**63, "less than 2**63"),
-        ):
-            if f.name in group and not holds:
-                raise UserError(f"{f.name} is {x}: it must be {bound}")
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    check_bounds(values, positive=POSITIVE, counts=COUNTS, not_negative=NOT_NEGATIVE, unit=UNIT, fraction=FRACTION)
     if options.num_steps is None and not isinstance(options, Reinforce):
         raise UserError(f"num_steps is None: {type(options).__name__} needs a number")
     if not all(isinstance(size, int) and size >= 1 for size in options.hidden):
@@ -334,9 +347,10 @@ def _said(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        return "a tuple of whole numbers"
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", int | None: "a whole number"}
-    return words[kind]
+        return f"a list, each entry {_said(get_args(kind)[0])}"
+    if isinstance(kind, UnionType):
+        return " or ".join(_said(one) for one in get_args(kind) if one is not type(None))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +25,16 @@ GROUPS = {
     "value_loss": "critic",
     "explained_variance": "critic",
     "critic_gradient_norm": "critic",
+    "reward": "completions",
+    "reward_std": "completions",
+    "group_std": "completions",
+    "flat_groups": "completions",
+    "cut_fraction": "completions",
+    "completions": "completions",
+    "held_out": "completions",
+    "sampling_tokens_per_second": "time",
+    "learning_tokens_per_second": "time",
+    "sampling_seconds": "time",
 }
 
 
@@ -47,6 +59,22 @@ class Log:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.file.close()
         self.tensorboard.close()
+
+
+@contextmanager
+def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, where that is a terminal; what it yields moves it on by one and says how it stands."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed} of {task.total}"),
+        TextColumn("[cyan]{task.fields[status]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(description, total=total, status="")
+        yield lambda status: progress.update(task, advance=1, status=status)
 
 
 class ProgressLine:
@@ -85,41 +113,69 @@ class ProgressLine:
 PANELS = (
     ("entropy", "entropy"),
     ("kl", "KL(old, new)"),
+    ("kl_reference", "KL(policy, reference), by token"),
+    ("flat_groups", "share of flat groups"),
+    ("length", "completion length, tokens"),
     ("explained_variance", "explained variance"),
     ("gradient_norm", "gradient norm"),
 )
+BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#777777"
 
 
-def draw_curve(rows: list[Row], title: str, path: Path) -> None:
-    """The learning curve as a picture: the mean return of the last 100 episodes, and four small panels beside it."""
+def draw_curve(
+    rows: list[Row],
+    title: str,
+    path: Path,
+    *,
+    x: tuple[str, str] = ("steps", "environment steps"),
+    y: tuple[str, str] = ("return", "mean return of the last 100 episodes"),
+    points: tuple[str, str] | None = None,
+    panels: tuple[tuple[str, str], ...] = PANELS,
+) -> None:
+    """The learning curve as a picture, and small panels beside it.
+
+    x, y, points: (metric, label); points, if any, are dots over the curve, such as evaluations.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(10, 4.8), layout="constrained", dpi=150)
-    panels = [(name, label) for name, label in PANELS if any(name in row for row in rows)]
+    panels = tuple((name, label) for name, label in panels if any(name in row for row in rows))[:5]
     left, right = list(np.asarray(figure.subfigures(1, 2, width_ratios=(2.0, 1.0))))
     main = left.subplots()
     small = right.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
-    curves = [(main, "return", "#1f5fa8", 2.0)] + [
-        (axes, name, "#777777", 1.0) for axes, (name, _) in zip(small, panels, strict=True)
-    ]
+    curves = [(main, y[0], BLUE, 2.0 if points is None else 1.2)]
+    curves += [(axes, name, GREY, 1.0) for axes, (name, _) in zip(small, panels, strict=True)]
     for axes, name, colour, width in curves:
-        points = [(row["steps"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=colour, linewidth=width, solid_capstyle="round")
+        at, values = _series(rows, x[0], name)
+        axes.plot(at, values, color=colour, linewidth=width, solid_capstyle="round", label=y[1])
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.01)
     main.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    main.set_xlabel("environment steps")
-    main.set_ylabel("mean return of the last 100 episodes")
-    last = [row["return"] for row in rows if "return" in row]
+    main.set_xlabel(x[1])
+    main.set_ylabel(y[1])
+    if points is not None:
+        at, values = _series(rows, x[0], points[0])
+        main.plot(at, values, "o-", color=ORANGE, linewidth=1.5, markersize=6, label=points[1], clip_on=False, zorder=3)
+        main.legend(frameon=False, loc="lower right")
+        last = (values or _series(rows, x[0], y[0])[1])[-1:]
+    else:
+        at, values = _series(rows, x[0], y[0])
+        main.plot(at[-1:], values[-1:], "o", color=BLUE, markersize=6, clip_on=False, zorder=3)
+        last = values[-1:]
     if last:
-        main.plot(rows[-1]["steps"], last[-1], "o", color="#1f5fa8", markersize=6, clip_on=False, zorder=3)
-        main.set_title(f"{last[-1]:,.1f}", loc="right", fontsize=12, fontweight="bold", color="#1f5fa8")
+        colour = BLUE if points is None else ORANGE
+        shown = f"{last[0]:,.1f}" if points is None else f"{last[0]:.3f}"
+        main.set_title(shown, loc="right", fontsize=12, fontweight="bold", color=colour)
     for axes, (_, label) in zip(small, panels, strict=True):
         axes.set_title(label, loc="left", fontsize=9, color="#444444")
         axes.tick_params(labelsize=7)
     figure.savefig(path)
+
+
+def _series(rows: list[Row], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Where a metric is known and finite."""
+    known = [(row[x], row[y]) for row in rows if y in row and math.isfinite(row[y])]
+    return [a for a, _ in known], [b for _, b in known]

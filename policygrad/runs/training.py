@@ -61,10 +61,9 @@ def train(
     validate(options)
     if preset is not None:
         announce(f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned))
-    _check_device(options.device)
+    check_device(options.device)
     directory = None if out is None else Path(out)
-    if directory is not None and directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty, and nothing is overwritten: choose another directory")
+    check_empty(directory)
     with ExitStack() as stack:
         environments = make_environments(environment, options.num_envs, vectorization=options.vectorization)
         if isinstance(environment, str) or not isinstance(environment, gymnasium.Env | VectorEnv):
@@ -97,7 +96,7 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
         line = stack.enter_context(ProgressLine(f"{run.algorithm} {label(run.environment)}", options.steps, progress))
         stack.callback(_finish, run, sampler, start)
         stack.callback(_keep, modules, good)
-        for iteration, metrics in enumerate(_translated(learner.iterations)):
+        for iteration, metrics in enumerate(translated(learner.iterations)):
             row = {name: float(x) for name, x in metrics.items()}
             bad = [f"{name} is {x}" for name, x in row.items() if not math.isfinite(x)]
             bad += [f"the parameter {n} is not finite" for n, p in modules.named_parameters() if not p.isfinite().all()]
@@ -126,7 +125,7 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
                     group["lr"] = rate * left
 
 
-def _translated(iterations: Any) -> Any:
+def translated(iterations: Any) -> Any:
     """An algorithm's iterations, with torch's complaint of NaN in a distribution as one line for the user."""
     try:
         yield from iterations
@@ -197,11 +196,18 @@ def _modules(
     return policy.to(options.device), critic.to(options.device)
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raise UserError for a device that cannot be used here."""
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_empty(directory: Path | None) -> None:
+    """Raise UserError for a directory that holds something."""
+    if directory is not None and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty, and nothing is overwritten: choose another directory")
 
 
 def _copy(modules: nn.Module) -> dict[str, Tensor]:

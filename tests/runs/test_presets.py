@@ -6,6 +6,8 @@ import pytest
 from policygrad import train
 from policygrad.errors import UserError
 from policygrad.runs import presets
+from policygrad.runs.language.options import LANGUAGE
+from policygrad.runs.language.options import validate as validate_language
 from policygrad.runs.options import ALGORITHMS, validate, with_values
 
 PROMISED = {
@@ -24,23 +26,29 @@ PROMISED = {
 }
 
 
+TASKS = {"arithmetic"}  # of language models
+
+
 def test_the_promised_presets_are_there() -> None:
-    assert set(presets.names()) >= PROMISED
+    assert set(presets.names()) >= PROMISED | TASKS
     assert all("ppo" in presets.load(name) for name in PROMISED)
+    assert set(presets.load("arithmetic")) == set(LANGUAGE)
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_it_is_named_for_an_environment(name: str) -> None:
-    assert name in gymnasium.registry
+def test_it_is_named_for_an_environment_or_a_task(name: str) -> None:
+    assert name in {*gymnasium.registry, *TASKS}
 
 
 @pytest.mark.parametrize(
     ("name", "algorithm"), [(name, algorithm) for name in presets.names() for algorithm in presets.load(name)]
 )
 def test_every_setting_is_a_possible_option_of_its_algorithm(name: str, algorithm: str) -> None:
-    defaults = ALGORITHMS[algorithm]()
     tuned = presets.load(name)[algorithm]
-    validate(with_values(defaults, tuned))
+    if name in TASKS:
+        validate_language(algorithm, with_values(LANGUAGE[algorithm](), tuned))
+    else:
+        validate(with_values(ALGORITHMS[algorithm](), tuned))
     assert not {"seed", "device", "threads", "steps"} & set(tuned), "these are the user's"
 
 

@@ -1,0 +1,241 @@
+"""A causal language model as a policy: obs, the prefixes -> the distribution of the next token, [B, T].
+
+A prompt stands left-padded before its completion. Only the completion's tokens are decisions, so T counts those alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from policygrad.language.distributions import TokenDistribution
+
+
+class Prefixes(NamedTuple):
+    """What a language policy sees: at step t the prompt and completion[:, :t]. All have B rows.
+
+    Prompts are padded on the left and completions on the right; the masks say what is padding.
+    """
+
+    prompt: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    completion: Int[Tensor, "B T"]
+    completion_mask: Bool[Tensor, "B T"]
+
+
+def prefixes(tokens: Int[Tensor, "B T"]) -> Prefixes:
+    """Rows of tokens without padding, each token to be followed by a decision: policy(y[:, :-1]).log_prob(y[:, 1:])."""
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)  # the last one is never looked at
+    return Prefixes(tokens[:, :1], everywhere[:, :1], following, everywhere)
+
+
+class LanguagePolicy(nn.Module):
+    """pi(y_t | x, y_<t) of a Hugging Face causal language model, at a temperature that is part of the policy.
+
+    model: any `AutoModelForCausalLM`, with or without a peft adapter. Dropout is turned off in it for good: the policy
+    that is scored is the one that was sampled. autocast: the type of the trunk's arithmetic (bfloat16); logits are
+    raised to float32. chunk: the most logits held at once in float32.
+
+    Call it with `Prefixes`, or with rows of tokens [B, T], where it gives the distribution of each next one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+        chunk: int = 2**24,
+    ) -> None:
+        super().__init__()
+        self.model = without_dropout(model)
+        self.temperature = temperature
+        self.autocast = autocast
+        self.chunk = chunk
+        self.plain_head = _head_is_plain(causal(model))
+
+    def forward(self, obs: Prefixes | Tensor) -> TokenDistribution:
+        """The distribution of the next token after every prefix."""
+        obs = prefixes(obs) if isinstance(obs, Tensor) else obs
+        return self.distribution(_over_steps(obs, self.states, self.autocast), obs.completion_mask)
+
+    def states(self, count: int, **inputs: Any) -> Float[Tensor, "B T H"]:
+        """The last `count` hidden states of a row; logits if they are more than a linear function of these."""
+        model = causal(self.model)
+        if self.plain_head:
+            return trunk(model)(**inputs).last_hidden_state[:, -count:]
+        return model(**inputs, logits_to_keep=count).logits[:, -count:]
+
+    def distribution(
+        self, states: Float[Tensor, "B T H"], where: Bool[Tensor, "B T"] | None = None
+    ) -> TokenDistribution:
+        """The distribution of the next token, given `states`: sampled from and scored by these very numbers."""
+        weight = bias = None
+        if self.plain_head:
+            head: Any = causal(self.model).get_output_embeddings()
+            weight, bias = head.weight, head.bias
+        return TokenDistribution(states, weight, bias, temperature=self.temperature, where=where, chunk=self.chunk)
+
+
+class AdapterOff(nn.Module):
+    """A policy as it was before its adapter: the reference of LoRA, without a second copy of the model."""
+
+    def __init__(self, policy: LanguagePolicy) -> None:
+        super().__init__()
+        self.policy = (policy,)  # not a submodule: its parameters are the policy's
+
+    def forward(self, obs: Prefixes | Tensor) -> TokenDistribution:
+        """The distribution of the base model."""
+        (policy,) = self.policy
+        with torch.no_grad(), policy.model.disable_adapter():  # type: ignore[operator]
+            return policy(obs)
+
+
+def reference_of(policy: LanguagePolicy) -> nn.Module:
+    """The policy as it is now, frozen: a copy, or the base model under its adapter (which must still be untrained)."""
+    if hasattr(policy.model, "disable_adapter"):
+        return AdapterOff(policy)
+    return deepcopy(policy).requires_grad_(False)
+
+
+class ValueModel(nn.Module):
+    """V(x, y_<t): the trunk of a language model and a linear head that starts at 0. obs [B, T] -> [B, T].
+
+    trunk: a copy of the policy's, the policy's own (then the two share it), or another model's of the same vocabulary.
+    """
+
+    def __init__(self, trunk: nn.Module, *, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.trunk = without_dropout(trunk)
+        self.autocast = autocast
+        weight = next(trunk.parameters())
+        self.head = nn.Linear(width(trunk), 1, device=weight.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, obs: Prefixes | Tensor) -> Float[Tensor, "B T"]:
+        """The value after every prefix; 0 where there is no decision."""
+        obs = prefixes(obs) if isinstance(obs, Tensor) else obs
+        hidden = hidden_states(self.trunk, obs, self.autocast)
+        value = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return value.where(obs.completion_mask, 0.0)
+
+
+def causal(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside an adapter's wrapper; its layers keep the adapter's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """A causal language model without its head."""
+    return causal(model).base_model
+
+
+def width(model: nn.Module) -> int:
+    """The size of a hidden state."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return int(config.hidden_size)
+
+
+def hidden_states(trunk: nn.Module, obs: Prefixes, autocast: torch.dtype | None = None) -> Float[Tensor, "B T H"]:
+    """The trunk's last hidden state at the T positions that predict the completion's tokens."""
+    return _over_steps(obs, lambda count, **inputs: trunk(**inputs).last_hidden_state[:, -count:], autocast)
+
+
+def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dtype | None) -> Float[Tensor, "B T H"]:
+    """The states at the T positions that predict the completion's tokens. states: (count, **inputs) -> the last ones.
+
+    Columns that are padding in every row are not computed: the shapes of a rollout are fixed, the work is not.
+    """
+    steps = obs.completion.shape[1]
+    obs = obs if torch.compiler.is_compiling() else _trimmed(obs)
+    tokens = torch.cat([obs.prompt, obs.completion[:, :-1]], 1)
+    seen = torch.cat([obs.prompt_mask, torch.ones_like(obs.completion_mask[:, :-1])], 1)
+    inputs = {"input_ids": tokens, "position_ids": positions(seen), "use_cache": False}
+    if torch.compiler.is_compiling() or not bool(obs.prompt_mask.all()):
+        inputs["attention_mask"] = seen.long()
+    with _autocast(tokens.device, autocast):
+        out = states(obs.completion.shape[1], **inputs)
+    return pad(out, (0, 0, 0, steps - out.shape[1]))
+
+
+def _trimmed(obs: Prefixes) -> Prefixes:
+    """Without the columns on the left that no prompt reaches, and those on the right that no completion reaches."""
+    first = int(obs.prompt_mask.any(0).int().argmax())
+    reached = obs.completion_mask.any(0).nonzero()
+    count = int(reached[-1]) + 1 if len(reached) else 1
+    return Prefixes(
+        obs.prompt[:, first:], obs.prompt_mask[:, first:], obs.completion[:, :count], obs.completion_mask[:, :count]
+    )
+
+
+def positions(seen: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """0, 1, 2, ... from each row's first token: padding on the left moves nothing."""
+    return (seen.long().cumsum(1) - 1).clamp(min=0)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with every dropout at 0, in place: with it the ratio of a policy to itself would not be 1.
+
+    Evaluation mode would do the same, but turns gradient checkpointing off as well.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _without_noise(module)
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            _without_noise(module.config)  # some layers read it there
+    return model
+
+
+def _without_noise(owner: Any) -> None:
+    """Set the numbers by which transformers' models are noisy in training to 0, whatever they call them."""
+    for name, value in vars(owner).items():
+        if isinstance(value, float) and ("drop" in name or name.endswith("jitter_noise")):
+            setattr(owner, name, 0.0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: generation needs the cache that gradient checkpointing forbids."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@torch.no_grad()
+def _head_is_plain(model: PreTrainedModel) -> bool:
+    """Are the logits a linear function of the last hidden state? Some models cap or scale them."""
+    head, body = model.get_output_embeddings(), trunk(model)
+    if type(head) is not nn.Linear or body is model:
+        return False
+    passed: list[tuple[Tensor, Tensor]] = []  # what the head was given, and what it gave
+
+    def enlarge(module: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        large = torch.linspace(-1e4, 1e4, logits.numel()).to(logits)  # a cap at 30 spares the logits of a new model
+        passed.append((inputs[0], large.view_as(logits)))
+        return passed[-1][1]
+
+    tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    hook = head.register_forward_hook(enlarge)
+    try:
+        with evaluating(model):
+            hidden, logits = body(input_ids=tokens).last_hidden_state, model(input_ids=tokens).logits
+    finally:
+        hook.remove()
+    ((given, large),) = passed
+    return torch.equal(logits.float(), large.float()) and torch.allclose(given, hidden, rtol=1e-3, atol=1e-3)

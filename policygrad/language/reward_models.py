@@ -1,0 +1,209 @@
+"""Reward models: what people prefer, as a number. Trained on comparisons, used as a reward function."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from policygrad.errors import UserError
+from policygrad.language import models
+from policygrad.language.policies import evaluating
+from policygrad.language.rewards import Column
+from policygrad.rollout import Batch
+from policygrad.weights import average, per_row
+
+Pair = tuple[list[int], list[int]]  # a prompt with the chosen completion, and with the rejected one, as tokens
+
+
+def bradley_terry(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """log P(chosen > rejected) = log sigma(r_chosen - r_rejected), to be maximised.
+
+    [B] -> [B]. Bradley & Terry 1952; of language models Christiano et al. 2017 (arXiv 1706.03741), eq. 1, and Ouyang et
+    al. 2022 (arXiv 2203.02155), eq. 1.
+    """
+    return logsigmoid(chosen - rejected)
+
+
+def centred(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """-(r_chosen + r_rejected)^2: the zero of the rewards, which comparisons leave open, is drawn to the pair's mean.
+
+    [B] -> [B]. Eisenstein et al. 2023, arXiv 2312.09244, eq. 4.
+    """
+    return -((chosen + rejected) ** 2)
+
+
+class RewardModel:
+    """r(x, y) of a sequence classifier with one label, as a reward function.
+
+    The score is read at the last token of prompt and completion, the end-of-sequence token if the completion has one.
+    Text is tokenised as a whole, and ended with that token if it was not cut; a conversation is written by the chat
+    template. Rows are scored `rows` at a time, without dropout; padding changes nothing.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "reward_model", rows: int = 64
+    ) -> None:
+        if model.config.num_labels != 1:
+            raise UserError(f"{name} has {model.config.num_labels} labels: a reward model has one, the reward")
+        models.check_pair(model, tokenizer, 0)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # by which its own class finds the end
+        self.model, self.tokenizer, self.rows, self.__name__ = model, tokenizer, rows, name
+        self.head = score_head(model)
+
+    @classmethod
+    def load(
+        cls, spec: str, *, device: str = "cpu", trust_remote_code: bool = False, dtype: str = "auto"
+    ) -> "RewardModel":
+        """From a directory or a hub id. Raises UserError, also for a model whose head was never trained."""
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, loading = classifier(spec, **options, output_loading_info=True)
+        if loading["missing_keys"]:
+            raise UserError(
+                f"{spec} is no reward model, since it has no {min(loading['missing_keys'])}: "
+                f"policygrad reward-model --model {spec} trains one from it"
+            )
+        tokenizer = models.load_tokenizer(spec, trust_remote_code=trust_remote_code)
+        return cls(model.to(device), tokenizer, name=Path(spec).name)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Column, completions: Column, cut: Column | None = None, **_: Any) -> list[float]:
+        """The reward of each completion. cut: was it stopped by a limit, so that no end of sequence follows?"""
+        cut = [False] * len(completions) if cut is None else cut
+        rows = [encode(*x, self.tokenizer) for x in zip(prompts, completions, cut, strict=True)]
+        models.check_pair(self.model, self.tokenizer, max(map(len, rows), default=0))
+        with evaluating(self.model):
+            parts = [self.score(rows[i : i + self.rows]) for i in range(0, len(rows), self.rows)]
+        return [reward for part in parts for reward in part.tolist()]
+
+    def score(self, rows: Sequence[list[int]]) -> Float[Tensor, " B"]:
+        """r of rows of tokens, all at once, with its gradient."""
+        device = next(self.model.parameters()).device
+        length = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(int(length.max()), device=device) < length.unsqueeze(1)
+        tokens = torch.full(mask.shape, int(self.tokenizer.pad_token_id), device=device)  # type: ignore[arg-type]
+        tokens[mask] = torch.tensor([token for row in rows for token in row], device=device)
+        inputs = {"input_ids": tokens, "attention_mask": mask.long()}
+        if self.head is None:
+            return self.model(**inputs).logits[:, 0].float()
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.head(hidden[torch.arange(len(rows), device=device), length - 1])[:, 0].float()
+
+
+def encode(prompt: Any, completion: Any, cut: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt and its completion as tokens, ended unless it was cut. Both are text, or lists of messages.
+
+    Raises UserError if there is no chat template for messages, or not a single token.
+    """
+    if not isinstance(prompt, str):
+        return _conversation([*prompt, *completion], cut, tokenizer)
+    row = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
+    if not cut and row[-1:] != [tokenizer.eos_token_id]:
+        row.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    if not row:
+        raise UserError("a prompt and its completion are empty: there is nothing to score")
+    return row
+
+
+def encode_pairs(
+    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> list[Pair]:
+    """Each prompt with its chosen and with its rejected completion, as tokens. Raises UserError for what is longer."""
+    pairs = []
+    for i, example in enumerate(examples):
+        chosen, rejected = (encode(example["prompt"], example[x], False, tokenizer) for x in ("chosen", "rejected"))
+        longer = max(len(chosen), len(rejected))
+        if max_length is not None and longer > max_length:
+            raise UserError(
+                f"the pair of row {i} has {longer} tokens and the limit is {max_length}: raise max_length or leave the "
+                "row out"
+            )
+        pairs.append((chosen, rejected))
+    return pairs
+
+
+def as_batch(count: int, device: torch.device | str = "cpu") -> Batch:
+    """Pairs as the rows of a batch, each with the same weight; obs is a pair's number."""
+    number, zero = torch.arange(count, device=device), torch.zeros(count, 1, device=device)
+    everywhere = torch.ones(count, 1, dtype=torch.bool, device=device)
+    return Batch(number, zero, zero, everywhere, per_row(everywhere), zero, zero, zero)
+
+
+def preference_objective(
+    model: RewardModel, pairs: Sequence[Pair], *, centre_coefficient: float = 0.0
+) -> Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """E[log sigma(r_chosen - r_rejected) - c (r_chosen + r_rejected)^2] over the pairs of a batch, as an objective.
+
+    Its metrics are the objective, the accuracy (see `accuracy`) and the margin, E[r_chosen - r_rejected].
+    """
+
+    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = scores(model, [pairs[i] for i in batch.obs.tolist()])
+        gain = bradley_terry(chosen, rejected) + centre_coefficient * centred(chosen, rejected)
+        columns = {"objective": gain, "accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
+        means = {name: average(x.unsqueeze(1), batch.weight) for name, x in columns.items()}
+        return means["objective"], {name: x.detach() for name, x in means.items()}
+
+    return objective
+
+
+def scores(model: RewardModel, pairs: Sequence[Pair]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """r_chosen and r_rejected of every pair, from one pass over both."""
+    both = model.score([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs])
+    return both[: len(pairs)], both[len(pairs) :]
+
+
+def accuracy(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """1 where the chosen completion scores higher, 1/2 where they are equal, else 0: [B] -> [B]."""
+    return ((chosen - rejected).sign() + 1) / 2
+
+
+def classifier(spec: str, **options: Any) -> Any:
+    """AutoModelForSequenceClassification.from_pretrained, without a trace of a head that does not fit."""
+    try:
+        return models.load_model(spec, kind=AutoModelForSequenceClassification, **options)
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights in {spec} do not fit a reward model: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+@torch.no_grad()
+def score_head(model: PreTrainedModel) -> nn.Module | None:
+    """The head, if the model's score is what it makes of the last token's state; None if the score is read elsewhere.
+
+    Decoders' own classes look for the last token that is not padding. Where padding is the end-of-sequence token, as it
+    often is, they take the one before the end; so the place is ours to find. Encoders read the first token.
+    """
+    head, body = getattr(model, "score", None), model.base_model
+    if not isinstance(head, nn.Module) or body is model:
+        return None
+    padding = model.config.get_text_config().pad_token_id
+    tokens = torch.tensor([[x for x in range(3) if x != padding]], device=next(model.parameters()).device)
+    with evaluating(model):
+        logits, hidden = model(input_ids=tokens).logits, body(input_ids=tokens).last_hidden_state
+        return head if torch.allclose(head(hidden[:, -1]), logits, rtol=1e-2, atol=1e-4) else None
+
+
+def _conversation(messages: list[dict[str, Any]], cut: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Messages as the chat template writes them; the last one without its end if it was cut, where that can be told."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the completions are of conversations, and the reward model's tokenizer has no chat template: give prompts "
+            "as plain text, or a tokenizer that has one"
+        )
+    write = partial(tokenizer.apply_chat_template, messages, tokenize=True, return_dict=False)
+    try:
+        if cut:
+            with contextlib.suppress(ValueError):  # of a template that changes what the message says
+                return list(write(continue_final_message=True))
+        return list(write())
+    except Exception as error:  # a template is a program: it refuses roles, or an order of them, in its own words
+        said = " ".join(str(error).split())
+        raise UserError(f"the chat template cannot write a conversation: {said}") from error

@@ -1,0 +1,222 @@
+"""(policy) -> Rollout: prompts answered by a language model, and what the answers are worth."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from policygrad.errors import UserError
+from policygrad.language.generation import Completions, Engine, Request, generate
+from policygrad.language.policies import LanguagePolicy, Prefixes
+from policygrad.rollout import Rollout
+
+Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts ready to be answered: as written, as tokens padded on the left, and the data set's other columns."""
+
+    texts: list[Any]  # strings, or lists of messages
+    tokens: Int[Tensor, "N P"]
+    mask: Any  # [N, P] bool
+    columns: dict[str, list[Any]]
+
+    def take(self, index: Int[Tensor, " n"]) -> "Prompts":
+        """Some of them, in the order given."""
+        rows = index.tolist()
+        return Prompts(
+            [self.texts[i] for i in rows],
+            self.tokens[index],
+            self.mask[index],
+            {name: [column[i] for i in rows] for name, column in self.columns.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Completions of prompts, side by side, with their text and reward. B = prompts x completions."""
+
+    prompts: Prompts  # each prompt as often as it was answered
+    completions: Completions
+    texts: list[str]
+    reward: Float[Tensor, " B"]
+    parts: dict[str, Tensor]  # each reward function's own, NaN where it does not apply
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The answers as a table to read or to write."""
+        lengths, cut = self.completions.mask.sum(1).tolist(), self.completions.cut.tolist()
+        return [
+            {
+                **{name: column[i] for name, column in self.prompts.columns.items()},
+                **{name: (None if part[i].isnan() else float(part[i])) for name, part in self.parts.items()},
+                "prompt": self.prompts.texts[i],
+                "completion": self.texts[i],
+                "reward": float(self.reward[i]),
+                "tokens": lengths[i],
+                "cut": cut[i],
+            }
+            for i in range(len(self.texts))[:count]
+        ]
+
+
+def answer(
+    policy: LanguagePolicy,
+    prompts: Prompts,
+    request: Request,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    generator: torch.Generator,
+    engine: Engine = generate,
+) -> Answers:
+    """Answer every prompt `request.completions` times, and have the answers judged.
+
+    Raises UserError if the engine returns other shapes than it was asked for.
+    """
+    device = next(policy.parameters()).device
+    completions = engine(policy, prompts.tokens.to(device), prompts.mask.to(device), request, generator)
+    wanted = (len(prompts) * request.completions, request.max_tokens)
+    if tuple(completions.tokens.shape) != wanted:
+        raise UserError(f"the engine returned completions of shape {tuple(completions.tokens.shape)}, not {wanted}")
+    rows = torch.arange(len(prompts)).repeat_interleave(request.completions)
+    repeated = prompts.take(rows)
+    ids = [row[kept].tolist() for row, kept in zip(completions.tokens.cpu(), completions.mask.cpu(), strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    columns = {**repeated.columns, "completion_ids": ids, "cut": completions.cut.tolist()}
+    said: list[Any] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(repeated.texts, texts, strict=True)
+    ]
+    reward, parts = judge(repeated.texts, said, columns)
+    return Answers(repeated, completions, texts, reward, parts)
+
+
+class CompletionSampler:
+    """Each call answers the next `prompts_per_rollout` prompts; the completions of a prompt are a group.
+
+    The prompts come in random order, each once before any comes again. The reward stands at a completion's last token.
+    A completion that was cut at the limit has no end-of-sequence token; what becomes of it is a choice:
+
+    kept       it is rewarded as it stands
+    masked     none of its decisions counts, and its group is judged without it (DAPO's overlong filtering)
+    penalised  it is rewarded as it stands, minus `cut_penalty`
+
+    Every rollout has the same shape: P of the longest prompt, T of the token limit. Raises UserError if there are fewer
+    prompts than one rollout takes.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase,
+        judge: Judge,
+        request: Request,
+        *,
+        prompts_per_rollout: int,
+        cut: str = "kept",
+        cut_penalty: float = 1.0,
+        engine: Engine = generate,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len(prompts) < prompts_per_rollout:
+            raise UserError(
+                f"there are {len(prompts)} prompts to train on, and a rollout takes {prompts_per_rollout}: "
+                "lower prompts_per_rollout or give more"
+            )
+        self.prompts, self.tokenizer, self.judge, self.request = prompts, tokenizer, judge, request
+        self.prompts_per_rollout, self.engine = prompts_per_rollout, engine
+        self.cut, self.cut_penalty = cut, cut_penalty
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.order_generator = torch.Generator().manual_seed(seed)
+        self.order = torch.zeros(0, dtype=torch.long)
+        self.steps = self.completions = self.used = 0
+        self.last: Answers | None = None
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        """Answer with the policy, a LanguagePolicy, as it is now."""
+        assert isinstance(policy, LanguagePolicy)
+        start = time.perf_counter()
+        answers = answer(policy, self._next(), self.request, self.tokenizer, self.judge, self.generator, self.engine)
+        seconds = time.perf_counter() - start
+        self.last = answers
+        self.steps += int(answers.completions.mask.sum())
+        self.completions += len(answers.texts)
+        metrics = {**self._metrics(answers), "sampling_seconds": seconds}
+        return as_rollout(answers, self.request.completions, self.cut, self.cut_penalty, metrics)
+
+    def _next(self) -> Prompts:
+        if len(self.order) < self.prompts_per_rollout:
+            fresh = torch.randperm(len(self.prompts), generator=self.order_generator)
+            self.order = torch.cat([self.order, fresh])
+        index, self.order = self.order[: self.prompts_per_rollout], self.order[self.prompts_per_rollout :]
+        self.used += len(index)
+        return self.prompts.take(index)
+
+    def _metrics(self, answers: Answers) -> dict[str, float]:
+        done, reward = answers.completions, answers.reward.double()
+        lengths = done.mask.sum(1).double()
+        means = {f"reward/{name}": float(part.nanmean()) for name, part in answers.parts.items()}
+        return {
+            "reward": float(reward.mean()),
+            "reward_std": float(reward.std(correction=0)),
+            **({} if len(means) < 2 else {name: x for name, x in means.items() if x == x}),
+            "length": float(lengths.mean()),
+            "cut_fraction": float(done.cut.double().mean()),
+            "steps": float(self.steps),
+            "completions": float(self.completions),
+            "epoch": self.used / len(self.prompts),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.generator.get_state(),
+            "order_generator": self.order_generator.get_state(),
+            "order": self.order.clone(),
+            "steps": self.steps,
+            "completions": self.completions,
+            "used": self.used,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.order_generator.set_state(state["order_generator"])
+        self.order = state["order"].clone()
+        self.steps, self.completions, self.used = state["steps"], state["completions"], state["used"]
+
+
+def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, metrics: dict[str, float]) -> Rollout:
+    """Answers as a rollout: each row ends, terminated, at its last token, which has the reward.
+
+    A cut completion terminates too: its reward is for the text as it stands, and no value lies beyond.
+    """
+    done, device = answers.completions, answers.completions.tokens.device
+    mask, reward = done.mask, answers.reward.to(device)
+    group = torch.arange(len(mask), device=device) // group_size
+    if cut == "penalised":
+        reward = reward - cut_penalty * done.cut
+    last = torch.arange(mask.shape[1], device=device) == mask.sum(1, keepdim=True) - 1
+    if cut == "masked":
+        mask = mask & ~done.cut.unsqueeze(1)
+        group = torch.where(done.cut, len(mask) + torch.arange(len(mask), device=device), group)
+    obs = Prefixes(answers.prompts.tokens.to(device), answers.prompts.mask.to(device), done.tokens, mask)
+    return Rollout(
+        obs=obs,
+        action=done.tokens,
+        logp=done.logp,
+        reward=reward.unsqueeze(1) * last,
+        terminated=last,
+        ended=last,
+        mask=mask,
+        group=group,
+        memoryless=False,
+        metrics=metrics,
+    )

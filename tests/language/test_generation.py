@@ -1,0 +1,307 @@
+"""Sampling: what is drawn has the model's distribution, and the log-probability that the learner gives it."""
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
+
+from language.conftest import END, PAD, RECURRENT, SLIDING, VOCABULARY, every_architecture, prompts, tiny
+from policygrad.errors import UserError
+from policygrad.language.generation import Completions, Request, generate
+from policygrad.language.models import add_adapter, checkpoint_gradients
+from policygrad.language.policies import LanguagePolicy, Prefixes
+
+STOP = (END, 5, 7)  # any of which ends a completion
+LENGTHS = (2, 6, 1, 4)
+
+
+def sampled(
+    policy: LanguagePolicy, lengths: tuple[int, ...] = LENGTHS, seed: int = 0, **request: Any
+) -> tuple[Completions, Prefixes]:
+    """Completions of prompts of these lengths, and both as the learner sees them."""
+    request = {"completions": 3, "max_tokens": 7, "stop": STOP, "pad": PAD} | request
+    prompt, mask = prompts(*lengths)
+    done = generate(policy, prompt, mask, Request(**request), torch.Generator().manual_seed(seed))
+    prompt, mask = (x.repeat_interleave(request["completions"], 0) for x in (prompt, mask))
+    return done, Prefixes(prompt, mask, done.tokens, done.mask)
+
+
+def argmax_again_and_again(model: nn.Module, prompt: Tensor, max_tokens: int, stop: tuple[int, ...]) -> list[int]:
+    """The likeliest continuation of one prompt, without padding and without a cache."""
+    row: list[int] = []
+    while len(row) < max_tokens and not (row and row[-1] in stop):
+        tokens = torch.cat([prompt, torch.tensor(row, dtype=torch.long)]).unsqueeze(0)
+        row.append(int(model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()))
+    return row
+
+
+@every_architecture
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_log_probabilities_are_the_learners(name: str, temperature: float) -> None:
+    policy = LanguagePolicy(tiny(name), temperature=temperature)
+    done, obs = sampled(policy)
+    assert done.cut.any()
+    assert not done.cut.all()
+    assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "phi", "falcon"])
+def test_in_float64_they_agree_to_rounding(name: str) -> None:
+    policy = LanguagePolicy(tiny(name, dtype=torch.float64), temperature=1.7)
+    done, obs = sampled(policy)
+    assert done.logp.dtype == torch.float64
+    assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-10)
+
+
+@every_architecture
+def test_greedy_is_the_argmax_again_and_again_without_a_cache(name: str) -> None:
+    model = tiny(name)
+    policy = LanguagePolicy(model, temperature=1.7)
+    done, obs = sampled(policy, greedy=True, completions=2, max_tokens=9)
+    for i, (prompt, seen) in enumerate(zip(obs.prompt, obs.prompt_mask, strict=True)):
+        row = argmax_again_and_again(model, prompt[seen], 9, STOP)
+        assert done.tokens[i, : len(row)].tolist() == row
+        assert done.mask[i].sum() == len(row)
+    assert len({tuple(row) for row in done.tokens.tolist()}) > 2, "a prompt has its own answer"
+    assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-5)
+
+
+def test_the_completions_of_a_prompt_stand_side_by_side() -> None:
+    """Each row is likely after its own prompt, whatever the order of the prompts."""
+    policy = LanguagePolicy(tiny(), temperature=0.5)
+    prompt, mask = prompts(*LENGTHS)
+    request = Request(3, 5, (), PAD)
+    done = generate(policy, prompt, mask, request, torch.Generator().manual_seed(0))
+    for own in range(4):
+        repeated = [x.repeat_interleave(3, 0).roll(3 * own, 0) for x in (prompt, mask)]
+        with torch.no_grad():
+            logp = policy(Prefixes(*repeated, done.tokens, done.mask)).log_prob(done.tokens)
+        assert torch.allclose(logp, done.logp, atol=1e-5) == (own == 0)
+
+
+@every_architecture
+def test_a_completion_stops_at_any_stop_token_and_only_there(name: str) -> None:
+    done, _ = sampled(LanguagePolicy(tiny(name), temperature=3.0), completions=12)
+    assert done.tokens.shape == done.logp.shape == done.mask.shape == (48, 7)
+    lasts = set()
+    for tokens, logp, mask, cut in zip(done.tokens.tolist(), done.logp, done.mask, done.cut.tolist(), strict=True):
+        length = next((i + 1 for i, token in enumerate(tokens) if token in STOP), 7)
+        assert mask.tolist() == [True] * length + [False] * (7 - length), "the stop token is a decision too"
+        assert tokens[length:] == [PAD] * (7 - length)
+        assert not logp[length:].any()
+        assert (logp[:length] < 0).all()
+        assert cut == (tokens[length - 1] not in STOP)
+        lasts |= {tokens[length - 1]} & set(STOP)
+    assert lasts == set(STOP)
+    assert done.cut.any()
+
+
+def test_a_stop_token_at_the_very_limit_is_no_cut() -> None:
+    done, _ = sampled(LanguagePolicy(tiny(), temperature=3.0), completions=200, max_tokens=2)
+    at_limit = done.mask[:, 1] & torch.isin(done.tokens[:, 1], torch.tensor(STOP))
+    assert at_limit.any()
+    assert not done.cut[at_limit].any()
+    assert done.cut[done.mask[:, 1] & ~at_limit].all()
+
+
+def test_padding_that_is_a_stop_token_is_no_decision() -> None:
+    """Where a tokenizer has no token for padding, the end of sequence stands for it."""
+    policy = LanguagePolicy(tiny(), temperature=3.0)
+    prompt, mask = prompts(*LENGTHS)
+    padded, ended = (
+        generate(policy, prompt, mask, Request(12, 7, STOP, pad), torch.Generator().manual_seed(0))
+        for pad in (PAD, END)
+    )
+    assert not padded.mask.all()
+    assert torch.equal(padded.mask, ended.mask)
+    assert torch.equal(padded.tokens[padded.mask], ended.tokens[ended.mask])
+    assert (ended.tokens[~ended.mask] == END).all()
+    assert torch.equal(padded.cut, ended.cut)
+
+
+def test_without_stop_tokens_every_completion_is_cut() -> None:
+    done, _ = sampled(LanguagePolicy(tiny(), temperature=3.0), stop=())
+    assert done.mask.all()
+    assert done.cut.all()
+
+
+def test_sampling_ends_once_all_rows_have_ended() -> None:
+    model, calls = tiny(), []
+    policy = LanguagePolicy(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: calls.append(tuple(x[0].shape)))
+    done, _ = sampled(policy, stop=tuple(range(VOCABULARY)), max_tokens=50)
+    assert calls == [(4, 6)]
+    assert done.tokens.shape == (12, 50), "the shape is the same all the same"
+    assert done.mask.sum(1).tolist() == [1] * 12
+    assert not done.cut.any()
+
+
+def test_each_prompt_is_read_once() -> None:
+    model, calls = tiny(), []
+    policy = LanguagePolicy(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: calls.append(tuple(x[0].shape)))
+    sampled(policy, stop=(), max_tokens=4)
+    assert calls == [(4, 6)] + [(12, 1)] * 3
+
+
+@every_architecture
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_cache_is_static_where_the_layers_allow_it(name: str, autocast: torch.dtype | None) -> None:
+    model, caches = tiny(name), []
+    policy = LanguagePolicy(model, autocast=autocast)
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, inputs: caches.append(type(inputs["past_key_values"])), with_kwargs=True
+    )
+    sampled(policy, max_tokens=3, stop=())
+    grows = name in SLIDING | RECURRENT | {"gpt_neo"} or autocast is not None
+    assert caches == [DynamicCache] + [DynamicCache if grows else StaticCache] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral", "gemma2"])
+def test_under_autocast_the_log_probabilities_are_near_the_learners(name: str) -> None:
+    model = tiny(name)
+    policy = LanguagePolicy(model, autocast=torch.bfloat16)
+    done, obs = sampled(policy)
+    assert done.logp.dtype == torch.float32
+    gap = (done.logp - policy(obs).log_prob(done.tokens))[done.mask].abs()
+    assert gap.max() < 0.2
+    assert gap.mean() < 0.03
+    exact = LanguagePolicy(model)(obs).log_prob(done.tokens)
+    assert not torch.equal(done.logp, exact)
+
+
+def test_the_seed_of_the_generator_decides() -> None:
+    policy = LanguagePolicy(tiny(), temperature=2.0)
+    prompt, mask = prompts(*LENGTHS)
+    before = torch.get_rng_state()
+
+    def tokens(generator: torch.Generator) -> Tensor:
+        return generate(policy, prompt, mask, Request(3, 7, STOP, PAD), generator).tokens
+
+    generator = torch.Generator().manual_seed(3)
+    first, second = tokens(generator), tokens(generator)
+    assert torch.equal(first, tokens(torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, second), "the generator goes on"
+    assert not torch.equal(first, tokens(torch.Generator().manual_seed(4)))
+    assert torch.equal(before, torch.get_rng_state()), "and no other is used"
+
+
+def test_greedy_draws_nothing() -> None:
+    prompt, mask = prompts(2)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    generate(LanguagePolicy(tiny()), prompt, mask, Request(1, 3, STOP, PAD, greedy=True), generator)
+    assert torch.equal(before, generator.get_state())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_completions_have_the_models_distribution(name: str, temperature: float) -> None:
+    """Counts of all completions of up to two tokens of five, by a chi-square test, for two prompts in one batch."""
+    model, count = tiny(name, vocab_size=5), 20_000
+    policy = LanguagePolicy(model, temperature=temperature)
+    prompt, mask = torch.tensor([[PAD, PAD, 3], [4, 2, 3]]), torch.tensor([[0, 0, 1], [1, 1, 1]]).bool()
+    done = generate(policy, prompt, mask, Request(count, 2, (END,), PAD), torch.Generator().manual_seed(0))
+    for i in range(2):
+        given = prompt[i][mask[i]]
+
+        def following(*tokens: int, given: Tensor = given) -> Tensor:
+            with torch.no_grad():
+                logits = model(input_ids=torch.cat([given, torch.tensor(tokens, dtype=torch.long)])[None]).logits
+            return (logits[0, -1].double() / temperature).softmax(-1)
+
+        first = following()
+        expected = {(END, PAD): first[END].item()}
+        for a, b in product([0, 2, 3, 4], range(5)):
+            expected[(a, b)] = (first[a] * following(a)[b]).item()
+        assert sum(expected.values()) == pytest.approx(1)
+        found = Counter(map(tuple, done.tokens[i * count : (i + 1) * count].tolist()))
+        assert set(found) <= set(expected)
+        likely = {x: p for x, p in expected.items() if count * p >= 5}
+        assert len(likely) > 8
+        square = sum((found[x] - count * p) ** 2 / (count * p) for x, p in likely.items())
+        assert square < len(likely) + 5 * (2 * len(likely)) ** 0.5, "chi-square, its mean and 5 standard deviations"
+
+
+def test_no_token_is_left_out() -> None:
+    """Neither top-k nor top-p: at a high temperature every token of the vocabulary is drawn."""
+    done, _ = sampled(LanguagePolicy(tiny(), temperature=20.0), (3,), completions=2000, max_tokens=1)
+    assert set(done.tokens.flatten().tolist()) == set(range(VOCABULARY))
+
+
+def test_a_low_temperature_is_nearly_greedy() -> None:
+    torch.manual_seed(0)
+    low, _ = sampled(LanguagePolicy(tiny(), temperature=1e-3))
+    torch.manual_seed(0)
+    greedy, _ = sampled(LanguagePolicy(tiny()), greedy=True)
+    assert torch.equal(low.tokens, greedy.tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize(("completions", "max_tokens", "lengths"), [(1, 1, (3,)), (1, 5, LENGTHS), (4, 1, (5, 5))])
+def test_one_completion_or_one_token_or_one_prompt(
+    name: str, completions: int, max_tokens: int, lengths: tuple[int, ...]
+) -> None:
+    policy = LanguagePolicy(tiny(name))
+    done, obs = sampled(policy, lengths, completions=completions, max_tokens=max_tokens)
+    assert done.tokens.shape == (len(lengths) * completions, max_tokens)
+    assert done.mask[:, 0].all()
+    assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-5)
+
+
+@every_architecture
+def test_padding_on_the_left_of_every_prompt_changes_nothing(name: str) -> None:
+    policy = LanguagePolicy(tiny(name), temperature=2.0)
+    prompt, mask = prompts(*LENGTHS)
+    wider = [nn.functional.pad(x, (5, 0)) for x in (prompt, mask)]
+    request = Request(2, 6, STOP, PAD)
+    a, b = (generate(policy, *x, request, torch.Generator().manual_seed(1)) for x in ((prompt, mask), wider))
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.logp, b.logp)
+
+
+def test_what_stands_in_the_padding_of_a_prompt_changes_nothing() -> None:
+    policy = LanguagePolicy(tiny(), temperature=2.0)
+    prompt, mask = prompts(*LENGTHS)
+    spoiled = torch.where(mask, prompt, 9)
+    request = Request(2, 6, STOP, PAD)
+    a, b = (generate(policy, x, mask, request, torch.Generator().manual_seed(1)) for x in (prompt, spoiled))
+    assert torch.equal(a.tokens, b.tokens)
+    assert_close(a.logp, b.logp, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_takes_part() -> None:
+    model = add_adapter(tiny(), 2)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.5)
+    policy = LanguagePolicy(model)
+    done, obs = sampled(policy)
+    assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-5)
+    assert not torch.allclose(done.logp, LanguagePolicy(tiny())(obs).log_prob(done.tokens), atol=1e-2)
+
+
+def test_a_model_in_training_with_checkpoints_is_sampled_and_goes_on_in_training() -> None:
+    model = tiny("qwen2", dropout=True)
+    policy = LanguagePolicy(model)
+    checkpoint_gradients(model)
+    done, obs = sampled(policy)
+    assert model.training
+    assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-5)
+
+
+def test_what_is_sampled_has_no_graph() -> None:
+    done, _ = sampled(LanguagePolicy(tiny()))
+    assert not done.logp.requires_grad
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused() -> None:
+    """Mamba takes its state under another name: each token would be drawn as if it were the first."""
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UserError, match=r"^MambaForCausalLM keeps no cache.*engine$"):
+        sampled(LanguagePolicy(MambaForCausalLM(config)))

@@ -1,0 +1,387 @@
+"""A language model as a policy: in a padded batch, in parts, in chunks, every row is scored as it is alone."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from language.conftest import (
+    ARCHITECTURES,
+    NOT_PLAIN,
+    PAD,
+    VOCABULARY,
+    alone,
+    distance,
+    every_architecture,
+    gradients,
+    observed,
+    picked,
+    prompts,
+    tiny,
+)
+from policygrad.divergences import kl
+from policygrad.language.generation import Request, generate
+from policygrad.language.models import add_adapter, checkpoint_gradients
+from policygrad.language.policies import LanguagePolicy, Prefixes, evaluating, positions, prefixes, without_dropout
+from policygrad.objectives import clipped_surrogate
+from policygrad.rollout import Batch
+from policygrad.score import token_ratio
+from policygrad.updates import ascend
+from policygrad.weights import average, per_row, per_token
+
+# Which keep float64 all the way: the norms of the others compute in float32 inside.
+DOUBLE = ["gpt2", "neox", "phi", "opt", "falcon"]
+WITH_DROPOUT = [name for name, (*_, rates) in ARCHITECTURES.items() if rates]
+
+
+@every_architecture
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_padded_batch_gives_the_log_probabilities_of_single_rows(name: str, temperature: float) -> None:
+    model, obs = tiny(name), observed()
+    distribution = LanguagePolicy(model, temperature=temperature)(obs)
+    rows = alone(model, obs, temperature)
+    assert distribution.batch_shape == (4, 6)
+    assert_close(distribution.log_prob(obs.completion), picked(obs, rows), rtol=0, atol=1e-5)
+    for i, row in enumerate(rows):
+        assert_close(distribution.logits[i, : len(row)], row, rtol=0, atol=1e-5)
+        assert_close(distribution.entropy()[i, : len(row)], -(row.exp() * row).sum(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+def test_in_float64_they_agree_to_rounding(name: str) -> None:
+    model, obs = tiny(name, dtype=torch.float64), observed()
+    found = LanguagePolicy(model, temperature=0.6)(obs).log_prob(obs.completion)
+    assert found.dtype == torch.float64
+    assert_close(found, picked(obs, alone(model, obs, 0.6)), rtol=0, atol=1e-10)
+
+
+@every_architecture
+def test_the_gradient_is_that_of_single_rows(name: str) -> None:
+    model, obs = tiny(name), observed()
+    by = torch.randn(obs.completion.shape)
+    found = gradients((LanguagePolicy(model)(obs).log_prob(obs.completion) * by).sum(), model)
+    expected = gradients((picked(obs, alone(model, obs)) * by).sum(), model)
+    assert distance(found, expected) < 1e-5
+
+
+@every_architecture
+def test_rows_of_tokens_give_the_distribution_of_each_next_one(name: str) -> None:
+    model, y = tiny(name), torch.randint(2, VOCABULARY, (3, 7))
+    found = LanguagePolicy(model)(y[:, :-1]).log_prob(y[:, 1:])
+    expected = model(input_ids=y).logits.log_softmax(-1)[:, :-1].gather(-1, y[:, 1:, None])[..., 0]
+    assert found.shape == (3, 6)
+    assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_last_of_a_rows_tokens_has_a_distribution_too() -> None:
+    model, y = tiny(), torch.randint(2, VOCABULARY, (2, 5))
+    assert_close(LanguagePolicy(model)(y).logits, model(input_ids=y).logits.log_softmax(-1), rtol=0, atol=1e-5)
+    assert prefixes(y[:, :1]).completion.shape == (2, 1)
+    assert_close(LanguagePolicy(model)(y[:, :1]).logits, model(input_ids=y[:, :1]).logits.log_softmax(-1))
+
+
+@every_architecture
+def test_columns_of_padding_change_nothing(name: str) -> None:
+    policy, obs = LanguagePolicy(tiny(name)), observed()
+    wider = Prefixes(*(nn.functional.pad(x, (3, 0) if i < 2 else (0, 5)) for i, x in enumerate(obs)))
+    found = policy(wider).log_prob(wider.completion)
+    assert found.shape == (4, 11)
+    assert torch.equal(found[:, :6], policy(obs).log_prob(obs.completion))
+    assert not found[:, 6:].any()
+
+
+@every_architecture
+def test_columns_of_padding_are_not_computed(name: str) -> None:
+    model, widths = tiny(name), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, tokens: widths.append(tokens[0].shape[1]))
+    policy, obs = LanguagePolicy(model), observed((2, 4), (3, 1))
+    wider = Prefixes(*(nn.functional.pad(x, (3, 0) if i < 2 else (0, 5)) for i, x in enumerate(obs)))
+    widths.clear()
+    policy(wider)
+    assert widths == [4 + 3 - 1]
+
+
+@every_architecture
+def test_garbage_behind_the_masks_changes_nothing(name: str) -> None:
+    model, obs = tiny(name), observed()
+    policy = LanguagePolicy(model)
+    spoiled = Prefixes(
+        torch.where(obs.prompt_mask, obs.prompt, torch.randint(2, VOCABULARY, obs.prompt.shape)),
+        obs.prompt_mask,
+        torch.where(obs.completion_mask, obs.completion, torch.randint(2, VOCABULARY, obs.completion.shape)),
+        obs.completion_mask,
+    )
+    assert not torch.equal(spoiled.prompt, obs.prompt)
+    assert not torch.equal(spoiled.completion, obs.completion)
+    found, expected = (policy(x).log_prob(x.completion) for x in (spoiled, obs))
+    assert_close(found, expected, rtol=0, atol=1e-6)
+    assert not found[~obs.completion_mask].any()
+    assert distance(gradients(found.sum(), model), gradients(expected.sum(), model)) < 1e-6
+
+
+def test_what_stands_behind_the_mask_has_no_gradient() -> None:
+    policy, obs = LanguagePolicy(tiny()), observed()
+    distribution = policy(obs)
+    behind = ~obs.completion_mask
+    total = sum(x[behind].sum() for x in (distribution.log_prob(obs.completion), distribution.entropy()))
+    assert not gradients(total, policy).any()
+
+
+@every_architecture
+def test_no_row_knows_of_the_others(name: str) -> None:
+    policy, obs = LanguagePolicy(tiny(name)), observed()
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = Prefixes(*(x[order] for x in obs))
+    found, expected = (policy(x).log_prob(x.completion) for x in (shuffled, obs))
+    assert_close(found, expected[order], rtol=0, atol=1e-6)
+
+
+@every_architecture
+def test_no_token_knows_of_those_after_it(name: str) -> None:
+    policy, obs = LanguagePolicy(tiny(name)), observed((1, 5, 3), (6, 6, 6))
+    later = obs._replace(completion=obs.completion.clone())
+    later.completion[:, 3:] = torch.randint(2, VOCABULARY, (3, 3))
+    a, b = (policy(x).logits for x in (obs, later))
+    assert_close(a[:, :4], b[:, :4], rtol=0, atol=1e-6)
+    assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-2)
+
+
+@every_architecture
+def test_the_head_is_taken_for_plain_where_it_is(name: str) -> None:
+    assert LanguagePolicy(tiny(name)).plain_head == (name not in NOT_PLAIN)
+
+
+def test_a_cap_is_seen_before_it_bites() -> None:
+    """The logits of a new model are so small that a cap at 30 leaves them as they are, to three digits."""
+    config = tiny("gemma2", final_logit_softcapping=30.0).config
+    model = AutoModelForCausalLM.from_config(config).eval()
+    logits = model(input_ids=torch.tensor([[2, 3, 4]])).logits
+    assert_close(30 * (logits / 30).atanh(), logits, rtol=1e-3, atol=1e-3)
+    policy = LanguagePolicy(model)
+    assert not policy.plain_head
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(300)  # as it may be once it is trained
+    obs = observed()
+    assert_close(policy(obs).log_prob(obs.completion), picked(obs, alone(model, obs)), rtol=0, atol=1e-4)
+
+
+def test_asking_for_the_head_leaves_the_model_as_it_was() -> None:
+    model = tiny("gpt2").train()
+    before, y = deepcopy(model.state_dict()), torch.tensor([[2, 3, 4]])
+    LanguagePolicy(model)
+    assert model.training
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert torch.equal(model(input_ids=y).logits, tiny("gpt2")(input_ids=y).logits)
+
+
+def test_an_adapter_on_the_head_is_part_of_the_policy() -> None:
+    model = add_adapter(tiny("neox"), 2, targets=["lm_head", "query_key_value"])
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.5)
+    policy, obs = LanguagePolicy(model), observed()
+    assert not policy.plain_head
+    found = policy(obs).log_prob(obs.completion)
+    assert_close(found, picked(obs, alone(model, obs)), rtol=0, atol=1e-5)
+    assert not torch.allclose(found, picked(obs, alone(tiny("neox"), obs)), atol=1e-2)
+
+
+def test_of_a_head_that_is_not_plain_only_the_completions_logits_are_computed() -> None:
+    model, rows = tiny("gemma2"), []
+    policy, obs = LanguagePolicy(model), observed((6, 6), (3, 2))
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
+    policy(obs)
+    assert rows == [3]
+
+
+@pytest.mark.parametrize("name", WITH_DROPOUT)
+def test_without_dropout_a_policy_in_training_is_the_one_that_is_sampled(name: str) -> None:
+    model = tiny(name, dropout=True).train()
+    y = torch.randint(2, VOCABULARY, (3, 8))
+    assert not torch.equal(model(input_ids=y).logits, model(input_ids=y).logits), "there is dropout to turn off"
+    policy = LanguagePolicy(model).train()
+    prompt, mask = prompts(2, 5, 3)
+    done = generate(policy, prompt, mask, Request(2, 6, (), PAD), torch.Generator().manual_seed(0))
+    obs = Prefixes(*(x.repeat_interleave(2, 0) for x in (prompt, mask)), done.tokens, done.mask)
+    first, second = (policy(obs).log_prob(done.tokens) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_close((first - done.logp).exp(), torch.ones(6, 6), rtol=0, atol=1e-5)
+    clean = LanguagePolicy(tiny(name))
+    assert_close(first, clean(obs).log_prob(done.tokens), rtol=0, atol=1e-6)
+    assert model.training
+
+
+def test_the_dropout_of_an_adapter_is_turned_off_too() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    y = torch.randint(2, VOCABULARY, (2, 5))
+    assert not torch.equal(model.train()(input_ids=y).logits, model(input_ids=y).logits)
+    policy = LanguagePolicy(model).train()
+    assert torch.equal(policy(y).logits, policy(y).logits)
+
+
+def test_dropout_is_turned_off_in_the_model_that_is_given() -> None:
+    model = tiny("gpt2", dropout=True)
+    assert without_dropout(model) is model
+    assert {x.p for x in model.modules() if isinstance(x, nn.Dropout)} == {0.0}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_in_bfloat16_it_is_near_the_policy_in_float32(name: str) -> None:
+    model, obs = tiny(name), observed()
+    exact, low = (LanguagePolicy(model, autocast=autocast)(obs) for autocast in (None, torch.bfloat16))
+    a, b = (p.log_prob(obs.completion) for p in (exact, low))
+    assert b.dtype == torch.float32
+    assert not torch.equal(a, b), "the trunk was computed in bfloat16"
+    assert_close(a, b, rtol=0.05, atol=0.1)
+    assert kl(exact, low).max() < 1e-2
+    ga, gb = (gradients(x.sum(), model) for x in (a, b))
+    assert distance(gb, ga) < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_weights_in_bfloat16_are_scored_in_float32(name: str) -> None:
+    model, obs = tiny(name), observed()
+    found = LanguagePolicy(deepcopy(model).to(torch.bfloat16))(obs).log_prob(obs.completion)
+    assert found.dtype == torch.float32
+    assert_close(found, LanguagePolicy(model)(obs).log_prob(obs.completion), rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2", "neox"])
+def test_checkpointing_gives_the_same_gradient(name: str, number_of_calls: Callable[[nn.Module], list[int]]) -> None:
+    obs, found = observed(), []
+    for checkpointed in (False, True):
+        model = tiny(name, dropout=True)
+        policy = LanguagePolicy(model)
+        if checkpointed:
+            checkpoint_gradients(model)
+        calls = number_of_calls(model.get_input_embeddings() if not checkpointed else _mlp(model))
+        found.append(gradients(policy(obs).log_prob(obs.completion).sum(), model))
+        assert len(calls) == (2 if checkpointed else 1), "a layer is computed again, where that was asked for"
+    assert distance(found[1], found[0]) < 1e-6
+
+
+def _mlp(model: nn.Module) -> nn.Module:
+    return next(x for name, x in model.named_modules() if name.endswith("mlp"))
+
+
+def batch(policy: LanguagePolicy, obs: Prefixes, weights: Callable[[Tensor], Tensor]) -> Batch:
+    """What an algorithm makes of a rollout, with ratios on both sides of the clip."""
+    with torch.no_grad():
+        logp = policy(obs).log_prob(obs.completion)
+    zero, mask = torch.zeros_like(logp), obs.completion_mask
+    old = (logp + 0.3 * torch.randn_like(logp)).where(mask, 0.0)
+    advantage = torch.randn_like(logp).where(mask, 0.0)
+    return Batch(obs, obs.completion, old, mask, weights(mask).to(logp), advantage, zero, zero)
+
+
+def gradient_of(policy: LanguagePolicy, given: Batch, micro_batch: int | None) -> Tensor:
+    """The gradient that `ascend` hands to the optimiser."""
+
+    def objective(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        distribution = policy(part.obs)
+        ratio = token_ratio(distribution.log_prob(part.action), part.logp, part.mask)
+        value = average(clipped_surrogate(ratio, part.advantage, 0.2, 0.2), part.weight)
+        return value + 0.1 * average(distribution.entropy(), part.weight), {"objective": value.detach()}
+
+    ascend(objective, given, torch.optim.SGD(policy.parameters(), lr=0.0), micro_batch=micro_batch)
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen2"])
+@pytest.mark.parametrize("weights", [per_row, per_token])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_any_split_gives_the_gradient_of_the_whole_batch(
+    name: str, weights: Callable[[Tensor], Tensor], micro_batch: int
+) -> None:
+    """TRL #3021, verl #3741: with rows of any length, and one that does not count at all."""
+    policy = LanguagePolicy(tiny(name, dtype=torch.float64), temperature=0.8)
+    given = batch(policy, observed((1, 5, 3, 6, 2), (4, 1, 6, 0, 2)), weights)
+    whole = gradient_of(policy, given, None)
+    assert whole.norm() > 1e-3
+    assert distance(gradient_of(policy, given, micro_batch), whole) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY])
+def test_a_head_in_chunks_gives_the_same_gradient(name: str, chunk: int) -> None:
+    model = tiny(name, dtype=torch.float64)
+    given = batch(LanguagePolicy(model), observed(), per_row)
+    whole, chunked = (gradient_of(LanguagePolicy(model, chunk=x), given, None) for x in (2**24, chunk))
+    assert distance(chunked, whole) < 1e-10
+
+
+def test_tied_embeddings_have_one_gradient_from_both_ends() -> None:
+    model = tiny("qwen2", tie_word_embeddings=True, dtype=torch.float64)
+    obs = observed()
+    weight = model.get_output_embeddings().weight
+    assert weight is model.get_input_embeddings().weight
+    for chunk in (2**24, VOCABULARY):
+        (found,) = torch.autograd.grad(LanguagePolicy(model, chunk=chunk)(obs).log_prob(obs.completion).sum(), weight)
+        (expected,) = torch.autograd.grad(picked(obs, alone(model, obs)).sum(), weight)
+        assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_divergence_is_that_of_single_rows(name: str) -> None:
+    obs, models = observed(), [tiny(name), tiny(name)]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    found = kl(*(LanguagePolicy(model)(obs) for model in models))
+    expected = torch.zeros_like(found)
+    for i, (p, q) in enumerate(zip(*(alone(model, obs) for model in models), strict=True)):
+        expected[i, : len(p)] = (p.exp() * (p - q)).sum(-1)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert expected.max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_divergence_from_itself_has_a_second_derivative_with_eager_attention(name: str) -> None:
+    """What a Fisher-vector product needs."""
+    # Prompts of one length: transformers' eager attention turns padding into NaN in float64.
+    obs = observed((4, 4, 4), (4, 1, 6))
+    policy = LanguagePolicy(tiny(name, attn_implementation="eager", dtype=torch.float64))
+    with torch.no_grad():
+        old = deepcopy(policy(obs))
+    first = torch.autograd.grad(kl(old, policy(obs)).sum(), list(policy.parameters()), create_graph=True)
+    assert max(g.abs().max().item() for g in first) < 1e-6
+    direction = [torch.randn_like(g) for g in first]
+    slope = sum((g * v).sum() for g, v in zip(first, direction, strict=True))
+    product = torch.autograd.grad(slope, list(policy.parameters()), materialize_grads=True)
+    curvature = sum((x * v).sum() for x, v in zip(product, direction, strict=True))
+    step = 1e-4
+    moved = deepcopy(policy)
+    with torch.no_grad():
+        for p, v in zip(moved.parameters(), direction, strict=True):
+            p.add_(step * v)
+        assert 2 * kl(old, moved(obs)).sum().item() / step**2 == pytest.approx(curvature.item(), rel=0.02)
+
+
+def test_positions_count_from_the_first_token() -> None:
+    seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    assert positions(seen).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_mode_ends_with_the_block(training: bool) -> None:
+    model, seen = tiny().train(training), []
+    model.register_forward_pre_hook(lambda *_: seen.append(model.training))
+    with pytest.raises(IndexError), evaluating(model):
+        model(input_ids=torch.tensor([[VOCABULARY]]))
+    assert seen == [False]
+    assert all(x.training == training for x in model.modules())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        LanguagePolicy(tiny(), temperature=temperature)(observed())
