@@ -6,9 +6,9 @@
 
 PYTHON is one that has TRL: `python -m venv PEER && PEER/bin/pip install trl==1.16.0`. Without it only our side runs.
 
-A small Llama learns addition with written-out working from imperfect demonstrations, once; from those weights every run
-starts. Each run is a process of its own, and the libraries take turns. What a run has learned is judged by one code path
-for both: the weights that it saved answer problems that no run has seen, sampled at temperature 1.
+A small Llama learns addition with written-out working from imperfect demonstrations, once; every run starts from those
+weights. Each run is a process of its own, and the libraries take turns. What a run has learned is judged by one piece
+of code for both: the weights that it saved answer problems that no run has seen, sampled at temperature 1.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from importlib.metadata import version
 from itertools import product
@@ -142,6 +144,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             say(f"  step {step:4}: reward {rewards[-1]:.2f}")
     result = {"reward": rewards, "length": lengths, "seconds": seconds, "before_mb": before_mb, "peak_mb": peak_mb()}
     save_model(policy.model, tokenizer, Path(job["out"]))
+    result["prompts"] = digest(sample.last.prompts.texts)
     named = {name: version(name) for name in ("torch", "transformers", "policygrad")}
     return {**result, "versions": {"python": platform.python_version(), **named}}
 
@@ -174,6 +177,11 @@ def prompts_of(examples: list[dict[str, Any]], tokenizer: Any) -> Any:
     return Prompts([x["prompt"] for x in examples], *left_padded(rows, tokenizer.pad_token_id), columns_of(examples))
 
 
+def digest(prompts: list[str]) -> str:
+    """What the prompts of the last step were: the same in both libraries, or not."""
+    return hashlib.sha256(" ".join(sorted(set(prompts))).encode()).hexdigest()[:12]
+
+
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -188,8 +196,12 @@ def in_process(command: list[str], job: dict[str, Any]) -> dict[str, Any]:
     """Do a job in a process of its own, without a network."""
     threads = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-    output = subprocess.check_output([*command, json.dumps(job)], env={**os.environ, **threads, **quiet}, text=True)
-    return json.loads(output.splitlines()[-1])
+    done = subprocess.run(
+        [*command, json.dumps(job)], env={**os.environ, **threads, **quiet}, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        sys.exit("the run failed, see above; --resume keeps the runs before it")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours(worker: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -198,10 +210,9 @@ def ours(worker: str, job: dict[str, Any]) -> dict[str, Any]:
 
 def starting_weights(work: Path, threads: int, steps: int) -> Path:
     """The directory of the warmed-up model, made if there is none of this task and these settings."""
-    from policygrad.language import arithmetic
-
     job = {**WARM_UP, "steps": steps, "problems": JOB["problems"]}
-    made_of = inspect.getsource(arithmetic) + inspect.getsource(warm_up) + json.dumps(job)
+    task = HERE.parent / "policygrad" / "language" / "arithmetic.py"
+    made_of = task.read_text() + inspect.getsource(warm_up) + json.dumps(job)
     out = work / f"start-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
     if not (out / "tokenizer.json").exists():  # the last file that is written
         say(f"warming up, {steps} steps")
@@ -211,8 +222,6 @@ def starting_weights(work: Path, threads: int, steps: int) -> Path:
 
 def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """All runs, the libraries taking turns. The results are written after every run."""
-    import tempfile
-
     start = starting_weights(arguments.work, arguments.threads, arguments.warm_up)
     job = {**JOB, "steps": arguments.steps, "threads": arguments.threads, "start": str(start)}
     settings = {**JOB, "steps": arguments.steps, "warm_up": {**WARM_UP, "steps": arguments.warm_up}}
@@ -266,6 +275,10 @@ def runs_of(results: dict[str, Any], method: str, library: str) -> list[dict[str
     return sorted(runs, key=lambda run: run["seed"])
 
 
+def run_prompts(results: dict[str, Any], library: str) -> list[str]:
+    return [run["prompts"] for method in METHODS for run in runs_of(results, method, library)]
+
+
 def median_seconds(runs: list[dict[str, Any]]) -> float:
     """Over all steps but the first three of each run."""
     return float(np.median(np.concatenate([run["seconds"][3:] for run in runs])))
@@ -300,29 +313,40 @@ def spread(values: list[float] | np.ndarray) -> str:
     return f"{np.mean(values):.3f}{deviation}"
 
 
+def paragraph(text: str) -> list[str]:
+    return [*textwrap.wrap(" ".join(text.split()), 120), ""]
+
+
+def item(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, initial_indent="- ", subsequent_indent="  ")
+
+
 def write_page(results: dict[str, Any], path: Path) -> None:
     settings, machine, libraries = results["settings"], results["machine"], list(results["versions"])
     seeds = len({run["seed"] for run in results["runs"]})
-    warm = settings["warm_up"]
+    pairs = zip(*(run_prompts(results, library) for library in libraries), strict=True)
+    same = "; the prompts of a step are the same in both libraries" if all(len(set(p)) == 1 for p in pairs) else ""
+    command = f"python benchmarks/language.py --seeds {seeds} --steps {settings['steps']} --peer-python PYTHON"
     lines = [
         "# Side by side with TRL",
         "",
-        f"Written by `python benchmarks/language.py --seeds {seeds} --steps {settings['steps']} --peer-python PYTHON`,",
-        "PYTHON being one that has TRL.",
-        "",
-        "The task is three-digit addition with written-out working (`policygrad/language/arithmetic.py`), the model a",
-        f"small Llama that learned it from imperfect demonstrations for {warm['steps']} steps; every run starts from those",
-        f"weights, which are right on {results['before']:.1%} of the held-out problems. Each step answers "
-        f"{settings['prompts']} prompts {settings['completions']} times,",
-        f"with at most {settings['max_tokens']} tokens at temperature 1, and makes one update: AdamW, learning rate "
-        f"{settings['learning_rate']:g}, no weight",
-        f"decay, gradient norm at most {settings['max_grad_norm']:g}, clip {settings['clip']:g}, no KL penalty; float32. "
-        "The reward is 1 for a right sum, else 0. The seeds",
-        "vary the samples and the order of the prompts, which for a seed is the same in both libraries.",
-        "",
+        *paragraph(f"Written by `{command}`, PYTHON being one that has TRL."),
+        *paragraph(
+            f"""The task is addition of numbers below 1000 with written-out working
+            (`policygrad/language/arithmetic.py`), the model a small Llama that learned it from imperfect demonstrations
+            for {settings["warm_up"]["steps"]} steps. Every run starts from those weights, which are right on
+            {results["before"]:.1%} of the held-out problems. A step answers {settings["prompts"]} prompts
+            {settings["completions"]} times, with at most {settings["max_tokens"]} tokens at temperature 1, and makes
+            one update of them all: AdamW, learning rate {settings["learning_rate"]:g}, constant, betas
+            {" and ".join(map(str, settings["adam_betas"]))}, eps {settings["adam_epsilon"]:g}, no weight decay,
+            gradient norm at most {settings["max_grad_norm"]:g}, clip {settings["clip"]:g}, no KL penalty, float32. The
+            reward is 1 for a right sum and else 0. The seeds vary the samples and the order of the prompts{same}. GRPO is the published one (TRL: `loss_type="grpo"`,
+            `scale_rewards="group"`), RLOO without a normalisation of advantages. TRL's gradient checkpointing and
+            bfloat16, on by default, are off."""
+        ),
         "![Training reward of both libraries](language.png)",
         "",
-        "| method | library | training reward at the end | held-out accuracy | seconds a step | tokens an answer | "
+        "| method | library | training reward, last 10 steps | held-out accuracy | seconds a step | tokens an answer | "
         "peak memory (before training) |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -331,54 +355,60 @@ def write_page(results: dict[str, Any], path: Path) -> None:
             runs = runs_of(results, method, library)
             ratio = median_seconds(runs) / median_seconds(runs_of(results, method, libraries[0]))
             times = f" ({ratio:.2f} times)" if library != libraries[0] else ""
-            lines.append(
-                f"| {name} | {library} | {spread([np.mean(run['reward'][-10:]) for run in runs])} | "
-                f"{spread([run['held_out'] for run in runs])} | {median_seconds(runs):.3f}{times} | "
-                f"{np.mean([run['length'] for run in runs]):.1f} | {np.median([run['peak_mb'] for run in runs]):,.0f} MB "
-                f"({np.median([run['before_mb'] for run in runs]):,.0f}) |"
-            )
+            peak, before = (np.median([run[key] for run in runs]) for key in ("peak_mb", "before_mb"))
+            cells = [
+                name,
+                library,
+                spread([np.mean(run["reward"][-10:]) for run in runs]),
+                spread([run["held_out"] for run in runs]),
+                f"{median_seconds(runs):.3f}{times}",
+                f"{np.mean([run['length'] for run in runs]):.1f}",
+                f"{peak:,.0f} MB ({before:,.0f})",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Mean ± standard deviation over {seeds} seeds. Training reward: the mean of the last 10 steps. Held-out accuracy:",
-        f"{settings['problems'][1]} problems, four samples of each at temperature 1, both libraries' saved weights judged by",
-        "the same code. Seconds: the median over all steps but each run's first three; a step is sampling, reward and",
-        "update, without TRL's logging. Memory: the process's largest resident set, in brackets what it was before the",
-        "first step. The libraries took turns, run by run.",
-        "",
+        *paragraph(
+            f"""Mean ± standard deviation over {seeds} seeds. Held-out accuracy: {settings["problems"][1]} problems,
+        four samples of each at temperature 1; the same code judges the weights that either library saved. Seconds: the
+        median over all steps but each run's first three; a step is sampling, reward and update, without TRL's logging.
+        Memory: the process's largest resident set, and what it was before the first step. The libraries took turns,
+        run by run."""
+        ),
     ]
     if "TRL" in libraries:
-        lines += ["## Do the curves agree?", ""]
-        if seeds > 1:
-            lines += [*agreement(results), ""]
+        lines += ["## Do the curves agree?", "", *(agreement(results) if seeds > 1 else []), ""]
         lines += ["## Is a step faster?", "", *speed(results), ""]
     lines += [
         "## Versions",
         "",
-        f"{machine['cores']} cores, {machine['threads']} threads on either side.",
+        f"{machine['cores']} cores, {machine['threads']} threads in either library.",
         "",
         "| | " + " | ".join(libraries) + " |",
         "|---|" + "---|" * len(libraries),
     ]
     for name in dict.fromkeys(name for versions in results["versions"].values() for name in versions):
-        lines.append(f"| {name} | " + " | ".join(results["versions"][x].get(name, "–") for x in libraries) + " |")
+        lines.append(f"| {name} | " + " | ".join(results["versions"][x].get(name, "") for x in libraries) + " |")
     path.write_text("\n".join(lines) + "\n")
 
 
 def agreement(results: dict[str, Any]) -> list[str]:
-    lines = [
-        f"Of each run the reward as the mean of {SMOOTH} steps, and of each seed the difference of the two libraries, which",
-        "had the same prompts at every step. Where is its mean over the seeds largest? In units of its standard error (from",
-        "the variance between seeds, pooled over the steps) that is the largest of many differences, so it is not small by",
-        "itself: beside it stands in how many of the ways to swap the libraries within seeds it is as large.",
-        "",
-    ]
+    lines = paragraph(
+        f"""Of each run take the reward as the mean of {SMOOTH} steps, and of each seed the difference of the two
+        libraries; then look where its mean over the seeds is largest. In units of its standard error (from the variance
+        between seeds, pooled over the steps) that is the largest of many differences, so it is not small by itself.
+        Beside it stands in how many of the ways to swap the libraries within seeds it is as large."""
+    )
     for method, name in METHODS.items():
         a, b = (curves(runs_of(results, method, library)) for library in LIBRARIES)
         where, difference, units = largest_difference(a - b)
         k, n = as_large_by_chance(a - b)
         lines.append(
-            f"- {name}: at most {units:.1f} standard errors (policygrad {difference:+.3f}, steps {where + 1} to "
-            f"{where + SMOOTH}); as large in {k} of {n} ways."
+            item(
+                f"""{name}: at most {units:.1f} standard errors, which are {abs(difference):.3f} of reward, policygrad
+                being {"above" if difference > 0 else "below"} TRL, at steps {where + 1} to {where + SMOOTH}; as large
+                in {k} of {n} ways."""
+            )
         )
     return lines
 
@@ -389,8 +419,10 @@ def speed(results: dict[str, Any]) -> list[str]:
         a, b = (runs_of(results, method, library) for library in LIBRARIES)
         ratios = [median_seconds([y]) / median_seconds([x]) for x, y in zip(a, b, strict=True)]
         lines.append(
-            f"- {name}: a step of TRL takes {np.median(ratios):.2f} times as long (the median of {len(ratios)} pairs of "
-            f"runs, one after the other; {min(ratios):.2f} to {max(ratios):.2f})."
+            item(
+                f"""{name}: a step of TRL takes {np.median(ratios):.2f} times as long (the median of {len(ratios)} pairs
+                of runs, one after the other; {min(ratios):.2f} to {max(ratios):.2f})."""
+            )
         )
     return lines
 

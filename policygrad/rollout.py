@@ -119,13 +119,15 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
 
     The weights of a part are scaled up to those of the whole, so that the mean of any objective or metric over the
     parts, taken with the shares, is that of the batch: also of one that divides by the sum of the weights. (What is
-    a ratio of two means, as the effective sample size, is not linear in them: its mean is over the parts.)
+    a ratio of two means, as the effective sample size, is not linear in them: its mean is over the parts.) Parts
+    without weight are left out, but for the first where nothing counts at all: there is a part to learn nothing from.
     """
-    total = batch.weight.sum().clamp(min=torch.finfo(batch.weight.dtype).tiny)
+    total = float(batch.weight.sum())
     for start in range(0, batch.mask.shape[0], rows):
         part = tree_map(lambda x, start=start: x[start : start + rows], batch)
-        share = float(part.weight.sum() / total)
-        yield share, part._replace(weight=part.weight / (share or 1.0))
+        share = float(part.weight.sum()) / total if total > 0 else float(start == 0)
+        if share > 0:
+            yield share, part._replace(weight=part.weight / share)
 
 
 def _mover(device: torch.device | str) -> Any:

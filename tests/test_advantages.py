@@ -1,6 +1,7 @@
 """How much better than expected: GAE, baselines, group statistics and standardisation against their definitions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from policygrad.advantages import (
+    batch_advantage,
     gae,
+    group_advantage,
     group_mean,
+    group_scale,
     group_std,
     leave_one_out,
     mean_baseline,
@@ -20,6 +24,7 @@ from policygrad.advantages import (
     optimal_constant_baseline,
     standardize,
     time_mean_baseline,
+    unit_scale,
     unnormalized,
 )
 from policygrad.returns import lambda_return, n_step
@@ -234,6 +239,66 @@ def test_a_large_offset_does_not_cancel() -> None:
     assert_close(large - leave_one_out(large, group), (small - 0.5) * 4 / 3, atol=0.05, rtol=0)
     assert_close(group_std(large, group), group_std(small, group))
     assert_close(standardize(large[None], large[None] > 0), standardize(small[None], small[None] >= 0))
+
+
+SCALES = {"group_scale": group_scale, "unit_scale": unit_scale}
+BASELINES = {"group_mean": group_mean, "leave_one_out": leave_one_out}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_group_advantage_is_that_of_the_whole_row_at_each_of_its_decisions(
+    baseline: str, scale: str, softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    """With rewards at every step, of which those behind the mask are none."""
+    rollout = sample(softmax, rows=7, group=torch.tensor([7, 2, 7, 2, 2, 7, 5]), reward=torch.randn(7, 5))
+    found = group_advantage(rollout, baseline=BASELINES[baseline], scale=SCALES[scale])
+    score = [sum(rollout.reward[b, t] for t in range(5) if rollout.mask[b, t]) for b in range(7)]
+    assert found.shape == (7, 5)
+    for i in range(7):
+        own = [score[j] for j in range(7) if rollout.group[j] == rollout.group[i]]
+        rest = [score[j] for j in range(7) if rollout.group[j] == rollout.group[i] and j != i]
+        b = sum(own) / len(own) if baseline == "group_mean" else sum(rest) / max(len(rest), 1)
+        spread = sum((x - sum(own) / len(own)) ** 2 for x in own) / max(len(own) - 1, 1)
+        s = 1.0 if scale == "unit_scale" else spread**0.5 + 1e-4
+        assert_close(found[i], torch.as_tensor((score[i] - b) / s).expand(5))
+
+
+def test_group_advantage_is_grpos_if_nothing_is_said(softmax: nn.Module, sample: Callable[..., Rollout]) -> None:
+    rollout = sample(softmax)
+    named = group_advantage(rollout, baseline=group_mean, scale=group_scale)
+    assert torch.equal(group_advantage(rollout), named)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -1e6 - 0.1])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_in_a_group_of_equal_rewards_it_is_exactly_0(
+    baseline: str, scale: str, reward: float, softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rewards = torch.zeros(9, 5).index_fill(1, torch.tensor(0), reward)  # the first step of every row counts
+    rollout = sample(softmax, rows=9, group=torch.arange(9) // 3, reward=rewards)
+    assert group_advantage(rollout, baseline=BASELINES[baseline], scale=SCALES[scale]).eq(0).all()
+
+
+def test_batch_advantage_is_the_return_from_there_on_standardised_over_all_decisions(
+    softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    ended = torch.zeros(6, 5, dtype=torch.bool).index_fill(1, torch.tensor(2), True)
+    rollout = sample(softmax, ended=ended)
+    for gamma in (1.0, 0.5):
+        found = batch_advantage(rollout, gamma=gamma)
+        to_go = torch.zeros(6, 5)
+        for b in range(6):
+            for t in range(5):
+                last = 2 if t <= 2 else 4
+                steps = [u for u in range(t, last + 1) if rollout.mask[b, u]]
+                to_go[b, t] = sum(gamma ** (u - t) * rollout.reward[b, u] for u in steps)
+        chosen = to_go[rollout.mask]
+        assert_close(found[rollout.mask], (chosen - chosen.mean()) / (chosen.std() + 1e-8))
+    assert not torch.equal(batch_advantage(rollout), found)
+    regrouped = replace(rollout, group=torch.zeros(6, dtype=torch.long))
+    assert torch.equal(batch_advantage(regrouped, gamma=0.5), found)
 
 
 # Standardisation

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from policygrad.diagnostics import clip_fraction, explained_variance, mean_metrics, ratio_metrics
+from policygrad.diagnostics import (
+    clip_fraction,
+    clip_fraction_by_side,
+    explained_variance,
+    group_metrics,
+    mean_metrics,
+    ratio_metrics,
+)
+from policygrad.objectives import clipped_surrogate
 from policygrad.score import token_ratio
 from policygrad.weights import per_row, per_token
 
@@ -51,6 +59,49 @@ def test_a_minibatch_without_a_decision_has_finite_metrics() -> None:
     assert clip_fraction(torch.rand(2, 4), per_token(nothing), 0.2, 0.2) == 0
 
 
+@pytest.mark.parametrize("by_row", [False, True], ids=["token ratio", "sequence ratio"])
+def test_clip_fractions_by_side_are_the_shares_without_gradient(by_row: bool) -> None:
+    ratio, advantage = torch.rand(40, 1 if by_row else 4) * 2, torch.randn(40, 4)
+    mask = torch.rand(40, 4) < 0.7
+    weight = 3 * per_row(mask)
+    found = clip_fraction_by_side(ratio, advantage.where(mask, torch.nan), weight, 0.3, 0.4)
+    low = high = 0.0
+    for b, t in mask.nonzero().tolist():
+        r, a, share = ratio[b, 0 if by_row else t], advantage[b, t], weight[b, t] / weight.sum()
+        low, high = low + share * (r < 0.7 and a < 0), high + share * (r > 1.4 and a > 0)
+    assert 0 < low < 0.5
+    assert 0 < high < 0.5
+    assert_close(found, {"clip_fraction_low": low, "clip_fraction_high": high})
+
+
+def test_clip_fractions_by_side_are_where_the_clipped_surrogate_is_flat() -> None:
+    ratio, advantage = (2 * torch.rand(40, 4)).requires_grad_(), torch.randn(40, 4)
+    (slope,) = torch.autograd.grad(clipped_surrogate(ratio, advantage, 0.2, 0.3).sum(), ratio)
+    weight = torch.full((40, 4), 1 / 160)
+    found = clip_fraction_by_side(ratio, advantage, weight, 0.2, 0.3)
+    assert_close(found["clip_fraction_low"] + found["clip_fraction_high"], slope.eq(0).double().mean())
+
+
+def test_no_ratio_is_outside_of_an_infinite_interval() -> None:
+    ratio, advantage = torch.tensor([[0.0, 4e8]]), torch.tensor([[-1.0, 1.0]])
+    found = clip_fraction_by_side(ratio, advantage, torch.ones(1, 2), torch.inf, torch.inf)
+    assert found == {"clip_fraction_low": 0, "clip_fraction_high": 0}
+
+
+def test_group_metrics_are_the_mean_deviation_and_the_share_of_flat_rows() -> None:
+    score, group = torch.tensor([1.0, 4.0, 2.0, 2.0, 2.0, 9.0]), torch.tensor([3, 1, 0, 3, 0, 1])
+    found = group_metrics(score, group)
+    first, third = 0.5**0.5, 12.5**0.5  # of (1, 2) and of (4, 9); (2, 2) is flat
+    assert_close(found, {"group_std": torch.tensor((2 * first + 2 * third) / 6), "flat_groups": torch.tensor(2 / 6)})
+    alone = group_metrics(torch.randn(3), torch.arange(3))
+    assert alone == {"group_std": 0, "flat_groups": 1}
+
+
+def test_groups_of_equal_rewards_are_flat_to_the_last_bit() -> None:
+    score = torch.full((7,), 0.1, dtype=torch.float32).index_fill(0, torch.arange(3), 1e6 + 0.3)
+    assert group_metrics(score, torch.tensor([0, 0, 0, 1, 1, 1, 1]))["flat_groups"] == 1
+
+
 def test_explained_variance_is_one_less_the_share_that_is_left() -> None:
     value, target, weight = torch.randn(2, 4), torch.randn(2, 4), torch.rand(2, 4).where(MASK, 0.0)
     left, whole = (target - value)[MASK], target[MASK]
@@ -85,6 +136,8 @@ def test_metrics_have_no_gradient() -> None:
     logp = torch.randn(2, 4, requires_grad=True)
     metrics = ratio_metrics(logp, torch.zeros(2, 4), MASK, per_token(MASK))
     metrics["explained_variance"] = explained_variance(logp, torch.randn(2, 4), per_token(MASK))
+    metrics |= clip_fraction_by_side(logp.exp(), torch.randn(2, 4), per_token(MASK), 0.2, 0.2)
+    metrics |= group_metrics(logp.sum(1), torch.zeros(2, dtype=torch.long))
     assert not any(value.requires_grad for value in metrics.values())
 
 

@@ -1,12 +1,26 @@
 """KL and its estimates, against sums over every outcome."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.testing import assert_close
 
-from policygrad.divergences import AdaptiveCoefficient, k1, k2, k3, kl, straight_through
+from policygrad.divergences import (
+    AdaptiveCoefficient,
+    at_action,
+    k1,
+    k2,
+    k3,
+    kl,
+    over_actions,
+    reweighted,
+    straight_through,
+    to_reference,
+)
+from policygrad.rollout import Batch
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -150,3 +164,107 @@ def test_straight_through_has_the_value_of_k3_and_the_gradient_of_k2() -> None:
     (gradient,) = torch.autograd.grad(straight_through(logp, logp_ref).sum(), logp)
     (of_k2,) = torch.autograd.grad(k2(logp, logp_ref).sum(), logp)
     assert_close(gradient, of_k2)
+
+
+# KL to a reference, as an objective uses it: in each row one prefix, and every action there is
+
+ESTIMATES = {"k1": k1, "k2": k2, "k3": k3, "straight_through": straight_through}
+
+
+def every_action(p: Tensor, q: Tensor) -> tuple[Categorical, Categorical, Batch]:
+    """Two policies at one prefix [A, 1], and a batch with each action once, the last one masked."""
+    count = p.shape[1]
+    policies = (Categorical(logits=x.expand(count, -1).unsqueeze(1)) for x in (p, q))
+    action, mask = torch.arange(count).unsqueeze(1), (torch.arange(count) < count - 1).unsqueeze(1)
+    zero = torch.zeros(count, 1)
+    return *policies, Batch(zero, action, zero, mask, zero, zero, zero, zero)
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_at_the_action_it_is_the_estimate_whatever_the_ratio(name: str) -> None:
+    p, q = two_policies()
+    *policies, batch = every_action(p, q)
+    found = at_action(*policies, batch, torch.rand(5, 1), estimate=ESTIMATES[name])
+    each = ESTIMATES[name](p.log_softmax(1).T, q.log_softmax(1).T)
+    assert_close(found[:4], each[:4])
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_reweighted_it_is_the_ratio_times_the_estimate_and_the_ratio_is_a_constant(name: str) -> None:
+    p, q = two_policies()
+    *policies, batch = every_action(p, q)
+    ratio = torch.rand(5, 1, requires_grad=True)
+    found = reweighted(*policies, batch, ratio, estimate=ESTIMATES[name])
+    plain = at_action(*policies, batch, ratio, estimate=ESTIMATES[name])
+    assert_close(found, ratio.detach() * plain)
+    slopes = [torch.autograd.grad(x[:4].sum(), p, retain_graph=True)[0] for x in (found, ratio.detach() * plain)]
+    assert_close(*slopes)
+    assert_close(reweighted(*policies, batch, ratio), reweighted(*policies, batch, ratio, estimate=straight_through))
+    assert torch.autograd.grad(found.sum(), ratio, allow_unused=True) == (None,)
+
+
+def test_over_all_actions_it_is_exact_at_every_one() -> None:
+    p, q = two_policies()
+    *policies, batch = every_action(p, q)
+    found = over_actions(*policies, batch, torch.rand(5, 1))
+    assert_close(found, exact(p.log_softmax(1), q.log_softmax(1)).expand(5, 1))
+
+
+@pytest.mark.parametrize("name", ["reweighted", "over_actions"])
+def test_off_the_old_policy_the_expected_gradient_is_that_of_the_kl(name: str) -> None:
+    p, q = two_policies()
+    old = torch.randn(1, 5).log_softmax(1)
+    *policies, batch = every_action(p, q)
+    batch = batch._replace(mask=torch.ones(5, 1, dtype=torch.bool))
+    ratio = (p.log_softmax(1) - old).exp().T
+    found = {"reweighted": reweighted, "over_actions": over_actions}[name](*policies, batch, ratio)
+    (slope,) = torch.autograd.grad((old.exp().T * found).sum(), p, retain_graph=True)
+    assert_close(slope, torch.autograd.grad(exact(p.log_softmax(1), q.log_softmax(1)), p)[0])
+
+
+class Table(nn.Module):
+    """The same distribution everywhere, and something else where the observation is negative."""
+
+    def __init__(self, logits: Tensor, elsewhere: Tensor) -> None:
+        super().__init__()
+        self.logits, self.elsewhere = nn.Parameter(logits.detach().clone()), elsewhere
+
+    def forward(self, obs: Tensor) -> Categorical:
+        return Categorical(logits=torch.where(obs.unsqueeze(-1) < 0, self.elsewhere, self.logits), validate_args=False)
+
+
+DIVERGENCES = {name: partial(at_action, estimate=estimate) for name, estimate in ESTIMATES.items()}
+DIVERGENCES |= {f"reweighted {name}": partial(reweighted, estimate=estimate) for name, estimate in ESTIMATES.items()}
+DIVERGENCES |= {"over_actions": over_actions}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_to_a_reference_it_has_no_gradient_there_and_is_0_behind_the_mask(name: str) -> None:
+    p, q = two_policies()
+    *policies, batch = every_action(p, q)
+    reference = Table(q, torch.zeros(5))
+    ratio = torch.rand(5, 1)
+    found = to_reference(policies[0], batch, ratio, reference=reference, divergence=DIVERGENCES[name])
+    assert_close(found[:4], DIVERGENCES[name](*policies, batch, ratio)[:4])
+    assert found[4] == 0
+    found.sum().backward()
+    assert reference.logits.grad is None
+
+
+@pytest.mark.parametrize("extreme", [100.0, 800.0, 1e6, torch.inf])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "over_actions"])
+def test_an_action_behind_the_mask_that_one_of_the_two_would_never_take_has_no_gradient(
+    name: str, extreme: float
+) -> None:
+    """Padding, as a model may see it: e^800 is infinite, and 0 times its slope is no number."""
+    never = torch.zeros(5).index_fill(0, torch.tensor(4), -extreme)
+    obs, action = torch.tensor([[1.0, -1.0]]), torch.tensor([[2, 4]])
+    zero, mask = torch.zeros(1, 2), torch.tensor([[True, False]])
+    batch = Batch(obs, action, zero, mask, zero, zero, zero, zero)
+    for mine, theirs in ((never, torch.zeros(5)), (torch.zeros(5), never)):
+        policy, reference = Table(torch.randn(5), mine.requires_grad_()), Table(torch.randn(5), theirs.detach())
+        options = {"reference": reference, "divergence": DIVERGENCES[name]}
+        found = to_reference(policy(obs), batch, torch.ones(1, 2), **options)
+        (slope,) = torch.autograd.grad(found.sum(), policy.logits)
+        assert slope.isfinite().all()
+        assert found[0, 1] == 0

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from policygrad.advantages import gae, leave_one_out, standardize
 from policygrad.divergences import k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, penalised_surrogate
-from policygrad.rollout import Batch, Rollout, decisions, minibatches
+from policygrad.rollout import Batch, Rollout, decisions, micro_batches, minibatches
 from policygrad.score import score, sequence_ratio, token_ratio
-from policygrad.weights import average, per_episode, per_row, per_token
+from policygrad.weights import average, normalized, per_episode, per_row, per_token
 
 pytestmark = pytest.mark.usefixtures("float64")
 Sample = Callable[..., Rollout]
@@ -148,11 +148,39 @@ def test_observations_may_be_any_tree_and_arrays_any_stride(policy: nn.Module, s
 
 def test_a_rollout_moves_as_a_whole(policy: nn.Module, sample: Sample) -> None:
     rollout = sample(policy, final_obs={"eye": torch.randn(6, 3)}, metrics={"return": 1.0}, memoryless=True)
+    assert rollout.to("meta").importance is None
+    rollout = replace(rollout, importance=torch.rand(6, 5))
     moved = rollout.to("meta")
     columns = (moved.obs, moved.action, moved.logp, moved.reward, moved.terminated, moved.ended, moved.mask)
-    assert {x.device.type for x in (*columns, moved.group, moved.final_obs["eye"])} == {"meta"}
+    assert {x.device.type for x in (*columns, moved.importance, moved.group, moved.final_obs["eye"])} == {"meta"}
     assert moved.memoryless
     assert moved.metrics == {"return": 1.0}
+
+
+# Importance: how much more often the policy would have done it than what sampled
+
+
+@pytest.mark.parametrize("memoryless", [True, False])
+def test_importance_multiplies_the_weights_and_nothing_else(
+    memoryless: bool, policy: nn.Module, sample: Sample
+) -> None:
+    rollout, importance = sample(policy, memoryless=memoryless), 2 * torch.rand(6, 5)
+    plain, weighed = credited(rollout), credited(replace(rollout, importance=importance))
+    shape = (30, 1) if memoryless else (6, 5)
+    assert_close(weighed.weight, plain.weight * importance.view(shape))
+    for name in Batch._fields:
+        if name != "weight":
+            assert torch.equal(getattr(weighed, name), getattr(plain, name)), name
+    ones = credited(replace(rollout, importance=torch.ones(6, 5)))
+    assert torch.equal(ones.weight, plain.weight)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_importance_is_0_behind_the_mask(garbage: float, policy: nn.Module, sample: Sample) -> None:
+    rollout = sample(policy)
+    spoilt = replace(rollout, importance=torch.ones(6, 5).where(rollout.mask, garbage))
+    assert spoilt.importance[~rollout.mask].eq(0).all()
+    assert torch.equal(credited(spoilt).weight, credited(rollout).weight)
 
 
 # Minibatches
@@ -212,6 +240,54 @@ def test_observation_action_and_credit_of_a_row_stay_together(policy: nn.Module,
                 assert torch.equal(x[k], whole[n])
             for x, whole in zip(part[5:], batch[5:], strict=True):
                 assert torch.equal(x[k], whole[n])
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("weights", [per_token, per_row, per_episode])
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 100])
+def test_micro_batches_are_the_rows_in_order_with_their_shares(
+    size: int, weights: Callable[[Tensor], Tensor], policy: nn.Module, sample: Sample
+) -> None:
+    batch = credited(replace(sample(policy), importance=torch.rand(6, 5)), weights)
+    parts = list(micro_batches(batch, size))
+    assert [len(part.mask) for _, part in parts] == [len(x) for x in torch.arange(6).split(size)]
+    for name in Batch._fields:
+        if name != "weight":
+            assert torch.equal(torch.cat([getattr(part, name) for _, part in parts]), getattr(batch, name)), name
+    assert_close(torch.cat([share * part.weight for share, part in parts]), batch.weight)
+    assert sum(share for share, _ in parts) == pytest.approx(1, abs=1e-14)
+    for _, part in parts:
+        assert_close(part.weight.sum(), batch.weight.sum())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_mean_that_divides_by_the_weights_is_that_of_the_whole(size: int, policy: nn.Module, sample: Sample) -> None:
+    """As an entropy is averaged: parts of unequal weight would else count alike."""
+    batch = credited(sample(policy))
+
+    def mean(part: Batch) -> Tensor:
+        return average(part.target, normalized(part.weight))
+
+    parts = list(micro_batches(batch, size))
+    assert_close(sum(share * mean(part) for share, part in parts), mean(batch))
+    assert (sum(mean(part) for _, part in parts) / len(parts) - mean(batch)).abs() > 1e-3
+
+
+@pytest.mark.parametrize("empty", [slice(0, 2), slice(2, 6), slice(0, 6)])
+def test_a_micro_batch_in_which_nothing_counts_is_left_out(empty: slice, policy: nn.Module, sample: Sample) -> None:
+    rollout = sample(policy)
+    mask = rollout.mask.clone()
+    mask[empty] = False
+    batch = credited(replace(rollout, mask=mask))
+    parts = list(micro_batches(batch, 2))
+    kept = [k for k in (0, 2, 4) if mask[k : k + 2].any()] or [0]  # never none: an objective has to be computed
+    assert sum(share for share, _ in parts) == pytest.approx(1)
+    assert_close(torch.cat([part.obs for _, part in parts]), torch.cat([batch.obs[k : k + 2] for k in kept]))
+    weight = torch.cat([batch.weight[k : k + 2] for k in kept])
+    assert_close(torch.cat([share * part.weight for share, part in parts]), weight)
+    assert_close(weight.sum(), batch.weight.sum())
 
 
 # Splits and orders

@@ -147,7 +147,7 @@ def test_of_one_decision_the_whole_weight_gives_the_gradient_of_j_on_the_policy(
 
 
 def test_of_several_it_is_a_correction_of_each_alone(policy: OnPrefixes) -> None:
-    """What came before and comes after a decision stays as mu has it: nearer than without, and not the gradient of J."""
+    """What came before and comes after a decision stays as mu has it: nearer than without, and not grad J."""
     mu, exact = token_policy(3, near=policy, distance=0.3), reward_gradient(policy)
     with_, without = ((follows(policy, mu, bound) - exact).norm() for bound in (inf, 0.0))
     assert 1e-3 < with_ < without

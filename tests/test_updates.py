@@ -121,6 +121,56 @@ def test_a_long_gradient_is_shortened_and_its_length_reported_before(
     assert_close(x.detach().norm(), torch.tensor(length), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 6, 100])
+def test_in_micro_batches_the_step_and_the_metrics_are_the_same(
+    rows: int, softmax: nn.Module, batch_of: BatchOf
+) -> None:
+    batch, theta = batch_of(softmax), flat(softmax.parameters())
+    batch = batch._replace(weight=batch.weight * torch.rand(6, 5))
+    seen: list[int] = []
+
+    def objective(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One part that is linear in the weights, and one that divides by their sum."""
+        seen.append(len(part.mask))
+        new = softmax(part.obs)
+        ratio = token_ratio(new.log_prob(part.action), part.logp, part.mask)
+        gain = average(surrogate(ratio, part.advantage), part.weight)
+        entropy = average(new.entropy(), part.weight / part.weight.sum())
+        return gain + 0.3 * entropy, {"gain": gain.detach(), "entropy": entropy.detach()}
+
+    def step(**options: int) -> tuple[Tensor, dict[str, Tensor]]:
+        nn.utils.vector_to_parameters(theta.clone(), softmax.parameters())
+        seen.clear()
+        metrics = ascend(objective, batch, torch.optim.SGD(softmax.parameters(), lr=1.0), max_grad_norm=0.01, **options)
+        return flat(softmax.parameters()), metrics
+
+    whole, metrics = step()
+    assert seen == [6]
+    split, split_metrics = step(micro_batch=rows)
+    assert seen == [len(x) for x in torch.arange(6).split(rows)]
+    assert (whole - theta).norm() > 1e-3
+    assert_close(split, whole, rtol=0, atol=1e-14)
+    assert_close(split_metrics, metrics, rtol=1e-12, atol=1e-14)
+    assert not any(x.requires_grad for x in split_metrics.values())
+
+
+def test_micro_batches_in_which_nothing_counts_leave_the_optimizer_its_step(
+    softmax: nn.Module, batch_of: BatchOf
+) -> None:
+    """The gradient is 0 and not absent: Adam goes on by its momentum, split or not."""
+    batch, start = batch_of(softmax), flat(softmax.parameters())
+    nothing = batch._replace(weight=torch.zeros(6, 5), mask=torch.zeros(6, 5, dtype=torch.bool))
+    ends = []
+    for rows in (None, 2):
+        nn.utils.vector_to_parameters(start.clone(), softmax.parameters())
+        optimizer = torch.optim.Adam(softmax.parameters(), lr=0.1)
+        for part in (batch, nothing):
+            metrics = ascend(problem(softmax, part)[0], part, optimizer, micro_batch=rows)
+        assert metrics.keys() == {"entropy", "gradient_norm"}
+        ends.append(flat(softmax.parameters()))
+    assert_close(*ends, rtol=0, atol=1e-14)
+
+
 # The natural step
 
 STEP_SIZES = [partial(kl_radius, delta=1e-2), partial(learning_rate, rate=0.1)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from policygrad.weights import average, per_episode, per_row, per_token
+from policygrad.weights import average, normalized, per_budget, per_episode, per_row, per_token
 
 pytestmark = pytest.mark.usefixtures("float64")
 MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0]]).bool()
@@ -30,7 +30,24 @@ def test_per_episode_is_the_mean_of_the_rows_sums() -> None:
     assert_close(average(x, per_episode(MASK)), sum(x[b, t] for b in range(3) for t in range(4) if MASK[b, t]) / 3)
 
 
-@pytest.mark.parametrize("weights", [per_token, per_row, per_episode])
+def test_per_budget_is_the_sum_over_the_most_decisions_there_may_be() -> None:
+    x = torch.randn(3, 4)
+    assert_close(average(x, per_budget(MASK)), sum(x[b, t] for b in range(3) for t in range(4) if MASK[b, t]) / 12)
+
+
+def test_per_budget_weighs_every_decision_of_every_rollout_alike() -> None:
+    full, sparse = torch.ones(3, 4, dtype=torch.bool), MASK
+    assert torch.equal(per_budget(full)[sparse], per_budget(sparse)[sparse])
+
+
+def test_normalized_weights_add_up_to_1_or_to_0() -> None:
+    weight = torch.rand(3, 4)
+    assert_close(normalized(weight), weight / weight.sum())
+    assert_close(normalized(1e-6 * weight), normalized(weight))
+    assert normalized(torch.zeros(3, 4)).eq(0).all()
+
+
+@pytest.mark.parametrize("weights", [per_token, per_row, per_episode, per_budget])
 def test_a_masked_step_and_an_empty_row_weigh_nothing(weights: Callable[[Tensor], Tensor]) -> None:
     mask = torch.cat([MASK, torch.zeros(1, 4, dtype=torch.bool)])
     assert weights(mask)[~mask].eq(0).all()

@@ -3,6 +3,7 @@
 The settings are the job's; what is not in it is written out here where TRL's default differs from ours.
 """
 
+import hashlib
 import json
 import platform
 import resource
@@ -35,6 +36,7 @@ class Recorder(TrainerCallback):
         self.rewards: list[float] = []
         self.lengths: list[float] = []
         self.seconds: list[float] = []
+        self.prompts: list[str] = []  # of the last step
 
     def on_train_begin(self, *_, **__) -> None:
         self.before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -102,10 +104,15 @@ def main() -> None:
     )
     train, _ = arithmetic.splits(*job["problems"], seed=0)
     recorder = Recorder()
+
+    def right(prompts: list[str], completions: list[str], answer: list[str], **_) -> list[float]:
+        recorder.prompts = sorted(set(prompts))
+        return arithmetic.right(prompts, completions, answer)
+
     trainer = trainer_of(
         model=AutoModelForCausalLM.from_pretrained(job["start"], dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(job["start"]),
-        reward_funcs=arithmetic.right,
+        reward_funcs=right,
         args=config,
         train_dataset=Dataset.from_list(train),
         callbacks=[recorder],
@@ -120,6 +127,7 @@ def main() -> None:
         "seconds": recorder.seconds,
         "before_mb": recorder.before_mb,
         "peak_mb": peak_mb,
+        "prompts": hashlib.sha256(" ".join(recorder.prompts).encode()).hexdigest()[:12],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "trl")},

@@ -87,4 +87,5 @@ def grpo(
         if anchor is not None and coefficient is not None:
             metrics["kl_coefficient"] = coefficient.value.clone()
             coefficient.update(float(metrics["kl_reference"]))
-        yield {**rollout.metrics, **metrics, "updates": len(steps)}
+        # Rollout last: where KL is charged in the reward, its own group figures are of the reward before.
+        yield {**metrics, "updates": len(steps), **rollout.metrics}

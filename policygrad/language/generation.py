@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,7 @@ class Completions:
     cut: Bool[Tensor, " B"]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What samples completions: `generate` here, or another engine that holds the same weights.
 

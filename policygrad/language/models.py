@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from policygrad.language.policies import causal
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by path or hub id; padding on the left. Raises UserError."""
+    name = os.path.expanduser(name)
     with _one_line(name, "tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -35,20 +37,31 @@ def load_model(
     kind: Any = AutoModelForCausalLM,
     **options: Any,
 ) -> PreTrainedModel:
-    """A causal language model by path or hub id, without dropout. Raises UserError.
+    """A causal language model by path or hub id. Raises UserError, also if some of its weights are missing.
 
     dtype: of the weights, or auto for that of the file. attention: sdpa, eager, flash_attention_2, ... or the model's
-    own. kind: another auto class, for reward models.
+    own. kind: another auto class, for reward models; then a head that is missing is a new one.
     """
+    name = os.path.expanduser(name)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"there is no type {dtype!r} of weights: give float32, bfloat16, float16 or auto")
     with _one_line(name, "model"), quiet():
-        return kind.from_pretrained(
+        model, info = kind.from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # nothing is unpickled
+            output_loading_info=True,
             **options,
         )
+    missing = sorted(info["missing_keys"])
+    if missing and kind is AutoModelForCausalLM:
+        raise UserError(
+            f"{name} has no weights for {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}: "
+            "they would be random; give a whole causal language model"
+        )
+    return model
 
 
 def check_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
@@ -93,14 +106,21 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft reads an attribute that transformers deprecates
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA cannot be added: {' '.join(str(error).split())[:200]}") from error
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
     """Compute activations again in the backward pass instead of keeping them."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    inner = causal(model)
+    options = {"use_reentrant": False}
+    if hasattr(inner, "activation_checkpointing_enable"):  # the name since transformers 5
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.train()  # transformers heeds it in training mode only; there is no dropout to turn on
 
 
@@ -130,12 +150,13 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
     """What from_pretrained says over a page, in a line."""
-    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
+    if name.startswith((".", "/")) and not os.path.isdir(name):
         raise UserError(f"there is no directory {name} to load a {what} from")
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except RuntimeError:
+        raise  # weights of other shapes than the model's: reward_models words it
+    except Exception as error:  # of many kinds: of the network, of a configuration, of a file that is damaged
         said = " ".join(str(error).split())
-        raise UserError(
-            f"no {what} could be loaded from {name!r}, neither as a directory nor as a hub id: {said[:160]}"
-        ) from error
+        places = "" if os.path.isdir(name) else ", neither as a directory nor as a hub id"
+        raise UserError(f"no {what} could be loaded from {name!r}{places}: {said[:160]}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.rollout import Rollout
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
+CUTS = ("kept", "masked", "penalised")  # what becomes of a completion that was cut at the limit
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Prompts:
 
     texts: list[Any]  # strings, or lists of messages
     tokens: Int[Tensor, "N P"]
-    mask: Any  # [N, P] bool
+    mask: Bool[Tensor, "N P"]
     columns: dict[str, list[Any]]
 
     def take(self, index: Int[Tensor, " n"]) -> "Prompts":
@@ -83,11 +84,8 @@ def answer(
     """
     device = next(policy.parameters()).device
     completions = engine(policy, prompts.tokens.to(device), prompts.mask.to(device), request, generator)
-    wanted = (len(prompts) * request.completions, request.max_tokens)
-    if tuple(completions.tokens.shape) != wanted:
-        raise UserError(f"the engine returned completions of shape {tuple(completions.tokens.shape)}, not {wanted}")
-    rows = torch.arange(len(prompts)).repeat_interleave(request.completions)
-    repeated = prompts.take(rows)
+    _check_shapes(completions, len(prompts) * request.completions, request.max_tokens)
+    repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
     ids = [row[kept].tolist() for row, kept in zip(completions.tokens.cpu(), completions.mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     columns = {**repeated.columns, "completion_ids": ids, "cut": completions.cut.tolist()}
@@ -97,6 +95,13 @@ def answer(
     ]
     reward, parts = judge(repeated.texts, said, columns)
     return Answers(repeated, completions, texts, reward, parts)
+
+
+def _check_shapes(completions: Completions, rows: int, width: int) -> None:
+    for name, wanted in {"tokens": (rows, width), "logp": (rows, width), "mask": (rows, width), "cut": (rows,)}.items():
+        found = tuple(getattr(completions, name).shape)
+        if found != wanted:
+            raise UserError(f"the engine returned {name} of shape {found}, not {wanted}")
 
 
 class CompletionSampler:
@@ -132,6 +137,8 @@ class CompletionSampler:
                 f"there are {len(prompts)} prompts to train on, and a rollout takes {prompts_per_rollout}: "
                 "lower prompts_per_rollout or give more"
             )
+        if cut not in CUTS:
+            raise UserError(f"a cut completion is {', '.join(CUTS[:-1])} or {CUTS[-1]}, not {cut!r}")
         self.prompts, self.tokenizer, self.judge, self.request = prompts, tokenizer, judge, request
         self.prompts_per_rollout, self.engine = prompts_per_rollout, engine
         self.cut, self.cut_penalty = cut, cut_penalty
@@ -164,10 +171,13 @@ class CompletionSampler:
     def _metrics(self, answers: Answers) -> dict[str, float]:
         done, reward = answers.completions, answers.reward.double()
         lengths = done.mask.sum(1).double()
+        spread = reward.view(-1, self.request.completions).std(1, correction=0)
+        groups = {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
         means = {f"reward/{name}": float(part.nanmean()) for name, part in answers.parts.items()}
         return {
             "reward": float(reward.mean()),
             "reward_std": float(reward.std(correction=0)),
+            **(groups if self.request.completions > 1 else {}),
             **({} if len(means) < 2 else {name: x for name, x in means.items() if x == x}),
             "length": float(lengths.mean()),
             "cut_fraction": float(done.cut.double().mean()),

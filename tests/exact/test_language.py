@@ -91,10 +91,8 @@ def test_ppo_with_an_exact_critic_follows_j_less_the_kl_of_whole_completions(
     world, probs = charged_world(policy, reference), table(policy)
     critic = critic_of(state_value(world, probs.detach()))
     found = expected_ppo_step(policy, critic, reference, 1, lam=lam, weights=per_episode)
-    visits = visitation(TREE, probs, 1.0)
-    true = gradient(
-        expected_return(TREE, probs) - BETA * visits @ kl_by_state(probs, table(reference).detach()), policy
-    )
+    kl = visitation(TREE, probs, 1.0) @ kl_by_state(probs, table(reference).detach())
+    true = gradient(expected_return(TREE, probs) - BETA * kl, policy)
     moved = len(true)
     close(found[:moved], true)
     close(found[moved:], torch.zeros_like(found[moved:]))  # the critic, being right, stays
@@ -143,13 +141,12 @@ def test_ppos_tokens_keep_their_prefix_in_every_minibatch(policy: OnPrefixes, re
 
 
 def listed(policy: OnPrefixes, algorithm: Callable[..., Any] = trpo, **options: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The change of the parameters in one iteration with an exact critic; and the metrics."""
+    """One iteration with an exact critic: how the policy's parameters have changed, and the metrics."""
     rollout, probability = completions(WORLD, table(policy))
-    learner, critic = deepcopy(policy), critic_of(state_value(TREE, table(policy).detach()))
+    before, critic = parameters(policy), critic_of(state_value(TREE, table(policy).detach()))
     options |= {"weights": lambda mask: probability.unsqueeze(1) * mask, "normalize": unnormalized, "gamma": 1.0}
-    metrics = next(algorithm(learner, critic, lambda _: rollout, no_fit, **options))
-    policy.load_state_dict(learner.state_dict())
-    return parameters(learner) - parameters(token_policy(0)), metrics
+    metrics = next(algorithm(policy, critic, lambda _: rollout, no_fit, **options))
+    return parameters(policy) - before, metrics
 
 
 def dense(policy: OnPrefixes, damping: float) -> tuple[Tensor, Tensor]:
@@ -162,15 +159,15 @@ def dense(policy: OnPrefixes, damping: float) -> tuple[Tensor, Tensor]:
     return matrix, torch.linalg.solve(matrix + damping * torch.eye(len(g)), g)
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
 @pytest.mark.parametrize("lam", [0.0, 0.95])
 def test_a_natural_step_of_a_token_model_is_the_dense_solve(damping: float, lam: float, policy: OnPrefixes) -> None:
-    _, direction = dense(policy, damping)
+    plain, (_, direction) = reward_gradient(policy), dense(policy, damping)
     step = partial(natural_step, step_size=partial(learning_rate, rate=0.1), damping=damping, cg_iters=100)
     found, metrics = listed(policy, step=step, lam=lam)
     assert_close(found, 0.1 * direction, rtol=1e-6, atol=1e-8)
-    assert metrics["gradient_norm"] == pytest.approx(float(reward_gradient(token_policy(0)).norm()))
-    assert torch.cosine_similarity(direction, reward_gradient(token_policy(0)), dim=0) < 0.95
+    assert_close(metrics["gradient_norm"], plain.norm())
+    assert torch.cosine_similarity(direction, plain, dim=0) < 0.97, "not the plain gradient"
 
 
 def test_npg_goes_as_far_as_its_radius(policy: OnPrefixes) -> None:

@@ -1,0 +1,472 @@
+"""Models: loaded and saved without a bit lost, adapters, references, and the critic."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from language.conftest import VOCABULARY, every_architecture, gradients, observed, tiny
+from policygrad.critics import bootstrap_values
+from policygrad.divergences import kl
+from policygrad.errors import UserError
+from policygrad.language import arithmetic
+from policygrad.language.models import (
+    add_adapter,
+    check_pair,
+    checkpoint_gradients,
+    load_model,
+    load_tokenizer,
+    quiet,
+    save_model,
+    stop_tokens,
+)
+from policygrad.language.policies import LanguagePolicy, ValueModel, reference_of, trunk, width
+from policygrad.rollout import Rollout
+
+TOKENS = torch.tensor([[2, 9, 4, 4, 13, 7], [3, 3, 8, 22, 5, 2]])
+saveable = pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral"])
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def saved(model: nn.Module, directory: Path) -> str:
+    save_model(model, arithmetic.tokenizer(), directory)
+    return str(directory)
+
+
+def trained(module: nn.Module, obs: Any = TOKENS, steps: int = 3) -> None:
+    """Move what is trained by some steps of gradient ascent."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-module(obs).log_prob(TOKENS).sum()).backward()
+        optimizer.step()
+
+
+# Loading and saving.
+
+
+@saveable
+def test_a_saved_model_reloads_to_identical_logits(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    trained(LanguagePolicy(model))
+    path = saved(model, tmp_path / "model")
+    assert torch.equal(logits(load_model(path)), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path)), logits(model))
+    assert not torch.equal(logits(model), logits(tiny(name)))
+
+
+def test_tied_embeddings_survive(tmp_path: Path) -> None:
+    model = tiny("qwen2", tie_word_embeddings=True)
+    again = load_model(saved(model, tmp_path))
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_is_saved_is_safetensors_and_what_is_pickled_is_not_read(tmp_path: Path) -> None:
+    path = saved(tiny(), tmp_path)
+    assert {x.suffix for x in tmp_path.iterdir()} == {".json", ".safetensors"}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("auto", "float64")])
+def test_the_type_of_the_weights_is_the_one_asked_for(dtype: str, expected: str, tmp_path: Path) -> None:
+    path = saved(tiny(dtype=torch.float64), tmp_path)
+    assert {p.dtype for p in load_model(path, dtype=dtype).parameters()} == {getattr(torch, expected)}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for(attention: str, tmp_path: Path) -> None:
+    assert load_model(saved(tiny(), tmp_path), attention=attention).config._attn_implementation == attention
+
+
+def test_another_kind_of_model_may_lack_its_head(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    path = saved(tiny(), tmp_path)
+    model = load_model(path, kind=AutoModelForSequenceClassification, num_labels=1)
+    assert isinstance(model, LlamaForSequenceClassification)
+    assert model.score.weight.shape[0] == 1
+
+
+def test_a_tokenizer_is_padded_on_the_left(tmp_path: Path) -> None:
+    tokenizer = arithmetic.tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    batch = tokenizer(["12+", "3"], padding=True)
+    assert batch["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "<eos>")
+
+
+def test_the_end_stands_for_padding_where_there_is_none(tmp_path: Path) -> None:
+    inner = arithmetic.tokenizer().backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+
+
+def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tiny(), tmp_path / "model")
+    assert torch.equal(logits(load_model("~/model")), logits(tiny()))
+    assert load_tokenizer("~/model").eos_token == "<eos>"
+
+
+def _one_line(raised: pytest.ExceptionInfo[UserError]) -> bool:
+    return "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "nowhere", "some-one/nowhere", "a b?"])
+def test_what_is_not_there_is_said_in_one_line(load: Callable[[str], Any], name: str, offline: None) -> None:
+    with pytest.raises(UserError, match="nowhere" if "nowhere" in name else "a b") as raised:
+        load(name)
+    assert _one_line(raised)
+
+
+def test_an_empty_directory_is_said_in_one_line(tmp_path: Path) -> None:
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(UserError, match=tmp_path.name) as raised:
+            load(str(tmp_path))
+        assert _one_line(raised)
+        assert "hub" not in str(raised.value), "it is a directory, if not a good one"
+
+
+def _cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", _cut_in_half),
+        ("config.json", lambda path: path.write_text("{")),
+        ("config.json", lambda path: path.write_text(json.dumps({"model_type": "never_heard_of"}))),
+        ("config.json", lambda path: path.write_text(json.dumps({"model_type": "t5"}))),
+    ],
+    ids=["cut file", "broken configuration", "unknown model", "no causal language model"],
+)
+def test_a_damaged_directory_is_said_in_one_line(file: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = saved(tiny(), tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(UserError, match="no model could be loaded") as raised:
+        load_model(path)
+    assert _one_line(raised)
+
+
+@pytest.mark.parametrize("lost", [["model.layers.0.mlp.up_proj.weight"], ["lm_head.weight", "model.norm.weight"]])
+def test_missing_weights_are_not_made_up(lost: list[str], tmp_path: Path) -> None:
+    path = saved(tiny(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: x for k, x in weights.items() if k not in lost}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=rf"{lost[0]}{' and 1 others' if lost[1:] else ''}: they would be random"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", ["float23", "nn", "Float32"])
+def test_a_type_that_is_none_is_named(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=dtype):
+        load_model(saved(tiny(), tmp_path), dtype=dtype)
+
+
+def test_an_attention_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no_such") as raised:
+        load_model(saved(tiny(), tmp_path), attention="no_such")
+    assert _one_line(raised)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    inner = arithmetic.tokenizer().backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="end-of-sequence"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_pair_that_does_not_fit_is_refused(name: str) -> None:
+    tokenizer = arithmetic.tokenizer()
+    check_pair(tiny(name), tokenizer, 64)
+    check_pair(tiny(name, vocab_size=len(tokenizer)), tokenizer, 64)
+    with pytest.raises(UserError, match="16 tokens and the model embeddings for 15"):
+        check_pair(tiny(name, vocab_size=len(tokenizer) - 1), tokenizer, 5)
+    with pytest.raises(UserError, match=r"are 65 tokens.* is 64"):
+        check_pair(tiny(name), tokenizer, 65)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"), [(None, (1,)), (1, (1,)), (9, (1, 9)), ([9, 1, 4], (1, 4, 9)), ([], (1,))]
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_completion_ends_where_tokenizer_or_model_say_so(named: Any, expected: Any, adapter: bool) -> None:
+    model = tiny()
+    model.generation_config.eos_token_id = named
+    assert stop_tokens(add_adapter(model, 1) if adapter else model, arithmetic.tokenizer()) == expected
+
+
+def test_quiet_ends_with_the_block() -> None:
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    with pytest.raises(ZeroDivisionError), quiet():
+        assert not logging.is_progress_bar_enabled() / 0
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_loading_and_saving_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = saved(add_adapter(tiny(), 1), tmp_path / "adapter")
+    path = saved(tiny(), tmp_path / "model")
+    load_model(path)
+    load_tokenizer(path)
+    assert capfd.readouterr() == ("", "")
+
+
+# Adapters.
+
+
+@every_architecture
+def test_an_adapter_starts_as_the_model_that_it_is_added_to(name: str) -> None:
+    model = add_adapter(tiny(name), 2)
+    assert torch.equal(logits(model), logits(tiny(name)))
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names
+    assert all("lora_" in n for n in names), "only the adapter is trained"
+    assert not any("lm_head" in n or "embed" in n for n in names)
+
+
+@every_architecture
+def test_the_reference_of_an_adapter_is_the_base_bit_for_bit_after_training(name: str) -> None:
+    base, model = LanguagePolicy(tiny(name)), add_adapter(tiny(name), 2)
+    policy = LanguagePolicy(model)
+    reference, before, y = reference_of(policy), logits(model), TOKENS
+    trained(policy)
+    assert torch.equal(reference(y).logits, base(y).logits)
+    assert torch.equal(logits(model.get_base_model()), logits(model)), "and the adapter is on again"
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+    assert kl(policy(y), reference(y)).max() > 1e-3
+    assert {n for n, p in policy.named_parameters() if p.requires_grad and "lora_" not in n} == set()
+
+
+def test_the_reference_of_an_adapter_holds_no_copy_and_has_no_gradient() -> None:
+    policy = LanguagePolicy(add_adapter(tiny(), 2))
+    reference = reference_of(policy)
+    assert list(reference.parameters()) == []
+    assert reference.state_dict() == {}
+    assert not reference(TOKENS).log_prob(TOKENS).requires_grad
+    trained_before = [n for n, p in policy.named_parameters() if p.requires_grad]
+    p = policy(TOKENS)
+    divergence = kl(p, reference(TOKENS)).sum()
+    assert trained_before == [n for n, p in policy.named_parameters() if p.requires_grad]
+    assert gradients(divergence + policy(TOKENS).log_prob(TOKENS).sum(), policy).any()
+
+
+def test_the_reference_in_the_midst_of_an_objective_takes_no_gradient_away() -> None:
+    """GRPO's anchor: the policy's graph is made, the adapter turned off and on, and then comes backward."""
+    found = []
+    for with_reference in (False, True):
+        torch.manual_seed(0)
+        policy = LanguagePolicy(add_adapter(tiny(), 2))
+        trained(policy)
+        checkpoint_gradients(policy.model)
+        logp = policy(TOKENS).log_prob(TOKENS).sum()
+        if with_reference:
+            reference_of(policy)(TOKENS).log_prob(TOKENS)
+        logp.backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad]))
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
+@every_architecture
+def test_the_reference_of_a_whole_model_is_a_frozen_copy(name: str) -> None:
+    policy = LanguagePolicy(tiny(name), temperature=0.7, autocast=None)
+    reference = reference_of(policy)
+    before = deepcopy(reference.state_dict())
+    assert torch.equal(reference(TOKENS).logits, policy(TOKENS).logits)
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert {p.data_ptr() for p in reference.parameters()}.isdisjoint(p.data_ptr() for p in policy.parameters())
+    trained(policy)
+    assert all(torch.equal(x, before[n]) for n, x in reference.state_dict().items())
+    assert torch.equal(reference(TOKENS).logits, LanguagePolicy(tiny(name), temperature=0.7)(TOKENS).logits)
+    assert kl(policy(TOKENS), reference(TOKENS)).max() > 1e-3
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_saved_adapter_reloads_to_identical_logits(name: str, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    base = saved(tiny(name), tmp_path / "base")
+    model = add_adapter(load_model(base), 2)
+    trained(LanguagePolicy(model))
+    path = saved(model, tmp_path / "adapter")
+    sizes = [(tmp_path / x).stat().st_size for x in ("adapter/adapter_model.safetensors", "base/model.safetensors")]
+    assert sizes[0] < sizes[1], "the adapter alone"
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(tiny(name)), atol=1e-2)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(path)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(load_model(base), path)), expected)
+    assert torch.equal(logits(load_model(path)), expected), "transformers puts the two together too"
+    assert load_tokenizer(path).eos_token == "<eos>"
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given() -> None:
+    def scaling(**options: Any) -> float:
+        model = add_adapter(tiny(), 4, **options)
+        (layer,) = [m for n, m in model.named_modules() if n.endswith("layers.0.self_attn.q_proj")]
+        assert layer.lora_A["default"].weight.shape[0] == 4
+        return layer.scaling["default"]
+
+    assert scaling() == 2
+    assert scaling(alpha=2.0) == 0.5
+
+
+def test_the_adapter_is_on_the_layers_that_are_named() -> None:
+    names = {n.split(".lora_")[0].split(".")[-1] for n, _ in add_adapter(tiny(), 1).named_parameters() if "lora_" in n}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    model = add_adapter(tiny(), 1, targets=["v_proj"])
+    assert {n.split(".lora_")[0][-6:] for n, _ in model.named_parameters() if "lora_" in n} == {"v_proj"}
+
+
+@pytest.mark.parametrize(("rank", "targets", "said"), [(0, None, "r"), (2, ["no_such_layer"], "no_such_layer")])
+def test_an_adapter_that_cannot_be_is_said_in_one_line(rank: int, targets: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"LoRA cannot be added.*{said}") as raised:
+        add_adapter(tiny(), rank, targets=targets)
+    assert _one_line(raised)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_checkpoints_need_no_gradient_of_the_embeddings(adapter: bool) -> None:
+    """With LoRA nothing before the first adapter has a gradient: reentrant checkpoints would lose it all."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = add_adapter(tiny(), 2) if adapter else tiny()
+        policy = LanguagePolicy(model)
+        trained(policy)
+        if checkpointed:
+            checkpoint_gradients(model)
+            assert model.training, "transformers heeds checkpoints in training only"
+        found.append(gradients(policy(TOKENS).log_prob(TOKENS).sum(), policy))
+    assert found[0].any()
+    assert_close(found[1], found[0])
+
+
+# The critic.
+
+
+def valued(model: nn.Module, **options: Any) -> ValueModel:
+    """A critic whose head is not 0."""
+    value = ValueModel(trunk(model), **options)
+    nn.init.normal_(value.head.weight)
+    nn.init.normal_(value.head.bias)
+    return value
+
+
+@every_architecture
+def test_a_value_starts_at_0_and_has_the_shape_of_the_decisions(name: str) -> None:
+    model, obs = tiny(name), observed()
+    value = ValueModel(trunk(model))(obs)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, torch.zeros(4, 6))
+    assert ValueModel(trunk(model))(TOKENS).shape == TOKENS.shape
+
+
+@every_architecture
+def test_a_value_is_that_of_the_row_alone_and_0_behind_the_mask(name: str) -> None:
+    model, obs = tiny(name), observed()
+    critic = valued(model)
+    found = critic(obs)
+    for i, (prompt, prompt_mask, completion, mask) in enumerate(zip(*obs, strict=True)):
+        row = torch.cat([prompt[prompt_mask], completion[mask]]).unsqueeze(0)
+        hidden = model.base_model(input_ids=row).last_hidden_state[0, int(prompt_mask.sum()) - 1 : -1]
+        assert_close(found[i, : len(hidden)], critic.head(hidden)[:, 0], rtol=0, atol=1e-5)
+        assert (found[i, : len(hidden)] != 0).all()
+        assert not found[i, len(hidden) :].any()
+
+
+def test_a_value_knows_nothing_of_what_comes_after() -> None:
+    critic, obs = valued(tiny()), observed((1, 5, 3), (6, 6, 6))
+    later = obs._replace(completion=obs.completion.clone())
+    later.completion[:, 3:] = torch.randint(2, VOCABULARY, (3, 3))
+    a, b = critic(obs), critic(later)
+    assert_close(a[:, :4], b[:, :4], rtol=0, atol=1e-6)
+    assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_shared_trunk_is_trained_by_both(adapter: bool) -> None:
+    policy = LanguagePolicy(add_adapter(tiny(), 2) if adapter else tiny())
+    critic, obs = valued(policy.model), observed()
+    assert critic.trunk is trunk(policy.model)
+    shared = [p for p in policy.parameters() if p.requires_grad and any(p is q for q in critic.parameters())]
+    assert len(shared) == len([p for p in policy.parameters() if p.requires_grad]) - (not adapter)  # the policy's head
+    for value in (policy(obs).log_prob(obs.completion).sum(), critic(obs).sum()):
+        given = torch.autograd.grad(value, shared)
+        assert all(g.isfinite().all() for g in given)
+        assert any(g.any() for g in given)
+
+
+def test_a_copied_trunk_is_trained_apart() -> None:
+    policy, obs = LanguagePolicy(tiny()), observed()
+    critic = valued(deepcopy(trunk(policy.model)))
+    before = policy(obs).logits
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.05)
+    critic(obs).sum().backward()
+    optimizer.step()
+    assert torch.equal(policy(obs).logits, before)
+    assert all(p.grad is None for p in policy.parameters())
+    assert critic.trunk.get_input_embeddings().weight.grad.any()
+
+
+def test_another_model_of_the_same_vocabulary_may_be_the_critic() -> None:
+    critic = valued(tiny("gpt2", n_embd=8))
+    assert width(critic.trunk) == critic.head.in_features == 8
+    assert critic(observed()).shape == (4, 6)
+
+
+def test_a_critic_is_without_dropout() -> None:
+    critic = valued(tiny("gpt2", dropout=True)).train()
+    obs = observed()
+    assert torch.equal(critic(obs), critic(obs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_critic_in_bfloat16_is_near_and_in_float32(name: str) -> None:
+    model, obs = tiny(name), observed()
+    critic = valued(model)
+    low = deepcopy(critic)
+    low.autocast = torch.bfloat16
+    halved = valued(deepcopy(model).to(torch.bfloat16))
+    halved.head.load_state_dict(critic.head.state_dict())
+    for other in (low, halved):
+        found = other(obs)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, critic(obs))
+        assert_close(found, critic(obs), rtol=0.05, atol=0.2)
+
+
+def test_a_critic_bootstraps_a_rollout_of_completions() -> None:
+    critic, obs = valued(tiny()), observed()
+    mask, zero = obs.completion_mask, torch.zeros(4, 6)
+    rollout = Rollout(obs, obs.completion, zero, zero, ~mask, ~mask, mask, torch.arange(4))
+    value = bootstrap_values(critic, rollout)
+    assert value.shape == (4, 7)
+    assert torch.equal(value[:, :-1], critic(obs))
+    assert not value[:, -1].any()

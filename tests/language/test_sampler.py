@@ -1,0 +1,445 @@
+"""The sampler of completions: what a rollout holds, who is in a group, where the reward stands, and how it goes on."""
+
+import io
+import math
+from collections import Counter
+from copy import copy, deepcopy
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from language.conftest import gradients
+from policygrad.advantages import group_advantage, leave_one_out, unit_scale
+from policygrad.divergences import AdaptiveCoefficient
+from policygrad.errors import UserError
+from policygrad.language import arithmetic
+from policygrad.language.data import columns_of, encode_prompts, left_padded
+from policygrad.language.generation import Completions, Engine, Request, generate
+from policygrad.language.policies import LanguagePolicy, reference_of
+from policygrad.language.rewards import Rewards
+from policygrad.language.sampler import CompletionSampler, Prompts, answer, as_rollout
+from policygrad.rollout import Rollout
+from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups, log_probabilities
+
+TOKENIZER = arithmetic.tokenizer()
+PAD, END = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
+REQUEST = Request(completions=4, max_tokens=9, stop=(END,), pad=PAD)
+
+
+def prepared(examples: list[dict[str, Any]], tokenizer: Any = TOKENIZER) -> Prompts:
+    rows = encode_prompts(examples, tokenizer, max_length=None)
+    return Prompts([x["prompt"] for x in examples], *left_padded(rows, PAD), columns_of(examples))
+
+
+PROBLEMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in [(5, 3), (99, 99), (1, 500), (70, 7), (8, 8)]]
+
+
+def digits(completions: list[str], **_: Any) -> list[float]:
+    """A reward of which hardly two are equal."""
+    return [len(text) + sum(map(int, filter(str.isdigit, text))) / 100 for text in completions]
+
+
+def made_policy(**options: Any) -> LanguagePolicy:
+    """One that stops about once in nine tokens."""
+    torch.manual_seed(0)
+    model = arithmetic.model(hidden=16, layers=2)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2) if p.dim() > 1 else None
+    return LanguagePolicy(model, temperature=1.2, **options)
+
+
+def made(**options: Any) -> CompletionSampler:
+    options = {"prompts": prepared(PROBLEMS), "judge": Rewards([digits]), "request": REQUEST} | options
+    return CompletionSampler(tokenizer=TOKENIZER, **({"prompts_per_rollout": 3} | options))
+
+
+def columns(rollout: Rollout) -> list[Tensor]:
+    """Everything that a rollout holds."""
+    found = [getattr(rollout, f.name) for f in fields(Rollout) if f.name not in ("obs", "metrics", "memoryless")]
+    return [x for x in [*rollout.obs, *found] if x is not None]
+
+
+def without_clock(rollout: Rollout) -> dict[str, float]:
+    return {k: x for k, x in rollout.metrics.items() if k != "sampling_seconds"}
+
+
+def equal(a: Rollout, b: Rollout) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(columns(a), columns(b), strict=True))
+
+
+def test_a_rollout_holds_prompts_completions_and_what_they_are_worth() -> None:
+    sampler, policy = made(), made_policy()
+    rollout = sampler(policy)
+    answers = sampler.last
+    assert rollout.obs.prompt.shape == (12, 7)
+    assert rollout.action.shape == rollout.logp.shape == rollout.reward.shape == rollout.mask.shape == (12, 9)
+    assert torch.equal(rollout.action, rollout.obs.completion)
+    assert torch.equal(rollout.mask, rollout.obs.completion_mask)
+    assert torch.equal(rollout.action, answers.completions.tokens)
+    assert rollout.final_obs is None
+    assert rollout.importance is None
+    assert not rollout.memoryless, "a token without its prefix is another state"
+    for i, text in enumerate(answers.texts):
+        length = int(rollout.mask[i].sum())
+        assert rollout.mask[i].tolist() == [True] * length + [False] * (9 - length)
+        assert rollout.reward[i].tolist() == [0] * (length - 1) + [answers.reward[i].item()] + [0] * (9 - length)
+        assert rollout.terminated[i].nonzero().tolist() == [[length - 1]], "a cut completion terminates too"
+        assert answers.reward[i].item() == pytest.approx(digits([text])[0])
+    assert torch.equal(rollout.ended, rollout.terminated)
+    assert answers.completions.cut.any()
+    assert not answers.completions.cut.all()
+    assert_close(log_probabilities(policy, rollout), rollout.logp, rtol=0, atol=1e-5)
+    assert_close(log_probabilities(policy, rollout, 5), rollout.logp, rtol=0, atol=1e-5)
+
+
+def test_the_completions_of_a_prompt_are_a_group() -> None:
+    rollout = made()(made_policy())
+    groups: dict[int, set[tuple[int, ...]]] = {}
+    for number, prompt in zip(rollout.group.tolist(), rollout.obs.prompt.tolist(), strict=True):
+        groups.setdefault(number, set()).add(tuple(prompt))
+    assert [len(x) for x in groups.values()] == [1, 1, 1], "all rows of a group have one prompt"
+    assert len(set.union(*groups.values())) == 3, "and each group its own"
+    assert Counter(rollout.group.tolist()) == dict.fromkeys(groups, 4)
+
+
+def test_a_text_has_neither_padding_nor_an_end() -> None:
+    sampler = made()
+    rollout = sampler(made_policy())
+    for text, tokens, mask in zip(sampler.last.texts, rollout.action, rollout.mask, strict=True):
+        kept = tokens[mask].tolist()
+        expected = "".join(TOKENIZER.convert_ids_to_tokens([x for x in kept if x not in (PAD, END)]))
+        assert text == expected
+        assert "<" not in text
+
+
+def test_the_shape_is_the_same_whatever_is_sampled() -> None:
+    sampler, policy, shapes = made(prompts_per_rollout=1), made_policy(), set()
+    lengths = set()
+    for _ in range(10):
+        rollout = sampler(policy)
+        shapes.add(tuple(tuple(x.shape) for x in columns(rollout)))
+        lengths |= {(int(rollout.obs.prompt_mask.sum(1).max()), int(rollout.mask.sum(1).max()))}
+    assert len(shapes) == 1
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("per_rollout", [1, 2, 3, 5])
+def test_each_prompt_comes_once_before_any_comes_again(per_rollout: int) -> None:
+    sampler, policy = made(prompts_per_rollout=per_rollout), made_policy()
+    seen = []
+    for _ in range(10):
+        sampler(policy)
+        seen += sampler.last.prompts.texts[:: REQUEST.completions]
+    everyone = {x["prompt"] for x in PROBLEMS}
+    epochs = [seen[i : i + 5] for i in range(0, len(seen), 5)]
+    assert all(set(epoch) == everyone for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1, "in another order each time"
+
+
+def test_the_seed_decides_order_and_tokens() -> None:
+    policy = made_policy()
+    assert equal(made(seed=3)(policy), made(seed=3)(policy))
+    assert not equal(made(seed=3)(policy), made(seed=4)(policy))
+    orders = {tuple(x.prompts.texts) for seed in range(5) if (s := made(seed=seed))(policy) and (x := s.last)}
+    assert len(orders) > 1
+
+
+def cut_and_not(rollout: Rollout, sampler: CompletionSampler) -> tuple[Tensor, Tensor]:
+    cut = sampler.last.completions.cut
+    assert cut.any()
+    assert not cut.all()
+    return cut, rollout.obs.completion[cut]
+
+
+def test_kept_a_cut_completion_is_rewarded_as_it_stands() -> None:
+    sampler = made(cut="kept")
+    rollout = sampler(made_policy())
+    cut, tokens = cut_and_not(rollout, sampler)
+    assert END not in tokens
+    assert rollout.mask[cut].all()
+    assert torch.equal(rollout.reward.sum(1), sampler.last.reward)
+
+
+def test_penalised_it_is_rewarded_less() -> None:
+    kept, less, policy = made(), made(cut="penalised", cut_penalty=2.5), made_policy()
+    a, b = kept(policy), less(policy)
+    cut, _ = cut_and_not(b, less)
+    assert_close(a.reward.sum(1) - b.reward.sum(1), 2.5 * cut)
+    assert torch.equal(a.reward != 0, b.reward != 0), "at the same token"
+    assert torch.equal(a.mask, b.mask)
+    assert a.metrics["reward"] == b.metrics["reward"], "what is reported is without it"
+
+
+def test_masked_it_does_not_count_and_its_group_is_judged_without_it() -> None:
+    sampler, policy = made(cut="masked", prompts_per_rollout=5), made_policy()
+    rollout = sampler(policy)
+    cut, _ = cut_and_not(rollout, sampler)
+    assert not rollout.mask[cut].any()
+    assert not rollout.obs.completion_mask[cut].any()
+    assert rollout.mask[~cut].any(1).all()
+    assert not rollout.reward[cut].any()
+    assert not rollout.logp[cut].any()
+    advantage = group_advantage(rollout, baseline=leave_one_out, scale=unit_scale)[:, 0]
+    mixed = 0
+    for i in (~cut).nonzero()[:, 0].tolist():
+        others = [j for j in range(20) if j != i and j // 4 == i // 4 and not cut[j]]
+        mixed += len(others) in (1, 2)
+        expected = sampler.last.reward[others].mean() if others else torch.tensor(0.0)
+        assert advantage[i] == pytest.approx((sampler.last.reward[i] - expected).item(), abs=1e-5)
+    assert mixed, "there is a group with both"
+    total = policy(rollout.obs).log_prob(rollout.action)[cut].sum()
+    assert not gradients(total, policy).any()
+
+
+def test_what_becomes_of_a_cut_completion_has_three_names() -> None:
+    with pytest.raises(UserError, match=r"kept, masked or penalised, not 'mask'"):
+        made(cut="mask")
+
+
+def test_too_few_prompts_are_said() -> None:
+    made(prompts_per_rollout=5)
+    with pytest.raises(UserError, match="5 prompts to train on, and a rollout takes 6"):
+        made(prompts_per_rollout=6)
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_a_sampler_is_stopped_and_goes_on_bit_for_bit(before: int) -> None:
+    sampler, policy = made(prompts_per_rollout=2), made_policy()
+    for _ in range(before):
+        sampler(policy)
+    file = io.BytesIO()
+    state = sampler.state_dict()
+    torch.save(state, file)
+    expected = [sampler(policy) for _ in range(4)]
+    file.seek(0)
+    again = made(prompts_per_rollout=2, seed=99)
+    again(policy)
+    for kept in (torch.load(file), state):  # what is saved does not move with the sampler
+        again.load_state_dict(kept)
+        found = [again(policy) for _ in range(4)]
+        assert all(map(equal, found, expected))
+        assert list(map(without_clock, found)) == list(map(without_clock, expected))
+    assert not equal(expected[0], expected[1])
+
+
+def test_the_metrics_are_those_of_the_completions() -> None:
+    def sparse(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if i % 4 else 2.0 for i in range(len(completions))]
+
+    def never(completions: list[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    sampler, policy = made(judge=Rewards([digits, sparse, never], [1.0, 0.5, 1.0])), made_policy()
+    steps = 0
+    for call in range(1, 4):
+        rollout = sampler(policy)
+        metrics, scores = rollout.metrics, rollout.reward.sum(1)
+        steps += int(rollout.mask.sum())
+        assert metrics["reward"] == pytest.approx(scores.mean().item())
+        assert metrics["reward_std"] == pytest.approx(scores.std(correction=0).item(), rel=1e-5)
+        assert metrics["length"] == pytest.approx(rollout.mask.sum(1).double().mean().item())
+        assert metrics["cut_fraction"] == pytest.approx((~(rollout.action == END).any(1)).double().mean().item())
+        assert metrics["reward/digits"] == pytest.approx(sum(digits(sampler.last.texts)) / 12)
+        assert metrics["reward/sparse"] == 2
+        assert "reward/never" not in metrics
+        assert (metrics["steps"], metrics["completions"]) == (steps, 12 * call)
+        assert metrics["epoch"] == pytest.approx(3 * call / 5)
+        assert 0 < metrics["sampling_seconds"] < 60
+    assert not any("/" in name for name in made()(policy).metrics), "one reward function is the reward"
+
+
+def test_the_judge_is_given_everything_about_a_completion() -> None:
+    given: dict[str, list[Any]] = {}
+
+    def reward(**columns: list[Any]) -> list[float]:
+        given.update(columns)
+        return [0.0] * len(columns["completions"])
+
+    rollout = made(judge=Rewards([reward]))(made_policy())
+    assert set(given) == {"prompts", "completions", "answer", "completion_ids", "cut"}
+    sums = {x["prompt"]: x["answer"] for x in PROBLEMS}
+    assert given["answer"] == [sums[prompt] for prompt in given["prompts"]]
+    assert given["completion_ids"] == [x[m].tolist() for x, m in zip(rollout.action, rollout.mask, strict=True)]
+    assert given["cut"] == [END not in ids for ids in given["completion_ids"]]
+    assert given["completions"] == TOKENIZER.batch_decode(given["completion_ids"], skip_special_tokens=True)
+
+
+def test_a_conversation_is_answered_by_the_assistant() -> None:
+    tokenizer = deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    examples = [{"prompt": [{"role": "user", "content": x["prompt"]}], "answer": x["answer"]} for x in PROBLEMS]
+    given: list[Any] = []
+
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        given.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(completions)
+
+    sampler = made(prompts=prepared(examples, tokenizer), judge=Rewards([reward]))
+    rollout = sampler(made_policy())
+    assert equal(replace(rollout, reward=0 * rollout.reward), made(judge=Rewards([no_reward]))(made_policy()))
+    for (prompt, completion), text in zip(given, sampler.last.texts, strict=True):
+        assert prompt in [x["prompt"] for x in examples]
+        assert completion == [{"role": "assistant", "content": text}]
+
+
+def no_reward(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def test_answers_are_a_table() -> None:
+    def half(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    sampler = made(judge=Rewards([digits, half]))
+    rollout = sampler(made_policy())
+    rows = sampler.last.rows()
+    assert len(rows) == 12
+    assert set(rows[0]) == {"prompt", "completion", "reward", "tokens", "cut", "digits", "half", "answer"}
+    for i, row in enumerate(rows):
+        assert row["tokens"] == rollout.mask[i].sum()
+        assert row["reward"] == pytest.approx(rollout.reward[i].sum().item())
+        assert (row["half"] is None) == bool(i % 2)
+        assert row["cut"] == (END not in rollout.action[i])
+    assert sampler.last.rows(2) == rows[:2]
+
+
+def test_every_prompt_is_answered_greedily_for_an_evaluation() -> None:
+    policy, prompts = made_policy(), prepared(PROBLEMS)
+    request = replace(REQUEST, completions=1, greedy=True)
+    found = [
+        answer(policy, prompts, request, TOKENIZER, Rewards([digits]), torch.Generator().manual_seed(seed))
+        for seed in range(2)
+    ]
+    assert found[0].prompts.texts == [x["prompt"] for x in PROBLEMS]
+    assert found[0].texts == found[1].texts
+
+
+def perturbed(by: float) -> Engine:
+    """An engine whose log-probabilities are off."""
+
+    def engine(policy: LanguagePolicy, prompt: Tensor, mask: Tensor, request: Request, generator: Any) -> Completions:
+        done = generate(policy, prompt, mask, request, generator)
+        return replace(done, logp=done.logp + by * torch.randn_like(done.logp))
+
+    return engine
+
+
+def test_an_engine_with_other_log_probabilities_is_corrected_for() -> None:
+    policy = made_policy()
+    plain, off = made(engine=perturbed(0.5)), Rescored(made(engine=perturbed(0.5)), bound=1.2)
+    torch.manual_seed(1)
+    theirs = plain(policy)
+    torch.manual_seed(1)
+    rollout = off(policy)
+    mask, ours = rollout.mask, log_probabilities(policy, rollout)
+    assert_close(rollout.logp, ours)
+    assert not torch.allclose(theirs.logp, ours, atol=0.1)
+    ratio = (ours - theirs.logp).exp()
+    assert_close(rollout.importance[mask], ratio[mask].clamp(max=1.2))
+    assert not rollout.importance[~mask].any()
+    assert (rollout.importance[mask] < 0.9).any()
+    assert rollout.metrics["importance_cut"] == pytest.approx((ratio[mask] > 1.2).double().mean().item())
+    assert rollout.metrics["mismatch_ratio"] == pytest.approx(ratio[mask].mean().item(), rel=1e-5)
+    assert rollout.metrics["mismatch_largest"] == pytest.approx(ratio[mask].max().item(), rel=1e-5)
+    assert rollout.metrics["mismatch_kl"] == pytest.approx((ratio - 1 - ratio.log())[mask].mean().item(), rel=1e-4)
+
+
+def test_the_engine_at_hand_needs_no_correction() -> None:
+    policy = made_policy()
+    rollout = Rescored(made(), bound=2.0)(policy)
+    assert rollout.metrics["mismatch_kl"] < 1e-9
+    assert rollout.metrics["mismatch_ratio"] == pytest.approx(1, abs=1e-5)
+    assert rollout.metrics["importance_cut"] == 0
+    assert_close(rollout.importance[rollout.mask], torch.ones(int(rollout.mask.sum())), rtol=0, atol=1e-5)
+
+
+class Bfloat16Engine:
+    """Another engine, which holds the weights in bfloat16 and brings them up to date at every call."""
+
+    def __init__(self, policy: LanguagePolicy) -> None:
+        self.copy = deepcopy(policy).to(torch.bfloat16)
+
+    def __call__(self, policy: LanguagePolicy, *arguments: Any) -> Completions:
+        self.copy.load_state_dict(policy.state_dict())
+        return generate(self.copy, *arguments)
+
+
+def test_an_engine_in_bfloat16_is_a_little_off_and_follows_the_policy() -> None:
+    policy = made_policy()
+    sample = Rescored(made(engine=Bfloat16Engine(policy), prompts_per_rollout=5), bound=2.0)
+    first = sample(policy)
+    assert 1e-8 < first.metrics["mismatch_kl"] < 1e-2
+    assert first.metrics["mismatch_ratio"] == pytest.approx(1, abs=0.05)
+    assert (first.importance[first.mask] != 1).any()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    assert sample(policy).metrics["mismatch_kl"] < 1e-2
+    stale = Rescored(made(engine=lambda _, *rest: generate(made_policy(), *rest)), bound=2.0)
+    assert stale(policy).metrics["mismatch_kl"] > 0.05, "one that does not follow is seen"
+
+
+@pytest.mark.parametrize("column", ["tokens", "logp", "mask", "cut"])
+@pytest.mark.parametrize("wrong", [lambda x: x[:-1], lambda x: x[:, :-1] if x.dim() == 2 else x.unsqueeze(1)])
+def test_an_engine_that_returns_other_shapes_is_told(column: str, wrong: Any) -> None:
+    def engine(*arguments: Any) -> Completions:
+        done = copy(generate(*arguments))
+        vars(done)[column] = wrong(vars(done)[column])  # replace() would check, in a test run
+        return done
+
+    wanted = r"\(12,\)" if column == "cut" else r"\(12, 9\)"
+    with pytest.raises(UserError, match=rf"the engine returned {column} of shape \(1[12],.*\), not {wanted}"):
+        made(engine=engine)(made_policy())
+
+
+def test_what_an_engine_leaves_behind_the_mask_changes_nothing() -> None:
+    def engine(*arguments: Any) -> Completions:
+        done = generate(*arguments)
+        return replace(done, tokens=done.tokens.where(done.mask, 7), logp=done.logp.where(done.mask, math.nan))
+
+    policy = made_policy()
+    clean, spoiled = made()(policy), made(engine=engine)(policy)
+    assert without_clock(clean) == without_clock(spoiled)
+    assert torch.equal(clean.logp, spoiled.logp)
+    assert torch.equal(clean.reward, spoiled.reward)
+    assert_close(log_probabilities(policy, spoiled), log_probabilities(policy, clean), rtol=0, atol=1e-6)
+
+
+def test_the_wrappers_of_control_serve_here_too() -> None:
+    policy = made_policy()
+    reference = reference_of(policy)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    plain = made()(policy)
+    charged = KLCharged(made(), reference, AdaptiveCoefficient(0.5))(policy)
+    expected = plain.reward - 0.5 * (plain.logp - log_probabilities(reference, plain))
+    assert_close(charged.reward, expected.where(plain.mask, 0.0), rtol=0, atol=1e-5)
+    assert charged.metrics["kl_reference"] > 0
+
+    def first_is_8(completions: list[str], **_: Any) -> list[float]:
+        return [float(text.startswith("8")) for text in completions]
+
+    sampler = made(judge=Rewards([first_is_8]), prompts_per_rollout=1, seed=1)
+    lively = WithoutFlatGroups(sampler, rounds=100)(policy)
+    assert 0 < lively.reward.sum() < 4
+    assert lively.metrics["sampling_rounds"] > 1
+    assert lively.obs.prompt.shape == plain.obs.prompt[:4].shape
+
+
+def test_a_rollout_is_moved_whole() -> None:
+    rollout = made()(made_policy())
+    moved = rollout.to("meta")
+    assert {x.device.type for x in columns(moved)} == {"meta"}
+
+
+def test_rows_of_a_table_keep_their_order_in_a_rollout() -> None:
+    sampler = made()
+    sampler(made_policy())
+    rollout = as_rollout(sampler.last, 4, "kept", 0.0, {})
+    assert rollout.metrics == {}
+    assert torch.equal(rollout.reward.sum(1), sampler.last.reward)
