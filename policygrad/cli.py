@@ -371,7 +371,8 @@ def _parse(kind: Any, arguments: list[str], name: str, default: Any, config: Seq
         if not stop.code:
             raise
         lines = [re.sub(r"[\s\u2500-\u257f]+", " ", line).strip() for line in said.getvalue().splitlines()]
-        title, *lines = [line for line in lines if line] or ["bad arguments"]
+        # without its frame, which where there is no Unicode is of dashes
+        title, *lines = [line for line in lines if line.strip("-")] or ["bad arguments"]
         if title == "Required options":
             raise UserError(f"{lines[1].split()[0]} is missing: see policygrad {name} --help") from None
         meant = [line.split()[0] for line in lines if line.startswith("--")]

@@ -120,7 +120,7 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
     The weights of a part are scaled up to those of the whole, so that the mean of any objective or metric over the
     parts, taken with the shares, is that of the batch: also of one that divides by the sum of the weights. (What is
     a ratio of two means, as the effective sample size, is not linear in them: its mean is over the parts.) Parts
-    without weight are left out, but for the first where nothing counts at all: there is a part to learn nothing from.
+    without weight are left out; where nothing counts at all, the first stays.
     """
     total = float(batch.weight.sum())
     for start in range(0, batch.mask.shape[0], rows):

@@ -6,11 +6,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tyro.conf import UseAppendAction
 
 import policygrad
 from policygrad import cli
 from policygrad.runs import presets
+from policygrad.runs.language import warmup
+from policygrad.runs.language.options import LANGUAGE, RewardModelOptions
 
+APPEND = (UseAppendAction,)
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -29,6 +33,12 @@ def commands(document: Path) -> list[list[str]]:
     return [line for line in lines if line]
 
 
+@pytest.fixture(autouse=True)
+def hardly_warmed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(warmup.RECIPE, "steps", 5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @every_document
 def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would paste them; of training steps there are fewer."""
@@ -36,6 +46,7 @@ def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest
     names: dict[str, object] = {}
     for source in blocks(document, "python"):
         short = re.sub(r"\b\d{1,3}(?:_?\d{3}){1,2}\b", "400", source)
+        short = re.sub(r"iterations=\d+", "iterations=1", short)
         exec(compile(short, f"{document.name}: {source[:40]}", "exec"), names)
 
 
@@ -49,7 +60,16 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         if name == "verify":
             cli._parse(cli.VerifyOptions, rest, "verify", None)
             continue
-        if name == "train":
+        if name == "reward-model":
+            cli._parse(RewardModelOptions, rest, "reward-model", None)
+            continue
+        if name == "train" and "--model" in rest:  # a model and files that are the reader's
+            options = LANGUAGE[rest[0]]()
+            cli._parse(cli.TrainLanguage[type(options)], rest[1:], "train", cli.TrainLanguage(options), APPEND)
+            continue
+        if name == "train" and rest[1:2] == ["arithmetic"]:
+            rest += ["--iterations", "1", "--held-out", "2"]
+        elif name == "train":
             environment = rest[1] if len(rest) > 1 else ""
             if "--help" not in rest:
                 rest += ["--steps", "1"]

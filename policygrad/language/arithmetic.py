@@ -73,7 +73,7 @@ def demonstrations(examples: list[dict[str, Any]], seed: int, quality: Demonstra
 
 def right(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """The reward: 1 if what stands after the colon is the sum, else 0."""
-    return [float(text.rpartition(":")[2] == wanted) for text, wanted in zip(completions, answer, strict=True)]
+    return [float(text.rpartition(":")[1:] == (":", x)) for text, x in zip(completions, answer, strict=True)]
 
 
 def preferences(

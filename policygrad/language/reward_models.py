@@ -62,15 +62,14 @@ class RewardModel:
         cls, spec: str, *, device: str = "cpu", trust_remote_code: bool = False, dtype: str = "auto"
     ) -> "RewardModel":
         """From a directory or a hub id. Raises UserError, also for a model whose head was never trained."""
-        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        model, loading = classifier(spec, **options, output_loading_info=True)
-        if loading["missing_keys"]:
+        model, missing = classifier(spec, dtype=dtype, trust_remote_code=trust_remote_code)
+        if missing:
             raise UserError(
-                f"{spec} is no reward model, since it has no {min(loading['missing_keys'])}: "
+                f"{spec} is no reward model, since it has no {missing[-1]}: "
                 f"policygrad reward-model --model {spec} trains one from it"
             )
         tokenizer = models.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-        return cls(model.to(device), tokenizer, name=Path(spec).name)
+        return cls(model.to(device), tokenizer, name=Path(spec).name)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def __call__(self, prompts: Column, completions: Column, cut: Column | None = None, **_: Any) -> list[float]:
@@ -87,7 +86,7 @@ class RewardModel:
         device = next(self.model.parameters()).device
         length = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(int(length.max()), device=device) < length.unsqueeze(1)
-        tokens = torch.full(mask.shape, int(self.tokenizer.pad_token_id), device=device)  # type: ignore[arg-type]
+        tokens = torch.full(mask.shape, int(self.tokenizer.pad_token_id), device=device)
         tokens[mask] = torch.tensor([token for row in rows for token in row], device=device)
         inputs = {"input_ids": tokens, "attention_mask": mask.long()}
         if self.head is None:
@@ -105,7 +104,7 @@ def encode(prompt: Any, completion: Any, cut: bool, tokenizer: PreTrainedTokeniz
         return _conversation([*prompt, *completion], cut, tokenizer)
     row = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
     if not cut and row[-1:] != [tokenizer.eos_token_id]:
-        row.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+        row.append(int(tokenizer.eos_token_id))
     if not row:
         raise UserError("a prompt and its completion are empty: there is nothing to score")
     return row
@@ -164,14 +163,22 @@ def accuracy(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Floa
     return ((chosen - rejected).sign() + 1) / 2
 
 
-def classifier(spec: str, **options: Any) -> Any:
-    """AutoModelForSequenceClassification.from_pretrained, without a trace of a head that does not fit."""
+def classifier(spec: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier by path or hub id, and the weights that were not found and are random. Raises UserError."""
+    missing: list[str] = []
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(*arguments: Any, **named: Any) -> Any:
+            model, loading = AutoModelForSequenceClassification.from_pretrained(*arguments, **named)
+            missing.extend(sorted(loading["missing_keys"]))
+            return model, loading
+
     try:
-        return models.load_model(spec, kind=AutoModelForSequenceClassification, **options)
+        return models.load_model(spec, kind=Auto, **options), missing
     except RuntimeError as error:
-        raise UserError(
-            f"the weights in {spec} do not fit a reward model: {' '.join(str(error).split())[:200]}"
-        ) from error
+        said = " ".join(str(error).split())
+        raise UserError(f"the weights in {spec} do not fit a reward model: {said[:200]}") from error
 
 
 @torch.no_grad()

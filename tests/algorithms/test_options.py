@@ -1,14 +1,22 @@
 """What the options of an algorithm do to it, by their own definition."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conftest import Critic, SoftmaxOfPrefix
+from torch import Tensor, nn
 
 from policygrad import train
+from policygrad.advantages import standardize, unnormalized
+from policygrad.algorithms.ppo import ppo
+from policygrad.divergences import AdaptiveCoefficient
 from policygrad.errors import UserError
+from policygrad.rollout import Rollout
 from policygrad.runs import learners
 from policygrad.runs.training import Run
 
@@ -162,3 +170,71 @@ def test_off_policy_credit_with_one_epoch_is_on_policy() -> None:
     b = run("actor_critic", lam=1.0, steps=1)
     torch.testing.assert_close(column(a, "value_loss"), column(b, "value_loss"), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(column(a, "entropy"), column(b, "entropy"), rtol=1e-6, atol=1e-6)
+
+
+# PPO in micro-batches: whole rows of a sequence policy, ragged, off the policy
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def whole_rows(
+    request: pytest.FixtureRequest, sample: Callable[..., Rollout]
+) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """(**options of ppo) -> (change of the parameters at a learning rate of 0.1, metrics)."""
+    if request.param == torch.float64:
+        request.getfixturevalue("float64")
+    start = nn.ModuleList([SoftmaxOfPrefix(), Critic()])
+    rollout = sample(start[0], rows=7)
+    rollout = replace(rollout, logp=rollout.logp + 0.3 * torch.randn(7, 5), importance=0.5 + torch.rand(7, 5))
+
+    def learn(**options: Any) -> tuple[Tensor, dict[str, Any]]:
+        torch.manual_seed(1)
+        modules = deepcopy(start)
+        options = {"gamma": 0.9, "epochs": 1, "minibatch_size": 7, "entropy_coefficient": 0.1} | options
+        optimizer = torch.optim.SGD(modules.parameters(), lr=0.1)
+        metrics = next(ppo(*modules, lambda _: rollout, optimizer, **options))
+        change = [p.detach() - q.detach() for p, q in zip(modules.parameters(), start.parameters(), strict=True)]
+        return torch.cat([x.flatten() for x in change]), metrics
+
+    return learn
+
+
+WholeRows = Callable[..., tuple[Tensor, dict[str, Any]]]
+
+
+@pytest.mark.parametrize("normalize", [standardize, unnormalized])
+@pytest.mark.parametrize("minibatch_size", [7, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_ppo_in_micro_batches_is_ppo(
+    rows: int, minibatch_size: int, normalize: Callable[[Tensor, Tensor], Tensor], whole_rows: WholeRows
+) -> None:
+    """Advantages are normalised over the minibatch, however it is computed."""
+    options: dict[str, Any] = {
+        "minibatch_size": minibatch_size,
+        "normalize_minibatch": normalize,
+        "value_clip": 0.2,
+        "penalty": AdaptiveCoefficient(0.5),
+    }
+    whole, metrics = whole_rows(**options)
+    split, split_metrics = whole_rows(**options, micro_batch=rows)
+    tolerance = 1e-12 if whole.dtype == torch.float64 else 3e-6
+    assert whole.norm() > 1e-2
+    assert (split - whole).norm() <= tolerance * whole.norm()
+    assert list(split_metrics) == list(metrics)
+    for name in metrics.keys() - {"effective_sample_size"}:  # a ratio of two means
+        torch.testing.assert_close(split_metrics[name], metrics[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_what_a_micro_batch_must_not_do_would_be_seen(whole_rows: WholeRows) -> None:
+    """Minibatches of so many rows are another thing, and so is no normalisation."""
+    whole = whole_rows()[0]
+    for other in ({"minibatch_size": 2}, {"normalize_minibatch": unnormalized}):
+        assert (whole_rows(**other)[0] - whole).norm() > 1e-3 * whole.norm()
+
+
+def test_a_target_kl_is_looked_at_once_a_minibatch_however_it_is_split(whole_rows: WholeRows) -> None:
+    counts = {
+        rows: whole_rows(minibatch_size=3, epochs=4, target_kl=1e-9, micro_batch=rows)[1]["updates"]
+        for rows in (None, 1)
+    }
+    assert counts == {None: 1, 1: 1}, "the first minibatch is off the policy"
+    assert whole_rows(minibatch_size=3, epochs=4, micro_batch=1)[1]["updates"] == 12

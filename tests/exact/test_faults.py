@@ -32,7 +32,7 @@ def wrong_rows(world):
     for section in sections(VerifyOptions(world=world, samples=4_000)):
         yield from _wrong(section, section.measured)
         for row in section.rows:
-            experience = section.off_policy if row.off_policy else section.on_policy
+            experience = row.experience or (section.off_policy if row.off_policy else section.on_policy)
             found = moments(section.policy, replace(row, any_rows=False), experience)  # bias only, which is faster
             yield from _wrong(section, [(row, found)])
 
@@ -105,6 +105,11 @@ def big_std(score, group):
 
 def everyone_mean(score, group):
     return score.mean().expand_as(score)
+
+
+def by_row(rollout):
+    score = rollout.reward.sum(1, keepdim=True)
+    return advantages.standardize(score, score == score).expand_as(rollout.reward)
 
 
 def upside_down_cg(original):
@@ -183,6 +188,16 @@ FAULTS = {
     "k3 the other way round": (divergences, "k3", "tokens", lambda f: lambda p, q: f(q, p)),
     "k2 without its half": (divergences, "k2", "tokens", lambda f: lambda p, q: 2 * f(p, q)),
     "k3 in the place of k1": (divergences, "k1", "tokens", lambda f: divergences.k3),
+    "Dr. GRPO over the tokens there are": (weights, "per_budget", "tokens", lambda f: weights.per_token),
+    "the clipped weight with a gradient of its own": (objectives, "clipped_weight", "tokens",
+        lambda f: lambda logp, r, a, low, high: r.clamp(1 - low, 1 + high) * a * logp),
+    "the bound of the weight left out": (objectives, "clipped_weight", "tokens",
+        lambda f: lambda logp, r, a, low, high: f(logp, r, a, low, torch.inf)),
+    "the batch's advantage standardised by row": (advantages, "batch_advantage", "tokens", lambda f: by_row),
+    "the KL of an old policy's tokens, not reweighted": (divergences, "reweighted", "tokens",
+        lambda f: lambda p, q, batch, ratio: f(p, q, batch, torch.ones_like(ratio))),
+    "the KL's weight with a gradient of its own": (divergences, "reweighted", "tokens",
+        lambda f: lambda p, q, batch, ratio: ratio * f(p, q, batch, torch.ones_like(ratio))),
     "KL paid, not charged": (returns, "kl_in_reward", "tokens", lambda f: lambda *x: f(*x[:-1], -x[-1])),
     "groups that see each other": (advantages, "group_mean", "updates", lambda f: everyone_mean),
     "a deviation that cancels": (advantages, "group_std", "updates", lambda f: big_std),

@@ -196,11 +196,14 @@ def starting_model(options: RewardModelOptions, announce: Callable[[str], None],
     """The model that the options name, under a new head if it has none of its own."""
     if options.model is None and options.dataset != ARITHMETIC:
         raise UserError(f"there is no model to train on {options.dataset}: give --model, a directory or a hub id")
-    name = options.model or warmed_up(announce, progress, device=options.device).name_or_path
+    name = options.model or str(warmed_up(announce, progress, device=options.device).name_or_path)
     torch.manual_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = models.load_tokenizer(options.tokenizer or name, **trust)
-    model = classifier(name, dtype=options.dtype, num_labels=1, **trust)
+    model, missing = classifier(name, dtype=options.dtype, num_labels=1, **trust)
+    random = [x for x in missing if x.startswith(f"{model.base_model_prefix}.") and "pooler" not in x]
+    if random:
+        raise UserError(f"{name} has no weights for {random[0]}: they would be random; give a whole model")
     return RewardModel(without_dropout(model).to(options.device), tokenizer)  # type: ignore[arg-type]
 
 

@@ -191,7 +191,7 @@ class LanguageRun:
             "run": None if self.directory is None else str(self.directory),
             "algorithm": self.algorithm,
             "task": self.task.name,
-            "iterations": len(self.metrics),
+            "iterations": sum("reward" in row for row in self.metrics),
             "completions": int(last.get("completions", 0)),
             "tokens": int(last.get("steps", 0)),
             "seconds": round(self.seconds, 3),

@@ -21,9 +21,9 @@ from policygrad.runs.reports import progress_bar
 from policygrad.updates import ascend
 from policygrad.weights import average, per_token
 
-PROBLEMS, STEPS, ROWS, LEARNING_RATE = 8000, 600, 128, 2e-3
-# What decides the warm model: where any of it changes, the old file is not found.
-RECIPE = {"format": 1, "problems": PROBLEMS, "steps": STEPS, "rows": ROWS, "learning_rate": LEARNING_RATE}
+PROBLEMS = 8000
+# What decides the warm model, with the source of arithmetic.py: where any of it changes, the old file is not found.
+RECIPE = {"steps": 600, "rows": 128, "learning_rate": 2e-3}
 
 
 def warmed_up(announce: Callable[[str], None], progress: bool, *, device: str = "cpu") -> LlamaForCausalLM:
@@ -60,7 +60,8 @@ def _train(progress: bool, device: str) -> nn.Module:
         policy = LanguagePolicy(arithmetic.model())
         policy.to(device)
         batch = demonstrations_batch(examples, arithmetic.demonstrations(examples, seed=0), tokenizer, device)
-        fit_demonstrations(policy, batch, progress=progress)
+        steps, rows = int(RECIPE["steps"]), int(RECIPE["rows"])
+        fit_demonstrations(policy, batch, steps, rows, RECIPE["learning_rate"], progress=progress)
     return policy.model
 
 
@@ -82,12 +83,11 @@ def demonstrations_batch(
 def fit_demonstrations(
     policy: LanguagePolicy,
     batch: Batch,
+    steps: int,
+    rows: int,
+    learning_rate: float,
     *,
-    steps: int = STEPS,
-    rows: int = ROWS,
-    learning_rate: float = LEARNING_RATE,
     progress: bool = False,
-    description: str = "learning from demonstrations",
 ) -> list[float]:
     """Maximise the mean log-probability of the demonstrations' tokens: AdamW, one cycle of the learning rate.
 
@@ -101,7 +101,7 @@ def fit_demonstrations(
         return value, {"objective": value.detach()}
 
     history = []
-    with progress_bar(description, steps, progress) as advance:
+    with progress_bar("learning from demonstrations", steps, progress) as advance:
         for _ in range(steps):
             index = torch.randint(len(batch.mask), (rows,), device=batch.mask.device)
             obs = Prefixes(*(x[index] for x in batch.obs))

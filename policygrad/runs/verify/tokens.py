@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policygrad.advantages import gae, group_mean, group_std, leave_one_out
+from policygrad.advantages import batch_advantage, gae, group_mean, group_std, leave_one_out
 from policygrad.critics import bootstrap_values
-from policygrad.divergences import k1, k2, k3, kl, straight_through
+from policygrad.divergences import (
+    Divergence,
+    at_action,
+    k1,
+    k2,
+    k3,
+    kl,
+    over_actions,
+    reweighted,
+    straight_through,
+    to_reference,
+)
 from policygrad.exact.closed_form import state_value, visitation, weighted_gradient
+from policygrad.exact.enumeration import batches
 from policygrad.exact.expected import gae_credit
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilities, score_table, tabular
 from policygrad.exact.tokens import (
@@ -28,16 +40,17 @@ from policygrad.exact.tokens import (
     tree,
 )
 from policygrad.exact.worlds import World
-from policygrad.objectives import clipped_surrogate, penalised_surrogate, surrogate
+from policygrad.objectives import clipped_surrogate, clipped_weight, penalised_surrogate, surrogate
 from policygrad.returns import kl_in_reward, reward_to_go
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.runs.verify.statistics import Estimator, Experience, Objective
 from policygrad.score import score, sequence_ratio, token_ratio
-from policygrad.weights import average, per_episode, per_row, per_token
+from policygrad.weights import average, per_budget, per_episode, per_row, per_token
 
 GROUP = 3
 BETA = 0.3
 EPSILON = 1e-4  # beside the standard deviation, as GRPO's implementations have it
+LOW, HIGH = 0.1, 0.2  # of the ratio, so near 1 that both are met; two numbers, so that an exchange shows
 
 
 @dataclass(frozen=True)
@@ -124,17 +137,17 @@ def _follows(at: TokenSetting, credit: Tensor) -> Tensor:
     return _gradient(at, lambda log_p: (probability * credit * log_p).sum())
 
 
-def _given_own(at: TokenSetting, credit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def _given_own(experience: Experience, credit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """E[credit | own completion] over groups of GROUP: [B]. Written out, and not with the library's functions.
 
     credit(own reward [K], all rewards [K, GROUP], own length [K], all lengths [K, GROUP]) -> [K].
     """
-    rollout = at.on_policy.rollout
-    index, probability = at.on_policy.batches(GROUP)
+    rollout = experience.rollout
+    index, probability = experience.batches(GROUP)
     reward, length = rollout.reward.sum(1)[index], rollout.mask.sum(1)[index]
     value = credit(reward[:, 0], reward, length[:, 0], length)
     own = torch.zeros(len(rollout.mask)).index_add(0, index[:, 0], probability * value)
-    return own / at.on_policy.batches(1)[1]
+    return own / experience.batches(1)[1]
 
 
 # The estimators
@@ -177,7 +190,11 @@ def _token_surrogate(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
 
 
 def _token_clipped(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
-    return clipped_surrogate(token_ratio(logp, batch.logp, batch.mask), advantage, 0.2, 0.2)
+    return clipped_surrogate(token_ratio(logp, batch.logp, batch.mask), advantage, LOW, HIGH)
+
+
+def _token_weighted(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
+    return clipped_weight(logp, token_ratio(logp, batch.logp, batch.mask), advantage, torch.inf, HIGH)
 
 
 def _sequence_surrogate(logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
@@ -188,15 +205,17 @@ def group_rows(at: TokenSetting) -> list[Estimator]:
     """REINFORCE, leave-one-out and group-relative advantages, each weighting, and the ratios by token and sequence."""
     n, rollout = GROUP, at.on_policy.rollout
     exact = exact_reward_gradient(at)
-    by_std = _given_own(at, lambda r, all_r, size, sizes: (r - all_r.mean(1)) / (all_r.std(1) + EPSILON))
-    by_length = _given_own(at, lambda r, all_r, size, sizes: (r - all_r[:, 1:].mean(1)) / size)
-    by_total = _given_own(at, lambda r, all_r, size, sizes: n * (r - all_r[:, 1:].mean(1)) / sizes.sum(1))
+    by_std = _given_own(at.on_policy, lambda r, all_r, size, sizes: (r - all_r.mean(1)) / (all_r.std(1) + EPSILON))
+    by_length = _given_own(at.on_policy, lambda r, all_r, size, sizes: (r - all_r[:, 1:].mean(1)) / size)
+    by_total = _given_own(at.on_policy, lambda r, all_r, size, sizes: n * (r - all_r[:, 1:].mean(1)) / sizes.sum(1))
     length = rollout.mask.sum(1)
     by_mean, off = partial(_group_gain, weights=per_row), {"off_policy": True}
     table: list[tuple[str, Objective, Tensor | None, str, dict[str, Any]]] = [
         ("leave-one-out (RLOO)", partial(_group_gain, credit=_rloo), None, "", {}),
         ("group mean, own reward in it", partial(_group_gain, credit=_centred), (1 - 1 / n) * exact,
          "1 - 1/n as long, same direction", {}),
+        ("group mean, over the budget (Dr. GRPO)", partial(_group_gain, credit=_centred, weights=per_budget),
+         (1 - 1 / n) / at.tokens.length * exact, "(1 - 1/n)/T as long, same direction", {}),
         ("group mean / std", partial(_group_gain, credit=_grpo), _follows(at, by_std),
          "weighs prompts by 1/std (Dr. GRPO)", {}),
         ("leave-one-out, mean by row", partial(by_mean, credit=_rloo), _follows(at, by_length),
@@ -212,6 +231,10 @@ def group_rows(at: TokenSetting) -> list[Estimator]:
          _follows(at, by_length), "1/|y| favours long errors (GSPO)", {}),
         ("token ratio, away from the old policy", partial(_group_gain, credit=_rloo, gain=_token_surrogate),
          _off_policy(at, by_token=True), "prefixes of the old policy", off),
+        ("clipped token ratio, away from the old policy", partial(_group_gain, credit=_rloo, gain=_token_clipped),
+         _off_policy_clipped(at), "old prefixes, ratio clipped (PPO)", off),
+        ("clipped weight, away from the old policy (CISPO)", partial(_group_gain, credit=_rloo, gain=_token_weighted),
+         _off_policy_weighted(at), "old prefixes, weight clipped", off),
         ("sequence ratio, away from the old policy", partial(by_mean, credit=_rloo, gain=_sequence_surrogate),
          _off_policy(at, by_token=False), "old completions, 1/|y| power (GSPO)", off),
     ]  # fmt: skip
@@ -230,6 +253,62 @@ def _off_policy(at: TokenSetting, by_token: bool) -> Tensor:
     _, probability = at.off_policy.batches(1)
     value = probability @ (credit * (by_row if by_token else by_sequence))
     return torch.autograd.grad(value, at.table.theta)[0]
+
+
+def _old_ratio(at: TokenSetting) -> Tensor:
+    """pi / pi_old of the old policy's completions by token, from the tables."""
+    rollout = at.off_policy.rollout
+    return (probabilities(at.table) / at.probs_old)[prefix_state(at.tokens, rollout.obs), rollout.action]
+
+
+def _off_policy_clipped(at: TokenSetting) -> Tensor:
+    """sum_y P_old(x, y) grad of sum_t (C+ min(ratio_t, 1 + HIGH) - C- max(ratio_t, 1 - LOW)), C the RLOO credit."""
+
+    def rises(r: Tensor, all_r: Tensor, size: Tensor, sizes: Tensor) -> Tensor:
+        return (r - all_r[:, 1:].mean(1)).clamp(min=0)
+
+    def falls(r: Tensor, all_r: Tensor, size: Tensor, sizes: Tensor) -> Tensor:
+        return (all_r[:, 1:].mean(1) - r).clamp(min=0)
+
+    ratio, mask = _old_ratio(at), at.off_policy.rollout.mask
+    up = _given_own(at.off_policy, rises) * ratio.clamp(max=1 + HIGH).where(mask, 0.0).sum(1)
+    down = _given_own(at.off_policy, falls) * ratio.clamp(min=1 - LOW).where(mask, 0.0).sum(1)
+    _, probability = at.off_policy.batches(1)
+    return torch.autograd.grad(probability @ (up - down), at.table.theta)[0]
+
+
+def _off_policy_weighted(at: TokenSetting) -> Tensor:
+    """sum_y P_old(x, y) (R - J_old(x)) sum_t min(ratio_t, 1 + HIGH) grad log pi(y_t)."""
+    rollout, ratio = at.off_policy.rollout, _old_ratio(at)
+    credit = rollout.reward.sum(1) - state_value(at.world, at.probs_old)[rollout.group]
+    weighted = (ratio.detach().clamp(max=1 + HIGH) * ratio.log()).where(rollout.mask, 0.0).sum(1)
+    _, probability = at.off_policy.batches(1)
+    return torch.autograd.grad(probability @ (credit * weighted), at.table.theta)[0]
+
+
+def batch_row(at: TokenSetting) -> Estimator:
+    """REINFORCE++: pairs of completions of any prompts, each standardised over the decisions of both."""
+    rollout, (_, each) = at.on_policy.rollout, at.on_policy.batches(1)
+    pairs, probability = batches(each, 2)
+    reward, length = rollout.reward.sum(1)[pairs], rollout.mask.sum(1)[pairs].to(each.dtype)
+    total = length.sum(1, keepdim=True)
+    mean = (length * reward).sum(1, keepdim=True) / total
+    std = ((length * (reward - mean) ** 2).sum(1, keepdim=True) / (total - 1)).sqrt()
+    credit = 2 * (reward - mean) / (std + 1e-8) / total  # of each token: the two of a pair count alike
+    own = torch.zeros(len(each)).index_add(0, pairs[:, 0], probability * credit[:, 0]) / each
+    return Estimator(
+        "standardised over the batch (REINFORCE++)",
+        _batch_gain,
+        2,
+        expected=_follows(at, own),
+        reason="1/std and the mean of all prompts",
+        experience=replace(at.on_policy, batches=partial(batches, each)),
+    )
+
+
+def _batch_gain(policy: Callable[[Any], Any], rollout: Rollout) -> Tensor:
+    batch = decisions(rollout, per_token(rollout.mask), batch_advantage(rollout))
+    return average(score(policy(batch.obs).log_prob(batch.action), batch.advantage), batch.weight)
 
 
 def critic_rows(at: TokenSetting) -> list[Estimator]:
@@ -279,6 +358,17 @@ def _kl_by_sequence(policy: Callable[[Any], Any], rollout: Rollout, *, reference
     return average(-k2(logp, logp_ref), per_episode(rollout.mask[:, :1]))
 
 
+def _kl_anchored(
+    policy: Callable[[Any], Any], rollout: Rollout, *, reference: nn.Module, divergence: Divergence
+) -> Tensor:
+    """As GRPO's loss has it."""
+    batch = decisions(rollout, per_episode(rollout.mask), torch.zeros_like(rollout.reward))
+    distribution = policy(batch.obs)
+    ratio = token_ratio(distribution.log_prob(batch.action), batch.logp, batch.mask)
+    divergence_of = to_reference(distribution, batch, ratio, reference=reference, divergence=divergence)
+    return average(-divergence_of, batch.weight)
+
+
 def _kl_over_vocabulary(policy: Callable[[Any], Any], rollout: Rollout, *, reference: nn.Module) -> Tensor:
     return average(-kl(policy(rollout.obs), reference(rollout.obs)), per_episode(rollout.mask))
 
@@ -312,11 +402,31 @@ def kl_rows(at: TokenSetting) -> list[Estimator]:
     options: dict[str, Any] = {"exact": downhill, "of": "-grad KL"}
     name = "KL over the vocabulary in the loss"
     table.append(Estimator(name, over, expected=still, reason=local, one_by_one=True, **options))
+    table += _off_policy_kl_rows(at, downhill)
     by_sequence = partial(_kl_by_sequence, reference=at.reference)
     table.append(Estimator("k2 of whole completions", by_sequence, **options))
     charged, exact = partial(_kl_charged, reference=at.reference), exact_reward_gradient(at) + BETA * downhill
     table.append(Estimator("k1 in the reward", charged, exact=exact, of="grad J - beta KL"))
     return [*table, *_kl_values(at, visits)]
+
+
+def _off_policy_kl_rows(at: TokenSetting, downhill: Tensor) -> list[Estimator]:
+    """Tokens of the old policy: its prefixes stay, and only with the ratio as a weight are its tokens made up for."""
+    visits, log_ratio = visitation(at.world, at.probs_old, 1.0), (at.probs / at.probs_reference).log()
+    still = -weighted_gradient(visits, at.probs, log_ratio, at.scores)
+    as_old = -weighted_gradient(visits, at.probs_old, log_ratio, at.scores)
+    unweighted = partial(at_action, estimate=straight_through)
+    table: list[tuple[str, Divergence, Tensor, str, bool]] = [
+        ("straight-through", unweighted, as_old, "old prefixes and tokens", False),
+        ("reweighted straight-through", reweighted, still, "old prefixes", False),
+        ("KL over the vocabulary", over_actions, still, "old prefixes", True),
+    ]
+    rows = []
+    for name, divergence, expected, reason, one_by_one in table:
+        gain = partial(_kl_anchored, reference=at.reference, divergence=divergence)
+        row = Estimator(f"{name}, off policy", gain, expected=expected, reason=reason, exact=downhill)
+        rows.append(replace(row, of="-grad KL", off_policy=True, one_by_one=one_by_one))
+    return rows
 
 
 def _kl_values(at: TokenSetting, visits: Tensor) -> list[Estimator]:
@@ -336,4 +446,4 @@ def _kl_values(at: TokenSetting, visits: Tensor) -> list[Estimator]:
 
 def token_rows(at: TokenSetting) -> list[Estimator]:
     """Every estimator of language."""
-    return [*group_rows(at), *critic_rows(at), *kl_rows(at)]
+    return [*group_rows(at), batch_row(at), *critic_rows(at), *kl_rows(at)]
