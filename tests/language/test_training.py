@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -49,7 +49,7 @@ def prepared(examples: list[dict[str, Any]]) -> Prompts:
 
 def made_policy(eager: bool = False, **options: Any) -> LanguagePolicy:
     torch.manual_seed(0)
-    model = arithmetic.model(hidden=16, layers=2)
+    model = arithmetic.model(hidden=16, layers=1)
     if eager:  # the other kinds of attention have no second derivative on a CPU
         model.set_attn_implementation("eager")
     return LanguagePolicy(model, **options)
@@ -57,7 +57,7 @@ def made_policy(eager: bool = False, **options: Any) -> LanguagePolicy:
 
 def made_sampler(reward: Callable[..., list[float]] = digits, max_tokens: int = 8, **options: Any) -> CompletionSampler:
     request = Request(completions=4, max_tokens=max_tokens, stop=(END,), pad=PAD)
-    prompts = prepared(arithmetic.problems(16, seed=0))
+    prompts = prepared(arithmetic.problems(8, seed=0))
     options = {"prompts_per_rollout": 4} | options
     return CompletionSampler(prompts, TOKENIZER, Rewards([reward]), request, **options)
 
@@ -100,7 +100,7 @@ def rlhf_ppo(policy: LanguagePolicy, sample: Callable[[nn.Module], Rollout], rat
 
 def with_baseline(policy: LanguagePolicy, sample: Callable[[nn.Module], Rollout], rate: float) -> Iterations:
     critic = ValueModel(trunk(made_policy().model))
-    fit = partial(fit_critic, critic=critic, optimizer=adam(rate, critic), epochs=2, minibatch_size=8)
+    fit = partial(fit_critic, critic=critic, optimizer=adam(rate, critic), epochs=2, minibatch_size=16)
     baseline = partial(value_baseline, critic=critic)
     return reinforce(policy, sample, adam(rate, policy), gamma=1.0, baseline=baseline, fit=fit, normalize=standardize)
 
@@ -108,13 +108,13 @@ def with_baseline(policy: LanguagePolicy, sample: Callable[[nn.Module], Rollout]
 def natural(algorithm: Callable[..., Iterations], **step: Any) -> Algorithm:
     def iterations(policy: LanguagePolicy, sample: Callable[[nn.Module], Rollout], rate: float) -> Iterations:
         critic = ValueModel(trunk(made_policy().model))
-        fit = partial(fit_critic, critic=critic, optimizer=adam(rate, critic), epochs=2, minibatch_size=8)
+        fit = partial(fit_critic, critic=critic, optimizer=adam(rate, critic), epochs=2, minibatch_size=16)
         return algorithm(policy, critic, sample, fit, gamma=1.0, lam=1.0, **step)
 
     return iterations
 
 
-PPO: dict[str, Any] = {"gamma": 1.0, "epochs": 2, "minibatch_size": 8}
+PPO: dict[str, Any] = {"gamma": 1.0, "epochs": 2, "minibatch_size": 12}
 DELTA = 0.01
 METHODS: dict[str, Algorithm] = {
     "grpo": relative(grpo),
@@ -142,6 +142,9 @@ NATURAL: dict[str, Algorithm] = {
     "npg, by a rate": natural(trpo, step=partial(natural_step, step_size=partial(learning_rate, rate=0.1))),
 }
 EVERY = METHODS | NATURAL
+OF_CONTROL = ("reinforce", "actor-critic", "off-policy actor-critic")
+# One of each kind.
+LEARNING = {name: x for name, x in METHODS.items() if not name.startswith("grpo,")}
 every_method = pytest.mark.parametrize("method", EVERY)
 
 
@@ -166,7 +169,7 @@ def test_every_method_trains_a_language_model(method: str) -> None:
         assert 0 < found["effective_sample_size"] <= 1 + 1e-6
         before.append(parameters(policy))
     assert before[-1].isfinite().all()
-    assert all(not torch.equal(a, b) for a, b in zip(before, before[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(before))
 
 
 @pytest.mark.parametrize("method", ["trpo", "npg"])
@@ -211,7 +214,7 @@ def test_the_ratio_is_1_on_the_first_minibatch(method: str, adapter: bool) -> No
 
 
 def in_order() -> Rescored:
-    return Rescored(made_sampler(), bound=0)
+    return Rescored(made_sampler(), bound=0.0)
 
 
 def test_the_ratio_is_1_to_the_bit_when_the_rows_keep_their_order() -> None:
@@ -221,43 +224,37 @@ def test_the_ratio_is_1_to_the_bit_when_the_rows_keep_their_order() -> None:
     assert torch.equal(policy(rollout.obs).log_prob(rollout.action).where(rollout.mask, 0.0), rollout.logp)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [x for x in METHODS if x not in OF_CONTROL])
 def test_where_nothing_counts_nothing_changes(method: str) -> None:
-    """All completions were cut, and cut ones are masked: DAPO's overlong filtering on a model that does not stop yet."""
+    """All completions were cut, and cut ones are masked: overlong filtering on a model that does not stop yet."""
     policy, sampler = made_policy(), made_sampler(cut="masked")
     sampler.request = replace(sampler.request, stop=())
     before = parameters(policy)
-    metrics = next(METHODS[method](policy, sampler, 1e-2))
-    assert metrics["cut_fraction"] == 1
+    found = numbers(next(METHODS[method](policy, sampler, 1e-2)))
+    assert found["cut_fraction"] == 1
     assert torch.equal(parameters(policy), before)
-    assert all(torch.tensor(x).isfinite() for x in numbers(metrics).values()), numbers(metrics)
-
-
-WANTED = TOKENIZER.convert_tokens_to_ids("7")
+    assert all(torch.tensor(x).isfinite() for x in found.values()), found
 
 
 def seven(completions: list[str], **_: Any) -> list[float]:
     return [float(text == "7") for text in completions]
 
 
-# The rates that make each quick here.
-RATES = {"reinforce": 3e-2, "gspo": 3e-2}
-
-
-@every_method
+@pytest.mark.parametrize("method", LEARNING | NATURAL)
 def test_every_method_raises_the_expected_reward(method: str) -> None:
     """One token a completion, the reward is for one of sixteen; its exact probability, before and after 20 steps."""
     policy = made_policy(eager=method in NATURAL)
-    sampler = made_sampler(seven, max_tokens=1, prompts_per_rollout=16)
+    sampler = made_sampler(seven, max_tokens=1, prompts_per_rollout=8)
     tokens, mask = sampler.prompts.tokens, sampler.prompts.mask
+    wanted = TOKENIZER.convert_tokens_to_ids("7")
 
     def expected_reward() -> float:
         with torch.no_grad():
             logits = policy.model(input_ids=tokens, attention_mask=mask.long()).logits[:, -1]
-            return logits.softmax(-1)[:, WANTED].mean().item()
+            return logits.softmax(-1)[:, wanted].mean().item()
 
     before = expected_reward()
-    for metrics in islice(EVERY[method](policy, sampler, RATES.get(method, 1e-2)), 20):
-        assert torch.tensor(float(metrics["objective"])).isfinite()
+    for _ in islice(EVERY[method](policy, sampler, 3e-2), 20):
+        pass
     assert before < 0.2
     assert expected_reward() > before + 0.3

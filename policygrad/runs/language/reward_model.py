@@ -30,7 +30,7 @@ from policygrad.language.reward_models import (
 )
 from policygrad.rollout import minibatches
 from policygrad.runs.language.options import RewardModelOptions, validate_reward_model
-from policygrad.runs.language.task import ARITHMETIC, TRAINED_ON
+from policygrad.runs.language.task import ARITHMETIC
 from policygrad.runs.language.warmup import warmed_up
 from policygrad.runs.options import with_values
 from policygrad.runs.reports import Row, progress_bar
@@ -39,7 +39,7 @@ from policygrad.runs.training import check_device, check_empty
 from policygrad.updates import ascend
 from policygrad.weights import normalized
 
-KEPT_PROBLEMS = 512  # of arithmetic: policies are judged on the first of these, so none is compared here
+PROBLEMS, KEPT_PROBLEMS = 24_000, 512  # of arithmetic; policies are judged on some of the latter, so none is compared
 OWN_LEARNING_RATE, LEARNING_RATE = 1e-3, 1e-5  # of the arithmetic task's own model, and of any other
 
 
@@ -188,7 +188,7 @@ def preferences_of(options: RewardModelOptions) -> list[dict[str, Any]]:
     """The preferences that the options name."""
     if options.dataset != ARITHMETIC:
         return data.load_preferences(options.dataset, split=options.split)
-    problems, _ = arithmetic.splits(TRAINED_ON, KEPT_PROBLEMS, seed=0)
+    problems, _ = arithmetic.splits(PROBLEMS, KEPT_PROBLEMS, seed=0)
     return arithmetic.preferences(problems, seed=0)
 
 
