@@ -4,7 +4,8 @@
     python benchmarks/language.py --peer-python PYTHON --quick      a smoke run, whose results stay in --work
     python benchmarks/language.py --draw                            the page and the picture from the results there are
 
-PYTHON is one that has TRL: `python -m venv PEER && PEER/bin/pip install trl==1.16.0`. Without it only our side runs.
+PYTHON is one that has TRL: `python -m venv PEER && PEER/bin/pip install trl==1.16.0`. Without it only our side runs,
+and its results stay in --work.
 
 A small Llama learns addition with written-out working from imperfect demonstrations, once; every run starts from those
 weights. Each run is a process of its own, and the libraries take turns. What a run has learned is judged by one piece
@@ -48,7 +49,7 @@ JOB: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "clip": 0.2,
 }
-WARM_UP = {"steps": 500, "rows": 128, "learning_rate": 2e-3}
+WARM_UP = {"steps": 800, "rows": 128, "learning_rate": 2e-3}
 
 
 # What runs in processes of its own, so that memory is a run's alone. torch is imported only there.
@@ -239,7 +240,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     if arguments.peer_python:
         sides["TRL"] = [arguments.peer_python, str(HERE / "peers" / "trl_run.py")]
     else:
-        say("no --peer-python: only our side runs")
+        say("no --peer-python: only our side runs, and the results stay in --work")
     plan = [(seed, method, library) for seed in range(arguments.seeds) for method in METHODS for library in sides]
     for number, (seed, method, library) in enumerate(plan, 1):
         if (library, method, seed) in done:
@@ -325,7 +326,8 @@ def write_page(results: dict[str, Any], path: Path) -> None:
     settings, machine, libraries = results["settings"], results["machine"], list(results["versions"])
     seeds = len({run["seed"] for run in results["runs"]})
     pairs = zip(*(run_prompts(results, library) for library in libraries), strict=True)
-    same = "; the prompts of a step are the same in both libraries" if all(len(set(p)) == 1 for p in pairs) else ""
+    same = "; the prompts of a step are the same in both libraries"
+    same = same if len(libraries) > 1 and all(len(set(pair)) == 1 for pair in pairs) else ""
     command = f"python benchmarks/language.py --seeds {seeds} --steps {settings['steps']} --peer-python PYTHON"
     lines = [
         "# Side by side with TRL",
@@ -340,9 +342,9 @@ def write_page(results: dict[str, Any], path: Path) -> None:
             one update of them all: AdamW, learning rate {settings["learning_rate"]:g}, constant, betas
             {" and ".join(map(str, settings["adam_betas"]))}, eps {settings["adam_epsilon"]:g}, no weight decay,
             gradient norm at most {settings["max_grad_norm"]:g}, clip {settings["clip"]:g}, no KL penalty, float32. The
-            reward is 1 for a right sum and else 0. The seeds vary the samples and the order of the prompts{same}. GRPO is the published one (TRL: `loss_type="grpo"`,
-            `scale_rewards="group"`), RLOO without a normalisation of advantages. TRL's gradient checkpointing and
-            bfloat16, on by default, are off."""
+            reward is 1 for a right sum and else 0. The seeds vary the samples and the order of the prompts{same}. GRPO
+            is the published one (TRL: `loss_type="grpo"`, `scale_rewards="group"`), RLOO without a normalisation of
+            advantages. TRL's gradient checkpointing and bfloat16, on by default, are off."""
         ),
         "![Training reward of both libraries](language.png)",
         "",
@@ -483,10 +485,12 @@ def main() -> None:
     path, docs = HERE / "language.json", DOCS
     if arguments.quick:
         arguments.seeds, arguments.steps, arguments.warm_up = 2, 4, 4
-        path, docs = arguments.work / "quick.json", arguments.work
+    if arguments.quick or not (arguments.peer_python or arguments.draw):
+        path, docs = arguments.work / "language.json", arguments.work
     results = json.loads(path.read_text()) if arguments.draw else measure(arguments, path)
     write_page(results, docs / "language.md")
     draw(results, docs / "language.png")
+    say(f"{path}, {docs / 'language.md'}, {docs / 'language.png'}")
 
 
 if __name__ == "__main__":

@@ -223,14 +223,15 @@ def test_off_the_old_policy_the_expected_gradient_is_that_of_the_kl(name: str) -
 
 
 class Table(nn.Module):
-    """The same distribution everywhere, and something else where the observation is negative."""
+    """The same logits everywhere, with something added where the observation is negative."""
 
     def __init__(self, logits: Tensor, elsewhere: Tensor) -> None:
         super().__init__()
         self.logits, self.elsewhere = nn.Parameter(logits.detach().clone()), elsewhere
 
     def forward(self, obs: Tensor) -> Categorical:
-        return Categorical(logits=torch.where(obs.unsqueeze(-1) < 0, self.elsewhere, self.logits), validate_args=False)
+        logits = self.logits + torch.where(obs.unsqueeze(-1) < 0, self.elsewhere, 0.0)
+        return Categorical(logits=logits, validate_args=False)
 
 
 DIVERGENCES = {name: partial(at_action, estimate=estimate) for name, estimate in ESTIMATES.items()}
@@ -262,7 +263,7 @@ def test_an_action_behind_the_mask_that_one_of_the_two_would_never_take_has_no_g
     zero, mask = torch.zeros(1, 2), torch.tensor([[True, False]])
     batch = Batch(obs, action, zero, mask, zero, zero, zero, zero)
     for mine, theirs in ((never, torch.zeros(5)), (torch.zeros(5), never)):
-        policy, reference = Table(torch.randn(5), mine.requires_grad_()), Table(torch.randn(5), theirs.detach())
+        policy, reference = Table(torch.randn(5), mine), Table(torch.randn(5), theirs)
         options = {"reference": reference, "divergence": DIVERGENCES[name]}
         found = to_reference(policy(obs), batch, torch.ones(1, 2), **options)
         (slope,) = torch.autograd.grad(found.sum(), policy.logits)

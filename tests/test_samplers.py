@@ -21,7 +21,7 @@ from policygrad.divergences import AdaptiveCoefficient
 from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, completions, prefix_state, sequence_kl
 from policygrad.rollout import Rollout
-from policygrad.samplers import KLCharged, OneGroup, Rescored, WithoutFlatGroups, Wrapper
+from policygrad.samplers import KLCharged, OneGroup, Rescored, WithoutFlatGroups, Wrapper, log_probabilities
 
 pytestmark = pytest.mark.usefixtures("float64")
 Sample = Callable[..., Rollout]
@@ -109,6 +109,20 @@ def test_how_many_rows_are_scored_at_a_time_changes_nothing(rows: int, policy: O
         for name, x in columns(whole).items():
             y = getattr(split, name)
             assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
+
+
+def test_no_more_rows_are_scored_at_a_time(policy: OnPrefixes) -> None:
+    rollout, seen = CompletionSampler(WORLD, 4, 3)(policy), []
+    policy.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    KLCharged(lambda _: rollout, policy, AdaptiveCoefficient(BETA), micro_batch=5)(token_policy(1))
+    Rescored(lambda _: rollout, micro_batch=7)(policy)
+    assert seen == [5, 5, 2, 7, 5]
+
+
+def test_log_probabilities_are_0_behind_the_mask(policy: OnPrefixes) -> None:
+    rollout = CompletionSampler(WORLD, 4, 3)(policy)
+    close(log_probabilities(policy, rollout, 5), logp_of(policy, rollout).detach())
+    assert not rollout.mask.all()
 
 
 # Rescored: sampled by mu, scored by pi_old
@@ -293,9 +307,10 @@ def test_after_the_last_round_the_rest_is_filled_with_what_there_is(rounds: int,
 
 
 def test_groups_stay_whole_however_their_rows_are_laid_out(policy: OnPrefixes) -> None:
-    sample = Scripted([1, 0, 2, 1, 5, 2], [0, 3, 4, 1, 3, 5], group=[0, 1, 2, 0, 1, 2])
+    """Here in turn; of the four groups that differ the last is one too many."""
+    sample = Scripted([1, 0, 2, 1, 5, 2], [0, 3, 4, 1, 9, 5], group=[0, 1, 2, 0, 1, 2])
     found = WithoutFlatGroups(sample)(policy)
-    assert together(found) == [{(0, 1), (0, 4)}, {(1, 0), (1, 3)}, {(1, 2), (1, 5)}]
+    assert together(found) == [{(0, 1), (0, 4)}, {(1, 0), (1, 3)}, {(1, 1), (1, 4)}]
 
 
 def test_labels_may_be_any_numbers(policy: OnPrefixes) -> None:

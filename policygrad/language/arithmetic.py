@@ -84,7 +84,7 @@ def preferences(
     Problems of which both completions are right, or neither is, have no comparison. By default the demonstrators are
     more careless here, so that their mistakes are of every kind. errs: the probability that the judge does.
     """
-    quality, generator = quality or Demonstrators(forgets=0.5, errs=0.1), random.Random(seed)
+    quality, generator = quality or Demonstrators(forgets=0.5, errs=0.2), random.Random(seed)
     pairs = []
     for example in examples:
         two = demonstrations([example, example], generator.getrandbits(32), quality)

@@ -74,7 +74,7 @@ class Run:
             "algorithm": self.algorithm,
             "environment": self.environment if isinstance(self.environment, str) else None,
             "preset": self.preset,
-            "options": {name: _json_number(x) for name, x in dataclasses.asdict(self.options).items()},
+            "options": {name: json_number(x) for name, x in dataclasses.asdict(self.options).items()},
             "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
         }
 
@@ -159,6 +159,6 @@ def make_directory(directory: Path) -> None:
         raise UserError(f"the directory {directory} cannot be written ({error.strerror}): choose another") from error
 
 
-def _json_number(x: Any) -> Any:
+def json_number(x: Any) -> Any:
     """JSON has no infinity."""
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,7 @@ def train(
         environments = make_environments(environment, options.num_envs, vectorization=options.vectorization)
         if isinstance(environment, str) or not isinstance(environment, gymnasium.Env | VectorEnv):
             stack.callback(environments.close)
-        stack.enter_context(torch.random.fork_rng())
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(options.threads)
-        torch.manual_seed(options.seed)
+        stack.enter_context(seeded(options.seed, options.threads))
         sampler = _sampler(environments, options)
         policy, critic = _modules(policy, critic, environments, options)
         run = Run(algorithm, environment, options, preset, policy, critic, sampler.observation_normalizer, directory)
@@ -202,6 +199,19 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def seeded(seed: int, threads: int | None) -> Iterator[None]:
+    """torch with a seed and a number of threads (None: as it is); afterwards both are what they were."""
+    before = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.set_num_threads(threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def check_empty(directory: Path | None) -> None:

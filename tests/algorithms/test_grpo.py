@@ -39,7 +39,7 @@ from policygrad.objectives import clipped_weight
 from policygrad.rollout import Rollout
 from policygrad.samplers import OneGroup
 from policygrad.score import sequence_ratio
-from policygrad.weights import per_episode, per_row, per_token
+from policygrad.weights import per_budget, per_episode, per_row, per_token
 
 Sample = Callable[..., Rollout]
 DIVERGENCES = {
@@ -122,14 +122,28 @@ def test_off_the_policy_the_other_forms_do_not(divergence: str, language: OnPref
     assert (kl_gradient(language, divergence, old) - still(language, old)).norm() > 1e-2
 
 
-@pytest.mark.parametrize("weights", [per_row, per_token])
-def test_the_kl_metric_is_averaged_as_the_gain_is(weights: Callable[[Tensor], Tensor], language: OnPrefixes) -> None:
-    rollout, reference = completions(WORLD, table(language))[0], token_policy(7)
+@pytest.mark.parametrize("weights", [per_row, per_token, per_episode, per_budget])
+def test_kl_and_entropy_are_means_whatever_the_weights_add_up_to(
+    weights: Callable[[Tensor], Tensor], language: OnPrefixes
+) -> None:
+    """Of rows for per_row, of decisions for the others."""
+    rollout, reference, probs = completions(WORLD, table(language))[0], token_policy(7), table(language).detach()
     metrics = iteration(grpo, language, lambda _: rollout, weights=weights, **anchored("over_actions", reference))[1]
-    each = kl_by_state(table(language), table(reference)).detach()[prefix_state(WORLD, rollout.obs)]
-    by_row = [row[counts] for row, counts in zip(each, rollout.mask, strict=True)]
-    mean = torch.cat(by_row).mean() if weights is per_token else sum(row.mean() for row in by_row) / len(by_row)
-    close(metrics["kl_reference"], mean)
+    exact = {"kl_reference": kl_by_state(probs, table(reference).detach()), "entropy": -(probs * probs.log()).sum(1)}
+    for name, by_state in exact.items():
+        each = by_state[prefix_state(WORLD, rollout.obs)]
+        by_row = [row[counts] for row, counts in zip(each, rollout.mask, strict=True)]
+        mean = sum(row.mean() for row in by_row) / len(by_row) if weights is per_row else torch.cat(by_row).mean()
+        close(metrics[name], mean)
+
+
+def test_the_anchor_sees_the_ratio_of_each_token_whatever_the_objectives_is(language: OnPrefixes) -> None:
+    """A sequence's ratio would reweigh its tokens by what the others are."""
+    rollout = without_reward(lambda _: completions(WORLD, table(token_policy(3, near=language)))[0])
+    options = anchored("reweighted", token_policy(7))
+    by_token, by_sequence = (iteration(variant, language, rollout, **options)[0] for variant in (grpo, gspo))
+    assert by_token.norm() > 1e-2
+    close(by_sequence, by_token)
 
 
 # Splits
@@ -182,6 +196,16 @@ def test_any_split_into_micro_batches_is_the_same_gradient_and_the_same_metrics(
 def test_any_split_is_the_same_with_every_divergence(divergence: str, prefix_policy: nn.Module, sample: Sample) -> None:
     rollout, options = off_policy(prefix_policy, sample), anchored(divergence, SoftmaxOfPrefix())
     assert_split_changes_nothing(prefix_policy, partial(iteration, grpo, prefix_policy, lambda _: rollout, **options))
+
+
+def test_no_more_rows_are_computed_at_a_time(softmax_of_prefix: nn.Module, sample: Sample) -> None:
+    rollout, seen = off_policy(softmax_of_prefix, sample), []
+    softmax_of_prefix.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    reference = SoftmaxOfPrefix()
+    reference.register_forward_pre_hook(lambda module, inputs: seen.append(-len(inputs[0])))
+    options = anchored("k3", reference) | {"minibatch_size": 5, "micro_batch": 3}
+    iteration(grpo, softmax_of_prefix, lambda _: rollout, **options)
+    assert seen == [3, -3, 2, -2] + [3, -3]  # of the last minibatch three rows fill up, and two of them stand alone
 
 
 @every_variant
@@ -340,6 +364,8 @@ def test_the_spread_of_rewards_is_reported(language: OnPrefixes) -> None:
     assert metrics["group_std"] == pytest.approx((2 * 4.5**0.5 + 2 * 0) / 4)
     assert metrics["flat_groups"] == 0.5
     assert metrics["reward"] == 2.25, "what the sampler measured"
+    charged = replace(rollout, reward=rollout.reward - torch.rand(4, 3), metrics={"flat_groups": 0.5})
+    assert iteration(grpo, language, lambda _: charged)[1]["flat_groups"] == 0.5, "of its own reward, before KL"
 
 
 # Invariances

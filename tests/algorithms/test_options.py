@@ -186,9 +186,11 @@ def whole_rows(
     rollout = sample(start[0], rows=7)
     rollout = replace(rollout, logp=rollout.logp + 0.3 * torch.randn(7, 5), importance=0.5 + torch.rand(7, 5))
 
-    def learn(**options: Any) -> tuple[Tensor, dict[str, Any]]:
+    def learn(seen: list[int] | None = None, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         torch.manual_seed(1)
         modules = deepcopy(start)
+        for module in modules if seen is not None else ():
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
         options = {"gamma": 0.9, "epochs": 1, "minibatch_size": 7, "entropy_coefficient": 0.1} | options
         optimizer = torch.optim.SGD(modules.parameters(), lr=0.1)
         metrics = next(ppo(*modules, lambda _: rollout, optimizer, **options))
@@ -222,6 +224,13 @@ def test_ppo_in_micro_batches_is_ppo(
     assert list(split_metrics) == list(metrics)
     for name in metrics.keys() - {"effective_sample_size"}:  # a ratio of two means
         torch.testing.assert_close(split_metrics[name], metrics[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_ppo_computes_no_more_rows_at_a_time_than_a_micro_batch(whole_rows: WholeRows) -> None:
+    seen: list[int] = []
+    whole_rows(seen=seen, minibatch_size=5, micro_batch=3)
+    # The critic on the whole rollout, without gradient; then policy and critic on 5 rows, and on 2 with 3 to fill up.
+    assert seen == [7, *[3, 3, 2, 2], *[3, 3]]
 
 
 def test_what_a_micro_batch_must_not_do_would_be_seen(whole_rows: WholeRows) -> None:

@@ -172,7 +172,7 @@ def test_under_autocast_the_log_probabilities_are_near_the_learners(name: str) -
     assert gap.max() < 0.2
     assert gap.mean() < 0.03
     exact = LanguagePolicy(model)(obs).log_prob(done.tokens)
-    assert not torch.equal(done.logp, exact)
+    assert (done.logp - exact)[done.mask].abs().mean() > 1e-3, "it is computed in bfloat16"
 
 
 def test_the_seed_of_the_generator_decides() -> None:

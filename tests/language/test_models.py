@@ -269,6 +269,9 @@ def test_the_reference_of_an_adapter_holds_no_copy_and_has_no_gradient() -> None
     assert list(reference.parameters()) == []
     assert reference.state_dict() == {}
     assert not reference(TOKENS).log_prob(TOKENS).requires_grad
+    for p in policy.parameters():
+        p.requires_grad_()  # as after modules_to_save, or by hand
+    assert not reference(TOKENS).log_prob(TOKENS).requires_grad
     trained_before = [n for n, p in policy.named_parameters() if p.requires_grad]
     p = policy(TOKENS)
     divergence = kl(p, reference(TOKENS)).sum()

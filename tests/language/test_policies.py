@@ -151,6 +151,17 @@ def test_no_token_knows_of_those_after_it(name: str) -> None:
 
 
 @every_architecture
+def test_a_token_that_is_no_decision_is_seen_by_those_after_it(name: str) -> None:
+    """Such as the output of a tool in the midst of a completion."""
+    model, obs = tiny(name), observed((1, 5, 3), (6, 6, 6))
+    expected = picked(obs, alone(model, obs))
+    mask = obs.completion_mask.clone()
+    mask[:, 2:4] = False
+    found = LanguagePolicy(model)(obs._replace(completion_mask=mask)).log_prob(obs.completion)
+    assert_close(found, expected.where(mask, 0.0), rtol=0, atol=1e-5)
+
+
+@every_architecture
 def test_the_head_is_taken_for_plain_where_it_is(name: str) -> None:
     assert LanguagePolicy(tiny(name)).plain_head == (name not in NOT_PLAIN)
 
@@ -316,6 +327,7 @@ def test_a_head_in_chunks_gives_the_same_gradient(name: str, chunk: int) -> None
     model = tiny(name, dtype=torch.float64)
     given = batch(LanguagePolicy(model), observed(), per_row)
     whole, chunked = (gradient_of(LanguagePolicy(model, chunk=x), given, None) for x in (2**24, chunk))
+    assert LanguagePolicy(model, chunk=chunk)(given.obs).chunk == chunk
     assert distance(chunked, whole) < 1e-10
 
 

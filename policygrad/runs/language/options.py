@@ -257,7 +257,7 @@ class RewardModelOptions:
     micro_batch: int | None = None
     """Pairs computed at a time: less memory, the same gradient."""
     learning_rate: float | None = None
-    """Of Adam; down to 0 linearly. By default 1e-5, and 1e-3 for the arithmetic task's own model."""
+    """Of Adam; down to 0 linearly. By default 1e-5, and 5e-4 for the arithmetic task's own model."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     centre_coefficient: float = 0.01

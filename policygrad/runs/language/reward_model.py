@@ -39,8 +39,8 @@ from policygrad.runs.training import check_device, check_empty
 from policygrad.updates import ascend
 from policygrad.weights import normalized
 
-PROBLEMS, KEPT_PROBLEMS = 24_000, 512  # of arithmetic; policies are judged on some of the latter, so none is compared
-OWN_LEARNING_RATE, LEARNING_RATE = 1e-3, 1e-5  # of the arithmetic task's own model, and of any other
+PROBLEMS, KEPT_PROBLEMS = 48_000, 512  # of arithmetic; policies are judged on some of the latter, so none is compared
+OWN_LEARNING_RATE, LEARNING_RATE = 5e-4, 1e-5  # of the arithmetic task's own model, and of any other
 
 
 @dataclass

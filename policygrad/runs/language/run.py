@@ -21,7 +21,7 @@ from policygrad.runs.language.options import LANGUAGE, LanguageOptions
 from policygrad.runs.language.task import Task, load_task
 from policygrad.runs.options import with_values
 from policygrad.runs.reports import Row, draw_curve
-from policygrad.runs.run import _json_number, make_directory
+from policygrad.runs.run import json_number, make_directory
 
 EVALUATION_ROWS = 512  # completions sampled together
 
@@ -154,7 +154,7 @@ class LanguageRun:
             "algorithm": self.algorithm,
             "task": self.task.name,
             "preset": self.preset,
-            "options": {name: _json_number(x) for name, x in dataclasses.asdict(self.options).items()},
+            "options": {name: json_number(x) for name, x in dataclasses.asdict(self.options).items()},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 

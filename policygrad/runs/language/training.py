@@ -24,7 +24,7 @@ from policygrad.runs.learners import Learner
 from policygrad.runs.options import nearest, with_values
 from policygrad.runs.reports import Log, Row, progress_bar
 from policygrad.runs.run import make_directory
-from policygrad.runs.training import check_device, check_empty, translated
+from policygrad.runs.training import check_device, check_empty, seeded, translated
 
 
 def train_language(
@@ -62,12 +62,7 @@ def train_language(
     check_device(options.device)
     directory = None if out is None else Path(out)
     check_empty(directory)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        torch.manual_seed(options.seed)
+    with seeded(options.seed, options.threads):
         run = LanguageRun(name, load_task(task, options, announce, progress), options, preset, directory)
         sampler = _sampler(run, engine)
         learner = learners.build(options, run.policy, sampler)

@@ -16,13 +16,14 @@ from policygrad.language.reward_models import RewardModel
 from policygrad.runs.language import reward_model
 from policygrad.runs.language.reward_model import RewardModelRun, train_reward_model
 from policygrad.runs.language.training import train_language
+from policygrad.updates import ascend
 
 
 @pytest.fixture(scope="session")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A judge who likes sevens: forty pairs in a JSONL file."""
     path = tmp_path_factory.mktemp("preferences") / "sevens.jsonl"
-    rows = [{"prompt": f"{i}+1=", "chosen": f"7{i}", "rejected": f"{i}"} for i in range(40)]
+    rows = [{"prompt": f"{i}+1=", "chosen": f"{i}7", "rejected": f"{i}{'2345689'[i % 7]}"} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -56,7 +57,7 @@ def test_it_learns_the_preference_and_says_how_well(small: dict) -> None:
     assert run.after.log_likelihood > run.before.log_likelihood
     assert (run.pairs, run.after.pairs, len(run.metrics)) == (32, 8, 12)
     assert said[-2:] == [f"before: {run.before.line()}", f"after:  {run.after.line()}"]
-    assert run.metrics[-1]["accuracy"] > run.metrics[0]["accuracy"]
+    assert run.metrics[-1]["objective"] > run.metrics[0]["objective"]
 
 
 def test_what_is_saved_is_what_was_trained(small: dict, tmp_path: Path) -> None:
@@ -87,13 +88,13 @@ def start(small: dict) -> torch.Tensor:
 def test_the_learning_rate_falls_to_nothing(small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
-    def ascend(objective: Any, batch: Any, optimizer: Any, **options: Any) -> Any:
+    def watched(objective: Any, batch: Any, optimizer: Any, **options: Any) -> Any:
         rates.append(optimizer.param_groups[0]["lr"])
-        return {name: torch.tensor(0.0) for name in ("accuracy", "margin")}
+        return ascend(objective, batch, optimizer, **options)
 
-    monkeypatch.setattr(reward_model, "ascend", ascend)
-    train_reward_model(**small | {"learning_rate": 1.0})
-    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    monkeypatch.setattr(reward_model, "ascend", watched)
+    train_reward_model(**small | {"learning_rate": 1e-3})
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_the_same_seed_gives_the_same_model_and_leaves_torchs_generator_alone(small: dict) -> None:
@@ -114,7 +115,7 @@ def test_training_goes_on_from_a_reward_model(small: dict, tmp_path: Path) -> No
 
 def test_a_policy_is_trained_on_it(small: dict, prompts: Path, tmp_path: Path) -> None:
     """The whole of RLHF: preferences, reward model, PPO with its KL penalty."""
-    train_reward_model(**small, epochs=3, out=tmp_path / "sevens")
+    train_reward_model(**small | {"learning_rate": 1e-2}, epochs=3, out=tmp_path / "sevens")
     run = train_language(
         "ppo",
         model=small["model"],
@@ -124,7 +125,7 @@ def test_a_policy_is_trained_on_it(small: dict, prompts: Path, tmp_path: Path) -
         prompts_per_rollout=16,
         completions=2,
         max_tokens=6,
-        minibatch_size=32,
+        minibatch_size=16,
         held_out=8,
         learning_rate=1e-2,
         critic_learning_rate=1e-2,
@@ -186,22 +187,12 @@ def test_arithmetic_needs_neither_data_nor_a_model(
 def test_the_command_says_what_it_did(small: dict, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
         main(
-            [
-                "reward-model",
-                "--dataset",
-                small["dataset"],
-                "--model",
-                small["model"],
-                "--held-out",
-                "8",
-                "--threads",
-                "1",
-            ]
-            + ["--out", str(tmp_path / "out"), "--batch-size", "8"]
+            ["reward-model", "--dataset", small["dataset"], "--model", small["model"], "--held-out", "8"]
+            + ["--out", str(tmp_path / "out"), "--batch-size", "8", "--threads", "1"]
         )
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("before: accuracy 0.")
+    assert lines[0].startswith("before: accuracy ")
     assert lines[1].startswith("after:  accuracy ")
     assert lines[2].startswith(f"reward model of {small['dataset']}: 32 pairs, 4 updates in ")
     assert (

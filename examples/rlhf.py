@@ -1,0 +1,193 @@
+"""RLHF, whole: preferences -> reward model -> PPO with a KL penalty, on a model small enough for a CPU.
+
+    python examples/rlhf.py            some minutes; writes runs/rlhf/
+    python examples/rlhf.py --quick    the same in seconds, too short to learn anything
+
+The task is addition with written-out working, 47+385=7+5=12,4+8+1=13,0+3+1=4:432. A small model has learned it from
+demonstrators who often forget to carry, and is right less than half of the time. Nobody tells it which answers are
+right: a judge compares pairs of answers, and errs now and then. A reward model learns to score answers as the judge
+compares them, and PPO raises the score, less beta times the KL divergence to the model that it started from:
+
+    J(pi) = E[r(x, y)] - beta KL(pi, pi_ref)               (Ouyang et al. 2022, arXiv 2203.02155, eq. 2)
+
+What comes out is a table and a picture of the reward against the KL, for several beta, and beside it what the reward
+model stands for: the share of right answers, to problems that were in none of the steps.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from policygrad.divergences import kl
+from policygrad.errors import UserError
+from policygrad.language import arithmetic
+from policygrad.language.generation import Request, generate
+from policygrad.language.models import load_model, save_model
+from policygrad.language.policies import LanguagePolicy, Prefixes
+from policygrad.language.sampler import Prompts
+from policygrad.runs.language.reward_model import train_reward_model
+from policygrad.runs.language.run import LanguageRun
+from policygrad.runs.language.training import train_language
+from policygrad.runs.language.warmup import warmed_up
+from policygrad.runs.reports import BLUE, GREY
+from policygrad.runs.training import check_empty
+
+REWARD = "reward-model"
+RIGHT = "policygrad.language.arithmetic:right"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    coefficients: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.0)  # beta
+    problems: int = 48_000  # about two in five of them give a comparison
+    iterations: int = 12  # of PPO, for each beta
+    prompts: int = 256  # in an iteration
+    max_tokens: int = 40
+    held_out: int = 128  # problems to be judged on
+
+
+QUICK = Size(coefficients=(1.0, 0.0), problems=200, iterations=2, prompts=16, max_tokens=12, held_out=16)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy, as it is judged on held-out problems."""
+
+    label: str
+    reward: float  # the reward model's
+    accuracy: float  # the truth
+    divergence: float  # KL(pi, pi_ref), in nats a completion
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--out", type=Path, default=Path("runs/rlhf"), help="an empty directory, by default runs/rlhf")
+    arguments = parser.parse_args()
+    try:
+        check_empty(arguments.out)
+        rlhf(QUICK if arguments.quick else Size(), arguments.out, quick=arguments.quick)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def rlhf(size: Size, out: Path, *, quick: bool) -> None:
+    """The three steps, and what came out of them."""
+    # 0. The policy to begin with; it is also pi_ref, from which it shall not stray too far.
+    torch.manual_seed(0)
+    model = arithmetic.model(hidden=16, layers=1) if quick else warmed_up(print, progress=True)
+    save_model(model, arithmetic.tokenizer(), out / "start")
+
+    # 1. Preferences. Of two answers to a problem the judge has chosen one; all that is kept is which.
+    problems, _ = arithmetic.splits(size.problems, 512, seed=0)
+    pairs = arithmetic.preferences(problems, seed=0)
+    (out / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    print(f"\n1. {len(pairs):,} preferences, such as {json.dumps(pairs[0])}")
+
+    # 2. The reward model: the policy's own trunk under a new head. It maximises E[log sigma(r_chosen - r_rejected)].
+    print("\n2. The reward model")
+    train_reward_model(
+        str(out / "preferences.jsonl"),
+        model=str(out / "start"),
+        out=out / REWARD,
+        announce=lambda line: print(f"   {line}"),
+        held_out=64 if quick else 512,
+        learning_rate=5e-4,
+    )
+
+    # 3. PPO. The reward of an answer is the reward model's; each token costs beta log(pi / pi_ref). Right answers are
+    #    counted with a weight of 0: to see what becomes of them, not to learn from them.
+    print("\n3. PPO with a KL penalty")
+    runs = [ppo(beta, size, out) for beta in size.coefficients]
+
+    # What came out, of problems that were held out.
+    points = [judged(run, out, size) for run in runs]
+    assert runs[0].before is not None
+    start = Point("start", runs[0].before.parts[REWARD], runs[0].before.parts["right"], 0.0)
+    print(f"\n{'':12}{'reward':>10}{'right':>10}{'KL(pi, pi_ref)':>18}")
+    for point in (start, *points):
+        print(f"{point.label:12}{point.reward:10.2f}{point.accuracy:10.1%}{point.divergence:13.2f} nats")
+    draw(start, points, out / "rlhf.png")
+    print(f"\n{out}: rlhf.png, preferences.jsonl, {REWARD}/ and a run for each beta")
+
+
+def ppo(beta: float, size: Size, out: Path) -> LanguageRun:
+    """Train the policy on the reward model with a penalty of weight beta."""
+    run = train_language(
+        "ppo",
+        "arithmetic",
+        model=str(out / "start"),
+        reward=(str(out / REWARD), RIGHT),
+        reward_weight=(1.0, 0.0),
+        kl="reward",
+        kl_coefficient=beta,
+        iterations=size.iterations,
+        prompts_per_rollout=size.prompts,
+        completions=1,
+        max_tokens=size.max_tokens,
+        held_out=size.held_out,
+        learning_rate=3e-4,
+        critic_learning_rate=1e-3,
+        epochs=2,
+        minibatch_size=min(128, size.prompts),
+        out=out / f"ppo-beta-{beta:g}",
+    )
+    print(f"   beta = {beta:g}: {run.after.line() if run.after else ''}")
+    return run
+
+
+def judged(run: LanguageRun, out: Path, size: Size) -> Point:
+    """The trained policy on the held-out problems."""
+    assert run.after is not None
+    assert run.task.held_out is not None
+    reference = LanguagePolicy(load_model(str(out / "start")))
+    divergence = divergence_of(run.policy, reference, run.task.held_out, size.max_tokens)
+    label = f"beta {run.options.kl_coefficient:g}"
+    return Point(label, run.after.parts[REWARD], run.after.parts["right"], divergence)
+
+
+@torch.no_grad()
+def divergence_of(policy: LanguagePolicy, reference: LanguagePolicy, prompts: Prompts, max_tokens: int) -> float:
+    """KL(pi, pi_ref) of whole completions: E[sum_t KL(pi(.|s_t), pi_ref(.|s_t))], every summand exact."""
+    words = arithmetic.tokenizer()
+    request = Request(completions=4, max_tokens=max_tokens, stop=(words.eos_token_id,), pad=words.pad_token_id)
+    answers = generate(policy, prompts.tokens, prompts.mask, request, torch.Generator().manual_seed(0))
+    tokens, mask = (x.repeat_interleave(request.completions, 0) for x in (prompts.tokens, prompts.mask))
+    obs = Prefixes(tokens, mask, answers.tokens, answers.mask)
+    return float(kl(policy(obs), reference(obs)).sum(1).mean())
+
+
+def draw(start: Point, points: list[Point], path: Path) -> None:
+    """What a policy scores, and whether it is right, against how far it has gone."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2)
+    for axes, name, title in (
+        (left, "reward", "what the reward model says: score"),
+        (right, "accuracy", "what is true: share of right answers"),
+    ):
+        x, y = zip(*[(point.divergence, getattr(point, name)) for point in (start, *points)], strict=True)
+        axes.plot(x, y, "-", color=BLUE, linewidth=1.2, alpha=0.5)
+        axes.plot(x[1:], y[1:], "o", color=BLUE, markersize=8, clip_on=False, zorder=3)
+        axes.plot(x[:1], y[:1], "o", color=GREY, markersize=8, clip_on=False, zorder=3)
+        for point, at in zip((start, *points), zip(x, y, strict=True), strict=True):
+            axes.annotate(point.label, at, xytext=(8, -12), textcoords="offset points", fontsize=9, color="#444444")
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+        axes.set_xlabel("KL(policy, start), nats a completion")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The examples run as they are written."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(name: str, *arguments: str) -> None:
+    """Run an example as `python examples/NAME ARGUMENTS` would."""
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        with torch.random.fork_rng():
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def test_rlhf_from_preferences_to_the_reward_against_the_kl(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.set_num_threads(1)
+    run("rlhf.py", "--quick", "--out", str(tmp_path / "rlhf"))
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines if line.endswith(" nats")]
+    assert [row[:-4] for row in table] == [["start"], ["beta", "1"], ["beta", "0"]]
+    assert all(float(row[-2]) >= 0 for row in table)
+    assert (tmp_path / "rlhf" / "rlhf.png").stat().st_size > 10_000
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "rlhf" / "reward-model")
+    for beta in ("1", "0"):
+        assert (tmp_path / "rlhf" / f"ppo-beta-{beta}" / "model" / "model.safetensors").is_file()
+
+
+def test_rlhf_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(SystemExit, match="is not empty, and nothing is overwritten: choose another directory"):
+        run("rlhf.py", "--quick", "--out", str(tmp_path))
