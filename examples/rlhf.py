@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -35,7 +36,7 @@ from policygrad.runs.language.reward_model import train_reward_model
 from policygrad.runs.language.run import LanguageRun
 from policygrad.runs.language.training import train_language
 from policygrad.runs.language.warmup import warmed_up
-from policygrad.runs.reports import BLUE, GREY
+from policygrad.runs.reports import BLUE, GREY, ORANGE
 from policygrad.runs.training import check_empty
 
 REWARD = "reward-model"
@@ -46,7 +47,7 @@ RIGHT = "policygrad.language.arithmetic:right"
 class Size:
     """How much of everything."""
 
-    coefficients: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.0)  # beta
+    coefficients: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.0)  # beta
     problems: int = 48_000  # about two in five of them give a comparison
     iterations: int = 12  # of PPO, for each beta
     prompts: int = 256  # in an iteration
@@ -136,6 +137,7 @@ def ppo(beta: float, size: Size, out: Path) -> LanguageRun:
         max_tokens=size.max_tokens,
         held_out=size.held_out,
         learning_rate=3e-4,
+        learning_rate_schedule="linear",
         critic_learning_rate=1e-3,
         epochs=2,
         minibatch_size=min(128, size.prompts),
@@ -167,24 +169,29 @@ def divergence_of(policy: LanguagePolicy, reference: LanguagePolicy, prompts: Pr
 
 
 def draw(start: Point, points: list[Point], path: Path) -> None:
-    """What a policy scores, and whether it is right, against how far it has gone."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2)
-    for axes, name, title in (
-        (left, "reward", "what the reward model says: score"),
-        (right, "accuracy", "what is true: share of right answers"),
+    """What the reward model says of a policy, and what is true, against how far the policy has gone."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, sharex=True)
+    path_of_beta = sorted((start, *points), key=lambda point: point.divergence)
+    x = [point.divergence for point in path_of_beta]
+    for axes, name, colour, title in (
+        (left, "reward", BLUE, "The reward model's score"),
+        (right, "accuracy", ORANGE, "The share of right answers"),
     ):
-        x, y = zip(*[(point.divergence, getattr(point, name)) for point in (start, *points)], strict=True)
-        axes.plot(x, y, "-", color=BLUE, linewidth=1.2, alpha=0.5)
-        axes.plot(x[1:], y[1:], "o", color=BLUE, markersize=8, clip_on=False, zorder=3)
-        axes.plot(x[:1], y[:1], "o", color=GREY, markersize=8, clip_on=False, zorder=3)
-        for point, at in zip((start, *points), zip(x, y, strict=True), strict=True):
-            axes.annotate(point.label, at, xytext=(8, -12), textcoords="offset points", fontsize=9, color="#444444")
+        y = [getattr(point, name) for point in path_of_beta]
+        axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.5)
+        for point, at in zip(path_of_beta, zip(x, y, strict=True), strict=True):
+            axes.plot(*at, "o", color=GREY if point is start else colour, markersize=8, clip_on=False, zorder=3)
+            far = point.divergence > 0.6 * max(x) > 0  # there the label stands on the left
+            offset, side = ((-9, -12), "right") if far else ((9, -12), "left")
+            axes.annotate(point.label, at, offset, textcoords="offset points", ha=side, fontsize=9, color="#444444")
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.set_xlabel("KL(policy, start), nats a completion")
+        axes.set_xscale("function", functions=(np.sqrt, np.square))  # as Gao et al. 2022, arXiv 2210.10760, draw it
+        axes.margins(y=0.12)
+        axes.set_xlim(0, max(1.08 * max(x), 1e-3))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.savefig(path)
 

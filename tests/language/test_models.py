@@ -223,6 +223,7 @@ def test_a_completion_ends_where_tokenizer_or_model_say_so(named: Any, expected:
 
 
 def test_quiet_ends_with_the_block() -> None:
+    logging.enable_progress_bar()
     before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
     with pytest.raises(ZeroDivisionError), quiet():
         assert not logging.is_progress_bar_enabled() / 0
