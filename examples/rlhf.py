@@ -1,6 +1,6 @@
 """RLHF, whole: preferences -> reward model -> PPO with a KL penalty, on a model small enough for a CPU.
 
-    python examples/rlhf.py            some minutes; writes runs/rlhf/
+    python examples/rlhf.py            about 4 minutes; writes runs/rlhf/
     python examples/rlhf.py --quick    the same in seconds, too short to learn anything
 
 The task is addition with written-out working, 47+385=7+5=12,4+8+1=13,0+3+1=4:432. A small model has learned it from
@@ -11,7 +11,9 @@ compares them, and PPO raises the score, less beta times the KL divergence to th
     J(pi) = E[r(x, y)] - beta KL(pi, pi_ref)               (Ouyang et al. 2022, arXiv 2203.02155, eq. 2)
 
 What comes out is a table and a picture of the reward against the KL, for several beta, and beside it what the reward
-model stands for: the share of right answers, to problems that were in none of the steps.
+model stands for: the share of right answers, to problems that were in none of the steps. With a penalty the share grows
+from under half to nine in ten. Without one the score is the highest and the answers are worse than before: the policy
+has found what the reward model takes for right.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -36,7 +39,7 @@ from policygrad.runs.language.reward_model import train_reward_model
 from policygrad.runs.language.run import LanguageRun
 from policygrad.runs.language.training import train_language
 from policygrad.runs.language.warmup import warmed_up
-from policygrad.runs.reports import BLUE, GREY, ORANGE
+from policygrad.runs.reports import GREY
 from policygrad.runs.training import check_empty
 
 REWARD = "reward-model"
@@ -172,19 +175,18 @@ def draw(start: Point, points: list[Point], path: Path) -> None:
     """What the reward model says of a policy, and what is true, against how far the policy has gone."""
     figure = Figure(figsize=(10, 4.4), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, sharex=True)
-    path_of_beta = sorted((start, *points), key=lambda point: point.divergence)
-    x = [point.divergence for point in path_of_beta]
-    for axes, name, colour, title in (
-        (left, "reward", BLUE, "The reward model's score"),
-        (right, "accuracy", ORANGE, "The share of right answers"),
+    by_distance = sorted((start, *points), key=lambda point: point.divergence)
+    x = [point.divergence for point in by_distance]
+    shades = colormaps["plasma"](np.linspace(0.85, 0.1, len(points)))
+    colours = [GREY, *shades]  # the smaller beta, the darker
+    for axes, name, title in (
+        (left, "reward", "The reward model's score"),
+        (right, "accuracy", "The share of right answers"),
     ):
-        y = [getattr(point, name) for point in path_of_beta]
-        axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.5)
-        for point, at in zip(path_of_beta, zip(x, y, strict=True), strict=True):
-            axes.plot(*at, "o", color=GREY if point is start else colour, markersize=8, clip_on=False, zorder=3)
-            far = point.divergence > 0.6 * max(x) > 0  # there the label stands on the left
-            offset, side = ((-9, -12), "right") if far else ((9, -12), "left")
-            axes.annotate(point.label, at, offset, textcoords="offset points", ha=side, fontsize=9, color="#444444")
+        axes.plot(x, [getattr(point, name) for point in by_distance], color=GREY, linewidth=1, alpha=0.5)
+        for point, colour in zip((start, *points), colours, strict=True):
+            at = (point.divergence, getattr(point, name))
+            axes.plot(*at, "o", color=colour, markersize=9, clip_on=False, zorder=3, label=point.label)
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.set_xlabel("KL(policy, start), nats a completion")
         axes.set_xscale("function", functions=(np.sqrt, np.square))  # as Gao et al. 2022, arXiv 2210.10760, draw it
@@ -192,6 +194,7 @@ def draw(start: Point, points: list[Point], path: Path) -> None:
         axes.set_xlim(0, max(1.08 * max(x), 1e-3))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, loc="lower right")
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.savefig(path)
 

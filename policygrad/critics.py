@@ -21,9 +21,14 @@ Fit = Callable[[Batch], dict[str, Tensor]]
 
 
 @torch.no_grad()
-def bootstrap_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B steps"]:
-    """V(s_0), ..., V(s_T): of every step, and of where each row stops (0 if every row terminates)."""
-    value = critic(rollout.obs)
+def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | None = None) -> Float[Tensor, "B steps"]:
+    """V(s_0), ..., V(s_T): of every step, and of where each row stops (0 if every row terminates).
+
+    micro_batch: rows computed at a time.
+    """
+    size = micro_batch or len(rollout.mask)
+    parts = [tree_map(lambda x, at=at: x[at : at + size], rollout.obs) for at in range(0, len(rollout.mask), size)]
+    value = torch.cat([critic(part) for part in parts])
     if rollout.final_obs is None:
         last = torch.zeros_like(value[:, :1])
     else:

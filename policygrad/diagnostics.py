@@ -67,9 +67,13 @@ def clip_fraction_by_side(
 
 @torch.no_grad()
 def group_metrics(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> dict[str, Tensor]:
-    """The spread of rewards inside a group, and the share of rows whose group is flat: they teach nothing."""
-    std = group_std(score, group)
-    return {"group_std": std.mean(), "flat_groups": (std == 0).to(std.dtype).mean()}
+    """The spread of rewards inside a group, and the share of rows whose group is flat: they teach nothing.
+
+    Rows alone in their group are left out; without any others there is nothing to say.
+    """
+    compared = (group.unsqueeze(1) == group).sum(1) > 1
+    std = group_std(score, group)[compared]
+    return {"group_std": std.mean(), "flat_groups": (std == 0).to(std.dtype).mean()} if len(std) else {}
 
 
 @torch.no_grad()

@@ -38,11 +38,14 @@ class Wrapper(ABC):
 
 
 class OneGroup(Wrapper):
-    """All rows are one group: what makes GRPO of a control task whose episodes start alike."""
+    """All rows are one group: what makes GRPO of a control task whose episodes start alike.
+
+    Rows stay whole, since they are what is compared: a mean by row or a sequence ratio needs the row.
+    """
 
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
-        return replace(rollout, group=torch.zeros_like(rollout.group))
+        return replace(rollout, group=torch.zeros_like(rollout.group), memoryless=False)
 
 
 class KLCharged(Wrapper):
@@ -112,7 +115,8 @@ class WithoutFlatGroups(Wrapper):
     """Sample on until a rollout's rows are filled with groups whose scores differ (DAPO's dynamic sampling, eq. 11).
 
     A group of equal scores has no gradient. After `rounds` rollouts the rest is filled with what there is. The sampler
-    inside must give rows of the same shape every time. Groups stay whole: one that the rows have no room for, because
+    inside must give rows of the same shape every time, and rewards before KL is charged to them: KLCharged goes around
+    this, not into it. Groups stay whole: one that the rows have no room for, because
     groups are of different sizes, is masked. The metrics are the mean over the rounds, so that the reward is that of
     all prompts, but for `counters`, which are the last round's; sampling_rounds is added.
     """

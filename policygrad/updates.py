@@ -36,7 +36,8 @@ def ascend(
     optimizer.zero_grad()
     total: dict[str, Tensor] = {}
     rows = batch.mask.shape[0]
-    for share, part in [(1.0, batch)] if (micro_batch or rows) >= rows else micro_batches(batch, micro_batch or rows):
+    parts = micro_batches(batch, micro_batch) if micro_batch and micro_batch < rows else [(1.0, batch)]
+    for share, part in parts:
         value, metrics = objective(part)
         (-share * value).backward()  # the one minus sign: torch's optimisers descend
         for name, x in metrics.items():

@@ -93,8 +93,9 @@ def test_group_metrics_are_the_mean_deviation_and_the_share_of_flat_rows() -> No
     found = group_metrics(score, group)
     first, third = 0.5**0.5, 12.5**0.5  # of (1, 2) and of (4, 9); (2, 2) is flat
     assert_close(found, {"group_std": torch.tensor((2 * first + 2 * third) / 6), "flat_groups": torch.tensor(2 / 6)})
-    alone = group_metrics(torch.randn(3), torch.arange(3))
-    assert alone == {"group_std": 0, "flat_groups": 1}
+    beside = group_metrics(torch.cat([score, torch.randn(2)]), torch.cat([group, torch.tensor([7, 8])]))
+    assert_close(beside, found)  # rows alone are compared with nothing
+    assert group_metrics(torch.randn(3), torch.arange(3)) == {}
 
 
 def test_groups_of_equal_rewards_are_flat_to_the_last_bit() -> None:

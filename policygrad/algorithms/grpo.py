@@ -52,8 +52,9 @@ def grpo(
     [B, T]. anchor: (distribution, batch, ratio by token) -> KL(pi, pi_ref) [B, T], a partial of to_reference, charged
     with the coefficient. minibatch_size: rows of a gradient step; None: all. micro_batch: rows computed at a time.
 
-    The value of the objective is near 0 at ratio 1, whatever is learned, because advantages are centred: look at
-    reward, group_std, flat_groups and gradient_norm instead.
+    Where the weights match the centring (by row, or rows of equal length) the objective is 0 at ratio 1, whatever is
+    learned: look at reward, group_std, flat_groups and gradient_norm instead. Of clipped_weight, which keeps every
+    gradient, clip_fraction_low and _high are the shares that clipping would have silenced.
     """
     if anchor is not None and coefficient is None:
         coefficient = AdaptiveCoefficient(0.04)

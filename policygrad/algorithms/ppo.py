@@ -74,7 +74,7 @@ def ppo(
         # Sample
         rollout = sample(policy)
         # Credit
-        value = bootstrap_values(critic, rollout)
+        value = bootstrap_values(critic, rollout, micro_batch)
         advantage = gae(rollout.reward, value, rollout.terminated, rollout.ended, gamma, lam)
         target = advantage + value[:, :-1]
         advantage = normalize_batch(advantage, rollout.mask)

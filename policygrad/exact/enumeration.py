@@ -56,6 +56,7 @@ def rows(rollout: Rollout, index: Int[Tensor, " K"]) -> Rollout:
         rollout.group[index],
         None if rollout.final_obs is None else rollout.final_obs[index],
         rollout.memoryless,
+        importance=None if rollout.importance is None else rollout.importance[index],
     )
 
 

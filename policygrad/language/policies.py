@@ -191,7 +191,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
             module.p = 0.0
         _without_noise(module)
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            _without_noise(module.config)  # some layers read it there
+            _without_noise(module.config)  # where some layers read it; it is saved with the model
     return model
 
 
@@ -237,5 +237,7 @@ def _head_is_plain(model: PreTrainedModel) -> bool:
             hidden, logits = body(input_ids=tokens).last_hidden_state, model(input_ids=tokens).logits
     finally:
         hook.remove()
-    ((given, large),) = passed
+    if len(passed) != 1:
+        return False
+    given, large = passed[0]
     return torch.equal(logits.float(), large.float()) and torch.allclose(given, hidden, rtol=1e-3, atol=1e-3)

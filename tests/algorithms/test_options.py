@@ -229,8 +229,8 @@ def test_ppo_in_micro_batches_is_ppo(
 def test_ppo_computes_no_more_rows_at_a_time_than_a_micro_batch(whole_rows: WholeRows) -> None:
     seen: list[int] = []
     whole_rows(seen=seen, minibatch_size=5, micro_batch=3)
-    # The critic on the whole rollout, without gradient; then policy and critic on 5 rows, and on 2 with 3 to fill up.
-    assert seen == [7, *[3, 3, 2, 2], *[3, 3]]
+    # The critic on the rollout, without gradient; then policy and critic on 5 rows, and on 2 with 3 to fill up.
+    assert seen == [*[3, 3, 1], *[3, 3, 2, 2], *[3, 3]]
 
 
 def test_what_a_micro_batch_must_not_do_would_be_seen(whole_rows: WholeRows) -> None:

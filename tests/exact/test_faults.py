@@ -142,7 +142,7 @@ FAULTS = {
     "V-trace: the trace runs on past a truncation": (returns, "vtrace", "random",
         lambda f: lambda r, v, terminated, ended, *x: f(r, v, terminated, terminated, *x)),
     "no value where the row stops": (critics, "bootstrap_values", "random",
-        lambda f: lambda critic, seen: f(critic, replace(seen, final_obs=None))),
+        lambda f: lambda critic, seen, *x: f(critic, replace(seen, final_obs=None), *x)),
     "the reset step counts": (rollout, "decisions", "random", reset_counts),
     # Returns and discounting (pitfall 11)
     "gamma^t dropped": (returns, "discount", "random", lambda f: lambda *x: torch.ones_like(f(*x))),
