@@ -14,7 +14,7 @@ from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch, Rollout, minibatches
 from policygrad.updates import ascend
-from policygrad.weights import average
+from policygrad.weights import average, normalized
 
 # How a critic is fitted between updates: (batch with targets) -> metrics, e.g. partial(fit_critic, critic=..., ...).
 Fit = Callable[[Batch], dict[str, Tensor]]
@@ -50,7 +50,7 @@ def fit_critic(
     Returns value_loss and critic_gradient_norm, means over all minibatches, and explained_variance, of batch.value:
     what the critic predicted before it saw the targets.
     """
-    share = batch.weight / batch.weight.sum()
+    share = normalized(batch.weight)
 
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss = average(squared_error(critic(batch.obs), batch.target), batch.weight)

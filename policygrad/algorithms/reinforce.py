@@ -19,7 +19,7 @@ from policygrad.returns import discount, reward_to_go
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import score
 from policygrad.updates import ascend
-from policygrad.weights import average, per_episode
+from policygrad.weights import average, normalized, per_episode
 
 
 def reinforce(
@@ -47,7 +47,7 @@ def reinforce(
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         distribution = policy(batch.obs)
         gain = average(score(distribution.log_prob(batch.action), batch.advantage), batch.weight)
-        entropy = average(distribution.entropy(), batch.weight / batch.weight.sum())
+        entropy = average(distribution.entropy(), normalized(batch.weight))
         metrics = {"objective": gain.detach(), "entropy": entropy.detach()}
         return gain + entropy_coefficient * entropy, metrics
 

@@ -21,7 +21,7 @@ from policygrad.objectives import surrogate
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import token_ratio
 from policygrad.updates import kl_radius, natural_step, trust_region_step
-from policygrad.weights import average, per_token
+from policygrad.weights import average, normalized, per_token
 
 
 def trpo(
@@ -59,11 +59,11 @@ def trpo(
         def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             distribution = policy(batch.obs)
             ratio = token_ratio(distribution.log_prob(batch.action), batch.logp, batch.mask)
-            entropy = average(distribution.entropy(), batch.weight / batch.weight.sum())
+            entropy = average(distribution.entropy(), normalized(batch.weight))
             return average(surrogate(ratio, batch.advantage), batch.weight), {"entropy": entropy.detach()}
 
         def divergence(batch: Batch, old: torch.distributions.Distribution = old) -> Tensor:
-            return average(kl(old, policy(batch.obs)), batch.weight / batch.weight.sum())
+            return average(kl(old, policy(batch.obs)), normalized(batch.weight))
 
         # Update
         metrics = step(objective, divergence, batch, parameters)

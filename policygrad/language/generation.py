@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from policygrad.errors import UserError
-from policygrad.language.policies import LanguagePolicy, _autocast, causal, evaluating, positions
+from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def generate(
     prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
     seen = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), request.max_tokens)], 1)
     stop = torch.tensor(list(request.stop), device=prompt.device)
-    with evaluating(policy.model), _autocast(prompt.device, policy.autocast):
+    with evaluating(policy.model), precision(prompt.device, policy.autocast):
         states, cache = _read(policy, prompt, prompt_mask, request)
         seen = seen.repeat_interleave(request.completions, 0)
         place = positions(prompt_mask)[:, -1].repeat_interleave(request.completions)

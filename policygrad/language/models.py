@@ -106,8 +106,8 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():  # peft reads an attribute that transformers deprecates
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings():  # of peft about what it sets itself, and about what transformers deprecates
+            warnings.simplefilter("ignore")
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA cannot be added: {' '.join(str(error).split())[:200]}") from error

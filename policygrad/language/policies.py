@@ -161,7 +161,7 @@ def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dt
     inputs = {"input_ids": tokens, "position_ids": positions(seen), "use_cache": False}
     if torch.compiler.is_compiling() or not bool(obs.prompt_mask.all()):
         inputs["attention_mask"] = seen.long()
-    with _autocast(tokens.device, autocast):
+    with precision(tokens.device, autocast):
         out = states(obs.completion.shape[1], **inputs)
     return pad(out, (0, 0, 0, steps - out.shape[1]))
 
@@ -213,7 +213,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+def precision(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Arithmetic in a type for a while (torch.autocast); None: as it is."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.optim import Adam
+from transformers import AutoModel
 
 from policygrad.advantages import standardize, unnormalized
 from policygrad.algorithms import variants
@@ -143,6 +144,7 @@ def critic_of(policy: LanguagePolicy, options: LanguagePPO) -> ValueModel:
         dtype=options.dtype,
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
+        kind=AutoModel,  # no head: a reward model will do
     ).to(options.device)  # type: ignore[arg-type]
     mine, its = (len(x.get_input_embeddings().weight) for x in (trunk(policy.model), other))  # type: ignore
     if its < mine:
@@ -150,7 +152,7 @@ def critic_of(policy: LanguagePolicy, options: LanguagePPO) -> ValueModel:
             f"the critic {options.critic} has embeddings for {its:,} tokens and the policy for {mine:,}: "
             "give one of the same tokenizer"
         )
-    return ValueModel(trunk(other), autocast=autocast)
+    return ValueModel(other, autocast=autocast)
 
 
 def _adam(options: LanguageOptions, parts: list[tuple[nn.Module, float]]) -> Adam:

@@ -62,7 +62,7 @@ def train_language(
     check_device(options.device)
     directory = None if out is None else Path(out)
     check_empty(directory)
-    with seeded(options.seed, options.threads):
+    with seeded(options.seed, options.threads), models.quiet():
         run = LanguageRun(name, load_task(task, options, announce, progress), options, preset, directory)
         sampler = _sampler(run, engine)
         learner = learners.build(options, run.policy, sampler)
