@@ -88,6 +88,7 @@ def rlhf(size: Size, out: Path, *, quick: bool) -> None:
     """The three steps, and what came out of them."""
     # 0. The policy to begin with; it is also pi_ref, from which it shall not stray too far.
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # more are of little use to a model this small
     model = arithmetic.model(hidden=16, layers=1) if quick else warmed_up(print, progress=True)
     save_model(model, arithmetic.tokenizer(), out / "start")
 
