@@ -140,7 +140,8 @@ def draw_curve(
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(10, 4.8), layout="constrained", dpi=150)
-    panels = tuple((name, label) for name, label in panels if any(name in row for row in rows))[:5]
+    # What is there and is more than rounding: the KL to the old policy is 0 where every rollout has one update.
+    panels = tuple((name, label) for name, label in panels if any(abs(row.get(name, 0.0)) > 1e-9 for row in rows))[:5]
     left, right = list(np.asarray(figure.subfigures(1, 2, width_ratios=(2.0, 1.0))))
     main = left.subplots()
     small = right.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
