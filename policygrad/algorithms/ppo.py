@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 
 from policygrad.advantages import gae, standardize, unnormalized
 from policygrad.critics import bootstrap_values
-from policygrad.diagnostics import clip_fraction, explained_variance, mean_metrics, ratio_metrics
+from policygrad.diagnostics import (
+    clip_fraction,
+    clip_fraction_by_side,
+    explained_variance,
+    mean_metrics,
+    ratio_metrics,
+)
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, penalised_surrogate
 from policygrad.rollout import Batch, Rollout, decisions, minibatches
@@ -68,6 +74,7 @@ def ppo(
         metrics = {"objective": gain.detach(), "entropy": entropy.detach(), "value_loss": error.detach()}
         metrics |= ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
         metrics["clip_fraction"] = clip_fraction(ratio, batch.weight, *clip)
+        metrics |= clip_fraction_by_side(ratio, batch.advantage, batch.weight, *clip)
         return gain + entropy_coefficient * entropy - value_coefficient * error, metrics
 
     while True:
