@@ -18,6 +18,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 
 from policygrad.errors import UserError
 from policygrad.runs import presets
+from policygrad.runs.directories import file_name, free_directory
 from policygrad.runs.language.options import LANGUAGE, LanguageOptions, RewardModelOptions
 from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, nearest, with_values
 from policygrad.runs.verify.options import VerifyOptions
@@ -157,7 +158,9 @@ def _train(rest: list[str]) -> int:
     preset, tuned = presets.choose(preset, name, environment)
     defaults = with_values(defaults, tuned, f"preset {preset}: ")
     command = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
-    out = command.out or _free(Path("runs") / _file_name(command.environment) / f"{name}-seed{command.algorithm.seed}")
+    out = command.out or free_directory(
+        Path("runs") / file_name(command.environment) / f"{name}-seed{command.algorithm.seed}"
+    )
 
     _quiet()
     from policygrad.runs.training import train
@@ -210,7 +213,7 @@ def _train_language(name: str, rest: list[str]) -> int:
     defaults = with_values(defaults, tuned, f"preset {preset}: ")
     command = _parse(kind, rest, f"train {name}", TrainLanguage(defaults), config)
     label = Path(command.task or command.algorithm.dataset or "arithmetic").stem
-    out = command.out or _free(Path("runs") / _file_name(label) / f"{name}-seed{command.algorithm.seed}")
+    out = command.out or free_directory(Path("runs") / file_name(label) / f"{name}-seed{command.algorithm.seed}")
 
     _language_installed()
     from policygrad.language.evaluation import samples_table
@@ -378,19 +381,6 @@ def _parse(kind: Any, arguments: list[str], name: str, default: Any, config: Seq
         meant = [line.split()[0] for line in lines if line.startswith("--")]
         hint = f"did you mean {meant[0]}? " if "Perhaps you meant:" in lines and meant else ""
         raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None
-
-
-def _file_name(environment: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", environment)
-
-
-def _free(directory: Path) -> Path:
-    """The directory, or with -2, -3, ... where it holds a run already."""
-    number, candidate = 1, directory
-    while candidate.exists():
-        number += 1
-        candidate = directory.with_name(f"{directory.name}-{number}")
-    return candidate
 
 
 def _quiet() -> None:

@@ -14,8 +14,11 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from policygrad.errors import UserError
+
 CHARACTERS = "0123456789+=,:"
 NUMBERS = 1000  # each of the two is below this
+KEPT = 4096  # problems kept from all training, for whoever holds some out
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,14 @@ def problems(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> li
 
 
 def splits(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Problems to train on and problems that are in no demonstration and no rollout."""
-    kept = problems(held_out, seed=seed + 1)
-    return problems(train, seed=seed, exclude=frozenset(x["prompt"] for x in kept)), kept
+    """Problems to train on and problems that are in no demonstration and no rollout: the same, however many of each.
+
+    Raises UserError for more than KEPT to hold out.
+    """
+    if held_out > KEPT:
+        raise UserError(f"{held_out} problems cannot be held out of arithmetic: {KEPT} at most")
+    kept = problems(KEPT, seed=seed + 1)
+    return problems(train, seed=seed, exclude=frozenset(x["prompt"] for x in kept)), kept[:held_out]
 
 
 def demonstrations(examples: list[dict[str, Any]], seed: int, quality: Demonstrators | None = None) -> list[str]:
@@ -107,20 +115,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
+def configuration(hidden: int = 96, layers: int = 3) -> LlamaConfig:
+    """A small Llama's."""
+    vocabulary = tokenizer()
+    return LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=vocabulary.pad_token_id,
+        eos_token_id=vocabulary.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+
+
 def model(hidden: int = 96, layers: int = 3) -> LlamaForCausalLM:
     """A small Llama, from its configuration; its weights are drawn from torch's global generator."""
-    vocabulary = tokenizer()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=vocabulary.pad_token_id,
-            eos_token_id=vocabulary.eos_token_id,
-            bos_token_id=None,
-            tie_word_embeddings=True,
-        )
-    )
+    return LlamaForCausalLM(configuration(hidden, layers))

@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,14 @@ from policygrad.language.reward_models import (
     scores,
 )
 from policygrad.rollout import minibatches
+from policygrad.runs.directories import file_name, free_directory
 from policygrad.runs.language.options import RewardModelOptions, validate_reward_model
 from policygrad.runs.language.task import ARITHMETIC
 from policygrad.runs.language.warmup import warmed_up
 from policygrad.runs.options import with_values
 from policygrad.runs.reports import Row, progress_bar
 from policygrad.runs.run import make_directory
-from policygrad.runs.training import check_device, check_empty
+from policygrad.runs.training import check_device, check_empty, seeded
 from policygrad.updates import ascend
 from policygrad.weights import normalized
 
@@ -118,11 +118,8 @@ class RewardModelRun:
 
 def run(options: RewardModelOptions) -> int:
     """The command `policygrad reward-model`."""
-    from policygrad.cli import _file_name, _free
-
-    out = options.out or _free(
-        Path("runs") / _file_name(Path(options.dataset).stem) / f"reward-model-seed{options.seed}"
-    )
+    name = file_name(Path(options.dataset).stem)
+    out = options.out or free_directory(Path("runs") / name / f"reward-model-seed{options.seed}")
     say = (lambda line: None) if options.json else print
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("out", "json")}
     result = train_reward_model(out=out, announce=say, **values)
@@ -157,11 +154,7 @@ def train_reward_model(
     check_device(options.device)
     directory = None if out is None else Path(out)
     check_empty(directory)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+    with seeded(options.seed, options.threads):
         examples = preferences_of(options)
         train, held_out = data.hold_out(examples, options.held_out, seed=0)
         model = starting_model(options, announce, progress)

@@ -22,7 +22,7 @@ from policygrad.updates import ascend
 from policygrad.weights import average, per_token
 
 PROBLEMS = 8000
-# What decides the warm model, with the source of arithmetic.py: where any of it changes, the old file is not found.
+# With the demonstrations and the configuration it decides the warm model: where any changes, the old one is not found.
 RECIPE = {"steps": 600, "rows": 128, "learning_rate": 2e-3}
 
 
@@ -48,18 +48,24 @@ def cache_directory() -> Path:
 
 
 def _key() -> str:
-    sources = [Path(arithmetic.__file__).read_text(), json.dumps(RECIPE), torch.__version__]
-    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
+    examples, demonstrations = _demonstrations()
+    learned = [x["prompt"] + y for x, y in zip(examples, demonstrations, strict=True)]
+    decides = [*learned, arithmetic.configuration().to_json_string(), json.dumps(RECIPE), torch.__version__]
+    return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:12]
+
+
+def _demonstrations() -> tuple[list[dict], list[str]]:
+    examples, _ = arithmetic.splits(PROBLEMS, 128, seed=0)
+    return examples, arithmetic.demonstrations(examples, seed=0)
 
 
 def _train(progress: bool, device: str) -> nn.Module:
-    examples, _ = arithmetic.splits(PROBLEMS, 128, seed=0)
-    tokenizer = arithmetic.tokenizer()
+    examples, completions = _demonstrations()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = LanguagePolicy(arithmetic.model())
         policy.to(device)
-        batch = demonstrations_batch(examples, arithmetic.demonstrations(examples, seed=0), tokenizer, device)
+        batch = demonstrations_batch(examples, completions, arithmetic.tokenizer(), device)
         steps, rows = int(RECIPE["steps"]), int(RECIPE["rows"])
         fit_demonstrations(policy, batch, steps, rows, RECIPE["learning_rate"], progress=progress)
     return policy.model
