@@ -5,8 +5,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from policygrad.errors import UserError
 
@@ -331,6 +332,8 @@ def validate(options: Options) -> None:
 
 def _fits(x: Any, kind: Any) -> bool:
     """Is x of the type that an option is annotated with? A whole number is a number, and True is neither."""
+    if get_origin(kind) is Annotated:
+        return _fits(x, get_args(kind)[0])
     if get_origin(kind) is Literal:
         return x in get_args(kind)
     if get_origin(kind) is tuple:
@@ -344,13 +347,15 @@ def _fits(x: Any, kind: Any) -> bool:
 
 def _said(kind: Any) -> str:
     """The type of an option, in words."""
+    if get_origin(kind) is Annotated:
+        return _said(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
         return f"a list, each entry {_said(get_args(kind)[0])}"
     if isinstance(kind, UnionType):
         return " or ".join(_said(one) for one in get_args(kind) if one is not type(None))
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}[kind]
 
 
 def nearest(name: str, known: list[str]) -> str:

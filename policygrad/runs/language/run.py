@@ -114,7 +114,10 @@ class LanguageRun:
         return self.task.policy
 
     def evaluate(self, completions: int | None = None, *, seed: int = 1000, greedy: bool = False) -> LanguageEvaluation:
-        """Answer the held-out prompts. Raises UserError if there are none."""
+        """Answer the held-out prompts, each `completions` times. Raises UserError if there are none."""
+        completions = self.options.evaluation_completions if completions is None else completions
+        if completions < 1:
+            raise UserError(f"completions is {completions}: it must be at least 1")
         if self.task.held_out is None:
             raise UserError("there are no held-out examples to evaluate on: train with held_out above 0")
         return evaluate_policy(
@@ -122,7 +125,7 @@ class LanguageRun:
             self.task.held_out,
             self.task.tokenizer,
             self.task.judge_held_out,
-            completions=completions or self.options.evaluation_completions,
+            completions=completions,
             max_tokens=self.options.max_tokens,
             seed=seed,
             greedy=greedy,

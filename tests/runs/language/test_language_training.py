@@ -215,6 +215,13 @@ def test_evaluation_along_the_way(small: dict) -> None:
     assert run.after.prompts == 8
 
 
+@pytest.mark.parametrize("completions", [0, -1])
+def test_an_evaluation_of_no_completions_is_refused(completions: int, small: dict) -> None:
+    run = train_language("grpo", **{**small, "iterations": 1})
+    with pytest.raises(UserError, match=f"completions is {completions}: it must be at least 1"):
+        run.evaluate(completions)
+
+
 def test_conversations_are_answered_through_the_chat_template(small: dict, tmp_path: Path, rewards: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small["model"])
     tokenizer.chat_template = (
