@@ -39,8 +39,8 @@ class SquashedNormal(Distribution):
         return self.normal.log_prob(value) - self._log_slope(value).sum(-1)
 
     def entropy(self) -> Tensor:
-        """H(a) = H(u) + E log da/du, the expectation by Gauss-Hermite quadrature: no noise, and differentiable."""
-        nodes, weights = (torch.as_tensor(x, dtype=self.mean.dtype, device=self.mean.device) for x in _HERMITE)
+        """H(a) = H(u) + E log da/du, the expectation by quadrature: no noise, and differentiable."""
+        nodes, weights = (torch.as_tensor(x, dtype=self.mean.dtype, device=self.mean.device) for x in _QUADRATURE)
         u = self.mean.unsqueeze(-1) + self.normal.base_dist.stddev.unsqueeze(-1) * nodes
         slope = self._log_slope(u.movedim(-1, 0)).movedim(0, -1)
         return self.normal.entropy() + (slope * weights).sum((-1, -2))
@@ -60,9 +60,12 @@ class SquashedNormal(Distribution):
         return self.half_width.log() + 2 * (math.log(2) - u - softplus(-2 * u))
 
 
-# E f(u) for u ~ N(0, 1): sum of weights f(nodes).
-_HERMITE = np.polynomial.hermite_e.hermegauss(32)
-_HERMITE = (_HERMITE[0], _HERMITE[1] / math.sqrt(2 * math.pi))
+# E f(u) for u ~ N(0, 1), as the sum of weights f(nodes), by the trapezoidal rule. For a function that is analytic
+# within d of the real line its error falls as exp(-2 pi d / step), and log da/du is, within pi / (2 std): 2e-8 at a
+# standard deviation of 2, 2e-4 at 5, where a Gauss-Hermite rule of as much work is off by 2e-2.
+_nodes = np.arange(-24, 25) / 4
+_density = np.exp(-(_nodes**2) / 2)
+_QUADRATURE = (_nodes, _density / _density.sum())
 
 
 @register_kl(SquashedNormal, SquashedNormal)

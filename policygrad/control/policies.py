@@ -240,9 +240,10 @@ def head(
     """The head of an action space. Raises UserError for a space it has none for, or options that do not apply."""
     if isinstance(space, spaces.Box):
         return NormalHead(space, squash, state_dependent_std, initial_log_std)
-    if squash or state_dependent_std:
-        option = "squash" if squash else "state_dependent_std"
-        raise UserError(f"{option} is for Box actions, and the action space is {space}: leave it off")
+    gaussian = {"squash": squash, "state_dependent_std": state_dependent_std, "initial_log_std": initial_log_std}
+    for option, value in gaussian.items():
+        if value:
+            raise UserError(f"{option} is for Box actions, and the action space is {space}: leave it out")
     if isinstance(space, spaces.Discrete):
         return CategoricalHead(space)
     if isinstance(space, spaces.MultiDiscrete):

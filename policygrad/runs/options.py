@@ -308,6 +308,31 @@ def check_bounds(
                 raise UserError(f"{name} is {x}: it must be {bound}")
 
 
+# Options that are read only under a choice made by another: (of which algorithms, option, the other, its values).
+Reading = tuple[type, str, str, tuple[Any, ...]]
+READ_UNDER: tuple[Reading, ...] = (
+    (ActorCritic, "lam", "advantage", ("gae",)),
+    (ActorCritic, "n", "advantage", ("n_step",)),
+    (NPG, "delta", "step_rule", ("kl_radius",)),
+    (NPG, "natural_learning_rate", "step_rule", ("learning_rate",)),
+    (Reinforce, "critic_learning_rate", "baseline", ("value",)),
+    (Reinforce, "critic_epochs", "baseline", ("value",)),
+    (Reinforce, "critic_minibatch_size", "baseline", ("value",)),
+)
+
+
+def check_read(options: Any, defaults: Any, table: Collection[Reading] = READ_UNDER) -> None:
+    """Raise UserError for an option that was set, away from its default or preset, where nothing will read it."""
+    for kind, name, other, values in table:
+        if not isinstance(options, kind) or getattr(options, name) == getattr(defaults, name):
+            continue
+        if getattr(options, other) not in values:
+            raise UserError(
+                f"{name} is read only where {other} is {' or '.join(map(str, values))}, and {other} is "
+                f"{getattr(options, other)}: set that too, or leave {name} out"
+            )
+
+
 def validate(options: Options) -> None:
     """Raise UserError for a value that cannot be meant."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}

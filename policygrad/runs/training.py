@@ -18,7 +18,7 @@ from policygrad.control.evaluation import time_limit
 from policygrad.errors import UserError
 from policygrad.runs import learners, presets
 from policygrad.runs.checkpoints import save_policy, write_json
-from policygrad.runs.options import ALGORITHMS, Options, Reinforce, algorithm_named, validate, with_values
+from policygrad.runs.options import ALGORITHMS, Options, Reinforce, algorithm_named, check_read, validate, with_values
 from policygrad.runs.reports import Log, ProgressLine
 from policygrad.runs.run import Run, label, make_directory
 
@@ -57,8 +57,11 @@ def train(
         if values.setdefault("num_envs", count) != count:
             raise UserError(f"num_envs is {values['num_envs']}, and the environment handed in is {count}: leave it out")
     preset, tuned = presets.choose(preset, algorithm, environment)
-    options = with_values(with_values(ALGORITHMS[algorithm](), tuned, f"preset {preset}: "), values)
+    defaults = with_values(ALGORITHMS[algorithm](), tuned, f"preset {preset}: ")
+    options = with_values(defaults, values)
     validate(options)
+    check_read(options, defaults)
+    _check_shape_read(options, defaults, policy, critic)
     if preset is not None:
         announce(f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned))
     check_device(options.device)
@@ -191,6 +194,16 @@ def _modules(
     elif not isinstance(critic, nn.Module):
         critic = critic(observation_space)
     return policy.to(options.device), critic.to(options.device)
+
+
+def _check_shape_read(options: Options, defaults: Options, policy: Module | None, critic: Module | None) -> None:
+    """Raise UserError for an option of the networks made here where the user's own take their place."""
+    own_policy, both = policy is not None, policy is not None and critic is not None
+    unread = {"squash": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
+    unread |= {"hidden": both, "activation": both, "orthogonal": both}
+    for name, ignored in unread.items():
+        if ignored and getattr(options, name) != getattr(defaults, name):
+            raise UserError(f"{name} shapes the networks made here, and you hand in your own: leave {name} out")
 
 
 def check_device(name: str) -> None:

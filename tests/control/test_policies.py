@@ -69,7 +69,9 @@ def test_what_the_environment_gets_is_in_its_space(name: str) -> None:
 @every_policy
 def test_every_action_of_a_finite_space_and_both_bounds_of_a_box_are_reached(name: str) -> None:
     space, options = POLICIES[name]
-    policy = Policy(OBSERVATIONS, space, **(options | {"initial_log_std": 2.0}))
+    policy = Policy(
+        OBSERVATIONS, space, **(options | ({"initial_log_std": 2.0} if isinstance(space, spaces.Box) else {}))
+    )
     action = policy.to_environment(policy(torch.zeros(4000, 1, 3)).sample()[:, 0]).reshape(4000, -1)
     if isinstance(space, spaces.Box):
         low, high = space.low.reshape(-1), space.high.reshape(-1)
@@ -214,6 +216,7 @@ def test_the_standard_deviation_depends_on_the_state_where_it_is_asked_to() -> N
         (spaces.Sequence(BOX), {}, "Sequence"),
         (spaces.Discrete(2), {"squash": True}, r"squash.*Discrete"),
         (spaces.MultiBinary(2), {"state_dependent_std": True}, r"state_dependent_std.*MultiBinary"),
+        (spaces.Discrete(2), {"initial_log_std": -1.0}, r"initial_log_std.*Discrete"),
         (spaces.Box(-np.inf, np.inf, (2,)), {"squash": True}, r"squash.*Box"),
         (spaces.Box(0, np.inf, (2,)), {"squash": True}, r"squash.*Box"),
     ],

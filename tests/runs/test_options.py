@@ -21,7 +21,7 @@ from policygrad.critics import fit_critic
 from policygrad.errors import UserError
 from policygrad.returns import reward_to_go
 from policygrad.runs import training
-from policygrad.runs.options import ALGORITHMS, ALIASES, algorithm_named, validate, with_values
+from policygrad.runs.options import ALGORITHMS, ALIASES, algorithm_named, check_read, validate, with_values
 from policygrad.runs.run import Run
 from policygrad.updates import natural_step, trust_region_step
 
@@ -248,6 +248,35 @@ def test_an_impossible_value_is_refused_by_name(algorithm: str, option: str, val
     with pytest.raises(UserError, match=option) as raised:
         train(algorithm, "CartPole-v1", preset="none", **{option: value})
     assert "\n" not in str(raised.value)
+
+
+UNREAD: list[tuple[str, dict[str, Any], str]] = [
+    ("actor_critic", {"n": 3}, "n is read only where advantage is n_step, and advantage is gae"),
+    ("actor_critic", {"advantage": "monte_carlo", "lam": 0.9}, "lam is read only where advantage is gae"),
+    ("npg", {"natural_learning_rate": 0.2}, "natural_learning_rate is read only where step_rule is learning_rate"),
+    ("npg", {"step_rule": "learning_rate", "delta": 0.02}, "delta is read only where step_rule is kl_radius"),
+    ("reinforce", {"baseline": "mean", "critic_learning_rate": 0.1}, "critic_learning_rate is read only where"),
+    ("reinforce", {"baseline": "none", "critic_epochs": 2}, "critic_epochs is read only where baseline is value"),
+    ("reinforce", {"baseline": "optimal", "critic_minibatch_size": 9}, "critic_minibatch_size is read only where"),
+    ("ppo", {"policy": torch.nn.Identity(), "squash": True}, "squash shapes the networks made here"),
+    ("ppo", {"policy": torch.nn.Identity(), "initial_log_std": -1.0}, "initial_log_std shapes"),
+    ("ppo", {"policy": torch.nn.Identity(), "state_dependent_std": True}, "state_dependent_std shapes"),
+    ("ppo", {"policy": torch.nn.Identity(), "critic": torch.nn.Identity(), "hidden": (8,)}, "hidden shapes"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "options", "said"), UNREAD, ids=lambda x: str(x))
+def test_an_option_that_nothing_would_read_is_refused(algorithm: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        train(algorithm, "CartPole-v1", preset="none", **options)
+
+
+def test_what_a_preset_sets_may_go_unread() -> None:
+    """The preset is for the choices it makes; one other choice, and some of it is not needed."""
+    tuned = with_values(ALGORITHMS["actor_critic"](), {"lam": 0.9})
+    check_read(with_values(tuned, {"advantage": "n_step", "n": 3}), tuned)
+    with pytest.raises(UserError, match="lam is read only"):
+        check_read(with_values(tuned, {"advantage": "n_step", "lam": 0.8}), tuned)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -22,7 +22,9 @@ from policygrad.runs import learners
 from policygrad.runs.options import ALGORITHMS
 from policygrad.runs.run import Run
 
-SMALL: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "num_steps": 16, "steps": 100, "minibatch_size": 16}
+SHORT: dict[str, Any] = {"num_envs": 4, "num_steps": 16, "steps": 100}
+MINIBATCHES: dict[str, Any] = {"minibatch_size": 16}
+SMALL: dict[str, Any] = {"hidden": (8,), **SHORT, **MINIBATCHES}
 
 
 def strict(text: str) -> Any:
@@ -108,8 +110,8 @@ def test_modules_of_ones_own_take_the_place_of_policy_and_critic(algorithm: str)
 
     policy, critic = OwnPolicy(2), OwnCritic(1)
     before = [p.clone() for m in (policy, critic) for p in m.parameters()]
-    small = {name: x for name, x in SMALL.items() if name != "minibatch_size" or algorithm == "ppo"}
-    run = pg.train(algorithm, "probes:Known-v0", policy=policy, critic=critic, **small)
+    size = SHORT | (MINIBATCHES if algorithm == "ppo" else {})
+    run = pg.train(algorithm, "probes:Known-v0", policy=policy, critic=critic, **size)
     assert run.policy is policy
     assert run.critic is critic
     after = [p for m in (policy, critic) for p in m.parameters()]
@@ -123,7 +125,8 @@ def test_callables_make_modules_of_the_spaces() -> None:
         "probes:Known-v0",
         policy=lambda observations, actions: pg.Policy(observations, actions, hidden=(3,)),
         critic=lambda observations: pg.Critic(observations, hidden=(5,)),
-        **SMALL,
+        **SHORT,
+        **MINIBATCHES,
     )
     sizes = [p.shape[0] for m in (run.policy, run.critic) for n, p in m.named_parameters() if n == "network.0.weight"]
     assert sizes == [3, 5]
@@ -146,8 +149,8 @@ def test_policy_and_critic_may_share_a_trunk() -> None:
             return self.last(self.trunk(obs)).squeeze(-1)
 
     for algorithm in ("ppo", "actor_critic"):
-        small = {n: x for n, x in SMALL.items() if n != "minibatch_size" or algorithm == "ppo"}
-        pg.train(algorithm, "CartPole-v1", preset="none", policy=Actor(2), critic=Judge(1), **small)
+        size = SHORT | (MINIBATCHES if algorithm == "ppo" else {})
+        pg.train(algorithm, "CartPole-v1", preset="none", policy=Actor(2), critic=Judge(1), **size)
 
 
 def test_reinforce_needs_to_know_how_long_an_episode_may_be() -> None:

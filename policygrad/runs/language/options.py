@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff
 
 from policygrad.errors import UserError
-from policygrad.runs.options import check_bounds
+from policygrad.runs.options import Reading, check_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +325,16 @@ NOT_NEGATIVE = (
 GROUPED = (GRPO, DrGRPO, DAPO, GSPO, CISPO, RLOO)
 
 
+# Options that are read only under a choice made by another (see policygrad.runs.options.check_read).
+READ_UNDER: tuple[Reading, ...] = (
+    (LanguageOptions, "cut_penalty", "cut", ("penalised",)),
+    (LanguageOptions, "importance_bound", "old_logp", ("recomputed",)),
+    (LanguageOptions, "kl_coefficient", "kl", ("loss", "reward")),
+    (LanguageOptions, "kl_target", "kl", ("loss", "reward")),
+    (GRPO, "kl_estimate", "kl", ("loss",)),
+)
+
+
 def validate(name: str, options: LanguageOptions) -> None:
     """Raise UserError for a value that cannot be meant."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}
@@ -342,12 +352,8 @@ def validate(name: str, options: LanguageOptions) -> None:
     if options.reward_weight and len(options.reward_weight) != len(options.reward):
         counts = f"{len(options.reward)} rewards and {len(options.reward_weight)} weights"
         raise UserError(f"there are {counts}: give one each")
-    if options.kl == "none" and math.isfinite(options.kl_target):
-        raise UserError("kl_target adapts kl_coefficient, and kl is none: say where it is charged, --kl loss or reward")
     if not options.lora_rank and (options.lora_targets or options.lora_alpha is not None):
         raise UserError("lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too")
-    if options.cut_penalty != 1.0 and options.cut != "penalised":
-        raise UserError(f"cut_penalty is {options.cut_penalty}, and cut completions are {options.cut}: --cut penalised")
 
 
 def validate_reward_model(options: RewardModelOptions) -> None:

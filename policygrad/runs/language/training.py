@@ -17,11 +17,11 @@ from policygrad.language.sampler import CompletionSampler
 from policygrad.runs import presets
 from policygrad.runs.checkpoints import write_json
 from policygrad.runs.language import learners
-from policygrad.runs.language.options import LANGUAGE, LanguageOptions, validate
+from policygrad.runs.language.options import LANGUAGE, READ_UNDER, LanguageOptions, validate
 from policygrad.runs.language.run import LanguageRun
 from policygrad.runs.language.task import load_task
 from policygrad.runs.learners import Learner
-from policygrad.runs.options import nearest, with_values
+from policygrad.runs.options import check_read, nearest, with_values
 from policygrad.runs.reports import Log, Row, progress_bar
 from policygrad.runs.run import make_directory
 from policygrad.runs.training import check_device, check_empty, seeded, translated
@@ -55,8 +55,10 @@ def train_language(
         raise UserError(f"{algorithm!r} does not train language models: {nearest(name, list(LANGUAGE))}")
     small = task == "arithmetic" and values.get("model") is None
     preset, tuned = presets.choose(preset, name, task if small else None)
-    options = with_values(with_values(LANGUAGE[name](), tuned, f"preset {preset}: "), values)
+    defaults = with_values(LANGUAGE[name](), tuned, f"preset {preset}: ")
+    options = with_values(defaults, values)
     validate(name, options)
+    check_read(options, defaults, READ_UNDER)
     if preset is not None:
         announce(f"preset {preset}: " + ", ".join(f"{key}={getattr(options, key)}" for key in tuned))
     check_device(options.device)
