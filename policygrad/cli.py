@@ -8,8 +8,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -18,7 +18,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 
 from policygrad.errors import UserError
 from policygrad.runs import presets
-from policygrad.runs.directories import file_name, free_directory
+from policygrad.runs.directories import file_name, run_directory
 from policygrad.runs.language.options import LANGUAGE, LanguageOptions, RewardModelOptions
 from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, nearest, with_values
 from policygrad.runs.verify.options import VerifyOptions
@@ -113,17 +113,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, "")  # a module of the user's own is found where the command is run
     try:
         sys.exit(_dispatch(rest))
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = _ending(error)
+        if code is None:
+            raise
         if debug:
             traceback.print_exc()
-        print(f"policygrad: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # who reads has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print("policygrad: stopped; what was learned so far is kept", file=sys.stderr)
-        sys.exit(130)
+        if line is not None:
+            print(f"policygrad: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _ending(error: BaseException) -> tuple[int | None, str | None]:
+    """The exit code of an error that ends the command, and its line; no code if it is a fault of ours."""
+    chain = [error]  # closing what was open when it came may raise again, on top of it
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    if any(isinstance(x, KeyboardInterrupt) for x in chain):
+        return 130, "stopped; what was learned so far is kept"
+    told = [x for x in chain if isinstance(x, UserError)]
+    if told and isinstance(error, UserError | OSError | EOFError):
+        return 2, str(told[0])
+    if isinstance(error, BrokenPipeError):  # who reads has seen enough, as `head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141, None
+    if isinstance(error, OSError):
+        return 2, " ".join(str(error).split()) or type(error).__name__
+    return None, None
 
 
 def _dispatch(rest: list[str]) -> int:
@@ -143,8 +160,10 @@ def _dispatch(rest: list[str]) -> int:
 
 def _train(rest: list[str]) -> int:
     if not rest or rest[0] in ("-h", "--help"):
-        print("usage: policygrad train ALGORITHM ENVIRONMENT [options]\n       policygrad train ALGORITHM --help\n")
-        return _list(["algorithms"])
+        with contextlib.nullcontext() if rest else contextlib.redirect_stdout(sys.stderr):
+            print("usage: policygrad train ALGORITHM ENVIRONMENT [options]\n       policygrad train ALGORITHM --help\n")
+            _list(["algorithms"])
+        return 0 if rest else 2
     name, rest = _algorithm(rest[0]), rest[1:]
     if name not in ALGORITHMS or (name in LANGUAGE and _of_language(rest)):
         return _train_language(name, rest)
@@ -158,16 +177,13 @@ def _train(rest: list[str]) -> int:
     preset, tuned = presets.choose(preset, name, environment)
     defaults = with_values(defaults, tuned, f"preset {preset}: ")
     command = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
-    out = command.out or free_directory(
-        Path("runs") / file_name(command.environment) / f"{name}-seed{command.algorithm.seed}"
-    )
-
-    _quiet()
-    from policygrad.runs.training import train
-
+    default = Path("runs") / file_name(command.environment) / f"{name}-seed{command.algorithm.seed}"
     values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
-    say = (lambda line: None) if command.json else print
-    run = train(name, command.environment, out=out, preset=preset or "none", announce=say, **values)
+    with _aside(command.json), run_directory(command.out, default) as out, _blaming(preset, tuned, values):
+        _quiet()
+        from policygrad.runs.training import train
+
+        run = train(name, command.environment, out=out, preset=preset or "none", announce=print, **values)
     summary = run.summary()
     if command.json:
         print(json.dumps(summary))
@@ -213,25 +229,25 @@ def _train_language(name: str, rest: list[str]) -> int:
     defaults = with_values(defaults, tuned, f"preset {preset}: ")
     command = _parse(kind, rest, f"train {name}", TrainLanguage(defaults), config)
     label = Path(command.task or command.algorithm.dataset or "arithmetic").stem
-    out = command.out or free_directory(Path("runs") / file_name(label) / f"{name}-seed{command.algorithm.seed}")
-
+    default = Path("runs") / file_name(label) / f"{name}-seed{command.algorithm.seed}"
+    values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
     _language_installed()
-    from policygrad.language.evaluation import samples_table
-    from policygrad.runs.language.run import LanguageRun
-    from policygrad.runs.language.training import explanation, train_language
 
-    def watch(run: LanguageRun) -> None:
+    def watch(run: Any) -> None:
         result = run.after or run.before
         if result is not None and not command.json:
             print(f"{'after ' if run.after else 'before'}: {result.line()}", flush=True)
             samples_table(result.rows[:: result.completions], limit=command.samples)
 
-    values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
-    say = (lambda line: None) if command.json else print
-    run = train_language(name, command.task, out=out, preset=preset or "none", announce=say, watch=watch, **values)
+    with _aside(command.json), run_directory(command.out, default) as out, _blaming(preset, tuned, values):
+        from policygrad.language.evaluation import samples_table
+        from policygrad.runs.language.training import explanation, train_language
+
+        chosen: dict[str, Any] = {"out": out, "preset": preset or "none", "announce": print, "watch": watch}
+        run = train_language(name, command.task, **chosen, **values)
     summary = run.summary()
     if command.json:
-        print(json.dumps(summary))
+        print(json.dumps(summary | {"preset": run.preset}))
         return 0
     why = explanation(run.metrics)
     if why is not None:
@@ -259,9 +275,11 @@ def _language_installed() -> None:
 def _reward_model(rest: list[str]) -> int:
     options = _parse(RewardModelOptions, rest, "reward-model", None)
     _language_installed()
-    from policygrad.runs.language.reward_model import run
+    default = Path("runs") / file_name(Path(options.dataset).stem) / f"reward-model-seed{options.seed}"
+    with _last_line_alone(options.json), run_directory(options.out, default) as out:
+        from policygrad.runs.language.reward_model import run
 
-    return run(options)
+        return run(replace(options, out=out))
 
 
 def _required(options: O) -> Train[O]:
@@ -275,10 +293,11 @@ def _eval(rest: list[str]) -> int:
     command = _parse(Eval, rest, "eval", None)
     if _is_language(command.run):
         return _eval_language(command)
-    _quiet()
-    from policygrad.runs.run import evaluate_run
+    with _aside(command.json):
+        _quiet()
+        from policygrad.runs.run import evaluate_run
 
-    result = evaluate_run(command.run, command.episodes, seed=command.seed, stochastic=command.stochastic)
+        result = evaluate_run(command.run, command.episodes, seed=command.seed, stochastic=command.stochastic)
     if command.json:
         print(json.dumps(vars(result)))
     else:
@@ -298,10 +317,11 @@ def _is_language(run: Path) -> bool:
 
 def _eval_language(command: Eval) -> int:
     _language_installed()
-    from policygrad.language.evaluation import samples_table
-    from policygrad.runs.language.run import evaluate_language_run
+    with _aside(command.json):
+        from policygrad.language.evaluation import samples_table
+        from policygrad.runs.language.run import evaluate_language_run
 
-    result = evaluate_language_run(command.run, command.completions, seed=command.seed, greedy=command.greedy)
+        result = evaluate_language_run(command.run, command.completions, seed=command.seed, greedy=command.greedy)
     if command.json:
         print(json.dumps(result.summary()))
         return 0
@@ -312,9 +332,10 @@ def _eval_language(command: Eval) -> int:
 
 def _verify(rest: list[str]) -> int:
     options = _parse(VerifyOptions, rest, "verify", None)
-    from policygrad.runs.verify.command import run
+    with _last_line_alone(options.json):
+        from policygrad.runs.verify.command import run
 
-    return run(options)
+        return run(options)
 
 
 def _list(rest: list[str]) -> int:
@@ -381,6 +402,68 @@ def _parse(kind: Any, arguments: list[str], name: str, default: Any, config: Seq
         meant = [line.split()[0] for line in lines if line.startswith("--")]
         hint = f"did you mean {meant[0]}? " if "Perhaps you meant:" in lines and meant else ""
         raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None
+
+
+@contextlib.contextmanager
+def _blaming(preset: str | None, tuned: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
+    """An error about a value that is the preset's and not the user's says so."""
+    try:
+        yield
+    except UserError as error:
+        blamed = presets.blamed(str(error), preset, tuned, values)
+        if not blamed:
+            raise
+        raise UserError(f"{error}{blamed}") from error
+
+
+@contextlib.contextmanager
+def _aside(asked: bool) -> Iterator[None]:
+    """With --json: standard output becomes standard error, for Python, for C and for processes started meanwhile."""
+    if not asked:
+        yield
+        return
+    saved = None
+    if sys.stdout is not None and sys.stderr is not None:  # neither is closed
+        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            saved = os.dup(1)
+            os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved is not None:
+            _flush()
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+def _flush() -> None:
+    """What Python and C hold back of standard output goes to where it leads now."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).fflush(None)
+
+
+@contextlib.contextmanager
+def _last_line_alone(asked: bool) -> Iterator[None]:
+    """As `_aside`, around a command that prints its JSON itself, as the last line."""
+    if not asked:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with _aside(asked), contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise
+    *before, last = said.getvalue().splitlines(keepends=True) or [""]
+    sys.stderr.write("".join(before))
+    sys.stdout.write(last)
 
 
 def _quiet() -> None:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from policygrad.advantages import optimal_constant_baseline
 from policygrad.diagnostics import explained_variance, mean_metrics
+from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch, Rollout, minibatches
@@ -28,7 +29,7 @@ def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | Non
     """
     size = micro_batch or len(rollout.mask)
     parts = [tree_map(lambda x, at=at: x[at : at + size], rollout.obs) for at in range(0, len(rollout.mask), size)]
-    value = torch.cat([critic(part) for part in parts])
+    value = _of_every_step(torch.cat([critic(part) for part in parts]), rollout)
     if rollout.final_obs is None:
         last = torch.zeros_like(value[:, :1])
     else:
@@ -71,7 +72,17 @@ def no_fit(batch: Batch) -> dict[str, Tensor]:
 def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: nn.Module) -> Float[Tensor, "B T"]:
     """b_t = V(s_t), learned from earlier rollouts."""
     with torch.no_grad():
-        return critic(rollout.obs)
+        return _of_every_step(critic(rollout.obs), rollout)
+
+
+def _of_every_step(value: Tensor, rollout: Rollout) -> Float[Tensor, "B T"]:
+    """The values, if they are one for each step: [B, T, 1] would be broadcast against [B, T], and learn nothing."""
+    if value.shape != rollout.mask.shape:
+        raise UserError(
+            f"the critic returned values of shape {tuple(value.shape)} for {tuple(rollout.mask.shape)} steps: "
+            "it must return one number for each, as value.squeeze(-1) makes of a last dimension of 1"
+        )
+    return value
 
 
 def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:

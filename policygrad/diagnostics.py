@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from policygrad.advantages import group_std
 from policygrad.divergences import k3
 from policygrad.rollout import Batch
-from policygrad.score import token_ratio
+from policygrad.score import log_ratio
 from policygrad.weights import average, normalized
 
 
@@ -24,9 +24,11 @@ def ratio_metrics(
     (Kong 1992).
     """
     share = normalized(weight)
-    ratio = token_ratio(logp, logp_old, mask)
+    # Of the logarithm, not log(exp(it)): that is infinite where a ratio is too small for a float.
+    difference = log_ratio(logp, logp_old, mask)
+    ratio = difference.exp()
     return {
-        "kl": average(k3(torch.zeros_like(ratio), ratio.log()), share),
+        "kl": average(k3(torch.zeros_like(difference), difference), share),
         "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share).clamp(min=1e-30),
     }
 

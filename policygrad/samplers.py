@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 from policygrad.advantages import group_std
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.returns import kl_in_reward
-from policygrad.rollout import Rollout
-from policygrad.score import token_ratio
+from policygrad.rollout import Batch, Rollout
+from policygrad.score import log_ratio
 from policygrad.weights import average, per_token
 
 Sample = Callable[[nn.Module], Rollout]
@@ -98,9 +98,10 @@ class Rescored(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
         logp = log_probabilities(policy, rollout, self.micro_batch)
-        ratio, weight = token_ratio(logp, rollout.logp, rollout.mask), per_token(rollout.mask)
+        difference, weight = log_ratio(logp, rollout.logp, rollout.mask), per_token(rollout.mask)
+        ratio = difference.exp()
         measured = {
-            "mismatch_kl": average(k3(torch.zeros_like(ratio), ratio.log()), weight),
+            "mismatch_kl": average(k3(torch.zeros_like(ratio), difference), weight),
             "mismatch_ratio": average(ratio, weight),
             "mismatch_largest": ratio.where(rollout.mask, 0.0).max(),
         }
@@ -151,7 +152,9 @@ class WithoutFlatGroups(Wrapper):
 
 
 @torch.no_grad()
-def log_probabilities(policy: nn.Module, rollout: Rollout, micro_batch: int | None = None) -> Float[Tensor, "B T"]:
+def log_probabilities(
+    policy: nn.Module, rollout: Rollout | Batch, micro_batch: int | None = None
+) -> Float[Tensor, "B T"]:
     """log pi(a|s) of what was done, `micro_batch` rows at a time; 0 behind the mask."""
     rows = len(rollout.mask)
     parts = []

@@ -12,19 +12,26 @@ def score(logp: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> Float[
     return logp * advantage.detach()
 
 
+def log_ratio(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """log r = log pi(a|s) - log pi_old(a|s), at most 20, and 0 behind the mask.
+
+    Without the bound a ratio could be infinite, and would have a gradient of NaN even where it is clipped.
+    """
+    return (logp - logp_old).where(mask, 0.0).clamp(max=20)
+
+
 def token_ratio(
     logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """r = pi(a|s) / pi_old(a|s), and 1 behind the mask (Schulman et al. 2017, section 3).
-
-    At most e^20, here and below: an infinite ratio would have a gradient of NaN even where it is clipped.
-    """
-    return (logp - logp_old).where(mask, 0.0).clamp(max=20).exp()
+    """r = pi(a|s) / pi_old(a|s), at most e^20, and 1 behind the mask (Schulman et al. 2017, section 3)."""
+    return log_ratio(logp, logp_old, mask).exp()
 
 
 def sequence_ratio(
     logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B 1"]:
-    """s = (pi(y|x) / pi_old(y|x))^(1/|y|), one ratio a row (GSPO, arXiv 2507.18071, eq. 7)."""
+    """s = (pi(y|x) / pi_old(y|x))^(1/|y|), one ratio a row (GSPO, arXiv 2507.18071, eq. 7); at most e^20."""
     total = (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=20).exp()

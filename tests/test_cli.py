@@ -1,16 +1,21 @@
 """The command line: one line and exit code 2 for what the user can mend, one JSON object where it is asked for."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from probes import BROKEN
 
 from policygrad import cli
+from policygrad.errors import UserError
 from policygrad.runs import presets
 from policygrad.runs.options import ALGORITHMS
 
@@ -67,11 +72,106 @@ def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, algorith
     assert said.out.count("\n") == 1
     result = strict(said.out)
     keys = {"run", "algorithm", "environment", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
-    assert set(result) == keys | {"episodes"}
+    assert set(result) == keys | {"episodes", "preset"}
+    assert result["preset"] is None
     assert result["algorithm"] == {"a2c": "actor_critic"}.get(algorithm, algorithm.replace("-", "_"))
     assert result["environment"] == "probes:Known-v0"
     assert result["steps"] >= 60
     assert Path(result["run"], "policy.safetensors").exists()
+
+
+LOUD = """
+import ctypes, os, gymnasium, probes
+
+def say(what):
+    print(what)
+    os.write(1, what.encode())
+    ctypes.CDLL(None).puts(what.encode())
+
+class Loud(probes.Known):
+    def __init__(self):
+        say("made")
+        super().__init__()
+
+    def reset(self, **options):
+        say("reset")
+        return super().reset(**options)
+
+    def step(self, action):
+        say("stepped")
+        return super().step(action)
+
+say("imported")
+gymnasium.register("Loud-v0", Loud, max_episode_steps=8)
+"""
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_json_is_alone_on_standard_output_however_loud_the_environment_is(tmp_path: Path, vectorization: str) -> None:
+    (tmp_path / "loud.py").write_text(LOUD)
+    train = [*PPO[:2], "loud:Loud-v0", *PPO[3:], "--vectorization", vectorization, "--json", "--out", "run"]
+    commands = [train, ["eval", "run", "--episodes", "2", "--json"]]
+    script = f"""
+from policygrad.cli import main
+for command in {commands!r}:
+    try:
+        main(command)
+    except SystemExit as stop:
+        assert not stop.code, (command, stop.code)
+"""
+    done = process("-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained, evaluated = map(strict, done.stdout.splitlines())
+    assert trained["run"] == "run"
+    assert evaluated["episodes"] == 2
+    assert all(what in done.stderr for what in ("imported", "made", "reset", "stepped"))
+
+
+LANGUAGE = "policygrad.runs.language"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (("train", "grpo", "arithmetic"), f"{LANGUAGE}.training.train_language"),
+        (("eval", "run"), f"{LANGUAGE}.run.evaluate_language_run"),
+        (("reward-model",), f"{LANGUAGE}.reward_model.run"),
+        (("verify",), "policygrad.runs.verify.command.run"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+@pytest.mark.parametrize("capture", ["capfd", "capsys"])
+def test_json_is_alone_in_every_other_command_too(
+    arguments: tuple[str, ...],
+    command: str,
+    capture: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    def loud(*arguments: Any, **options: Any) -> Any:
+        print("hello")
+        os.write(1, b"hello from C\n")
+        if not command.endswith(".run"):
+            return SimpleNamespace(summary=lambda: {"a": 1}, preset="arithmetic")
+        print(json.dumps({"a": 1}))
+        return 0
+
+    monkeypatch.setattr(command, loud)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"kind": "language"}')
+    captured = request.getfixturevalue(capture)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, "--json"])
+    said = captured.readouterr()
+    assert not stop.value.code
+    assert strict(said.out) == ({"a": 1} | ({"preset": "arithmetic"} if arguments[0] == "train" else {}))
+    assert "hello\n" in said.err
+
+
+def test_an_error_under_json_is_one_line_and_standard_output_is_what_it_was(policygrad: Any) -> None:
+    assert_one_line(policygrad("train", "ppo", "CartPole-v1", "--gamma", "1.2", "--json"), "gamma is 1.2")
+    assert policygrad("list").out.startswith("algorithms:")
 
 
 def test_train_says_what_came_out_and_where_it_is(policygrad: Any, tmp_path: Path) -> None:
@@ -121,6 +221,33 @@ def test_the_preset_is_printed_and_flags_go_before_it(policygrad: Any, tmp_path:
     config = strict((tmp_path / "b" / "config.json").read_text())
     assert config["preset"] is None
     assert config["options"]["lam"] == ALGORITHMS["ppo"]().lam  # type: ignore[attr-defined]
+
+
+def test_json_names_the_preset(policygrad: Any) -> None:
+    said = policygrad("train", "ppo", "CartPole-v1", "--steps", 1, "--epochs", 1, "--json")
+    assert strict(said.out)["preset"] == "CartPole-v1"
+    assert said.err.startswith("preset CartPole-v1: ")
+    assert said.err.count("\n") == 1
+
+
+def test_a_clash_with_a_preset_names_it(policygrad: Any) -> None:
+    said = policygrad("train", "ppo", "CartPole-v1", "--num-envs", 1)
+    blamed = " (preset CartPole-v1 sets minibatch_size=256; --preset none leaves it)\n"
+    assert_one_line(said, "minibatch_size is 256")
+    assert said.err.endswith(blamed)
+    said = policygrad("train", "ppo", "CartPole-v1", "--num-envs", 1, "--minibatch-size", 255)
+    assert_one_line(said, "minibatch_size is 255")
+    assert "preset" not in said.err
+
+
+def test_a_run_that_is_refused_leaves_no_directory_behind(policygrad: Any, tmp_path: Path) -> None:
+    assert policygrad("train", "ppo", "CartPole-v1", "--gamma", 1.2).code == 2
+    assert policygrad("train", "grpo", "arithmetic", "--temperature", -1).code == 2
+    assert policygrad("reward-model", "--dataset", "/nowhere.jsonl").code == 2
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs").mkdir()
+    assert policygrad("train", "ppo", "CartPole-v1", "--gamma", 1.2).code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_the_command_and_python_train_the_same(policygrad: Any, tmp_path: Path) -> None:
@@ -308,6 +435,86 @@ def test_an_interrupt_says_that_what_was_learned_is_kept(policygrad: Any, monkey
     monkeypatch.setattr(cli, "_dispatch", interrupt)
     said = policygrad("train")
     assert (said.code, said.err.count("\n")) == (130, 1)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, EOFError, RuntimeError])
+def test_an_interrupt_is_one_though_what_is_closed_raises_again(
+    policygrad: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def interrupt(rest: list[str]) -> int:
+        with contextlib.ExitStack() as stack:
+            stack.callback(fail)
+            raise KeyboardInterrupt
+
+    def fail() -> None:
+        raise error("the workers are gone")
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    said = policygrad("train")
+    assert (said.code, said.err) == (130, "policygrad: stopped; what was learned so far is kept\n")
+
+
+def test_what_the_user_can_mend_is_said_though_what_is_closed_raises_again(
+    policygrad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(rest: list[str]) -> int:
+        try:
+            raise UserError("mend this")
+        finally:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", refuse)
+    assert_one_line(policygrad("train"), "mend this")
+
+
+def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> None:
+    """Ctrl-C goes to the workers as well."""
+    script = "from policygrad.cli import main; main()"
+    some = [*PPO[:-1], "1000000000", "--vectorization", "async", "--out", "run"]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    command = subprocess.Popen(
+        [sys.executable, "-c", script, *some],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(command.pid, signal.SIGINT)
+    out, err = command.communicate(timeout=60)
+    assert (command.returncode, out, err) == (130, "", "policygrad: stopped; what was learned so far is kept\n")
+
+
+def test_a_directory_that_the_system_refuses_is_one_line(
+    policygrad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert_one_line(policygrad(*PPO, "--out", "x" * 400), "File name too long")
+    said = policygrad(*PPO, "--out", "x" * 400, "--debug")
+    assert said.code == 2
+    assert "Traceback" in said.err
+
+    listed = Path.iterdir
+
+    def refuse(path: Path) -> Any:
+        if path.name == "mine":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert_one_line(policygrad(*PPO, "--out", "mine"), "Permission denied: 'mine'")
+
+
+def test_train_without_arguments_says_how_and_is_an_error(policygrad: Any) -> None:
+    said, asked = policygrad("train"), policygrad("train", "--help")
+    assert (said.code, said.out) == (2, "")
+    assert (asked.code, asked.err) == (0, "")
+    assert said.err == asked.out
+    assert said.err.startswith("usage: policygrad train ALGORITHM")
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

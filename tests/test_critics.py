@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from policygrad.critics import bootstrap_values, fit_critic, no_fit, optimal_baseline, value_baseline
+from policygrad.errors import UserError
 from policygrad.linalg import flat_gradient
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.weights import per_episode, per_token
@@ -27,6 +28,13 @@ def test_bootstrap_values_are_of_every_step_and_of_where_the_row_stops(
         for t in range(5):
             assert_close(value[b, t], critic(rollout.obs[b, t]).detach())
         assert_close(value[b, 5], critic(rollout.final_obs[b]).detach())
+
+
+@pytest.mark.parametrize("read", [bootstrap_values, lambda critic, r: value_baseline(r, r.reward, critic=critic)])
+def test_a_critic_of_another_shape_is_refused(read: Callable, policy: nn.Module, sample: Sample) -> None:
+    """[B, T, 1] against [B, T] would be broadcast: wrong, and silent."""
+    with pytest.raises(UserError, match=r"\(6, 5, 1\) for \(6, 5\) steps.*squeeze"):
+        read(nn.Linear(3, 1), sample(policy, final_obs=torch.randn(6, 3)))
 
 
 def test_where_every_row_terminates_the_last_value_is_0(policy: nn.Module, critic: nn.Module, sample: Sample) -> None:

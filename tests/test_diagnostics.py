@@ -33,6 +33,14 @@ def test_ratio_metrics_are_their_definitions() -> None:
     assert_close(metrics["effective_sample_size"], first**2 / second)
 
 
+def test_kl_is_finite_where_a_ratio_is_too_small_for_a_float() -> None:
+    """k3 of a log-ratio d is e^d - 1 - d: of -110 it is 109, though e^-110 is 0 in float32."""
+    old, new = torch.zeros(1, 2), torch.tensor([[0.0, -110.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    metrics = ratio_metrics(new.float(), old.float(), mask, per_token(mask))
+    assert metrics["kl"].item() == pytest.approx(109 / 2)
+
+
 def test_equal_policies_have_kl_0_nothing_clipped_and_every_sample_effective() -> None:
     logp = torch.randn(2, 4)
     metrics = ratio_metrics(logp, logp, MASK, per_token(MASK))

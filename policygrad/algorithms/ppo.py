@@ -26,6 +26,7 @@ from policygrad.diagnostics import (
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, penalised_surrogate
 from policygrad.rollout import Batch, Rollout, decisions, minibatches
+from policygrad.samplers import log_probabilities
 from policygrad.score import token_ratio
 from policygrad.updates import ascend
 from policygrad.weights import average, per_token
@@ -57,7 +58,7 @@ def ppo(
     """Train without end; yields the metrics of each iteration. `optimizer` holds the parameters of policy and critic.
 
     micro_batch: rows computed at a time (see ascend). clip: (low, high) of the ratio. penalty: coefficient of
-    KL(old, new), adapted after every iteration. target_kl: an iteration ends once a minibatch's KL exceeds
+    KL(old, new), adapted to the KL of every update. target_kl: an iteration ends once a minibatch's KL exceeds
     1.5 target_kl. normalize_batch, normalize_minibatch: (advantage, mask) -> advantage on the whole rollout and on each
     minibatch. Of a language model: whole rows, and KL(pi, pi_ref) charged in the reward by samplers.KLCharged.
     """
@@ -94,6 +95,9 @@ def ppo(
             if steps[-1]["kl"] > 1.5 * target_kl:
                 break
         metrics = mean_metrics(steps[-len(batch.mask) // minibatch_size :])  # of the last epoch
+        # What the steps measured is from before each of them; this is how far they have gone.
+        logp = log_probabilities(policy, batch, micro_batch)
+        metrics |= ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
         if penalty is not None:
             metrics["kl_coefficient"] = penalty.value.clone()
             penalty.update(float(metrics["kl"]))

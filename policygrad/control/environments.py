@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
@@ -27,13 +27,15 @@ def make_environments(
     environment's own vectorised form where it has one and `sync` otherwise; `async` runs a process for each copy.
     options go to gymnasium.make. Dict, Tuple and other composite observations are flattened into a Box.
 
-    Raises UserError for an environment that is not known or cannot be made, and for num_envs < 1.
+    Raises UserError for an environment that is not known or cannot be made, for num_envs < 1, and for a callable that
+    makes the same object twice.
     """
     if num_envs < 1:
         raise UserError(f"num_envs is {num_envs}; at least one environment is needed")
     if vectorization not in ("auto", "sync", "async"):
         raise UserError(f"vectorization is {vectorization!r}; it is one of auto, sync, async")
     if isinstance(environment, VectorEnv):
+        _distinct(environment)
         return _flat(environment)
     if isinstance(environment, gymnasium.Env):
         if num_envs > 1:
@@ -55,6 +57,7 @@ def make_environments(
         copies = [lambda: _prepared(make())] * num_envs
         vector = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
         environments = vector(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+        _distinct(environments)
         environments.spec = spec
         return environments
     except UserError:
@@ -65,6 +68,22 @@ def make_environments(
         raise UserError(
             f"the environment {environment} could not be made: {type(error).__name__}: {_line(error)}"
         ) from error
+
+
+def autoreset_mode(environments: VectorEnv) -> AutoresetMode:
+    """When the environments reset, as their metadata says in Gymnasium's own terms or in words; else NEXT_STEP."""
+    said = (environments.metadata or {}).get("autoreset_mode")
+    if said is None:
+        return AutoresetMode.NEXT_STEP
+    word = _letters(getattr(said, "value", said))
+    for mode in AutoresetMode:
+        if word == _letters(mode.value):
+            return mode
+    raise UserError(f"the vector environment's autoreset_mode is {said!r}: it is one of NextStep, SameStep, Disabled")
+
+
+def _letters(word: Any) -> str:
+    return "".join(x for x in str(word).rpartition(".")[2].lower() if x.isalpha())
 
 
 def find(name: str) -> gymnasium.envs.registration.EnvSpec:
@@ -118,9 +137,23 @@ def _prepared(environment: gymnasium.Env) -> gymnasium.Env:
     return checked if simple else FlattenObservation(checked)
 
 
+def _distinct(environments: VectorEnv) -> None:
+    """Raises UserError if one object stands for several environments. In processes of their own it would be copied."""
+    made = [id(x.unwrapped) for x in getattr(environments.unwrapped, "envs", ()) if isinstance(x, gymnasium.Env)]
+    if len(set(made)) < len(made):
+        raise UserError(
+            f"{len(made)} environments were asked for, and the callable returned the same object more than once: "
+            "make a new environment in each call"
+        )
+
+
 def _flat(environments: VectorEnv) -> VectorEnv:
     if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
         return environments
+    metadata, mode = environments.metadata or {}, autoreset_mode(environments)
+    if metadata.get("autoreset_mode") is not mode:  # Gymnasium's wrapper wants its own terms
+        environments = VectorWrapper(environments)
+        environments.metadata = metadata | {"autoreset_mode": mode}
     try:
         return FlattenVectorObservation(environments)
     except ValueError as error:

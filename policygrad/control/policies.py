@@ -184,6 +184,14 @@ class MultiCategoricalHead(nn.Module):
         return (action.cpu().numpy().reshape(-1, *self.shape) + self.start).astype(self.dtype)
 
 
+class Coins(Bernoulli):
+    """Bernoulli whose mode at a probability of exactly 0.5 is 0, where torch's is NaN."""
+
+    @property
+    def mode(self) -> Tensor:
+        return (self.logits > 0).to(self.logits)
+
+
 class BernoulliHead(nn.Module):
     """MultiBinary: independent coins."""
 
@@ -193,7 +201,7 @@ class BernoulliHead(nn.Module):
         self.size = math.prod(space.shape)
 
     def forward(self, features: Tensor) -> Distribution:
-        return Independent(Bernoulli(logits=features, validate_args=False), 1, validate_args=False)
+        return Independent(Coins(logits=features, validate_args=False), 1, validate_args=False)
 
     def to_environment(self, action: Tensor) -> np.ndarray:
         return action.cpu().numpy().reshape(-1, *self.shape).astype(self.dtype)
@@ -210,6 +218,12 @@ class NormalHead(nn.Module):
         self.low, self.high = (np.asarray(x, dtype=np.float64) for x in (space.low, space.high))
         if squash and not (np.isfinite(self.low).all() and np.isfinite(self.high).all()):
             raise UserError(f"squash needs finite bounds, and the action space is {space}: leave squash off")
+        if squash and (self.low >= self.high).any():
+            bound = self.low[self.low >= self.high][0]
+            raise UserError(
+                f"squash needs low < high in every dimension, and the action space has low = high = {bound:g}: leave "
+                "squash off, or wrap the environment so that the dimension is not an action"
+            )
         dimensions = math.prod(space.shape)
         self.size = 2 * dimensions if state_dependent_std else dimensions
         self.initial_log_std = initial_log_std
@@ -231,7 +245,8 @@ class NormalHead(nn.Module):
         numbers = action.detach().double().cpu().numpy().reshape(-1, *self.shape)
         if self.squash:
             numbers = self.low + (np.tanh(numbers) + 1) / 2 * (self.high - self.low)
-        return np.clip(numbers, self.low, self.high).astype(self.dtype)
+        numbers = np.clip(numbers, self.low, self.high)
+        return (np.rint(numbers) if self.dtype.kind in "iu" else numbers).astype(self.dtype)
 
 
 def head(

@@ -1,6 +1,7 @@
 """Sampling a Gymnasium vector environment: (policy) -> Rollout."""
 
 import copy
+import math
 from collections import deque
 from typing import Any
 
@@ -10,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import nn
 
+from policygrad.control.environments import autoreset_mode
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.policies import head
 from policygrad.errors import UserError
@@ -28,7 +30,8 @@ class Sampler:
     mode: with dropout the policy that is scored would not be the one that was sampled from.
 
     Rollout.metrics: steps (decisions taken so far), and over the last 100 episodes return and length, unscaled.
-    Raises UserError if the environment raises, or returns what is not finite or of another shape.
+    Raises UserError if the environment raises, or returns what is not finite or of another shape, and if the policy's
+    action or its log-probability is not finite.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Sampler:
     ) -> None:
         if steps < 1:
             raise UserError(f"steps is {steps}; a rollout has at least one")
-        mode = environments.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        mode = autoreset_mode(environments)
         if mode == AutoresetMode.DISABLED:
             raise UserError("the vector environment does not reset itself: make it with autoreset_mode NEXT_STEP")
         self.same_step = mode == AutoresetMode.SAME_STEP
@@ -76,10 +79,9 @@ class Sampler:
         terminated, ended, mask = (np.zeros((count, length), dtype=bool) for _ in range(3))
         actions, logps = [], []
         for t in range(length):
-            distribution = policy(torch.from_numpy(self.obs).to(self.device).unsqueeze(1))
-            action = distribution.sample()
+            action, logp = self._draw(policy)
             actions.append(action)
-            logps.append(distribution.log_prob(action))
+            logps.append(logp)
             obs[:, t], mask[:, t] = self.obs, ~self.resetting
             reward[:, t], terminated[:, t], ended[:, t], last = self._step(self._hand_over(policy, action[:, 0]))
             if final is not None:
@@ -111,6 +113,23 @@ class Sampler:
             memoryless=True,
             metrics=self._metrics(),
         )
+
+    @torch.no_grad()
+    def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a rollout of `whole_episodes` adds up to, no step kept: returns, lengths, whether each ended; [B]."""
+        assert self.whole_episodes
+        policy.eval()
+        self._reset()
+        total, length = np.zeros(len(self.resetting)), np.zeros(len(self.resetting), dtype=np.int64)
+        for _ in range(self.length):
+            length += ~self.resetting
+            action, _ = self._draw(policy)
+            reward, *_ = self._step(self._hand_over(policy, action[:, 0]))
+            total += reward.astype(_DTYPES[torch.get_default_dtype()])  # as a rollout has it
+            if self.resetting.all():
+                break
+        self.steps += int(length.sum())
+        return total, length, self.resetting.copy()
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes here; the environments' own state is theirs."""
@@ -147,6 +166,25 @@ class Sampler:
             self.reward_scaler.returns[:] = 0.0
         self.obs = self._receive(obs, ~self.resetting)
 
+    def _draw(self, policy: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """An action for each environment, [B, 1, ...], and its log-probability, [B, 1]; both finite."""
+        assert self.obs is not None
+        distribution = policy(torch.from_numpy(self.obs).to(self.device).unsqueeze(1))
+        try:
+            action = distribution.sample()
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise _not_finite("probability") from error
+        logp = distribution.log_prob(action)
+        total = logp.sum() + action.sum() if action.is_floating_point() else logp.sum()
+        if not math.isfinite(total):  # then look closely: only where it counts
+            counts = torch.from_numpy(~self.resetting).to(action.device)
+            for name, x in (("action", action), ("log-probability", logp)):
+                if not x[counts].isfinite().all():
+                    raise _not_finite(name)
+        return action, logp
+
     def _step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Step the environments: reward, terminated, ended, and in same-step mode where those that ended stopped."""
         try:
@@ -179,8 +217,14 @@ class Sampler:
         last = None
         if self.same_step:
             last = np.array(obs)
+            final = info.get("final_obs")
             for i in np.flatnonzero(ended):
-                last[i] = info["final_obs"][i]
+                if final is None or final[i] is None:
+                    raise UserError(
+                        "the vector environment resets in the same step and its info has no final_obs: put there where "
+                        "each episode stopped, or make it with autoreset_mode NEXT_STEP"
+                    )
+                last[i] = final[i]
             last = self._receive(last, np.zeros_like(ended))
         self.obs = self._receive(obs, ~self.resetting)
         return reward, terminated, ended, last
@@ -252,6 +296,10 @@ def next_step_layout(
     following = np.concatenate([columns["obs"], last[:, None]], 1)[rows, kept + 1]
     stopped = ended[rows, kept].reshape(-1, *[1] * (last.ndim - 1))
     return result, np.where(stopped, final[rows, kept], following)
+
+
+def _not_finite(name: str) -> UserError:
+    return UserError(f"the policy's {name} is not finite: a lower learning_rate or scale_rewards may help")
 
 
 def _failure(method: str, error: Exception) -> UserError:

@@ -20,6 +20,7 @@ def describe(space: spaces.Space) -> dict[str, Any]:
             return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
         case spaces.MultiBinary():
             return {"kind": "MultiBinary", "shape": list(space.shape)}
+    space = _unsupported(space) or space
     raise UserError(
         f"a {type(space).__name__} space is not supported; use Box, Discrete, MultiDiscrete or MultiBinary "
         "(observations may also be Dict or Tuple of these), or wrap the environment so that it has one"
@@ -40,6 +41,15 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
         case "MultiBinary":
             return spaces.MultiBinary(description["shape"])
     raise UserError(f"unknown kind of space {description['kind']!r} in the policy's description")
+
+
+def _unsupported(space: spaces.Space) -> spaces.Space | None:
+    """The first space in a Dict or Tuple, at any depth, that cannot be flattened into numbers either."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        members = space.values() if isinstance(space, spaces.Dict) else space
+        return next((x for x in map(_unsupported, members) if x is not None), None)
+    known = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+    return None if isinstance(space, known) else space
 
 
 def _finite(bound: np.ndarray) -> list[float | None]:

@@ -1,14 +1,16 @@
 """Sampling completions: an engine is a function (policy, prompts, request, generator) -> Completions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from torch.nn.functional import pad
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from policygrad.errors import UserError
@@ -67,99 +69,153 @@ def generate(
 ) -> Completions:
     """Sample with the policy's own model: each prompt is read once, its keys and values are shared by its completions.
 
-    Prompts are left-padded. Batched over all completions, with a static key-value cache where the model's layers allow
-    it. Rows that have ended are computed on until the last has.
+    Prompts are left-padded. Batched over all completions. A row that has ended is computed on only until a quarter of
+    the rows have: then those that go on are taken out, with their keys and values. What is drawn does not depend on it.
     """
     first = int(prompt_mask.any(0).int().argmax())
     prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
-    seen = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), request.max_tokens)], 1)
     stop = torch.tensor(list(request.stop), device=prompt.device)
     with evaluating(policy.model), precision(prompt.device, policy.autocast):
         states, cache = _read(policy, prompt, prompt_mask, request)
+        done = _nothing_yet(len(prompt) * request.completions, states, request)
+        rows = torch.arange(len(done.mask), device=prompt.device)  # that are still computed
+        alive = torch.ones_like(rows, dtype=torch.bool)  # which of them have not ended
+        seen = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), request.max_tokens)], 1)
         seen = seen.repeat_interleave(request.completions, 0)
         place = positions(prompt_mask)[:, -1].repeat_interleave(request.completions)
-        alive = torch.ones(len(seen), dtype=torch.bool, device=prompt.device)
-        tokens: list[Tensor] = []
-        logps: list[Tensor] = []
-        masks: list[Tensor] = []
+        token = rows
         for t in range(request.max_tokens):
             if t > 0:
                 place = place + 1
                 states = policy.states(
                     1,
-                    input_ids=tokens[-1].unsqueeze(1),
+                    input_ids=token.unsqueeze(1),
                     position_ids=place.unsqueeze(1),
-                    attention_mask=_visible(seen, prompt.shape[1] + t, cache),
+                    attention_mask=seen[:, : prompt.shape[1] + t].long(),
                     past_key_values=cache,
                     use_cache=True,
                 )
-            token, logp = _choose(policy.distribution(states).logits[:, 0], request.greedy, generator)
-            tokens.append(token.where(alive, request.pad))
-            logps.append(logp.where(alive, 0.0))
-            masks.append(alive)
+            uniform = None if request.greedy else _uniform(len(done.mask), generator)[rows]
+            token, logp = _choose(policy.distribution(states).logits[:, 0], uniform)
+            done.tokens[rows, t] = token.where(alive, request.pad)
+            done.logp[rows, t] = logp.where(alive, 0.0)
+            done.mask[rows, t] = alive
             alive = alive & ~torch.isin(token, stop)
-            if not alive.any():
+            left = int(alive.sum())
+            if left == 0:
                 break
+            if left <= KEPT * len(rows):
+                going = alive.nonzero().squeeze(1)
+                rows, alive, token, place, seen = (x[going] for x in (rows, alive, token, place, seen))
+                cache.reorder_cache(going)  # type: ignore[arg-type]
+    done.cut[rows] = alive
+    return done
+
+
+KEPT = 3 / 4  # of the rows, or fewer, still going: the others are taken out
+
+
+def _nothing_yet(count: int, states: Float[Tensor, "N 1 H"], request: Request) -> Completions:
+    shape, device = (count, request.max_tokens), states.device
     return Completions(
-        _filled(tokens, request.max_tokens, request.pad),
-        _filled(logps, request.max_tokens, 0.0),
-        _filled(masks, request.max_tokens, False),
-        alive,
+        torch.full(shape, request.pad, device=device),
+        torch.zeros(shape, dtype=torch.promote_types(states.dtype, torch.float32), device=device),
+        torch.zeros(shape, dtype=torch.bool, device=device),
+        torch.zeros(count, dtype=torch.bool, device=device),
     )
 
 
 def _read(
     policy: LanguagePolicy, prompt: Tensor, prompt_mask: Tensor, request: Request
-) -> tuple[Float[Tensor, "B 1 H"], Cache]:
+) -> tuple[Float[Tensor, "B 1 H"], DynamicCache]:
     """The states after the prompts, and their keys and values, one row a completion, with room to grow."""
     model = causal(policy.model)
     if "past_key_values" not in signature(model.forward).parameters:
         raise UserError(f"{type(model).__name__} keeps no cache of keys and values: sample from it by another engine")
-    once = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
     states = policy.states(
         1,
         input_ids=prompt,
         position_ids=positions(prompt_mask),
         attention_mask=prompt_mask.long(),
-        past_key_values=once,
+        past_key_values=cache,
         use_cache=True,
     )
     rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(request.completions)
-    if not _may_be_static(policy, once):
-        once.reorder_cache(rows)  # type: ignore[arg-type]
-        return states[rows], once
-    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + request.max_tokens)
-    for number, layer in enumerate(once.layers):
-        cache.update(layer.keys[rows], layer.values[rows], number)  # type: ignore[index, union-attr]
+    cache.reorder_cache(rows)  # type: ignore[arg-type]
+    # Layers that slide or recur have their own way of growing.
+    cache.layers = [
+        _Roomy(layer, request.max_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return states[rows], cache
 
 
-def _may_be_static(policy: LanguagePolicy, cache: Cache) -> bool:
-    """Does no layer slide or recur, and does the model's attention see what is not yet written as such?"""
-    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
-    # Under autocast keys and values come in two types, of which a static layer takes one.
-    return whole and policy.autocast is None and causal(policy.model)._can_compile_fullgraph
+class _Roomy(DynamicLayer):
+    """The keys and values of a layer that attends to all of them, in memory set aside for those to come.
+
+    A token's are written in place, where a DynamicLayer copies all that came before; what is attended to is what is
+    written, where a StaticLayer's whole memory is.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        super().__init__()
+        assert layer.keys is not None
+        assert layer.values is not None
+        self.is_initialized, self.dtype, self.device = True, layer.dtype, layer.device
+        self._set_aside(layer.keys, layer.values, room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write what is new; returns all that is written."""
+        start, stop = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        for memory, new in zip(self.memory, (key_states, value_states), strict=True):
+            memory[..., start:stop, :] = new
+        self.keys, self.values = (memory[..., :stop, :] for memory in self.memory)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows."""
+        room = self.memory[0].shape[-2] - self.keys.shape[-2]
+        self._set_aside(self.keys[beam_idx], self.values[beam_idx], room)
+
+    def _set_aside(self, keys: Tensor, values: Tensor, room: int) -> None:
+        self.memory = tuple(pad(x, (0, 0, 0, room)) for x in (keys, values))
+        self.keys, self.values = (x[..., : keys.shape[-2], :] for x in self.memory)
 
 
-def _visible(seen: Bool[Tensor, "B L"], length: int, cache: Cache) -> Int[Tensor, "B _"]:
-    """What may be attended to: a static cache hides its unwritten places itself, by causality."""
-    return (seen if isinstance(cache, StaticCache) else seen[:, :length]).long()
+def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " B"]:
+    """A number in [0, 1) for each row, as fine as the device can."""
+    dtype = torch.float32 if generator.device.type == "mps" else torch.float64
+    return torch.rand(count, dtype=dtype, device=generator.device, generator=generator)
 
 
 def _choose(
-    logp: Float[Tensor, "B V"], greedy: bool, generator: torch.Generator
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """A token of each row, and its log-probability. Never truncated: no top-k, no top-p."""
-    if greedy:
-        token = logp.argmax(-1)
-    else:
-        # The exponential race: argmax of p / e, e ~ Exp(1), is a sample of p; on a GPU it needs no synchronisation.
-        race = torch.empty_like(logp).exponential_(generator=generator)
-        token = (logp.exp() / race).argmax(-1)
+    logp: Float[Tensor, "n V"], uniform: Float[Tensor, " n"] | None
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """A token of each row, by its number or the likeliest, and its log-probability. Not truncated (top-k, top-p)."""
+    token = logp.argmax(-1) if uniform is None else inverse_transform(logp.exp(), uniform)
     return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
 
 
-def _filled(columns: list[Tensor], width: int, value: float | int | bool) -> Tensor:
-    """Columns as [B, width], with `value` where sampling ended early."""
-    x = torch.stack(columns, 1)
-    return torch.cat([x, x.new_full((len(x), width - x.shape[1]), value)], 1)
+def inverse_transform(p: Float[Tensor, "n V"], uniform: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The first v with p_0 + ... + p_v > uniform * (sum of p): a sample of p, if uniform is one of [0, 1).
+
+    Summed in the type of `uniform` (float64: the smallest float32 probability has its share), first by blocks of
+    sqrt(V) tokens, then inside one of them, so that a large vocabulary costs one pass. A GPU need not be waited for.
+    """
+    width = math.isqrt(p.shape[1] - 1) + 1
+    blocks = pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))
+    mass = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
+    target = uniform.unsqueeze(1) * mass[:, -1:]
+    block = _first_above(mass, target)
+    inside = blocks.take_along_dim(block.unsqueeze(2), 1).squeeze(1).to(uniform.dtype).cumsum(-1)
+    token = _first_above(inside, target - pad(mass, (1, 0)).gather(1, block))
+    return (block * width + token).squeeze(1).clamp(max=p.shape[1] - 1)  # of what is NaN, a token all the same
+
+
+def _first_above(cumulative: Float[Tensor, "n K"], x: Float[Tensor, "n 1"]) -> Int[Tensor, "n 1"]:
+    """The first place where the sum exceeds x; by rounding there may be none: then the last that adds to it."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.searchsorted(cumulative, x, right=True).minimum(last).clamp(max=cumulative.shape[1] - 1)

@@ -2,12 +2,13 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
@@ -17,12 +18,13 @@ FORMAT = 1
 
 
 def save_policy(
-    directory: Path, policy: nn.Module, critic: nn.Module, normalizer: ObservationNormalizer | None
+    directory: Path | str, policy: nn.Module, critic: nn.Module, normalizer: ObservationNormalizer | None
 ) -> None:
     """Write the policy, its critic and the statistics that its observations are normalised by.
 
     Each file is written beside its place and moved there, so that a crash leaves the one before.
     """
+    directory = Path(directory)
     tensors = {f"policy.{name}": x for name, x in policy.state_dict().items()}
     tensors |= {f"critic.{name}": x for name, x in critic.state_dict().items()}
     if normalizer is not None:
@@ -34,16 +36,20 @@ def save_policy(
         "normalizes_observations": normalizer is not None,
     }
     temporary = directory / "policy.safetensors.new"
-    save_file({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, temporary)
+    # save_file would leave it to the owner alone, whatever the umask says
+    temporary.write_bytes(save({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}))
     os.replace(temporary, directory / "policy.safetensors")
     write_json(directory / "policy.json", description)
 
 
-def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Module, ObservationNormalizer | None]:
+def load_policy(
+    directory: Path | str, policy: nn.Module | None = None
+) -> tuple[nn.Module, ObservationNormalizer | None]:
     """The policy of a run directory, and its normaliser, frozen. A policy of one's own is handed in to be filled.
 
     Raises UserError for a directory that has none, or one that does not fit.
     """
+    directory = Path(directory)
     try:
         description = json.loads((directory / "policy.json").read_text())
         tensors = load_file(directory / "policy.safetensors")
@@ -57,6 +63,9 @@ def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Mo
         raise UserError(f"{directory}/policy.json is damaged: it describes no policy")
     if description.get("format") != FORMAT:
         raise UserError(f"{directory}/policy.json is of format {description.get('format')}, and this is {FORMAT}")
+    missing = [name for name in ("policy", "class", "normalizes_observations") if name not in description]
+    if missing:
+        raise UserError(f"{directory}/policy.json is damaged: {missing[0]} is missing")
     if policy is None:
         if description["policy"] is None:
             raise UserError(
@@ -64,9 +73,11 @@ def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Mo
                 "load_policy(directory, policy)"
             )
         try:
+            _check_size(description["policy"]["hidden"], tensors)
             policy = Policy.from_description(description["policy"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{directory}/policy.json is damaged: {type(error).__name__}: {error}") from error
+        except Exception as error:  # whatever Gymnasium, numpy and torch make of the numbers in it
+            said = " ".join(str(error).split())
+            raise UserError(f"{directory}/policy.json is damaged: {type(error).__name__}: {said}") from error
     try:
         policy.load_state_dict(_part(tensors, "policy."))
     except RuntimeError as error:
@@ -74,8 +85,14 @@ def load_policy(directory: Path, policy: nn.Module | None = None) -> tuple[nn.Mo
     normalizer = None
     if description["normalizes_observations"]:
         statistics = {name: x.numpy() for name, x in _part(tensors, "observations.").items()}
-        normalizer = ObservationNormalizer(np.shape(statistics["mean"]))
-        normalizer.statistics.load_state_dict(statistics)
+        try:
+            normalizer = ObservationNormalizer(np.shape(statistics["mean"]))
+            normalizer.statistics.load_state_dict(statistics)
+        except KeyError as error:
+            raise UserError(
+                f"{directory}/policy.safetensors is damaged: policy.json says normalizes_observations, and "
+                f"observations.{error.args[0]} is missing"
+            ) from error
         normalizer.frozen = True
     return policy, normalizer
 
@@ -85,6 +102,13 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def _check_size(hidden: list[int], tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for layers that are larger than all that was saved, before there is memory taken for them."""
+    saved = sum(x.numel() for x in tensors.values())
+    if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *hidden])):
+        raise ValueError(f"hidden is {hidden}, and policy.safetensors has {saved:,} numbers in all")
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -253,6 +253,7 @@ POSITIVE: tuple[str, ...] = (
     "delta",
 )
 POSITIVE += ("target_kl", "kl_coefficient_target", "max_grad_norm", "value_clip", "rho_bar", "c_bar")
+FINITE = ("learning_rate", "critic_learning_rate", "natural_learning_rate", "adam_epsilon", "initial_log_std", "delta")
 NOT_NEGATIVE = ("damping", "kl_coefficient", "entropy_coefficient", "value_coefficient", "seed")
 
 
@@ -277,9 +278,17 @@ def with_values(options: O, values: Mapping[str, Any], origin: str = "") -> O:
         given[name] = tuple(x) if isinstance(x, list) else x
         if not _fits(given[name], kinds[name]):
             raise UserError(f"{origin}{name} is {x!r}: it must be {_said(kinds[name])}")
-        if kinds[name] is float:
-            given[name] = float(x)
+        given[name] = _plain(given[name], kinds[name])
     return replace(options, **given)  # type: ignore[type-var]
+
+
+def _plain(x: Any, kind: Any) -> Any:
+    """As JSON and torch know it: numpy's whole numbers and fractions become Python's."""
+    if isinstance(x, tuple):
+        return tuple(_plain(item, get_args(kind)[0]) for item in x)
+    if isinstance(x, bool) or not isinstance(x, Real):
+        return x
+    return float(x) if kind is float or not isinstance(x, Integral) else int(x)
 
 
 def check_bounds(
@@ -295,6 +304,8 @@ def check_bounds(
     for name, x in values.items():
         if x is None or isinstance(x, str | bool | tuple):
             continue
+        if not math.isfinite(x) and (math.isnan(x) or name in FINITE):
+            raise UserError(f"{name} is {x}: it must be a finite number")
         for group, holds, bound in (
             (unit, 0 <= x <= 1, "between 0 and 1"),
             (fraction, 0 < x < 1, "more than 0 and less than 1"),
@@ -303,6 +314,7 @@ def check_bounds(
             (not_negative, x >= 0, "0 or more"),
             (("dual_clip_bound",), x > 1, "more than 1"),
             (("seed",), x < 2**63, "less than 2**63"),
+            (("threads",), x <= 1024, "at most 1024"),
         ):
             if name in group and not holds:
                 raise UserError(f"{name} is {x}: it must be {bound}")
@@ -347,12 +359,15 @@ def validate(options: Options) -> None:
         raise UserError("kl_coefficient_target adapts kl_coefficient, which is 0: set that too")
     if isinstance(options, Reinforce) and options.discounted and options.returns == "trajectory_return":
         raise UserError("discounted is for reward_to_go: a trajectory_return has gamma^t in it already")
-    size, steps = getattr(options, "minibatch_size", None), options.num_steps
-    if size is not None and steps is not None and size > options.num_envs * steps:
-        raise UserError(
-            f"minibatch_size is {size}, and a rollout has num_envs * num_steps = {options.num_envs * steps} "
-            "decisions: lower the one or raise the other"
-        )
+    decisions = options.num_envs * (options.num_steps or math.inf)
+    for name in ("minibatch_size", "critic_minibatch_size"):
+        size = getattr(options, name, 0)
+        # The critic's default is for rollouts of the usual size: of a smaller one it takes the whole.
+        if size > decisions and not (name.startswith("critic") and size == getattr(type(options), name)):
+            raise UserError(
+                f"{name} is {size}, and a rollout has num_envs * num_steps = {decisions} decisions: "
+                "lower the one or raise the other"
+            )
 
 
 def _fits(x: Any, kind: Any) -> bool:

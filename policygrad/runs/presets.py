@@ -1,6 +1,8 @@
 """Tuned settings, one file an environment: a table of options for each algorithm."""
 
+import re
 import tomllib
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -40,3 +42,13 @@ def choose(preset: str | None, algorithm: str, environment: Any) -> tuple[str | 
     if own in names() and algorithm in (table := load(own)):
         return own, table[algorithm]
     return None, {}
+
+
+def blamed(message: str, preset: str | None, tuned: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """The end of an error message about values that are the preset's and not the user's; else nothing."""
+    kept = [name for name, x in tuned.items() if values[name] == x]
+    named = [name for name in kept if re.search(rf"\b{name} is {re.escape(str(values[name]))}(?!\w|\.\d)", message)]
+    if not named:
+        return ""
+    said = ", ".join(f"{name}={tuned[name]}" for name in named)
+    return f" (preset {preset} sets {said}; --preset none leaves {'it' if len(named) == 1 else 'them'})"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ class Log:
 @contextmanager
 def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
     """A bar on standard error, where that is a terminal; what it yields moves it on by one and says how it stands."""
-    console = Console(stderr=True)
+    console = _terminal()
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
@@ -81,25 +82,27 @@ class ProgressLine:
     """One line on standard error, where that is a terminal: steps, return, KL, steps per second, time left."""
 
     def __init__(self, description: str, steps: int, show: bool = True) -> None:
-        console = Console(stderr=True)
+        console = _terminal()
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} steps"),
+            *([BarColumn(bar_width=24)] if console.width >= 110 else []),  # the numbers first
+            TextColumn("{task.fields[count]}"),
             TextColumn("[cyan]{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not (show and console.is_terminal),
             transient=True,
         )
-        self.task = self.progress.add_task(description, total=steps, status="")
+        self.steps = steps
+        self.task = self.progress.add_task(description, total=steps, count="", status="")
 
     def update(self, row: Row) -> None:
         """Show the newest numbers."""
         parts = [f"return {row['return']:,.1f}"] if "return" in row else []
         parts += [f"KL {row['kl']:.4f}"] if "kl" in row else []
         parts += [f"{row['steps_per_second']:,.0f} steps/s"]
-        self.progress.update(self.task, completed=row["steps"], status="  ".join(parts))
+        count = f"{_short(row['steps'])}/{_short(self.steps)}"
+        self.progress.update(self.task, completed=row["steps"], count=count, status="  ".join(parts))
 
     def __enter__(self) -> "ProgressLine":
         self.progress.start()
@@ -109,13 +112,26 @@ class ProgressLine:
         self.progress.stop()
 
 
+def _terminal() -> Console:
+    """Standard error; a terminal only if it is one, whatever FORCE_COLOR says of colours."""
+    return Console(stderr=True, force_terminal=sys.stderr is not None and sys.stderr.isatty())
+
+
+def _short(count: int | float) -> str:
+    """12.3k, 1M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}".removesuffix(".0") + letter
+    return f"{count:.0f}"
+
+
 # The panels beside the learning curve, where a run has them: (metric, title).
 PANELS = (
     ("entropy", "entropy"),
     ("kl", "KL(old, new)"),
     ("kl_reference", "KL(policy, reference), by token"),
     ("flat_groups", "share of flat groups"),
-    ("length", "completion length, tokens"),
+    ("length", "{of} length"),
     ("explained_variance", "explained variance"),
     ("gradient_norm", "gradient norm"),
 )
@@ -130,7 +146,7 @@ def draw_curve(
     x: tuple[str, str] = ("steps", "environment steps"),
     y: tuple[str, str] = ("return", "mean return of the last 100 episodes"),
     points: tuple[str, str] | None = None,
-    panels: tuple[tuple[str, str], ...] = PANELS,
+    length_of: str = "episode",
 ) -> None:
     """The learning curve as a picture, and small panels beside it.
 
@@ -141,7 +157,7 @@ def draw_curve(
 
     figure = Figure(figsize=(10, 4.8), layout="constrained", dpi=150)
     # What is there and is more than rounding: the KL to the old policy is 0 where every rollout has one update.
-    panels = tuple((name, label) for name, label in panels if any(abs(row.get(name, 0.0)) > 1e-9 for row in rows))[:5]
+    panels = [(name, label) for name, label in PANELS if any(abs(row.get(name, 0.0)) > 1e-9 for row in rows)][:5]
     left, right = list(np.asarray(figure.subfigures(1, 2, width_ratios=(2.0, 1.0))))
     main = left.subplots()
     small = right.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
@@ -149,14 +165,27 @@ def draw_curve(
     curves += [(axes, name, GREY, 1.0) for axes, (name, _) in zip(small, panels, strict=True)]
     for axes, name, colour, width in curves:
         at, values = _series(rows, x[0], name)
-        axes.plot(at, values, color=colour, linewidth=width, solid_capstyle="round", label=y[1])
+        single = "o" if len(at) == 1 else None  # no line to be seen
+        axes.plot(
+            at,
+            values,
+            color=colour,
+            linewidth=width,
+            solid_capstyle="round",
+            label=y[1],
+            marker=single,
+            clip_on=not single,
+        )
+        axes.set_xlim(0, 1.01 * max(row[x[0]] for row in rows))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.margins(x=0.01)
     main.set_title(title, loc="left", fontsize=12, fontweight="bold")
     main.set_xlabel(x[1])
     main.set_ylabel(y[1])
+    if not _series(rows, x[0], y[0])[0]:
+        main.text(0.5, 0.5, "no episode has ended yet", transform=main.transAxes, ha="center", color=GREY, fontsize=12)
+        main.set_yticks([])
     if points is not None:
         at, values = _series(rows, x[0], points[0])
         main.plot(at, values, "o-", color=ORANGE, linewidth=1.5, markersize=6, label=points[1], clip_on=False, zorder=3)
@@ -171,7 +200,7 @@ def draw_curve(
         shown = f"{last[0]:,.1f}" if points is None else f"{last[0]:.3f}"
         main.set_title(shown, loc="right", fontsize=12, fontweight="bold", color=colour)
     for axes, (_, label) in zip(small, panels, strict=True):
-        axes.set_title(label, loc="left", fontsize=9, color="#444444")
+        axes.set_title(label.format(of=length_of), loc="left", fontsize=9, color="#444444")
         axes.tick_params(labelsize=7)
     figure.savefig(path)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import nn
 
-from policygrad.control import ObservationNormalizer, evaluate, make_environments
+from policygrad.control import ObservationNormalizer, Policy, evaluate, make_environments
 from policygrad.control.environments import Environment
+from policygrad.control.spaces import describe, rebuild
 from policygrad.errors import UserError
 from policygrad.runs.checkpoints import load_policy, save_policy, write_json
 from policygrad.runs.options import Options
@@ -86,6 +88,7 @@ class Run:
             "run": None if self.directory is None else str(self.directory),
             "algorithm": self.algorithm,
             "environment": label(self.environment),
+            "preset": self.preset,
             "steps": steps,
             "seconds": round(self.seconds, 3),
             "steps_per_second": round(steps / max(self.seconds, 1e-9), 1),
@@ -110,20 +113,25 @@ def play(
         raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
     single = isinstance(environment, gymnasium.Env)
     environments = make_environments(environment, 1 if single else max(1, min(episodes, 16)))
-    with torch.random.fork_rng():
+    with ExitStack() as stack:
+        if not isinstance(environment, gymnasium.Env | VectorEnv):
+            stack.callback(environments.close)
+        _check_spaces(policy, environments, label(environment))
+        stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(seed)
         returns, lengths = evaluate(
             policy, environments, episodes, seed=seed, stochastic=stochastic, normalizer=normalizer, device=device
         )
-    if not isinstance(environment, gymnasium.Env | VectorEnv):
-        environments.close()
     return Evaluation(
         float(returns.mean()), float(returns.std()), float(lengths.mean()), episodes, [float(x) for x in returns]
     )
 
 
-def evaluate_run(directory: Path, episodes: int = 10, *, seed: int = 1000, stochastic: bool = False) -> Evaluation:
+def evaluate_run(
+    directory: Path | str, episodes: int = 10, *, seed: int = 1000, stochastic: bool = False
+) -> Evaluation:
     """Evaluate the policy in a run directory, on the environment that it was trained on."""
+    directory = Path(directory)
     try:
         environment = json.loads((directory / "config.json").read_text())["environment"]
     except OSError as error:
@@ -137,6 +145,28 @@ def evaluate_run(directory: Path, episodes: int = 10, *, seed: int = 1000, stoch
         )
     policy, normalizer = load_policy(directory)
     return play(policy, normalizer, environment, episodes, seed=seed, stochastic=stochastic)
+
+
+def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None:
+    """Raise UserError for an environment of other spaces than the policy's, as far as the policy looks at them."""
+    if not isinstance(policy, Policy):
+        return
+    described: dict[str, Any] = policy.description
+    unread = ("low", "high", "dtype")  # of observations
+    for what, space in (
+        ("observation", environments.single_observation_space),
+        ("action", environments.single_action_space),
+    ):
+        own, other = described[f"{what}_space"], describe(space)
+        if what == "observation":
+            own, other = ({key: x for key, x in d.items() if key not in unread} for d in (own, other))
+        if own != other:
+            spaces = (rebuild(described[f"{what}_space"]), space)
+            of_policy, of_environment = (" ".join(str(x).split()) for x in spaces)
+            raise UserError(
+                f"the {what} space of {name} is {of_environment}, and the policy's is {of_policy}: "
+                "evaluate it on the environment that it was trained on"
+            )
 
 
 def label(environment: Environment) -> str:

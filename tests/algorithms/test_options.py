@@ -46,6 +46,24 @@ def test_the_penalty_halves_while_kl_is_below_its_target() -> None:
     assert beta == pytest.approx([0.1 / 2**k for k in range(len(beta))])
 
 
+def test_the_penalty_follows_the_kl_of_the_whole_update() -> None:
+    """With one minibatch the KL measured in the step is 0, whatever the step does (Schulman et al. 2017, section 4)."""
+    one = {"epochs": 1, "minibatch_size": 64}
+    rows = run("ppo", **one, kl_coefficient=0.1, kl_coefficient_target=1e-9).metrics
+    assert all(row["kl"] > 1e-6 and row["effective_sample_size"] < 1 for row in rows)
+    assert [row["kl_coefficient"] for row in rows] == pytest.approx([0.1 * 2**k for k in range(len(rows))])
+
+
+def test_ppos_kl_is_that_of_the_policy_it_leaves(sample: Callable[..., Rollout]) -> None:
+    policy, critic = SoftmaxOfPrefix(), Critic()
+    fixed = sample(policy, rows=7)
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=0.05)
+    metrics = next(ppo(policy, critic, lambda _: fixed, optimizer, epochs=3, minibatch_size=2))
+    new = policy(fixed.obs).log_prob(fixed.action)
+    ratio = (new - fixed.logp)[fixed.mask].exp()
+    torch.testing.assert_close(metrics["kl"], (ratio - 1 - ratio.log()).mean().detach(), rtol=1e-4, atol=1e-7)
+
+
 def test_the_penalty_stays_without_a_target() -> None:
     assert set(column(run("ppo", kl_coefficient=0.5), "kl_coefficient")) == {0.5}
 
@@ -230,7 +248,8 @@ def test_ppo_computes_no_more_rows_at_a_time_than_a_micro_batch(whole_rows: Whol
     seen: list[int] = []
     whole_rows(seen=seen, minibatch_size=5, micro_batch=3)
     # The critic on the rollout, without gradient; then policy and critic on 5 rows, and on 2 with 3 to fill up.
-    assert seen == [*[3, 3, 1], *[3, 3, 2, 2], *[3, 3]]
+    # And the policy on the rollout again: how far it went.
+    assert seen == [*[3, 3, 1], *[3, 3, 2, 2], *[3, 3], *[3, 3, 1]]
 
 
 def test_what_a_micro_batch_must_not_do_would_be_seen(whole_rows: WholeRows) -> None:

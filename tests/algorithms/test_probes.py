@@ -80,6 +80,8 @@ def test_where_action_and_observation_matter_each_observation_finds_its_own(algo
 @pytest.mark.parametrize("returns", ["reward_to_go", "trajectory_return"])
 def test_reinforce_finds_the_action_with_every_baseline_and_return(baseline: str, returns: str) -> None:
     settings = SETTINGS["reinforce"] | {"baseline": baseline, "returns": returns}
+    if baseline != "value":
+        settings = {name: x for name, x in settings.items() if not name.startswith("critic")}
     run = train("reinforce", limited(ActionAndObservationMatter, 8), steps=1500, hidden=(16,), **settings)
     assert (action(run, -1), action(run, 1)) == (0, 1)
 

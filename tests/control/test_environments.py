@@ -9,10 +9,12 @@ import torch
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers import TimeLimit
 from probes import Broken, Counting, Known, Probe, limited
 
 from policygrad.control import Policy, Sampler, make_environments
+from policygrad.control.environments import autoreset_mode
 from policygrad.errors import UserError
 
 
@@ -111,6 +113,19 @@ def test_one_object_is_not_several_environments() -> None:
         make_environments(Counting(), 2)
 
 
+@pytest.mark.parametrize("form", ["callable", "wrapped", "vector"])
+def test_a_callable_makes_a_new_environment_each_time(form: str) -> None:
+    shared = Counting()
+    environment = {
+        "callable": lambda: shared,
+        "wrapped": lambda: TimeLimit(shared, 5),
+        "vector": SyncVectorEnv([lambda: shared] * 2),
+    }[form]
+    with pytest.raises(UserError, match="same object more than once: make a new environment in each call"):
+        make_environments(environment, 4)
+    assert make_environments(lambda: shared, 1).num_envs == 1
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -182,6 +197,58 @@ def test_boxes_and_state_numbers_are_left_as_they_are(space: spaces.Space) -> No
 def test_an_observation_space_without_a_fixed_size_is_named(space: spaces.Space) -> None:
     with pytest.raises(UserError, match=type(space).__name__):
         played(make_environments(lambda: Observed(space), 1))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Sequence(spaces.Discrete(3))}),
+        spaces.Tuple((spaces.Box(0, 1), spaces.Dict({"b": spaces.Sequence(spaces.Discrete(3))}))),
+    ],
+    ids=["dict", "nested"],
+)
+@pytest.mark.parametrize("form", ["callable", "object"])
+def test_the_member_without_a_fixed_size_is_named(space: spaces.Space, form: str) -> None:
+    environment: Any = (lambda: Observed(space)) if form == "callable" else Observed(space)
+    with pytest.raises(UserError, match=r"^a Sequence space is not supported"):
+        played(make_environments(environment, 1))
+
+
+class Saying(VectorWrapper):
+    """A vector environment whose metadata says `said` of when it resets."""
+
+    def __init__(self, mode: AutoresetMode, said: Any, make: Any = Counting) -> None:
+        super().__init__(SyncVectorEnv([make], autoreset_mode=mode))
+        self.metadata = {} if said is None else {"autoreset_mode": said}
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        *((AutoresetMode.SAME_STEP, x) for x in ("SameStep", "same_step", "SAME_STEP", "AutoresetMode.SAME_STEP")),
+        *((AutoresetMode.NEXT_STEP, x) for x in ("NextStep", "next-step", AutoresetMode.NEXT_STEP, None)),
+    ],
+)
+def test_when_it_resets_may_be_said_in_words(mode: AutoresetMode, said: Any) -> None:
+    environments = Saying(mode, said)
+    assert autoreset_mode(environments) is mode
+    rewards = Sampler(environments, 6)(Policy(environments.single_observation_space, spaces.Discrete(2))).reward
+    assert rewards.tolist() == [[1, 2, 0, 1, 2, 3]]
+
+
+def test_composite_observations_are_flattened_whichever_way_it_is_said_when_it_resets() -> None:
+    space = spaces.Dict({"a": spaces.Discrete(3)})
+    for said in (None, "next_step"):
+        given = Saying(AutoresetMode.NEXT_STEP, said, lambda: Observed(space))
+        assert played(make_environments(given)).steps == 7
+        assert given.metadata.get("autoreset_mode") == said
+
+
+def test_a_word_for_no_mode_and_one_for_never_are_refused() -> None:
+    with pytest.raises(UserError, match="autoreset_mode is 'sometimes'"):
+        played(Saying(AutoresetMode.NEXT_STEP, "sometimes"))
+    with pytest.raises(UserError, match="does not reset itself"):
+        played(Saying(AutoresetMode.DISABLED, "disabled"))
 
 
 def test_a_vector_environment_that_cannot_be_flattened_is_refused_in_one_line() -> None:

@@ -1,16 +1,22 @@
 """Evaluation plays whole episodes, as many as asked, each environment its share, without noise unless asked."""
 
+import tracemalloc
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from probes import ActionMatters, Counting, DelayedReward, Known, Potential, limited
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Bernoulli, Categorical, Independent
 
-from policygrad.control import Policy, evaluate, make_environments
-from policygrad.control.evaluation import time_limit
+from policygrad.control import ObservationNormalizer, Policy, Sampler, evaluate, make_environments
+from policygrad.control.evaluation import Mode, time_limit
 from policygrad.errors import UserError
 
 
@@ -78,6 +84,10 @@ def test_there_is_at_least_one_episode(episodes: int) -> None:
         ("Acrobot-v1", "async", 500),
         ("probes:Known-v0", "sync", 8),
         (limited(Known, 6), "sync", 6),
+        (limited(Known, 6), "async", 6),
+        (lambda: gymnasium.make("CartPole-v1"), "sync", 500),
+        (lambda: gymnasium.make("CartPole-v1"), "async", 500),
+        (Known, "async", None),
         (Known, "sync", None),
     ],
 )
@@ -89,3 +99,104 @@ def test_the_time_limit_is_the_environments_own(environment: Any, vectorization:
 
 def test_a_time_limit_that_was_asked_for_goes_before_the_ids_own() -> None:
     assert time_limit(make_environments("CartPole-v1", 2, vectorization="sync", max_episode_steps=3)) == 3
+
+
+@pytest.mark.parametrize("vectorization", ["auto", "sync", "async"])
+def test_a_time_limit_that_was_asked_for_is_kept_in_every_form(vectorization: str) -> None:
+    environments = make_environments("CartPole-v1", 2, vectorization=vectorization, max_episode_steps=3)
+    assert time_limit(environments) == 3
+    environments.close()
+
+
+class Named(Known):
+    """Observations that have to be flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Dict({"x": spaces.Discrete(3)})
+
+    def reset(self, **options: Any) -> Any:
+        return {"x": 0}, super().reset(**options)[1]
+
+    def step(self, action: Any) -> Any:
+        return {"x": 1}, *super().step(action)[1:]
+
+
+@pytest.mark.parametrize("make", [Known, Named])
+@pytest.mark.parametrize("vector", [SyncVectorEnv, AsyncVectorEnv])
+def test_a_time_limit_is_found_inside_a_vector_environments_wrappers(make: Any, vector: Any) -> None:
+    environments = make_environments(RecordEpisodeStatistics(vector([limited(make, 7)] * 2)))
+    assert time_limit(environments) == 7
+    environments.close()
+
+
+def test_the_longest_of_several_time_limits_counts_and_one_that_lacks_it_has_none() -> None:
+    def limit(*makers: Any) -> int | None:
+        return time_limit(SyncVectorEnv(makers))
+
+    assert limit(lambda: TimeLimit(Known(), 5), lambda: TimeLimit(Known(), 9)) == 9
+    assert limit(lambda: TimeLimit(Known(), 5), Known) is None
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_what_is_played_is_what_a_rollout_of_whole_episodes_holds(mode: AutoresetMode, stochastic: bool) -> None:
+    environments = SyncVectorEnv([limited(Known, 8)] * 3, autoreset_mode=mode)
+    policy, normalizer = policy_for(environments), ObservationNormalizer((1,))
+    normalizer.statistics.mean += 0.5
+    torch.manual_seed(1)
+    found = evaluate(policy, environments, 6, seed=4, stochastic=stochastic, normalizer=normalizer)
+    normalizer.frozen = True
+    sample = Sampler(environments, 8, seed=4, whole_episodes=True, observation_normalizer=normalizer)
+    torch.manual_seed(1)
+    rollouts = [sample(policy if stochastic else Mode(policy)) for _ in range(2)]
+    assert found[0].tolist() == [x for r in rollouts for x in r.reward.double().sum(1).tolist()]
+    assert found[1].tolist() == [x for r in rollouts for x in r.mask.sum(1).tolist()]
+    assert len(set(found[1].tolist())) > 1
+
+
+def test_memory_does_not_grow_with_the_limit() -> None:
+    class Image(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+
+        def _obs(self) -> Any:
+            return np.zeros((16, 16, 3), np.uint8)
+
+    environments = make_environments(Image, 2)
+    policy = policy_for(environments)
+    tracemalloc.start()
+    try:
+        evaluate(policy, environments, 2)  # 100,000 steps of 768 numbers would be 600 MB
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+
+
+class Undecided(nn.Module):
+    """A policy of the user's own that throws fair coins."""
+
+    def forward(self, obs: Tensor) -> Independent:
+        return Independent(Bernoulli(logits=torch.zeros(*obs.shape[:2], 3)), 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_mode_of_a_fair_coin_is_0(own: bool) -> None:
+    seen = []
+
+    class Seen(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = spaces.MultiBinary(3)
+
+        def _obs(self) -> Any:
+            return np.zeros(2, np.float32)
+
+        def step(self, action: Any) -> Any:
+            seen.append(action.tolist())
+            return super().step(action)
+
+    environments = make_environments(Seen, 1)
+    evaluate(Undecided() if own else policy_for(environments), environments, 1)
+    assert seen == [[0, 0, 0]] * 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from policygrad.control import Critic, Policy
 from policygrad.control.policies import ACTIVATIONS
@@ -166,6 +166,41 @@ def test_several_choices_are_their_separate_categoricals(float64: None) -> None:
     torch.testing.assert_close(
         kl(p, q), sum(kl_divergence(a, b) for a, b in zip(single(obs), single(other), strict=True))
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "squash", "action", "expected"),
+    [
+        (0, 3, np.int32, False, [-9.0, 0.4, 0.6, 1.7, 2.6, 9.0], [0, 0, 1, 2, 3, 3]),
+        (-1, 1, np.int64, False, [-0.9, -0.4, 0.4, 0.6], [-1, 0, 0, 1]),
+        (-1, 1, np.int64, True, [-2.0, -0.1, 0.1, 2.0], [-1, 0, 0, 1]),
+        (0, 3, np.uint8, True, [-5.0, 0.5, 5.0], [0, 2, 3]),
+    ],
+)
+def test_an_integer_box_gets_the_nearest_integers(
+    low: int, high: int, dtype: Any, squash: bool, action: list[float], expected: list[int]
+) -> None:
+    policy = Policy(OBSERVATIONS, spaces.Box(low, high, (1,), dtype), squash=squash)
+    found = policy.to_environment(torch.tensor(action).unsqueeze(1))
+    assert found.dtype == dtype
+    assert found[:, 0].tolist() == expected
+
+
+def test_squashing_onto_a_single_number_is_refused() -> None:
+    space = spaces.Box(np.array([-1.0, 0.5], np.float32), np.array([1.0, 0.5], np.float32))
+    with pytest.raises(UserError, match=r"squash needs low < high .* low = high = 0.5"):
+        Policy(OBSERVATIONS, space, squash=True)
+    assert Policy(OBSERVATIONS, space).to_environment(torch.tensor([[0.0, 9.0]])).tolist() == [[0, 0.5]]
+
+
+def test_the_mode_of_a_fair_coin_is_0_and_its_divergence_is_torchs() -> None:
+    policy = Policy(OBSERVATIONS, spaces.MultiBinary(3))
+    logits = torch.tensor([[[0.0, 1e-3, -1e-3]]])
+    p = policy.head(logits)
+    assert p.mode.tolist() == [[[0, 1, 0]]]
+    assert p.expand((2, 1)).mode.tolist() == [[[0, 1, 0]]] * 2
+    q, expected = Bernoulli(logits=logits + 1), Bernoulli(logits=logits)
+    torch.testing.assert_close(kl(p, policy.head(logits + 1)), kl_divergence(expected, q).sum(-1))
 
 
 def test_clipping_comes_after_the_log_probability() -> None:

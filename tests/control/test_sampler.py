@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from probes import BROKEN, GAMMA, Broken, Counting, Known, Potential, limited
 from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, Normal
 
 from policygrad.advantages import gae, standardize
 from policygrad.algorithms.actor_critic import actor_critic, off_policy_actor_critic
@@ -425,6 +426,87 @@ class WrongVector(VectorWrapper):
 def test_a_vector_environment_whose_rewards_are_of_the_wrong_shape_is_refused(count: int) -> None:
     _, sample = sampled(WrongVector(vector(*[Counting] * count)), 8)
     with pytest.raises(UserError, match="shape"):
+        sample()
+
+
+class Poisoned(nn.Module):
+    """A policy whose numbers are NaN: all of them, or those of one environment's decisions after its first episode."""
+
+    def __init__(self, make: Callable[[Tensor], Any], only_masked: bool = False) -> None:
+        super().__init__()
+        self.make, self.only_masked, self.calls = make, only_masked, 0
+
+    def forward(self, obs: Tensor) -> Any:
+        self.calls += 1
+        x = torch.zeros(*obs.shape[:2], 2)
+        if not self.only_masked:
+            x[-1] = torch.nan
+        elif self.calls > 2:
+            x[0] = torch.nan
+        return self.make(x)
+
+    def to_environment(self, action: Tensor) -> np.ndarray:
+        return np.zeros(len(action), dtype=np.int64)
+
+
+def normal(x: Tensor) -> Independent:
+    return Independent(Normal(x, 1.0, validate_args=False), 1)
+
+
+class Blind(Normal):
+    """Its log-probability does not show that the action is NaN."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
+
+
+class Careless(Categorical):
+    """Its actions are numbers, and only the log-probability is NaN."""
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.zeros(self.batch_shape, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (normal, "action"),
+        (lambda x: Independent(Blind(x, 1.0, validate_args=False), 1), "action"),
+        (lambda x: Categorical(logits=x, validate_args=False), "probability"),
+        (lambda x: Careless(logits=x, validate_args=False), "log-probability"),
+    ],
+    ids=["gaussian", "blind", "categorical", "careless"],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_policy_that_is_nan_is_named_before_the_environment_sees_it(make: Any, said: str, whole: bool) -> None:
+    stepped = []
+
+    class Seen(Counting):
+        def step(self, action: Any) -> Any:
+            stepped.append(action)
+            return super().step(action)
+
+    sampler = Sampler(vector(Seen, Seen), 8, whole_episodes=whole)
+    with pytest.raises(UserError, match=rf"^the policy's {said} is not finite: a lower learning_rate or scale_rewards"):
+        sampler(Poisoned(make))
+    assert not stepped
+
+
+def test_a_policy_may_be_nan_where_nothing_counts() -> None:
+    environments = vector(lambda: Counting((2,)), lambda: Counting((4,)))
+    rollout = Sampler(environments, 4, whole_episodes=True)(Poisoned(normal, only_masked=True))
+    assert rollout.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("empty", [{}, {"final_obs": np.array([None], dtype=object)}], ids=["absent", "none"])
+def test_a_reset_in_the_same_step_without_the_final_observation_is_refused(whole: bool, empty: Any) -> None:
+    class Silent(VectorWrapper):
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:4], empty
+
+    _, sample = sampled(Silent(vector(Counting, mode=AutoresetMode.SAME_STEP)), 8, whole_episodes=whole)
+    with pytest.raises(UserError, match=r"no final_obs: .*NEXT_STEP"):
         sample()
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from language.conftest import END, PAD, RECURRENT, SLIDING, VOCABULARY, every_architecture, prompts, tiny
 from policygrad.errors import UserError
-from policygrad.language.generation import Completions, Request, generate
+from policygrad.language import generation
+from policygrad.language.generation import Completions, Request, generate, inverse_transform
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import LanguagePolicy, Prefixes
 
@@ -44,7 +46,7 @@ def argmax_again_and_again(model: nn.Module, prompt: Tensor, max_tokens: int, st
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_the_log_probabilities_are_the_learners(name: str, temperature: float) -> None:
     policy = LanguagePolicy(tiny(name), temperature=temperature)
-    done, obs = sampled(policy)
+    done, obs = sampled(policy, completions=8)
     assert done.cut.any()
     assert not done.cut.all()
     assert_close(done.logp, policy(obs).log_prob(done.tokens), rtol=0, atol=1e-5)
@@ -151,15 +153,57 @@ def test_each_prompt_is_read_once() -> None:
 
 @every_architecture
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_the_cache_is_static_where_the_layers_allow_it(name: str, autocast: torch.dtype | None) -> None:
-    model, caches = tiny(name), []
+def test_keys_and_values_are_written_in_place_and_only_what_is_written_is_attended_to(
+    name: str, autocast: torch.dtype | None
+) -> None:
+    model, seen = tiny(name), []
     policy = LanguagePolicy(model, autocast=autocast)
-    model.base_model.register_forward_pre_hook(
-        lambda _, __, inputs: caches.append(type(inputs["past_key_values"])), with_kwargs=True
-    )
-    sampled(policy, max_tokens=3, stop=())
-    grows = name in SLIDING | RECURRENT | {"gpt_neo"} or autocast is not None
-    assert caches == [DynamicCache] + [DynamicCache if grows else StaticCache] * 2
+    own_ways = SLIDING | RECURRENT | {"gpt_neo"}
+
+    def look(_: nn.Module, __: Any, inputs: dict[str, Any], ___: Any) -> None:
+        layers = inputs["past_key_values"].layers
+        attending = [x for x in layers if getattr(x, "keys", None) is not None]
+        seen.append([(type(x), x.keys.data_ptr(), x.keys.shape) for x in attending])
+
+    model.base_model.register_forward_hook(look, with_kwargs=True)
+    sampled(policy, max_tokens=4, stop=())
+    kinds = {kind for row in seen[1:] for kind, *_ in row}
+    assert DynamicLayer not in kinds
+    assert name in own_ways or kinds == {generation._Roomy}
+    for first, second, third in zip(*seen[1:], strict=True):
+        if first[0] is generation._Roomy:
+            assert first[1] == second[1] == third[1]
+            assert [x[2][-2] for x in (first, second, third)] == [7, 8, 9]
+            assert first[2][0] == 12
+
+
+@every_architecture
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_rows_that_have_ended_are_taken_out_and_nothing_else_changes(
+    name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Mixtral's experts have no float64, and Gemma 2's attention makes NaN of padding in it.
+    exact = autocast is None and name not in {"mixtral", "gemma2"}
+    model = tiny(name, dtype=torch.float64 if exact else torch.float32)
+    policy, computed = LanguagePolicy(model, temperature=3.0, autocast=autocast), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: computed.append(len(x[0])))
+    results = []
+    for kept in (0.0, 3 / 4, 0.999):
+        monkeypatch.setattr(generation, "KEPT", kept)
+        computed.clear()
+        torch.manual_seed(0)  # the same prompts
+        results.append((sampled(policy, completions=8, max_tokens=9, stop=range(END, END + 12))[0], computed[1:]))
+    (whole, all_rows), (some, fewer), (each, fewest) = results
+    alive = [int(column.sum()) for column in whole.mask.T[1:] if column.any()]
+    assert all_rows == [32] * len(alive)
+    assert fewest == alive
+    assert all(count <= n < count / 0.75 + 1 for n, count in zip(fewer, alive, strict=True))
+    assert len(set(fewer)) > 1
+    for other in (some, each):
+        assert torch.equal(whole.tokens, other.tokens)
+        assert torch.equal(whole.mask, other.mask)
+        assert torch.equal(whole.cut, other.cut)
+        assert_close(whole.logp, other.logp, rtol=0, atol=1e-9 if exact else 1e-5 if autocast is None else 0.1)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral", "gemma2"])
@@ -226,6 +270,37 @@ def test_completions_have_the_models_distribution(name: str, temperature: float)
         assert len(likely) > 8
         square = sum((found[x] - count * p) ** 2 / (count * p) for x, p in likely.items())
         assert square < len(likely) + 5 * (2 * len(likely)) ** 0.5, "chi-square, its mean and 5 standard deviations"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 400])
+def test_the_inverse_transform_gives_every_token_its_share(size: int) -> None:
+    """Of N numbers evenly spread, exactly N p_v fall to token v; in order."""
+    share = torch.randint(0, 4, (3, size), generator=torch.Generator().manual_seed(size))
+    share[:, size // 2] += 1
+    for row in share:
+        count = int(row.sum())
+        uniform = (torch.arange(count) + 0.5) / count
+        token = inverse_transform((row / count).float().expand(count, -1), uniform.double())
+        assert token.tolist() == torch.arange(size).repeat_interleave(row).tolist()
+
+
+def test_the_inverse_transform_at_its_ends_and_of_what_is_impossible_or_rare() -> None:
+    p = torch.zeros(2, 1000)
+    p[:, [3, 998]] = torch.tensor([1e-30, 1.0])
+    largest = 1 - torch.finfo(torch.float64).eps / 2
+    assert inverse_transform(p, torch.tensor([0.0, largest], dtype=torch.float64)).tolist() == [3, 998]
+    rare = torch.full((4, 1000), 1.0)
+    rare[:, 7] = 1e-9  # no float32 number lies in its share
+    near = torch.tensor([6.9, 7 - 1e-12, 7 + 0.5e-9, 7 + 2e-9], dtype=torch.float64) / (999 + 1e-9)
+    assert inverse_transform(rare, near).tolist() == [6, 6, 7, 8]
+    for u in torch.rand(50, 1, dtype=torch.float64):
+        assert inverse_transform(torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]), u).item() in (1, 3)
+
+
+def test_the_inverse_transform_of_what_is_not_a_number_is_a_token_all_the_same() -> None:
+    """It is for the learner to stop at; an index beyond the vocabulary would end the process on a GPU."""
+    token = inverse_transform(torch.full((2, 10), torch.nan), torch.tensor([0.0, 0.9], dtype=torch.float64))
+    assert ((token >= 0) & (token < 10)).all()
 
 
 def test_no_token_is_left_out() -> None:

@@ -1,6 +1,7 @@
 """A policy on disk is the policy that was saved, or one line that says what is wrong with the files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,62 @@ def test_a_description_of_another_kind_is_one_line(change: dict[str, Any], said:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=said):
         pg.load_policy(copied)
+
+
+@pytest.mark.parametrize("name", ["policy", "class", "normalizes_observations"])
+def test_a_description_that_lacks_something_is_damaged(name: str, copied: Path) -> None:
+    path = copied / "policy.json"
+    description = json.loads(path.read_text())
+    del description[name]
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=rf"policy\.json is damaged: {name} is missing"):
+        pg.load_policy(copied)
+
+
+@pytest.mark.parametrize(
+    "hidden", [[-1], [8, -1], [10**12], [10**400], [5000, 5000], [8.5], ["8"], 8, None], ids=lambda x: str(x)[:12]
+)
+def test_a_description_of_impossible_layers_is_damaged(hidden: Any, copied: Path) -> None:
+    path = copied / "policy.json"
+    description = json.loads(path.read_text())
+    description["policy"]["hidden"] = hidden
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"policy\.json is damaged") as raised:
+        pg.load_policy(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_statistics_that_are_not_there_are_damage(copied: Path) -> None:
+    path = copied / "policy.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizes_observations": True}))
+    with pytest.raises(UserError, match=r"policy\.safetensors is damaged: .*observations\.mean is missing"):
+        pg.load_policy(copied)
+
+
+def test_a_directory_may_be_text(saved: Path, tmp_path: Path) -> None:
+    run = pg.train("ppo", "probes:Known-v0", **SMALL)
+    run.save(str(tmp_path / "run"))
+    for directory in (str(tmp_path / "run"), tmp_path / "run"):
+        policy, _ = pg.load_policy(directory)
+        assert all((a == b).all() for a, b in zip(policy.parameters(), run.policy.parameters(), strict=True))
+        assert pg.evaluate_run(directory, 2) == run.evaluate(2)
+    with pytest.raises(UserError, match="nowhere holds no policy"):
+        pg.load_policy("nowhere")
+    with pytest.raises(UserError, match="nowhere is no run directory"):
+        pg.evaluate_run("nowhere")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_the_files_are_readable_as_the_umask_says(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_policy(tmp_path, nn.Linear(1, 1), nn.Linear(1, 1), None)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "policy.json": 0o666 & ~mask,
+        "policy.safetensors": 0o666 & ~mask,
+    }
 
 
 def test_weights_that_do_not_fit_are_one_line(copied: Path) -> None:

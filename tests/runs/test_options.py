@@ -6,6 +6,7 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
@@ -228,6 +229,13 @@ IMPOSSIBLE = [
     ("ppo", "threads", 0),
     ("ppo", "vectorization", "threads"),
     ("ppo", "device", None),
+    ("ppo", "learning_rate", math.inf),
+    ("ppo", "initial_log_std", math.nan),
+    ("ppo", "initial_log_std", -math.inf),
+    ("ppo", "stop_at_return", math.nan),
+    ("ppo", "threads", 100_000),
+    ("trpo", "critic_minibatch_size", 1025),
+    ("trpo", "delta", math.inf),
     ("trpo", "delta", 0.0),
     ("trpo", "damping", -1.0),
     ("trpo", "cg_iters", 0),
@@ -293,6 +301,17 @@ def test_an_option_that_the_algorithm_does_not_have_gives_the_nearest() -> None:
 
 def test_lists_become_tuples_as_they_come_from_a_file() -> None:
     assert with_values(ALGORITHMS["ppo"](), {"hidden": [3, 4]}).hidden == (3, 4)
+
+
+def test_numpys_numbers_become_pythons() -> None:
+    given = {"seed": np.int64(8), "hidden": (np.int64(8),), "gamma": np.float32(0.5), "clip": np.float64(0.1)}
+    options: Any = with_values(ALGORITHMS["ppo"](), given)
+    validate(options)
+    assert [type(x) for x in (options.seed, options.hidden[0], options.gamma, options.clip)] == [int, int, float, float]
+
+
+def test_a_critics_default_minibatch_is_not_too_large_for_a_small_rollout() -> None:
+    validate(with_values(ALGORITHMS["trpo"](), {"num_envs": 1, "num_steps": 16}))
 
 
 def test_algorithms_go_by_their_names_and_aliases() -> None:

@@ -98,3 +98,14 @@ def test_without_a_preset_nothing_is_announced() -> None:
     run = train("actor_critic", "CartPole-v1", preset="none", steps=1, announce=said.append)
     assert run.preset is None
     assert said == []
+
+
+def test_an_error_blames_the_values_of_the_preset_that_the_user_left() -> None:
+    message, tuned = "lam is 2.5: read where n is 25, m is 7", {"lam": 2.5, "n": 2, "m": 7, "k": 1}
+    assert presets.blamed(message, "P", tuned, {"lam": 2.5, "n": 2, "m": 7, "k": 1}) == (
+        " (preset P sets lam=2.5, m=7; --preset none leaves them)"
+    )
+    assert presets.blamed(message, "P", tuned, {"lam": 2.5, "n": 25, "m": 8, "k": 1}) == (
+        " (preset P sets lam=2.5; --preset none leaves it)"
+    )
+    assert presets.blamed(message, "P", {"lam": 2}, {"lam": 2}) == presets.blamed(message, None, {}, {}) == ""

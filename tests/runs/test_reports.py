@@ -83,7 +83,7 @@ def test_the_curve_shows_the_run_that_it_is_of(tmp_path: Path) -> None:
 def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, show: bool = True) -> str:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
-    monkeypatch.setattr(reports, "Console", lambda stderr: console)
+    monkeypatch.setattr(reports, "Console", lambda **_: console)
     with ProgressLine("ppo Somewhere-v0", 1000, show) as line:
         line.update(ROW)
         line.progress.refresh()
@@ -92,7 +92,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, show: bool = True) ->
 
 def test_the_line_shows_steps_return_kl_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, terminal=True)
-    for part in ("ppo Somewhere-v0", "500 of 1,000 steps", "return 12.5", "KL 0.0123", "4,321 steps/s", "-:--"):
+    for part in ("ppo Somewhere-v0", "500/1k", "return 12.5", "KL 0.0123", "4,321 steps/s", "-:--"):
         assert part in text or (part == "-:--" and ":" in text), part
 
 
@@ -107,3 +107,26 @@ def test_the_line_is_quiet_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     pg.train("actor_critic", "probes:Known-v0", steps=100, num_envs=2)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(7, "7"), (999, "999"), (12_345, "12.3k"), (100_000, "100k"), (1_000_000, "1M")]
+)
+def test_counts_are_short(count: float, said: str) -> None:
+    assert reports._short(count) == said
+
+
+def test_everything_on_the_line_has_room_on_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(reports, "Console", lambda **_: console)
+    with ProgressLine("trpo HalfCheetah-v5", 1_000_000) as line:
+        line.update({"steps": 812_032.0, "return": 1234.5, "kl": 0.0123, "steps_per_second": 4321.0})
+        line.progress.refresh()
+    for part in ("trpo HalfCheetah-v5", "812k/1M", "return 1,234.5", "KL 0.0123", "4,321 steps/s"):
+        assert part in screen.getvalue()
+
+
+def test_colours_asked_for_do_not_make_a_pipe_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not reports._terminal().is_terminal

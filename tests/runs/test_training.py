@@ -18,7 +18,7 @@ from torch.distributions import Categorical, Independent, Normal
 
 import policygrad as pg
 from policygrad.errors import UserError
-from policygrad.runs import learners
+from policygrad.runs import learners, training
 from policygrad.runs.options import ALGORITHMS
 from policygrad.runs.run import Run
 
@@ -338,3 +338,44 @@ def test_errors_that_are_not_the_users_are_not_hidden(monkeypatch: pytest.Monkey
     fake(monkeypatch, iterate)
     with pytest.raises(RuntimeError, match="a bug of this library"):
         pg.train("ppo", "probes:Known-v0", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [
+        ({"policy": lambda observations, actions: None}, "policy is None: hand in an nn.Module"),
+        ({"critic": lambda observations: 3}, "critic is 3"),
+        ({"policy": nn.Identity()}, "the policy handed in has no parameter that requires a gradient"),
+        ({"critic": nn.Linear(3, 1).requires_grad_(False)}, "the critic handed in has no parameter"),
+        ({"critic": nn.Linear(3, 1)}, r"the critic returned values of shape \(4, 16, 1\).*squeeze"),
+    ],
+    ids=str,
+)
+def test_modules_that_cannot_be_trained_are_refused(modules: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        pg.train("ppo", "probes:Known-v0", **SHORT, **MINIBATCHES, **modules)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_policy_by_name_is_refused() -> None:
+    """train's own signature refuses it in the test run: this is what a user's Python sees."""
+    with pytest.raises(UserError, match=r"policy is 'MlpPolicy': hand in an nn\.Module"):
+        training._own("policy", "MlpPolicy")
+
+
+def test_the_policy_is_saved_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed leaves what it had learned, not what it began with."""
+    saved: list[bytes] = []
+    save = training.save_policy
+
+    def watch(directory: Path, *modules: Any) -> None:
+        save(directory, *modules)
+        saved.append((directory / "policy.safetensors").read_bytes())
+
+    monkeypatch.setattr(training, "save_policy", watch)
+    for seconds, count in ((0.0, 1 + 2), (1e9, 1)):
+        monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+        saved.clear()
+        pg.train("ppo", "probes:Known-v0", out=tmp_path / str(seconds), **SMALL)
+        assert len(saved) == count
+        assert len(set(saved)) == count

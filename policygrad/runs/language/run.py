@@ -148,6 +148,7 @@ class LanguageRun:
                 x=("completions", "completions"),
                 y=("reward", "mean reward of a rollout"),
                 points=("held_out", "held-out"),
+                length_of="completion",
             )
 
     def configuration(self) -> dict[str, Any]:
