@@ -88,6 +88,8 @@ class Sampler:
                 final[:, t] = last
             if self.whole_episodes and self.resetting.all():
                 break
+        if self.whole_episodes:
+            self._finish(~self.resetting)  # the longest that an episode may be has passed
         spare = length - len(actions)
         if spare:
             obs[:, len(actions)] = self.obs  # where the episodes that ended last stopped
@@ -204,10 +206,7 @@ class Sampler:
             )
         self.episode_return += reward
         self.episode_length += counts
-        for i in np.flatnonzero(ended):
-            self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
-            self.episodes += 1
-            self.episode_return[i], self.episode_length[i] = 0.0, 0
+        self._finish(ended)
         if self.reward_scaler is not None:
             reward = self.reward_scaler(reward, ended, counts)
         if self.whole_episodes:
@@ -228,6 +227,13 @@ class Sampler:
             last = self._receive(last, np.zeros_like(ended))
         self.obs = self._receive(obs, ~self.resetting)
         return reward, terminated, ended, last
+
+    def _finish(self, ended: np.ndarray) -> None:
+        """Count the episodes of these environments."""
+        for i in np.flatnonzero(ended):
+            self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
+            self.episodes += 1
+            self.episode_return[i], self.episode_length[i] = 0.0, 0
 
     def _receive(self, obs: Any, counts: np.ndarray) -> np.ndarray:
         """Observations as they are stored: finite, normalised, in torch's default precision."""

@@ -199,6 +199,15 @@ def test_whole_episodes_are_one_to_a_row_and_masked_after_their_end() -> None:
     assert (sampler.steps, sampler.episodes) == (6, 2)
 
 
+def test_an_episode_cut_at_the_longest_that_it_may_be_counts_among_the_returns() -> None:
+    environments = vector(lambda: Counting((9,)), lambda: Counting((2, 9)), lambda: Counting((4,)))
+    sampler, sample = sampled(environments, 4, whole_episodes=True)
+    metrics = sample().metrics
+    assert sorted(sampler.finished) == [(3.0, 2), (10.0, 4), (10.0, 4)]
+    assert (metrics["episodes"], metrics["length"]) == (3, pytest.approx(10 / 3))
+    assert sample().metrics["episodes"] == 6
+
+
 def test_whole_episodes_start_anew_in_every_rollout() -> None:
     _, sample = sampled(vector(lambda: Counting((9,))), 4, whole_episodes=True)
     assert [sample().obs[0, 0, 1].item() for _ in range(3)] == [0, 0, 0]
