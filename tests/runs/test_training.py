@@ -349,7 +349,7 @@ def test_errors_that_are_not_the_users_are_not_hidden(monkeypatch: pytest.Monkey
         ({"critic": nn.Linear(3, 1).requires_grad_(False)}, "the critic handed in has no parameter"),
         ({"critic": nn.Linear(3, 1)}, r"the critic returned values of shape \(4, 16, 1\).*squeeze"),
     ],
-    ids=str,
+    ids=["policy None", "critic 3", "nothing to learn", "frozen critic", "critic of [B, T, 1]"],
 )
 def test_modules_that_cannot_be_trained_are_refused(modules: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
