@@ -206,9 +206,10 @@ class LanguageRun:
 
 
 def evaluate_language_run(
-    directory: Path, completions: int | None = None, *, seed: int = 1000, greedy: bool = False
+    directory: Path | str, completions: int | None = None, *, seed: int = 1000, greedy: bool = False
 ) -> LanguageEvaluation:
     """Evaluate the model in a run directory on the examples that were held out from its training."""
+    directory = Path(directory)
     try:
         config = json.loads((directory / "config.json").read_text())
         kind = LANGUAGE[config["algorithm"]]

@@ -55,7 +55,7 @@ def test_the_card_names_the_base_and_the_scores(small: dict, tmp_path: Path) -> 
 def test_a_run_is_evaluated_again_as_it_was(small: dict, tmp_path: Path, lora_rank: int) -> None:
     run = train_language("grpo", out=tmp_path / "run", **small, lora_rank=lora_rank)
     assert run.after is not None
-    again = evaluate_language_run(tmp_path / "run")
+    again = evaluate_language_run(str(tmp_path / "run"))
     assert again.rows == run.after.rows
     assert run.before is not None
     assert again.rows != run.before.rows
