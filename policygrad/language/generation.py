@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicLayer
 from policygrad.errors import UserError
 from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
 
+KEPT = 3 / 4  # of the rows, or fewer, still going: the others are taken out
+
 
 @dataclass(frozen=True)
 class Request:
@@ -110,9 +112,6 @@ def generate(
                 cache.reorder_cache(going)  # type: ignore[arg-type]
     done.cut[rows] = alive
     return done
-
-
-KEPT = 3 / 4  # of the rows, or fewer, still going: the others are taken out
 
 
 def _nothing_yet(count: int, states: Float[Tensor, "N 1 H"], request: Request) -> Completions:

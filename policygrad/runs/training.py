@@ -194,17 +194,21 @@ def _modules(
         )
     else:
         policy = _own("policy", policy, observation_space, action_space)
-    critic = Critic(observation_space, **shape) if critic is None else _own("critic", critic, observation_space)
+    if critic is None:
+        critic = Critic(observation_space, **shape)
+    else:
+        # Where policy and critic share an optimiser a critic that is given may be left as it is.
+        critic = _own("critic", critic, observation_space, learns=hasattr(options, "critic_epochs"))
     return policy.to(options.device), critic.to(options.device)
 
 
-def _own(name: str, module: Any, *spaces: gymnasium.Space) -> nn.Module:
+def _own(name: str, module: Any, *spaces: gymnasium.Space, learns: bool = True) -> nn.Module:
     """A module of the user's own. Raises UserError for what is none, or has nothing to learn."""
     made = module if isinstance(module, nn.Module) or not callable(module) else module(*spaces)
     if not isinstance(made, nn.Module):
         takes = "(observation_space, action_space)" if name == "policy" else "(observation_space)"
         raise UserError(f"{name} is {made!r}: hand in an nn.Module, or a function that makes one of {takes}")
-    if not any(p.requires_grad for p in made.parameters()):
+    if learns and not any(p.requires_grad for p in made.parameters()):
         raise UserError(f"the {name} handed in has no parameter that requires a gradient: there is nothing to learn")
     return made
 

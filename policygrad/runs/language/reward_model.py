@@ -28,7 +28,6 @@ from policygrad.language.reward_models import (
     scores,
 )
 from policygrad.rollout import minibatches
-from policygrad.runs.directories import file_name, free_directory
 from policygrad.runs.language.options import RewardModelOptions, validate_reward_model
 from policygrad.runs.language.task import ARITHMETIC
 from policygrad.runs.language.warmup import warmed_up
@@ -117,12 +116,10 @@ class RewardModelRun:
 
 
 def run(options: RewardModelOptions) -> int:
-    """The command `policygrad reward-model`."""
-    name = file_name(Path(options.dataset).stem)
-    out = options.out or free_directory(Path("runs") / name / f"reward-model-seed{options.seed}")
+    """The command `policygrad reward-model`, whose directory is chosen by now."""
     say = (lambda line: None) if options.json else print
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("out", "json")}
-    result = train_reward_model(out=out, announce=say, **values)
+    result = train_reward_model(out=options.out, announce=say, **values)
     if options.json:
         print(json.dumps(result.summary()))
         return 0
@@ -130,7 +127,7 @@ def run(options: RewardModelOptions) -> int:
         f"reward model of {options.dataset}: {result.pairs:,} pairs, {len(result.metrics):,} updates in "
         f"{result.seconds:.1f} s"
     )
-    print(f"model: {out} (to train on what it prefers: policygrad train ppo ... --reward {out})")
+    print(f"model: {options.out} (to train on what it prefers: policygrad train ppo ... --reward {options.out})")
     return 0
 
 
