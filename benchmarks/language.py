@@ -4,12 +4,12 @@
     python benchmarks/language.py --peer-python PYTHON --quick      a smoke run, whose results stay in --work
     python benchmarks/language.py --draw                            the page and the picture from the results there are
 
-PYTHON is one that has TRL: `python -m venv PEER && PEER/bin/pip install trl==1.16.0`. Without it only our side runs,
+PYTHON is a Python with TRL: `python -m venv PEER && PEER/bin/pip install trl==1.16.0`. Without it only our side runs,
 and its results stay in --work.
 
 A small Llama learns addition with written-out working from imperfect demonstrations, once; every run starts from those
-weights. Each run is a process of its own, and the libraries take turns. What a run has learned is judged by one piece
-of code for both: the weights that it saved answer problems that no run has seen, sampled at temperature 1.
+weights. Each run is a process of its own, and the libraries take turns. The same code judges both: the weights that a
+run saved answer problems that no run has seen, sampled at temperature 1.
 """
 
 import argparse
@@ -52,7 +52,7 @@ JOB: dict[str, Any] = {
 WARM_UP = {"steps": 800, "rows": 128, "learning_rate": 2e-3}
 
 
-# What runs in processes of its own, so that memory is a run's alone. torch is imported only there.
+# Each of these runs in a process of its own, so that memory is a run's alone. torch is imported only there.
 
 
 def warm_up(job: dict[str, Any]) -> dict[str, Any]:
@@ -60,41 +60,20 @@ def warm_up(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from policygrad.language import arithmetic
-    from policygrad.language.data import left_padded
     from policygrad.language.models import save_model
-    from policygrad.language.policies import LanguagePolicy, Prefixes
-    from policygrad.rollout import Batch
-    from policygrad.updates import ascend
-    from policygrad.weights import average, per_token
+    from policygrad.language.policies import LanguagePolicy
+    from policygrad.language.warmup import demonstrations_batch, fit_demonstrations
+
+    def progress(done: int, total: int, status: str) -> None:
+        if done % 100 == 0:
+            say(f"  step {done:4}: {status}")
 
     torch.manual_seed(0)
     tokenizer = arithmetic.tokenizer()
     policy = LanguagePolicy(arithmetic.model())
     examples, _ = arithmetic.splits(*job["problems"], seed=0)
-    prompts, prompts_mask = left_padded([tokenizer(x["prompt"])["input_ids"] for x in examples], tokenizer.pad_token_id)
-    answers = [
-        [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in arithmetic.demonstrations(examples, seed=0)
-    ]
-    tokens = torch.full((len(answers), max(map(len, answers))), tokenizer.pad_token_id)
-    for i, row in enumerate(answers):
-        tokens[i, : len(row)] = torch.tensor(row)
-    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in answers]).unsqueeze(1)
-
-    def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        value = average(policy(batch.obs).log_prob(batch.action), batch.weight)
-        return value, {"logp": value.detach()}
-
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=job["learning_rate"], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, job["learning_rate"], job["steps"])
-    for step in range(job["steps"]):
-        i = torch.randint(len(examples), (job["rows"],))
-        obs = Prefixes(prompts[i], prompts_mask[i], tokens[i], mask[i])
-        nothing = torch.zeros(mask[i].shape)
-        batch = Batch(obs, tokens[i], nothing, mask[i], per_token(mask[i]), nothing, nothing, nothing)
-        logp = ascend(objective, batch, optimizer, max_grad_norm=1.0)["logp"]
-        schedule.step()
-        if step % 100 == 99:
-            say(f"  step {step + 1:4}: log p {logp:.3f} a token")
+    batch = demonstrations_batch(examples, arithmetic.demonstrations(examples, seed=0), tokenizer)
+    fit_demonstrations(policy, batch, job["steps"], job["rows"], job["learning_rate"], progress=progress)
     save_model(policy.model, tokenizer, Path(job["out"]))
     return {}
 
@@ -103,14 +82,13 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """Our side of a run; peers/trl_run.py is TRL's."""
     import torch
 
-    from policygrad.algorithms.grpo import grpo
-    from policygrad.algorithms.variants import rloo
     from policygrad.language import arithmetic
     from policygrad.language.generation import Request
     from policygrad.language.models import load_model, load_tokenizer, save_model, stop_tokens
     from policygrad.language.policies import LanguagePolicy
     from policygrad.language.rewards import Rewards
     from policygrad.language.sampler import CompletionSampler
+    from policygrad.train.compose import assemble
 
     torch.manual_seed(job["seed"])
     tokenizer, model = load_tokenizer(job["start"]), load_model(job["start"])
@@ -124,16 +102,19 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         prompts_per_rollout=job["prompts"],
         seed=job["seed"],
     )
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=job["learning_rate"],
-        betas=tuple(job["adam_betas"]),
-        eps=job["adam_epsilon"],
-        weight_decay=0.0,
-        fused=True,
+    learner = assemble(  # Adam is AdamW without weight decay; its betas are torch's defaults, which are the job's
+        job["method"],
+        policy,
+        sample,
+        world="language",
+        kl_ref="none",
+        clip_low=job["clip"],
+        clip_high=job["clip"],
+        learning_rate=job["learning_rate"],
+        adam_epsilon=job["adam_epsilon"],
+        max_grad_norm=job["max_grad_norm"],
     )
-    method = {"grpo": grpo, "rloo": rloo}[job["method"]]
-    steps = method(policy, sample, optimizer, clip=(job["clip"], job["clip"]), max_grad_norm=job["max_grad_norm"])
+    steps = iter(learner)
     rewards, lengths, seconds, before_mb = [], [], [], peak_mb()
     for step in range(1, job["steps"] + 1):
         start = time.perf_counter()
@@ -179,7 +160,7 @@ def prompts_of(examples: list[dict[str, Any]], tokenizer: Any) -> Any:
 
 
 def digest(prompts: list[str]) -> str:
-    """What the prompts of the last step were: the same in both libraries, or not."""
+    """A digest of the last step's prompts, to see that both libraries had the same."""
     return hashlib.sha256(" ".join(sorted(set(prompts))).encode()).hexdigest()[:12]
 
 
@@ -190,7 +171,7 @@ def peak_mb() -> float:
 WORKERS = {"warm_up": warm_up, "train": train, "judge": judge}
 
 
-# What starts them, one after the other.
+# The runs are started here, one after the other.
 
 
 def in_process(command: list[str], job: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +249,7 @@ def rounded(x: Any) -> Any:
     return [round(y, 5) for y in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
 
 
-# What is made of the results.
+# The results become a page and a picture here.
 
 
 def runs_of(results: dict[str, Any], method: str, library: str) -> list[dict[str, Any]]:
@@ -332,7 +313,7 @@ def write_page(results: dict[str, Any], path: Path) -> None:
     lines = [
         "# Side by side with TRL",
         "",
-        *paragraph(f"Written by `{command}`, PYTHON being one that has TRL."),
+        *paragraph(f"Written by `{command}`, where PYTHON is a Python with TRL."),
         *paragraph(
             f"""The task is addition of numbers below 1000 with written-out working
             (`policygrad/language/arithmetic.py`), the model a small Llama that learned it from imperfect demonstrations
@@ -343,7 +324,7 @@ def write_page(results: dict[str, Any], path: Path) -> None:
             {" and ".join(map(str, settings["adam_betas"]))}, eps {settings["adam_epsilon"]:g}, no weight decay,
             gradient norm at most {settings["max_grad_norm"]:g}, clip {settings["clip"]:g}, no KL penalty, float32. The
             reward is 1 for a right sum and else 0. The seeds vary the samples and the order of the prompts{same}. GRPO
-            is the published one (TRL: `loss_type="grpo"`, `scale_rewards="group"`), RLOO without a normalisation of
+            is the published one (TRL: `loss_type="grpo"`, `scale_rewards="group"`), RLOO without a normalization of
             advantages. TRL's gradient checkpointing and bfloat16, on by default, are off."""
         ),
         "![Training reward of both libraries](language.png)",
@@ -435,13 +416,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (method, name) in zip(panels, METHODS.items(), strict=True):
         for library in results["versions"]:
-            runs, colour = runs_of(results, method, library), LIBRARIES[library]
+            runs, color = runs_of(results, method, library), LIBRARIES[library]
             y = curves(runs)
             x = np.arange(y.shape[1]) + (len(runs[0]["reward"]) - y.shape[1]) / 2 + 1
             mean, deviation = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
-            axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
             label = f"{library} {results['versions'][library][library.lower()]}, {median_seconds(runs):.2f} s a step"
-            axes.plot(x, mean, color=colour, linewidth=2, label=label)
+            axes.plot(x, mean, color=color, linewidth=2, label=label)
         axes.set_title(name, loc="left", fontweight="bold")
         axes.set_xlabel("step")
         axes.legend(loc="lower right", frameon=False)

@@ -50,9 +50,10 @@ def problem(rows: int, tokens: int, vocabulary: int = VOCABULARY) -> tuple[Tenso
 
 def step(head, hidden: Tensor, weight: Tensor, action: Tensor, logp_old: Tensor, advantage: Tensor) -> float:
     logp, entropy = head(hidden, weight, action)
-    gain = clipped_surrogate((logp - logp_old).exp(), advantage, 0.2, 0.2).mean() + 0.01 * entropy.mean()
-    (-gain).backward()
-    return gain.item()
+    gain = clipped_surrogate(logp, (logp - logp_old).exp(), advantage, low=0.2, high=0.2)
+    objective = gain.mean() + 0.01 * entropy.mean()
+    (-objective).backward()
+    return objective.item()
 
 
 def memory(field: str) -> int:
@@ -66,9 +67,9 @@ def measured(name: str) -> dict[str, float]:
     step(head, *problem(1, 2, vocabulary=1_000))  # libraries loaded, threads started
     given = problem(ROWS, TOKENS)
     before, start = memory("VmRSS"), time.perf_counter()
-    gain = step(head, *given)
+    objective = step(head, *given)
     seconds = time.perf_counter() - start
-    return {"peak": memory("VmHWM") - before, "seconds": seconds, "gain": gain}
+    return {"peak": memory("VmHWM") - before, "seconds": seconds, "objective": objective}
 
 
 def difference() -> dict[str, float]:
@@ -105,8 +106,8 @@ def main() -> None:
 Written by `python benchmarks/memory.py`: log-probabilities, entropies, the clipped surrogate and the gradients of
 hidden states and weight, for {ROWS} x {TOKENS} tokens, a vocabulary of {VOCABULARY:,} and hidden states of width
 {WIDTH}, in float32. *plain* holds the logits whole; *chunked* is `TokenDistribution`, which takes 2^24 logits at once.
-The peak is the rise of resident memory during the step. Of it the weight's gradient, which both must return, is
-{VOCABULARY * WIDTH * 4 / GIB:.2f} GiB; one copy of the logits is {ROWS * TOKENS * VOCABULARY * 4 / GIB:.2f} GiB.
+The peak is the rise of resident memory during the step. The weight's gradient, which both must return, is
+{VOCABULARY * WIDTH * 4 / GIB:.2f} GiB of it; one copy of the logits is {ROWS * TOKENS * VOCABULARY * 4 / GIB:.2f} GiB.
 
 {table}
 

@@ -16,14 +16,16 @@ import torch
 from matplotlib.figure import Figure
 
 from policygrad.advantages import gae, mean_baseline, no_baseline, time_mean_baseline
-from policygrad.algorithms.ppo import ppo
+from policygrad.algorithms.ppo import PPOObjective, ppo
+from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.control import Critic, Policy, Sampler, make_environments
-from policygrad.critics import bootstrap_values, fit_critic, optimal_baseline, value_baseline
+from policygrad.credit import baselined, bootstrapped
+from policygrad.critics import fit_critic, optimal_baseline, value_baseline
 from policygrad.linalg import flat_gradient
 from policygrad.returns import reward_to_go, trajectory_return
-from policygrad.rollout import Rollout, decisions
-from policygrad.score import score
-from policygrad.weights import average, per_episode
+from policygrad.rollout import decisions
+from policygrad.updates import ascend
+from policygrad.weights import per_episode
 
 GAMMA, EPISODES, BATCHES = 0.99, 8, 200
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -37,52 +39,46 @@ def main() -> None:
     critic = Critic(environments.single_observation_space)
     optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1e-3)
     training = Sampler(environments, 128, seed=0)
-    for metrics in ppo(policy, critic, training, optimizer, gamma=GAMMA, minibatch_size=256):
+    credit = bootstrapped(critic, partial(gae, gamma=GAMMA, lam=0.95))
+    update = ascend(optimizer, max_grad_norm=0.5)
+    for metrics in ppo(training, credit, PPOObjective(policy, critic), update, minibatch_size=256):
         if metrics.get("return", 0) > 100:
             break
 
     sample = Sampler(environments, 500, seed=1, whole_episodes=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    to_go, whole = partial(reward_to_go, gamma=GAMMA), partial(trajectory_return, gamma=GAMMA)
     for _ in range(50):
         rollout = sample(policy)
-        target = reward_to_go(rollout.reward, rollout.ended, GAMMA)
-        batch = decisions(rollout, per_episode(rollout.mask), target, target)
+        batch = decisions(rollout, per_episode(rollout.mask), *baselined(to_go)(rollout))
         fit_critic(batch, critic, critic_optimizer, epochs=4, minibatch_size=256)
 
-    def returns_minus(returns, baseline):
-        def advantage(rollout: Rollout) -> torch.Tensor:
-            target = returns(rollout.reward, rollout.ended, GAMMA)
-            return target - baseline(rollout, target)
+    optimal, learned = partial(optimal_baseline, policy=policy), partial(value_baseline, critic=critic)
 
-        return advantage
-
-    def gae_advantage(rollout: Rollout, lam: float) -> torch.Tensor:
-        value = bootstrap_values(critic, rollout)
-        return gae(rollout.reward, value, rollout.terminated, rollout.ended, GAMMA, lam)
+    def by_gae(lam):
+        return bootstrapped(critic, partial(gae, gamma=GAMMA, lam=lam))
 
     estimators = {
-        "whole return": returns_minus(trajectory_return, no_baseline),
-        "whole return, optimal constant": returns_minus(trajectory_return, partial(optimal_baseline, policy=policy)),
-        "reward-to-go": returns_minus(reward_to_go, no_baseline),
-        "reward-to-go, mean baseline": returns_minus(reward_to_go, mean_baseline),
-        "reward-to-go, optimal constant": returns_minus(reward_to_go, partial(optimal_baseline, policy=policy)),
-        "reward-to-go, mean at each step": returns_minus(reward_to_go, time_mean_baseline),
-        "reward-to-go, learned value": returns_minus(reward_to_go, partial(value_baseline, critic=critic)),
-        "GAE, lam = 0.95": partial(gae_advantage, lam=0.95),
-        "GAE, lam = 0.8": partial(gae_advantage, lam=0.8),
-        "GAE, lam = 0 (TD error)": partial(gae_advantage, lam=0.0),
+        "whole return": baselined(whole, no_baseline),
+        "whole return, optimal constant": baselined(whole, optimal),
+        "reward-to-go": baselined(to_go, no_baseline),
+        "reward-to-go, mean baseline": baselined(to_go, mean_baseline),
+        "reward-to-go, optimal constant": baselined(to_go, optimal),
+        "reward-to-go, mean at each step": baselined(to_go, time_mean_baseline),
+        "reward-to-go, learned value": baselined(to_go, learned),
+        "GAE, lam = 0.95": by_gae(0.95),
+        "GAE, lam = 0.8": by_gae(0.8),
+        "GAE, lam = 0 (TD error)": by_gae(0.0),
     }
-    parameters = list(policy.parameters())
+    objective, parameters = ReinforceObjective(policy), list(policy.parameters())
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in estimators}
     lengths = []
     for _ in range(BATCHES):
         rollout = sample(policy)
         lengths.append(rollout.mask.sum(1).double().mean().item())
-        logp = policy(rollout.obs).log_prob(rollout.action)
-        for name, advantage in estimators.items():
-            batch = decisions(rollout, per_episode(rollout.mask), advantage(rollout))
-            gain = average(score(logp.reshape(batch.advantage.shape), batch.advantage), batch.weight)
-            gradients[name].append(flat_gradient(gain, parameters, retain_graph=True))
+        for name, assign in estimators.items():
+            batch = decisions(rollout, per_episode(rollout.mask), *assign(rollout))
+            gradients[name].append(flat_gradient(objective(batch)[0], parameters))
     variance = {}
     for name, rows in gradients.items():
         g = torch.stack(rows).double()
@@ -96,12 +92,12 @@ def main() -> None:
 
 def draw(variance: dict[str, float], length: float, path: Path) -> None:
     names, values = list(variance), list(variance.values())
-    colours = ["#b3452f" if "whole" in n else "#3a6ea5" if "to-go" in n else "#4d8f56" for n in names]
+    colors = ["#b3452f" if "whole" in n else "#3a6ea5" if "to-go" in n else "#4d8f56" for n in names]
     figure = Figure(figsize=(9, 4.6), layout="constrained", dpi=150)
     axes = figure.subplots()
-    axes.hlines(range(len(names)), values, values[0], color=colours, linewidth=1.2, alpha=0.45)
-    axes.scatter(values, range(len(names)), color=colours, s=70, zorder=3)
-    axes.axvline(values[0], color=colours[0], linewidth=0.8, linestyle=":")
+    axes.hlines(range(len(names)), values, values[0], color=colors, linewidth=1.2, alpha=0.45)
+    axes.scatter(values, range(len(names)), color=colors, s=70, zorder=3)
+    axes.axvline(values[0], color=colors[0], linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")

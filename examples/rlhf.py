@@ -21,6 +21,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +36,11 @@ from policygrad.language.generation import Request, generate
 from policygrad.language.models import load_model, save_model
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.sampler import Prompts
-from policygrad.runs.language.reward_model import train_reward_model
-from policygrad.runs.language.run import LanguageRun
-from policygrad.runs.language.training import train_language
-from policygrad.runs.language.warmup import warmed_up
-from policygrad.runs.reports import GREY
-from policygrad.runs.training import check_empty
+from policygrad.language.warmup import warmed_up
+from policygrad.train.reports import GREY
+from policygrad.train.reward_model import train_reward_model
+from policygrad.train.run import Run
+from policygrad.train.training import check_empty, train
 
 REWARD = "reward-model"
 RIGHT = "policygrad.language.arithmetic:right"
@@ -89,7 +89,7 @@ def rlhf(size: Size, out: Path, *, quick: bool) -> None:
     # 0. The policy to begin with; it is also pi_ref, from which it shall not stray too far.
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a model this small is not worth two, which wait for each other where the CPU is shared
-    model = arithmetic.model(hidden=16, layers=1) if quick else warmed_up(print, progress=True)
+    model = arithmetic.model(hidden=16, layers=1) if quick else warmed_up(print)
     save_model(model, arithmetic.tokenizer(), out / "start")
 
     # 1. Preferences. Of two answers to a problem the judge has chosen one; all that is kept is which.
@@ -98,7 +98,7 @@ def rlhf(size: Size, out: Path, *, quick: bool) -> None:
     (out / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"\n1. {len(pairs):,} preferences, such as {json.dumps(pairs[0])}")
 
-    # 2. The reward model: the policy's own trunk under a new head. It maximises E[log sigma(r_chosen - r_rejected)].
+    # 2. The reward model: the policy's own trunk under a new head. It maximizes E[log sigma(r_chosen - r_rejected)].
     print("\n2. The reward model")
     train_reward_model(
         str(out / "preferences.jsonl"),
@@ -116,8 +116,7 @@ def rlhf(size: Size, out: Path, *, quick: bool) -> None:
 
     # What came out, of problems that were held out.
     points = [judged(run, out, size) for run in runs]
-    assert runs[0].before is not None
-    start = Point("start", runs[0].before.parts[REWARD], runs[0].before.parts["right"], 0.0)
+    start = scored("start", runs[0].before, 0.0)
     print(f"\n{'':12}{'reward':>10}{'right':>10}{'KL(pi, pi_ref)':>18}")
     for point in (start, *points):
         print(f"{point.label:12}{point.reward:10.2f}{point.accuracy:10.1%}{point.divergence:13.2f} nats")
@@ -125,16 +124,16 @@ def rlhf(size: Size, out: Path, *, quick: bool) -> None:
     print(f"\n{out}: rlhf.png, preferences.jsonl, {REWARD}/ and a run for each beta")
 
 
-def ppo(beta: float, size: Size, out: Path) -> LanguageRun:
+def ppo(beta: float, size: Size, out: Path) -> Run:
     """Train the policy on the reward model with a penalty of weight beta."""
-    run = train_language(
+    run = train(
         "ppo",
         "arithmetic",
         model=str(out / "start"),
         reward=(str(out / REWARD), RIGHT),
         reward_weight=(1.0, 0.0),
-        kl="reward",
-        kl_coefficient=beta,
+        kl_ref="reward",
+        kl_ref_coefficient=beta,
         iterations=size.iterations,
         prompts_per_rollout=size.prompts,
         completions=1,
@@ -151,14 +150,17 @@ def ppo(beta: float, size: Size, out: Path) -> LanguageRun:
     return run
 
 
-def judged(run: LanguageRun, out: Path, size: Size) -> Point:
+def judged(run: Run, out: Path, size: Size) -> Point:
     """The trained policy on the held-out problems."""
-    assert run.after is not None
-    assert run.task.held_out is not None
     reference = LanguagePolicy(load_model(str(out / "start")))
-    divergence = divergence_of(run.policy, reference, run.task.held_out, size.max_tokens)
-    label = f"beta {run.options.kl_coefficient:g}"
-    return Point(label, run.after.parts[REWARD], run.after.parts["right"], divergence)
+    divergence = divergence_of(run.policy, reference, run.world.prompts.held_out, size.max_tokens)
+    label = f"beta {run.options.kl_ref_coefficient:g}"
+    return scored(label, run.after, divergence)
+
+
+def scored(label: str, evaluation: Any, divergence: float) -> Point:
+    """What an evaluation on the held-out problems found."""
+    return Point(label, evaluation.parts[REWARD], evaluation.parts["right"], divergence)
 
 
 @torch.no_grad()
@@ -179,15 +181,15 @@ def draw(start: Point, points: list[Point], path: Path) -> None:
     by_distance = sorted((start, *points), key=lambda point: point.divergence)
     x = [point.divergence for point in by_distance]
     shades = colormaps["plasma"](np.linspace(0.85, 0.1, len(points)))
-    colours = [GREY, *shades]  # the smaller beta, the darker
+    colors = [GREY, *shades]  # the smaller beta, the darker
     for axes, name, title in (
         (left, "reward", "The reward model's score"),
         (right, "accuracy", "The share of right answers"),
     ):
         axes.plot(x, [getattr(point, name) for point in by_distance], color=GREY, linewidth=1, alpha=0.5)
-        for point, colour in zip((start, *points), colours, strict=True):
+        for point, color in zip((start, *points), colors, strict=True):
             at = (point.divergence, getattr(point, name))
-            axes.plot(*at, "o", color=colour, markersize=9, clip_on=False, zorder=3, label=point.label)
+            axes.plot(*at, "o", color=color, markersize=9, clip_on=False, zorder=3, label=point.label)
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.set_xlabel("KL(policy, start), nats a completion")
         axes.set_xscale("function", functions=(np.sqrt, np.square))  # as Gao et al. 2022, arXiv 2210.10760, draw it

@@ -1,41 +1,53 @@
 """policygrad: the policy-gradient family of reinforcement learning, whole, in one PyTorch library.
 
-The public names below are imported when they are first used: `import policygrad` is instant.
+The public names below are imported when they are first used: `import policygrad` is instant. A method that has no
+file of its own, such as `dapo`, is its line in the table of methods, put together by `assemble`.
 """
 
 import importlib
+from functools import partial
 from typing import Any
 
 _MODULES = {
     "policygrad.rollout": ("Rollout", "Batch", "decisions", "minibatches"),
-    "policygrad.weights": ("per_token", "per_row", "per_episode", "average"),
-    "policygrad.algorithms.reinforce": ("reinforce",),
-    "policygrad.algorithms.actor_critic": ("actor_critic", "off_policy_actor_critic"),
-    "policygrad.algorithms.trpo": ("trpo", "npg"),
-    "policygrad.algorithms.ppo": ("ppo",),
-    "policygrad.algorithms.grpo": ("grpo",),
-    "policygrad.algorithms.variants": ("dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus"),
+    "policygrad.weights": ("per_token", "per_row", "per_episode", "per_budget", "average"),
+    "policygrad.credit": ("Credit",),
+    "policygrad.algorithms.reinforce": ("reinforce", "ReinforceObjective"),
+    "policygrad.algorithms.actor_critic": ("actor_critic", "off_policy_actor_critic", "ActorCriticObjective"),
+    "policygrad.algorithms.trpo": ("trpo", "npg", "SurrogateObjective"),
+    "policygrad.algorithms.ppo": ("ppo", "PPOObjective"),
+    "policygrad.algorithms.grpo": ("grpo", "GRPOObjective"),
+    "policygrad.divergences": ("AdaptiveCoefficient",),
+    "policygrad.critics": ("fit_critic",),
+    "policygrad.advantages": ("gae",),
+    "policygrad.samplers": ("KLCharged", "Rescored", "WithoutFlatGroups"),
     "policygrad.language.policies": ("LanguagePolicy", "ValueModel", "Prefixes", "reference_of"),
     "policygrad.language.sampler": ("CompletionSampler",),
     "policygrad.language.rewards": ("Rewards",),
-    "policygrad.runs.language.training": ("train_language",),
-    "policygrad.runs.language.run": ("LanguageRun", "LanguageEvaluation", "evaluate_language_run"),
     "policygrad.control": ("Policy", "Critic", "Sampler", "make_environments", "evaluate"),
-    "policygrad.runs.training": ("train",),
-    "policygrad.runs.run": ("Run", "Evaluation", "evaluate_run"),
-    "policygrad.runs.checkpoints": ("load_policy",),
+    "policygrad.train.training": ("Training", "train"),
+    "policygrad.train.run": ("Run",),
+    "policygrad.train.compose": ("assemble",),
+    "policygrad.train.checkpoints": ("load_policy",),
     "policygrad.errors": ("UserError",),
 }
 _NAMES = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = ("advantages", "credit", "objectives", "returns", "updates", "weights", "divergences", "samplers")
 
-__all__ = sorted(_NAMES)
+__all__ = sorted({*_NAMES, *_SUBMODULES})
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'policygrad' has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"policygrad.{name}")
+    from policygrad.train.methods import METHODS
+
+    if name in METHODS:
+        return partial(importlib.import_module("policygrad.train.compose").assemble, name)
+    raise AttributeError(f"module 'policygrad' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *__all__})

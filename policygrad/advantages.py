@@ -1,16 +1,15 @@
-"""return -> advantage: how much better than expected. Baselines, group statistics, GAE, standardisation."""
-
-from collections.abc import Callable
+"""return -> advantage: how much better than expected. Baselines, group statistics, GAE, standardization."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from policygrad.returns import lambda_return, n_step, reward_to_go
-from policygrad.rollout import Rollout
+from policygrad.returns import lambda_return, n_step
+from policygrad.rollout import Rollout, holes_last
 
 # Baselines of a batch: (rollout, returns [B, T]) -> [B, T]. Each leaves the row's own return out, because a baseline
-# that depends on the action it judges biases the gradient. Those that need a policy or a critic are in critics.py.
+# that depends on the action it judges biases the gradient. The baselines that need a policy or a critic are in
+# critics.py.
 
 
 def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -26,16 +25,18 @@ def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tens
 
 
 def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """b_it = mean of the other rows' returns at step t; 0 where no other row has got that far."""
-    returns = returns.where(rollout.mask, 0.0)
-    others = (rollout.mask.sum(0) - rollout.mask.int()).clamp(min=1)
-    return (returns.sum(0) - returns) / others
+    """b_it = mean of the other rows' returns at their step t, holes not counted; 0 where no other row got that far."""
+    order = holes_last(rollout.mask, rollout.ended)
+    mask = rollout.mask.gather(1, order)
+    returns = returns.gather(1, order).where(mask, 0.0)
+    others = (mask.sum(0) - mask.int()).clamp(min=1)
+    return torch.zeros_like(returns).scatter(1, order, (returns.sum(0) - returns) / others)
 
 
 def optimal_constant_baseline(
     returns_score: Float[Tensor, " B"], score_score: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """b_i = sum_{j!=i} X_j.Z_j / sum_{j!=i} |Z_j|^2: the constant that minimises the variance of X - b Z.
+    """b_i = sum_{j!=i} X_j.Z_j / sum_{j!=i} |Z_j|^2: the constant that minimizes the variance of X - b Z.
 
     Z_j = sum_t grad log pi(a_t|s_t) is a row's score and X_j = sum_t grad log pi(a_t|s_t) G_t its gradient without a
     baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
@@ -86,56 +87,35 @@ def monte_carlo_advantage(
     return gae(reward, value, terminated, ended, gamma, 1.0)
 
 
-def group_mean(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean score of each row's group, exact if all are equal (GRPO, arXiv 2402.03300, section 4.1.1)."""
-    same, origin = _same(score, group)
-    return origin + _sum(same, score - origin) / same.sum(1)
+def group_mean(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Mean return of each row's group, exact if all are equal (GRPO, arXiv 2402.03300, section 4.1.1)."""
+    same, origin = _same(returns, group)
+    return origin + _sum(same, returns - origin) / same.sum(1)
 
 
-def leave_one_out(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean score of the others in the group; 0 for a row alone (Kool et al. 2019; RLOO, arXiv 2402.14740)."""
-    same, origin = _same(score, group)
+def leave_one_out(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Mean return of the others in the group; 0 for a row alone (Kool et al. 2019; RLOO, arXiv 2402.14740)."""
+    same, origin = _same(returns, group)
     others = same.sum(1) - 1
-    mean = origin + (_sum(same, score - origin) - (score - origin)) / others.clamp(min=1)
+    mean = origin + (_sum(same, returns - origin) - (returns - origin)) / others.clamp(min=1)
     return mean.where(others > 0, 0.0)
 
 
-def group_std(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+def group_std(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Sample standard deviation (n - 1) of each row's group, in two passes; 0 for a row alone."""
-    same, _ = _same(score, group)
-    squares = _sum(same, (score - group_mean(score, group)) ** 2)
+    same, _ = _same(returns, group)
+    squares = _sum(same, (returns - group_mean(returns, group)) ** 2)
     return (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
 
 
-def group_scale(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """std of the group + 1e-4, what GRPO divides by: prompts nearly always or nearly never right count most."""
-    return group_std(score, group) + 1e-4
+def group_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """std of the group + 1e-4, GRPO's divisor: it gives most weight to prompts nearly always or nearly never solved."""
+    return group_std(returns, group) + 1e-4
 
 
-def unit_scale(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """1: nothing is divided by (Dr. GRPO, arXiv 2503.20783; RLOO)."""
-    return torch.ones_like(score)
-
-
-def group_advantage(
-    rollout: Rollout,
-    *,
-    baseline: Callable[[Tensor, Tensor], Tensor] = group_mean,
-    scale: Callable[[Tensor, Tensor], Tensor] = group_scale,
-) -> Float[Tensor, "B T"]:
-    """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards: the same for all of the row's decisions.
-
-    baseline and scale: (score [B], group [B]) -> [B]. With group_mean and group_scale it is GRPO's
-    (arXiv 2402.03300, section 4.1.2); with leave_one_out and unit_scale RLOO's (arXiv 2402.14740, eq. 8).
-    """
-    score = rollout.reward.sum(1)
-    advantage = (score - baseline(score, rollout.group)) / scale(score, rollout.group)
-    return advantage.unsqueeze(1).expand_as(rollout.reward)
-
-
-def batch_advantage(rollout: Rollout, *, gamma: float = 1.0) -> Float[Tensor, "B T"]:
-    """The reward-to-go, standardised over all decisions of the batch (REINFORCE++, arXiv 2501.03262, eq. 6 to 8)."""
-    return standardize(reward_to_go(rollout.reward, rollout.ended, gamma), rollout.mask)
+def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """1: no division (Dr. GRPO, arXiv 2503.20783; RLOO)."""
+    return torch.ones_like(returns)
 
 
 def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
@@ -144,20 +124,20 @@ def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: flo
     smallest = x.where(mask, torch.inf).amin()
     x = (x - smallest).where(mask, 0.0)
     count = mask.sum()
-    centred = (x - x.sum() / count.clamp(min=1)).where(mask, 0.0)
-    std = ((centred**2).sum() / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std + epsilon)
+    centered = (x - x.sum() / count.clamp(min=1)).where(mask, 0.0)
+    std = ((centered**2).sum() / (count - 1).clamp(min=1)).sqrt()
+    return centered / (std + epsilon)
 
 
 def unnormalized(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """x as it is: what stands in standardize's place where nothing is to be normalised."""
+    """x as it is, in the place of `standardize`."""
     return x
 
 
-def _same(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows share a group [B, B], and the score of each group's first row, the origin of the others [B]."""
+def _same(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows share a group [B, B], and the return of each group's first row, the origin of the others [B]."""
     same = group.unsqueeze(1) == group.unsqueeze(0)
-    return same, score[same.int().argmax(1)]
+    return same, returns[same.int().argmax(1)]
 
 
 def _sum(same: Tensor, x: Tensor) -> Tensor:

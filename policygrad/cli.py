@@ -1,4 +1,4 @@
-"""The command line. It imports torch only once there is work to do."""
+"""The command line: parse, call, print. It imports torch only once there is work to do."""
 
 import contextlib
 import io
@@ -8,78 +8,47 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from policygrad.errors import UserError
-from policygrad.runs import presets
-from policygrad.runs.directories import file_name, run_directory
-from policygrad.runs.language.options import LANGUAGE, LanguageOptions, RewardModelOptions
-from policygrad.runs.options import ALGORITHMS, ALIASES, VARIANTS, Options, algorithm_named, nearest, with_values
-from policygrad.runs.verify.options import VerifyOptions
+from policygrad.train import presets
+from policygrad.train.directories import file_name, run_directory
+from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named
+from policygrad.train.options import for_command_line, options_of, with_values
+from policygrad.train.reward_options import RewardModelOptions
+from policygrad.train.worlds import kind_of
+from policygrad.verify.options import VerifyOptions
+
+_flat: Any = OmitArgPrefixes
 
 USAGE = """\
 policygrad: the policy-gradient family of reinforcement learning
 
-  policygrad train ALGORITHM ENVIRONMENT [options]   train a policy; --help after the algorithm lists its options
-  policygrad train ALGORITHM arithmetic [options]    train a language model: on a task that needs nothing else,
-  policygrad train ALGORITHM --model M --dataset D --reward R [options]      or on prompts of your own
-  policygrad reward-model [options]                  learn a reward from preferences
-  policygrad eval RUN [options]                      play whole episodes, or answer held-out prompts
-  policygrad verify [options]                        hold every estimator against the exact gradient
-  policygrad list                                    algorithms, their variants and presets
+  policygrad train METHOD TASK [options]    train a policy by any method, on any task:
+                                              CartPole-v1       a Gymnasium environment
+                                              arithmetic        a language model, on a task that needs nothing else
+                                              exact:chain       a small world in closed form
+  policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
+  policygrad reward-model [options]         learn a reward from preferences
+  policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
+  policygrad verify [options]               hold every method and estimator against the exact gradient
+  policygrad list                           methods, their variants and presets
 
 for example:
 
   policygrad train ppo CartPole-v1 --steps 100000
   policygrad train grpo arithmetic
-  policygrad train ppo --help
+  policygrad train ppo CartPole-v1 --help   every option, with the default that it has there
   policygrad eval runs/CartPole-v1/ppo-seed0 --episodes 20
 
 --debug, anywhere, shows the traceback of an error.
 """
-
-O = TypeVar("O", bound=Options)  # noqa: E741
-
-
-@dataclass
-class Train(Generic[O]):
-    """policygrad train."""
-
-    environment: Annotated[str, Positional, arg(metavar="ENVIRONMENT")]
-    """A Gymnasium id; `module:Id-v0` imports the module first."""
-    algorithm: OmitArgPrefixes[O]
-    out: Path | None = None
-    """Directory of the run; by default runs/ENVIRONMENT/ALGORITHM-seedSEED."""
-    preset: str | None = None
-    """Tuned settings by name, or none; by default the environment's own. Options given here go before them."""
-    json: FlagCreatePairsOff[bool] = False
-    """Print one JSON object at the end, and nothing else."""
-
-
-L = TypeVar("L", bound=LanguageOptions)
-
-
-@dataclass
-class TrainLanguage(Generic[L]):
-    """policygrad train, of a language model."""
-
-    algorithm: OmitArgPrefixes[L]
-    task: Annotated[str | None, Positional, arg(metavar="TASK")] = None
-    """arithmetic, or a data set of prompts as --dataset names it."""
-    out: Path | None = None
-    """Directory of the run; by default runs/TASK/ALGORITHM-seedSEED."""
-    preset: str | None = None
-    """Tuned settings by name, or none; by default the task's own. Options given here go before them."""
-    samples: int = 4
-    """Completions shown before and after training; 0: none."""
-    json: FlagCreatePairsOff[bool] = False
-    """Print one JSON object at the end, and nothing else."""
 
 
 @dataclass
@@ -88,16 +57,16 @@ class Eval:
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """The directory that train wrote."""
-    episodes: int = 10
-    """How many."""
-    seed: int = 1000
-    """Of the environments, and of the noise of a stochastic policy."""
-    stochastic: FlagCreatePairsOff[bool] = False
-    """Sample the actions; by default each is the mode of the policy's distribution."""
+    episodes: int | None = None
+    """Control: how many; 10 by default."""
     completions: int | None = None
-    """Language models: of each prompt, sampled; by default as in training. pass@k is known up to it."""
+    """Language models: of each prompt; by default as in training. pass@k is known up to it."""
     greedy: FlagCreatePairsOff[bool] = False
-    """Language models: the likeliest token each time, instead of samples."""
+    """The likeliest action each time: the default in control."""
+    sampled: FlagCreatePairsOff[bool] = False
+    """Actions drawn from the policy: the default for language models."""
+    seed: int = 1000
+    """Of the environments, and of what is drawn."""
     samples: int = 4
     """Language models: completions to show."""
     json: FlagCreatePairsOff[bool] = False
@@ -105,7 +74,7 @@ class Eval:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `policygrad`. Exit code 2 for what the user can mend, which is said in one line."""
+    """The command `policygrad`. Exit code 2 for what the user can change, which is said in one line."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
     rest = [x for x in rest if x != "--debug"]
@@ -161,106 +130,99 @@ def _dispatch(rest: list[str]) -> int:
 def _train(rest: list[str]) -> int:
     if not rest or rest[0] in ("-h", "--help"):
         with contextlib.nullcontext() if rest else contextlib.redirect_stdout(sys.stderr):
-            print("usage: policygrad train ALGORITHM ENVIRONMENT [options]\n       policygrad train ALGORITHM --help\n")
-            _list(["algorithms"])
+            print("usage: policygrad train METHOD TASK [options]\n       policygrad train METHOD TASK --help\n")
+            _list(["methods"])
         return 0 if rest else 2
-    name, rest = _algorithm(rest[0]), rest[1:]
-    if name not in ALGORITHMS or (name in LANGUAGE and _of_language(rest)):
-        return _train_language(name, rest)
-    defaults = ALGORITHMS[name]()
-    if not {"-h", "--help"} & set(rest):
-        first = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
-        environment, preset = first.environment, first.preset
-    else:  # the help shows the defaults of the environment's preset, if it is named first
-        environment = rest[0] if not rest[0].startswith("-") else None
-        preset = None
-    preset, tuned = presets.choose(preset, name, environment)
-    defaults = with_values(defaults, tuned, f"preset {preset}: ")
-    command = _parse(Train[type(defaults)], rest, f"train {name}", _required(defaults))  # type: ignore[misc]
-    default = Path("runs") / file_name(command.environment) / f"{name}-seed{command.algorithm.seed}"
-    values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
-    with _aside(command.json), run_directory(command.out, default) as out, _blaming(preset, tuned, values):
-        _quiet()
-        from policygrad.runs.training import train
-
-        run = train(name, command.environment, out=out, preset=preset or "none", announce=print, **values)
-    summary = run.summary()
-    if command.json:
-        print(json.dumps(summary))
-        return 0
-    score = "no episode has ended"
-    if summary["return_mean"] is not None:
-        score = (
-            f"return {summary['return_mean']:,.1f} +- {summary['return_std']:,.1f} (last {len(run.recent)} episodes)"
-        )
-    print(
-        f"{name} on {command.environment}: {score}, {summary['steps']:,} steps in {summary['seconds']:.1f} s "
-        f"({summary['steps_per_second']:,.0f} steps/s)"
+    name, rest = method_named(rest[0]).name, rest[1:]
+    asked = {"-h", "--help"} & set(rest)
+    task = rest[0] if rest and not rest[0].startswith("-") else None
+    named = {x.split("=")[0].removeprefix("--") for x in rest if x.startswith("--")}
+    kind = (
+        "control"
+        if asked and task is None and not named & {"model", "dataset"}
+        else kind_of(task, dict.fromkeys(named, True))
     )
-    print(f"run: {out} (curve.png, metrics.jsonl, policy.safetensors; evaluate: policygrad eval {out})")
+    options = options_of(name, kind)()
+    preset = None
+    if not asked:
+        first = _parse(_command(options), rest, f"train {name}", UseAppendAction)
+        task, preset = first.task, first.preset
+        if kind == "language" and task is None and first.options.dataset is None:
+            task = "arithmetic"
+    preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
+    options = with_values(options, tuned, f"preset {preset}: ")
+    command = _parse(_command(options), rest, f"train {name}", UseAppendAction)
+    values = {f.name: getattr(command.options, f.name) for f in fields(command.options)}
+    given = {name for name, x in values.items() if x != getattr(options, name)}
+    label = Path(task or values.get("dataset") or "").stem if kind == "language" else task
+    default = Path("runs") / file_name(str(label)) / f"{name}-seed{values['seed']}"
+    if kind == "language":
+        _language_installed()
+    try:
+        with _aside(command.json), run_directory(command.out, default) as out:
+            _quiet()
+            run = _run(name, task, out, preset, tuned, command, values)
+    except UserError as error:
+        blamed = presets.blamed(error, preset, tuned, given)
+        if not blamed:
+            raise
+        raise UserError(f"{error}{blamed}") from error
+    if command.json:
+        print(json.dumps(run.summary()))
+        return 0
+    for note in run.world.notes(run):
+        print(f"note: {note}")
+    print(f"{name} on {run.world.name}: {run.world.result(run.metrics, run.seconds)}")
+    print(f"run: {out} (evaluate: policygrad eval {out})")
     return 0
 
 
-def _algorithm(name: str) -> str:
-    """The name of an algorithm in full, of control or language. Raises UserError with the nearest names."""
-    known = [*ALGORITHMS, *ALIASES, *LANGUAGE]
-    full = name.replace("-", "_")
-    if full not in known:
-        raise UserError(f"unknown algorithm {name!r}: {nearest(name, list(dict.fromkeys(known)))}")
-    return full if full in LANGUAGE else algorithm_named(name)
+def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, command: Any, values: dict[str, Any]) -> Any:
+    """Train, and say on the way what there is to say."""
+    from policygrad.train.samples import samples_table
+    from policygrad.train.training import Training, complete
 
-
-def _of_language(rest: list[str]) -> bool:
-    """Does the command line of an algorithm of both worlds mean a language model?"""
-    return rest[:1] == ["arithmetic"] or any(x.split("=")[0] in ("--model", "--dataset") for x in rest)
-
-
-def _train_language(name: str, rest: list[str]) -> int:
-    defaults = LANGUAGE[name]()
-    kind: Any = TrainLanguage[type(defaults)]  # type: ignore[misc]
-    config = (UseAppendAction,)
-    if {"-h", "--help"} & set(rest):
-        task, preset = rest[0] if not rest[0].startswith("-") else None, None
-        own = True
-    else:
-        first = _parse(kind, rest, f"train {name}", TrainLanguage(defaults), config)
-        task, preset, own = first.task, first.preset, first.algorithm.model is None
-    preset, tuned = presets.choose(preset, name, task if own else None)
-    defaults = with_values(defaults, tuned, f"preset {preset}: ")
-    command = _parse(kind, rest, f"train {name}", TrainLanguage(defaults), config)
-    label = Path(command.task or command.algorithm.dataset or "arithmetic").stem
-    default = Path("runs") / file_name(label) / f"{name}-seed{command.algorithm.seed}"
-    values = {f.name: getattr(command.algorithm, f.name) for f in fields(command.algorithm)}
-    _language_installed()
-
-    def watch(run: Any) -> None:
-        result = run.after or run.before
+    def judged(when: str, result: Any) -> None:
         if result is not None and not command.json:
-            print(f"{'after ' if run.after else 'before'}: {result.line()}", flush=True)
-            samples_table(result.rows[:: result.completions], limit=command.samples)
+            print(f"{when} {result.line()}", flush=True)
+            if hasattr(result, "rows"):
+                samples_table(result.rows[:: result.completions], limit=command.samples)
 
-    with _aside(command.json), run_directory(command.out, default) as out, _blaming(preset, tuned, values):
-        from policygrad.language.evaluation import samples_table
-        from policygrad.runs.language.training import explanation, train_language
+    if preset is not None:
+        print(f"preset {preset}: " + ", ".join(f"{x}={values[x]}" for x in tuned), flush=True)
+    with Training(name, task, out=out, preset=preset or "none", progress=True, **values) as training:
+        judged("before:", training.run.before)
+        complete(training)
+        judged("after: ", training.run.after)
+    return training.run
 
-        chosen: dict[str, Any] = {"out": out, "preset": preset or "none", "announce": print, "watch": watch}
-        run = train_language(name, command.task, **chosen, **values)
-    summary = run.summary()
-    if command.json:
-        print(json.dumps(summary | {"preset": run.preset}))
-        return 0
-    why = explanation(run.metrics)
-    if why is not None:
-        print(f"note: {why}")
-    last = run.metrics[-1]
-    print(
-        f"{name} on {run.task.name}: reward {last['reward']:.3f} in the last rollout, {summary['completions']:,} "
-        f"completions, {summary['tokens']:,} tokens in {summary['seconds']:.1f} s "
-        f"({last['sampling_tokens_per_second']:,.0f} tokens/s sampling, "
-        f"{last['learning_tokens_per_second']:,.0f} learning)"
-    )
-    print(f"run: {out} (model/, samples.jsonl, curve.png, metrics.jsonl; evaluate: policygrad eval {out})")
-    return 0
+
+def _command(options: Any) -> Any:
+    """The dataclass of `policygrad train` with these options, and its defaults."""
+    kind = for_command_line(type(options))
+    default = kind(**{f.name: getattr(options, f.name) for f in fields(options)})
+    task = "A Gymnasium id (`module:Id-v0` imports the module first), arithmetic, a file of prompts, or exact:chain."
+    made: list[Any] = [
+        ("task", Annotated[str | None, Positional, arg(metavar="TASK", help=task)], field(default=None)),
+        ("options", _flat[kind], field(default=default)),
+        ("out", Annotated[Path | None, arg(help="Directory of the run; by default runs/TASK/METHOD-seedSEED.")],
+         field(default=None)),
+        ("preset", Annotated[str | None, arg(help="Tuned settings by name, or none; by default the task's own. "
+         "Options given here go before them.")], field(default=None)),
+        ("json", Annotated[FlagCreatePairsOff[bool], arg(help="Print one JSON object at the end, and nothing else.")],
+         field(default=False)),
+    ]  # fmt: skip
+    if options.world == "language":
+        made.append(
+            (
+                "samples",
+                Annotated[int, arg(help="Completions shown before and after training; 0: none.")],
+                field(default=4),
+            )
+        )
+    command = make_dataclass("Train", made)
+    command.__doc__ = type(options).__doc__
+    return command
 
 
 def _language_installed() -> None:
@@ -273,94 +235,86 @@ def _language_installed() -> None:
 
 
 def _reward_model(rest: list[str]) -> int:
-    options = _parse(RewardModelOptions, rest, "reward-model", None)
+    kind = for_command_line(RewardModelOptions)
+    made: list[Any] = [
+        ("options", _flat[kind], field(default=kind())),
+        ("out", Annotated[Path | None, arg(help="Directory; by default runs/DATASET/reward-model-seedSEED.")],
+         field(default=None)),
+        ("json", Annotated[FlagCreatePairsOff[bool], arg(help="Print one JSON object at the end, and nothing else.")],
+         field(default=False)),
+    ]  # fmt: skip
+    command_of = make_dataclass("RewardModel", made)
+    command_of.__doc__ = RewardModelOptions.__doc__
+    command = _parse(command_of, rest, "reward-model")
     _language_installed()
+    options = command.options
     default = Path("runs") / file_name(Path(options.dataset).stem) / f"reward-model-seed{options.seed}"
-    with _last_line_alone(options.json), run_directory(options.out, default) as out:
-        from policygrad.runs.language.reward_model import run
+    with _aside(command.json), run_directory(command.out, default) as out:
+        from policygrad.train.reward_model import train_reward_model
 
-        return run(replace(options, out=out))
-
-
-def _required(options: O) -> Train[O]:
-    """The defaults of a command whose environment has none."""
-    command = Train("", options)
-    command.environment = tyro.MISSING
-    return command
-
-
-def _eval(rest: list[str]) -> int:
-    command = _parse(Eval, rest, "eval", None)
-    if _is_language(command.run):
-        return _eval_language(command)
-    with _aside(command.json):
-        _quiet()
-        from policygrad.runs.run import evaluate_run
-
-        result = evaluate_run(command.run, command.episodes, seed=command.seed, stochastic=command.stochastic)
+        values = {f.name: getattr(options, f.name) for f in fields(options)}
+        result = train_reward_model(out=out, announce=(lambda line: None) if command.json else print, **values)
     if command.json:
-        print(json.dumps(vars(result)))
-    else:
-        print(
-            f"return {result.return_mean:,.1f} +- {result.return_std:,.1f}, length {result.length_mean:,.1f}, "
-            f"{result.episodes} episodes"
-        )
+        print(json.dumps(result.summary()))
+        return 0
+    print(
+        f"reward model of {options.dataset}: {result.pairs:,} pairs, {len(result.metrics):,} updates in "
+        f"{result.seconds:.1f} s"
+    )
+    print(f"model: {out} (to train on what it prefers: policygrad train ppo ... --reward {out})")
     return 0
 
 
-def _is_language(run: Path) -> bool:
-    """Is it the directory of a run on a language model? One that cannot be read is left to those who say why."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads((run / "config.json").read_text()).get("kind") == "language"
-    return False
-
-
-def _eval_language(command: Eval) -> int:
-    _language_installed()
+def _eval(rest: list[str]) -> int:
+    command = _parse(Eval, rest, "eval")
+    if command.greedy and command.sampled:
+        raise UserError("--greedy and --sampled exclude each other: give one")
     with _aside(command.json):
-        from policygrad.language.evaluation import samples_table
-        from policygrad.runs.language.run import evaluate_language_run
+        _quiet()
+        from policygrad.train.run import Run
+        from policygrad.train.samples import samples_table
 
-        result = evaluate_language_run(command.run, command.completions, seed=command.seed, greedy=command.greedy)
+        run = Run.load(command.run)
+        counts = {"control": command.episodes, "language": command.completions}
+        for world, count in counts.items():
+            if count is not None and world != run.world.kind:
+                flag = "episodes" if world == "control" else "completions"
+                raise UserError(f"--{flag} is for {world}, and {command.run} is on {run.world.name}: leave it out")
+        greedy = True if command.greedy else False if command.sampled else None
+        result: Any = run.evaluate(counts.get(run.world.kind), seed=command.seed, greedy=greedy)
     if command.json:
         print(json.dumps(result.summary()))
         return 0
     print(result.line())
-    samples_table(result.rows[:: result.completions], limit=command.samples)
+    if hasattr(result, "rows"):
+        samples_table(result.rows[:: result.completions], limit=command.samples)
     return 0
 
 
 def _verify(rest: list[str]) -> int:
-    options = _parse(VerifyOptions, rest, "verify", None)
+    options = _parse(VerifyOptions, rest, "verify")
     with _last_line_alone(options.json):
-        from policygrad.runs.verify.command import run
+        from policygrad.verify.command import run
 
         return run(options)
 
 
 def _list(rest: list[str]) -> int:
-    topics = {
-        "algorithms": _algorithms,
-        "variants": _variants,
-        "presets": _presets,
-        "environments": _environments,
-    }
+    topics = {"methods": _methods, "variants": _variants, "presets": _presets, "environments": _environments}
     if rest and rest[0] in ("-h", "--help"):
         print(f"usage: policygrad list [{'|'.join(topics)}]")
         return 0
     if rest and rest[0] not in topics:
         raise UserError(f"nothing to list under {rest[0]!r}: there are {', '.join(topics)}")
-    print("\n".join(line for topic in rest or ["algorithms", "variants", "presets"] for line in topics[topic]()))
+    print("\n".join(line for topic in rest or ["methods", "variants", "presets"] for line in topics[topic]()))
     return 0
 
 
-def _algorithms() -> list[str]:
+def _methods() -> list[str]:
     other = {full: alias for alias, full in ALIASES.items()}
-    names = {name: name + (f" ({other[name]})" if name in other else "") for name in ALGORITHMS}
-    width = max(map(len, [*names.values(), *LANGUAGE]))
-    lines = [f"  {names[name]:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in ALGORITHMS.items()]
-    language = [f"  {name:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in LANGUAGE.items()]
-    return ["algorithms:", *lines, "algorithms for language models:", *language]
+    names = {name: name + (f" ({other[name]})" if name in other else "") for name in METHODS}
+    width = max(map(len, names.values()))
+    return ["methods:"] + [f"  {names[method.name]:{width}}  {method.summary}" for method in TABLE]
 
 
 def _variants() -> list[str]:
@@ -379,18 +333,12 @@ def _environments() -> list[str]:
     return [f"  {name}" for name in sorted(gymnasium.registry)]
 
 
-def _parse(kind: Any, arguments: list[str], name: str, default: Any, config: Sequence[Any] = ()) -> Any:
+def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
     """tyro's parse, with its framed error as one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kind,
-                prog=f"policygrad {name}",
-                args=arguments,
-                config=config,
-                **({} if default is None else {"default": default}),
-            )
+            return tyro.cli(kind, prog=f"policygrad {name}", args=arguments, config=config)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -402,18 +350,6 @@ def _parse(kind: Any, arguments: list[str], name: str, default: Any, config: Seq
         meant = [line.split()[0] for line in lines if line.startswith("--")]
         hint = f"did you mean {meant[0]}? " if "Perhaps you meant:" in lines and meant else ""
         raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None
-
-
-@contextlib.contextmanager
-def _blaming(preset: str | None, tuned: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
-    """An error about a value that is the preset's and not the user's says so."""
-    try:
-        yield
-    except UserError as error:
-        blamed = presets.blamed(str(error), preset, tuned, values)
-        if not blamed:
-            raise
-        raise UserError(f"{error}{blamed}") from error
 
 
 @contextlib.contextmanager

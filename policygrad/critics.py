@@ -1,4 +1,4 @@
-"""Critics: the values that bootstrap an advantage, and fitting them to their targets."""
+"""Critics: the values that bootstrap an advantage, fitting them to targets, and the baselines that need a module."""
 
 from collections.abc import Callable
 
@@ -14,27 +14,37 @@ from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch, Rollout, minibatches
-from policygrad.updates import ascend
+from policygrad.updates import Metrics, Objective, ascend
 from policygrad.weights import average, normalized
 
 # How a critic is fitted between updates: (batch with targets) -> metrics, e.g. partial(fit_critic, critic=..., ...).
-Fit = Callable[[Batch], dict[str, Tensor]]
+Fit = Callable[[Batch], Metrics]
 
 
 @torch.no_grad()
 def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | None = None) -> Float[Tensor, "B steps"]:
     """V(s_0), ..., V(s_T): of every step, and of where each row stops (0 if every row terminates).
 
-    micro_batch: rows computed at a time.
+    micro_batch: rows computed at a time. Raises UserError for a critic that returns another shape.
     """
-    size = micro_batch or len(rollout.mask)
-    parts = [tree_map(lambda x, at=at: x[at : at + size], rollout.obs) for at in range(0, len(rollout.mask), size)]
-    value = _of_every_step(torch.cat([critic(part) for part in parts]), rollout)
+    parts = list(rollout.split(micro_batch or len(rollout.mask)))
+    value = _of_every_step(torch.cat([critic(part.obs) for part in parts]), rollout)
     if rollout.final_obs is None:
-        last = torch.zeros_like(value[:, :1])
-    else:
-        last = critic(tree_map(lambda x: x.unsqueeze(1), rollout.final_obs))
-    return torch.cat([value, last], 1)
+        return torch.cat([value, torch.zeros_like(value[:, :1])], 1)
+    last = [critic(tree_map(lambda x: x.unsqueeze(1), part.final_obs)) for part in parts]
+    return torch.cat([value, torch.cat(last)], 1)
+
+
+class ValueObjective(Objective):
+    """-E[(V(s) - target)^2], the mean over the batch's decisions."""
+
+    def __init__(self, critic: nn.Module) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        loss = average(squared_error(self.critic(batch.obs), batch.target), batch.weight)
+        return -loss, {"value_loss": loss.detach()}
 
 
 def fit_critic(
@@ -45,26 +55,23 @@ def fit_critic(
     epochs: int = 10,
     minibatch_size: int = 64,
     max_grad_norm: float = torch.inf,
-) -> dict[str, Tensor]:
-    """Regress V(s) on batch.target: minimise the mean of (V(s) - target)^2 by minibatches.
+    micro_batch: int | None = None,
+) -> Metrics:
+    """Regress V(s) on batch.target: minimize the mean of (V(s) - target)^2 by minibatches.
 
-    Returns value_loss and critic_gradient_norm, means over all minibatches, and explained_variance, of batch.value:
-    what the critic predicted before it saw the targets.
+    Returns value_loss and critic_gradient_norm, means over all minibatches, and explained_variance of batch.value,
+    the critic's predictions before it saw the targets.
     """
     share = normalized(batch.weight)
-
-    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = average(squared_error(critic(batch.obs), batch.target), batch.weight)
-        return -loss, {"value_loss": loss.detach()}
-
+    objective, update = ValueObjective(critic), ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch)
     parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
-    metrics = mean_metrics([ascend(objective, part, optimizer, max_grad_norm=max_grad_norm) for part in parts])
+    metrics = mean_metrics([update(objective, part) for part in parts])
     metrics["critic_gradient_norm"] = metrics.pop("gradient_norm")
     metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
     return metrics
 
 
-def no_fit(batch: Batch) -> dict[str, Tensor]:
+def no_fit(batch: Batch) -> Metrics:
     """There is no critic to fit."""
     return {}
 
@@ -75,17 +82,17 @@ def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: n
         return _of_every_step(critic(rollout.obs), rollout)
 
 
+def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
+    """b = the constant that minimizes the variance of the gradient, estimated from the other rows."""
+    returns_score, score_score = score_products(policy, rollout.obs, rollout.action, returns, rollout.mask)
+    return optimal_constant_baseline(returns_score, score_score).unsqueeze(1).expand_as(returns)
+
+
 def _of_every_step(value: Tensor, rollout: Rollout) -> Float[Tensor, "B T"]:
     """The values, if they are one for each step: [B, T, 1] would be broadcast against [B, T], and learn nothing."""
     if value.shape != rollout.mask.shape:
         raise UserError(
             f"the critic returned values of shape {tuple(value.shape)} for {tuple(rollout.mask.shape)} steps: "
-            "it must return one number for each, as value.squeeze(-1) makes of a last dimension of 1"
+            "return one number for each, for example value.squeeze(-1)"
         )
     return value
-
-
-def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
-    """b = the constant that minimises the variance of the gradient, estimated from the other rows."""
-    returns_score, score_score = score_products(policy, rollout.obs, rollout.action, returns, rollout.mask)
-    return optimal_constant_baseline(returns_score, score_score).unsqueeze(1).expand_as(returns)

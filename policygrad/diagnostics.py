@@ -1,13 +1,14 @@
-"""What a practitioner looks at while it learns. Nothing here has a gradient."""
+"""What a practitioner looks at during training. Nothing here has a gradient."""
+
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from policygrad.advantages import group_std
 from policygrad.divergences import k3
 from policygrad.rollout import Batch
-from policygrad.score import log_ratio
+from policygrad.score import log_probabilities, log_ratio
 from policygrad.weights import average, normalized
 
 
@@ -20,7 +21,7 @@ def ratio_metrics(
 ) -> dict[str, Tensor]:
     """How far the new policy is from the old one, on the old one's decisions.
 
-    kl: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
+    kl_old: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
     (Kong 1992).
     """
     share = normalized(weight)
@@ -28,16 +29,22 @@ def ratio_metrics(
     difference = log_ratio(logp, logp_old, mask)
     ratio = difference.exp()
     return {
-        "kl": average(k3(torch.zeros_like(difference), difference), share),
+        "kl_old": average(k3(torch.zeros_like(difference), difference), share),
         "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share).clamp(min=1e-30),
     }
 
 
-def policy_change(policy: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """ratio_metrics of the policy as it is now, after an update, against the one that sampled the batch."""
-    with torch.no_grad():
-        logp = policy(batch.obs).log_prob(batch.action)
-    return ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
+def after_update(objective: Any, batch: Batch, *, micro_batch: int | None = None) -> dict[str, Tensor]:
+    """How far an update went: ratio_metrics of the policy as it is now, against the one that sampled the batch.
+
+    Where the objective has a critic, also the explained_variance of what it predicted before the update. It costs a
+    forward pass of the policy, `micro_batch` rows at a time.
+    """
+    logp = log_probabilities(objective.policy, batch, micro_batch)
+    metrics = ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
+    if getattr(objective, "critic", None) is not None:
+        metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
+    return metrics
 
 
 @torch.no_grad()
@@ -57,7 +64,7 @@ def clip_fraction_by_side(
     low: float,
     high: float,
 ) -> dict[str, Tensor]:
-    """The shares of decisions that clipping leaves without gradient: bad below 1 - low, good above 1 + high."""
+    """The shares of decisions that clipping leaves no gradient: bad ones below 1 - low, good ones above 1 + high."""
     share = normalized(weight)
     below = (ratio < 1 - low) & (advantage < 0)
     above = (ratio > 1 + high) & (advantage > 0)
@@ -65,17 +72,6 @@ def clip_fraction_by_side(
         "clip_fraction_low": average(below.to(share.dtype), share),
         "clip_fraction_high": average(above.to(share.dtype), share),
     }
-
-
-@torch.no_grad()
-def group_metrics(score: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> dict[str, Tensor]:
-    """The spread of rewards inside a group, and the share of rows whose group is flat: they teach nothing.
-
-    Rows alone in their group are left out; without any others there is nothing to say.
-    """
-    compared = (group.unsqueeze(1) == group).sum(1) > 1
-    std = group_std(score, group)[compared]
-    return {"group_std": std.mean(), "flat_groups": (std == 0).to(std.dtype).mean()} if len(std) else {}
 
 
 @torch.no_grad()

@@ -110,13 +110,19 @@ class AdaptiveCoefficient:
 
     def __init__(self, value: float, target: float = math.inf) -> None:
         if value < 0 or not target > 0:
-            raise ValueError(f"a KL coefficient is not negative and its target positive, not {value} and {target}")
+            raise ValueError(f"a KL coefficient is 0 or more and its target above 0, not {value} and {target}")
         self.value = torch.tensor(float(value))
         self.target = target
 
-    def update(self, kl: float) -> None:
-        """Move the coefficient after an update whose KL was `kl`."""
-        if math.isfinite(self.target):
+    @property
+    def adapts(self) -> bool:
+        """Does anything read the KL?"""
+        return math.isfinite(self.target)
+
+    def update(self, kl: float | Tensor) -> None:
+        """Move the coefficient after an update whose KL was `kl`, which is read only if there is a target."""
+        if self.adapts:
+            kl = float(kl)
             if kl < self.target / 1.5:
                 self.value /= 2
             elif kl > self.target * 1.5:

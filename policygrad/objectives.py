@@ -1,11 +1,17 @@
-"""What is maximised: [B, T] -> [B, T], pointwise. Averaging is separate (weights.py), the sign is `ascend`'s."""
+"""What is maximized, pointwise. Averaging is separate (weights.py), and the sign is `ascend`'s.
+
+A gain is (logp, ratio, advantage) -> [B, T], whichever of the three it reads: `surrogate`, `clipped_surrogate`,
+`clipped_weight`, and `score.score`. The ratio is [B, T] by token, or [B, 1] by sequence.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def surrogate(ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def surrogate(
+    logp: Float[Tensor, "B T"], ratio: Float[Tensor, "B #T"], advantage: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """r A: the importance-sampled improvement over the old policy (Schulman et al. 2015, eq. 14).
 
     At the old policy its gradient is the score term's.
@@ -14,7 +20,12 @@ def surrogate(ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> F
 
 
 def clipped_surrogate(
-    ratio: Float[Tensor, "B #T"], advantage: Float[Tensor, "B T"], low: float, high: float
+    logp: Float[Tensor, "B T"],
+    ratio: Float[Tensor, "B #T"],
+    advantage: Float[Tensor, "B T"],
+    *,
+    low: float,
+    high: float,
 ) -> Float[Tensor, "B T"]:
     """min(r A, clip(r, 1 - low, 1 + high) A) (PPO, Schulman et al. 2017, eq. 7; low < high is DAPO's clip-higher).
 
@@ -29,7 +40,7 @@ def dual_clip(gain: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bound
     return torch.where(advantage < 0, torch.maximum(gain, bound * advantage), gain)
 
 
-def penalised_surrogate(
+def penalized_surrogate(
     gain: Float[Tensor, "B T"], divergence: Float[Tensor, "B T"], beta: float | Tensor
 ) -> Float[Tensor, "B T"]:
     """gain - beta KL (Schulman et al. 2017, eq. 8), with any surrogate as the gain and any estimate of the KL."""
@@ -40,6 +51,7 @@ def clipped_weight(
     logp: Float[Tensor, "B T"],
     ratio: Float[Tensor, "B #T"],
     advantage: Float[Tensor, "B T"],
+    *,
     low: float,
     high: float,
 ) -> Float[Tensor, "B T"]:
@@ -48,7 +60,7 @@ def clipped_weight(
 
 
 def squared_error(value: Float[Tensor, "B T"], target: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """(V - target)^2: what a critic is to make small."""
+    """(V - target)^2: what a critic minimizes."""
     return (value - target) ** 2
 
 

@@ -1,7 +1,7 @@
 """reward -> return: what a decision led to. Values are [B, T + 1]: the last column is where the row stops."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -17,11 +17,7 @@ def trajectory_return(
     reward: Float[Tensor, "B T"], ended: Bool[Tensor, "B T"], gamma: float = 1.0
 ) -> Float[Tensor, "B T"]:
     """G_0 at every step of its episode: the whole trajectory's return (Williams 1992, section 6)."""
-    to_go = reward_to_go(reward, ended, gamma)
-    total = [to_go[:, 0]]
-    for t in range(1, reward.shape[1]):
-        total.append(torch.where(ended[:, t - 1], to_go[:, t], total[-1]))
-    return torch.stack(total, 1)
+    return reward_to_go(reward, ended, gamma).gather(1, _episode_start(ended))
 
 
 def n_step(
@@ -104,20 +100,31 @@ def discount(mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"], gamma: float
     The factor that the discounted policy gradient has and that every library drops; without it the usual update is
     the gradient of no function (Nota & Thomas 2020, arXiv 1906.07073).
     """
-    age, ages = torch.zeros_like(mask[:, 0], dtype=torch.long), []
-    for t in range(mask.shape[1]):
-        ages.append(age)
-        age = (age + mask[:, t]).where(~ended[:, t], 0)
-    return gamma ** torch.stack(ages, 1).to(torch.get_default_dtype())
+    before = mask.cumsum(1) - mask.long()  # decisions before this step in the row
+    age = before - before.gather(1, _episode_start(ended))
+    return gamma ** age.to(torch.get_default_dtype())
+
+
+def _episode_start(ended: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Where in its row the episode of each step starts."""
+    t = torch.arange(ended.shape[1], device=ended.device).expand_as(ended)
+    first = torch.cat([torch.ones_like(ended[:, :1]), ended[:, :-1]], 1)
+    return t.where(first, 0).cummax(1).values
 
 
 def _suffix_sum(x: Float[Tensor, "B T"], decay: float | Tensor, ended: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """y_t = x_t + decay_t y_{t+1}, where nothing is carried over an end: the recursion behind every return."""
-    columns, cuts = x.unbind(1), ended.unbind(1)
-    decays = decay.unbind(1) if isinstance(decay, Tensor) else (decay,) * len(columns)
-    y, out = torch.zeros_like(columns[0]), []
-    for x_t, decay_t, cut in zip(reversed(columns), reversed(decays), reversed(cuts), strict=True):
-        # `where`, not a product with (1 - cut): a NaN behind an end must not come through.
-        y = x_t + decay_t * y.where(~cut, 0.0)  # type: ignore[operator]
-        out.append(y)
-    return torch.stack(out[::-1], 1)
+    """y_t = x_t + decay_t y_{t+1}, where nothing is carried over an end: the recursion behind every return.
+
+    By doubling: before round k, y_t holds the first 2^k terms of its sum, and `factor` is what the next 2^k weigh.
+    """
+    y, goes_on = x, ~ended
+    factor = decay if isinstance(decay, Tensor) else torch.full_like(x, decay)
+    reach = 1
+    while reach < x.shape[1]:
+        # `where`, not a product with 0: a NaN behind an end must not come through.
+        more = (factor[:, :-reach] * y[:, reach:]).where(goes_on[:, :-reach], 0.0)
+        y = torch.cat([y[:, :-reach] + more, y[:, -reach:]], 1)
+        factor = torch.cat([factor[:, :-reach] * factor[:, reach:], factor[:, -reach:]], 1)
+        goes_on = torch.cat([goes_on[:, :-reach] & goes_on[:, reach:], goes_on[:, -reach:]], 1)
+        reach *= 2
+    return y

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +45,23 @@ class Rollout:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, torch.where(self.mask, getattr(self, name), 0.0))
 
+    def rows(self, index: Tensor | slice) -> Rollout:
+        """Some of the rows, in the order of `index`, as often as it names them."""
+        return _each(lambda x: x[index], self)
+
+    def split(self, size: int) -> Iterator[Rollout]:
+        """The rollout in order, at most `size` rows at a time."""
+        for start in range(0, len(self.mask), size):
+            yield self.rows(slice(start, start + size))
+
+    @staticmethod
+    def join(rollouts: Sequence[Rollout]) -> Rollout:
+        """The rows of several rollouts, one after the other, with the metrics of the first."""
+        return _each(lambda *x: torch.cat(x), *rollouts)
+
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""
-        return Rollout(**{f.name: tree_map(_mover(device), getattr(self, f.name)) for f in fields(self)})
+        return _each(lambda x: x.to(device), self)
 
 
 class Batch(NamedTuple):
@@ -130,5 +144,26 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
             yield share, part._replace(weight=part.weight / share)
 
 
-def _mover(device: torch.device | str) -> Any:
-    return lambda x: x.to(device) if isinstance(x, Tensor) else x
+def at_last_decision(reward: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The reward of each row at its last decision, 0 elsewhere; lost only in a row without a decision."""
+    later = mask.flip(1).cumsum(1).flip(1)  # decisions from here on
+    return reward.unsqueeze(1) * (mask & (later == 1))
+
+
+def holes_last(mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The order of each row's steps that moves its holes to the end and changes nothing else.
+
+    A hole is a step that no policy chose and over which the episode goes on, such as tool output between two tokens of
+    a model. A masked step that `ended` marks is none: it cuts the trace, and its observation is a true final one.
+    """
+    return (~(mask | ended)).int().argsort(dim=1, stable=True)
+
+
+def _each(function: Callable[..., Tensor], *rollouts: Rollout) -> Rollout:
+    """A rollout whose columns are the function of the given rollouts' columns."""
+    names = [f.name for f in fields(Rollout) if f.name not in ("memoryless", "metrics")]
+    columns = {name: [getattr(x, name) for x in rollouts] for name in names}
+    for name, found in columns.items():
+        if len({x is None for x in found}) > 1:
+            raise ValueError(f"some of the rollouts to join have {name} and some have not: give it to all, or to none")
+    return replace(rollouts[0], **{name: tree_map(function, *x) for name, x in columns.items() if x[0] is not None})

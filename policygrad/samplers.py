@@ -1,27 +1,26 @@
-"""Wrappers: a sampler in, a sampler out. Each changes one thing of the rollout that an algorithm then learns from."""
+"""Wrappers: a sampler in, a sampler out. Each changes one thing in the rollout that a method learns from."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from policygrad.advantages import group_std
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.returns import kl_in_reward
-from policygrad.rollout import Batch, Rollout
-from policygrad.score import log_ratio
+from policygrad.rollout import Rollout
+from policygrad.score import log_probabilities, log_ratio
 from policygrad.weights import average, per_token
 
 Sample = Callable[[nn.Module], Rollout]
 
 
 class Wrapper(ABC):
-    """What all wrappers share: their state is that of the sampler inside, and their own."""
+    """A sampler around another. Its state is that of the sampler inside and its own."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
@@ -37,15 +36,11 @@ class Wrapper(ABC):
         self.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
 
 
-class OneGroup(Wrapper):
-    """All rows are one group: what makes GRPO of a control task whose episodes start alike.
-
-    Rows stay whole, since they are what is compared: a mean by row or a sequence ratio needs the row.
-    """
+class WholeRows(Wrapper):
+    """Keep the rows of a memoryless policy whole: a ratio of whole rows needs them."""
 
     def __call__(self, policy: nn.Module) -> Rollout:
-        rollout = self.sample(policy)
-        return replace(rollout, group=torch.zeros_like(rollout.group), memoryless=False)
+        return replace(self.sample(policy), memoryless=False)
 
 
 class KLCharged(Wrapper):
@@ -53,7 +48,7 @@ class KLCharged(Wrapper):
 
     Its expected return is J - beta KL(pi, pi_ref) of whole rows, so that any method ascends the right gradient; k1 is
     the only estimate for which that holds. The coefficient adapts to the KL of each rollout, if it has a target. Adds
-    to the metrics kl_reference, by decision (k3), and kl_coefficient.
+    to the metrics kl_ref, by decision (k3), and kl_ref_coefficient.
     """
 
     def __init__(
@@ -69,7 +64,7 @@ class KLCharged(Wrapper):
         reward = kl_in_reward(rollout.reward, rollout.logp, logp_ref, beta)
         divergence = float(average(k3(rollout.logp, logp_ref), per_token(rollout.mask)))
         self.coefficient.update(divergence)
-        metrics = {**rollout.metrics, "kl_reference": divergence, "kl_coefficient": beta}
+        metrics = {**rollout.metrics, "kl_ref": divergence, "kl_ref_coefficient": beta}
         return replace(rollout, reward=reward, metrics=metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,14 +76,13 @@ class KLCharged(Wrapper):
 
 
 class Rescored(Wrapper):
-    """The log-probabilities of the learner in the place of the sampler's, which another engine or precision made.
+    """Replace the sampler's log-probabilities, which another engine or precision produced, with the learner's.
 
-    What the sampler drew is then corrected for by pi_old / mu, at most `bound` (truncated importance sampling, Yao et
-    al. 2025; Espeholt et al. 2018): the weights stand in rollout.importance, by token, and enter every mean once. They
-    correct each decision alone, at the prefixes and with the continuations of mu; for single decisions that is all.
-    The ratio in the objective stays pi / pi_old. bound = 0: no correction. Adds to the metrics mismatch_kl,
-    KL(mu, pi_old) by decision, mismatch_ratio and mismatch_largest, the mean and largest pi_old / mu, and
-    importance_cut, the share of weights at the bound.
+    The weights pi_old / mu, at most `bound`, then correct for the engine mu (truncated importance sampling, Yao et al.
+    2025; Espeholt et al. 2018). They stand in rollout.importance, by token, and enter every mean once. They correct
+    each decision alone, at the prefixes and with the continuations of mu. The ratio in the objective stays
+    pi / pi_old. bound = 0: no correction. Adds to the metrics mismatch_kl, KL(mu, pi_old) by decision, mismatch_ratio
+    and mismatch_largest, the mean and largest pi_old / mu, and importance_cut, the share of weights at the bound.
     """
 
     def __init__(self, sample: Sample, bound: float = 2.0, micro_batch: int | None = None) -> None:
@@ -113,13 +107,13 @@ class Rescored(Wrapper):
 
 
 class WithoutFlatGroups(Wrapper):
-    """Sample on until a rollout's rows are filled with groups whose scores differ (DAPO's dynamic sampling, eq. 11).
+    """Sample until a rollout's rows are filled with groups whose returns differ (DAPO's dynamic sampling, eq. 11).
 
-    A group of equal scores has no gradient. After `rounds` rollouts the rest is filled with what there is. The sampler
-    inside must give rows of the same shape every time, and rewards before KL is charged to them: KLCharged goes around
-    this, not into it. Groups stay whole: one that the rows have no room for, because
-    groups are of different sizes, is masked. The metrics are the mean over the rounds, so that the reward is that of
-    all prompts, but for `counters`, which are the last round's; sampling_rounds is added.
+    A group of equal returns has no gradient. After `rounds` rollouts the remaining rows take the flat groups there are.
+    The sampler inside must give rows of the same shape every time. Rewards must not have KL charged to them yet:
+    KLCharged goes around this wrapper, not into it. Groups stay whole; a group that the rows have no room for is
+    masked. The metrics are means over the rounds, so that the reward is that of all prompts, except `counters`, which
+    are the last round's. Adds sampling_rounds.
     """
 
     def __init__(
@@ -137,9 +131,9 @@ class WithoutFlatGroups(Wrapper):
             rollouts.append(replace(rollout, group=group))
             rows, groups = len(group), int(group.max()) + 1
             lively += int((~_flat(rollout)).sum())
-        drawn = _joined(rollouts)
+        drawn = Rollout.join(rollouts)
         order = (drawn.group + groups * _flat(drawn)).argsort(stable=True)  # each group together, flat ones last
-        filled = _rows(drawn, order[:rows])
+        filled = drawn.rows(order[:rows])
         cut = torch.isin(filled.group, drawn.group[order[rows:]])
         return replace(filled, mask=filled.mask & ~cut.unsqueeze(1), metrics=self._metrics(rollouts))
 
@@ -151,35 +145,6 @@ class WithoutFlatGroups(Wrapper):
         return {**mean, **counted, "sampling_rounds": float(len(rollouts))}
 
 
-@torch.no_grad()
-def log_probabilities(
-    policy: nn.Module, rollout: Rollout | Batch, micro_batch: int | None = None
-) -> Float[Tensor, "B T"]:
-    """log pi(a|s) of what was done, `micro_batch` rows at a time; 0 behind the mask."""
-    rows = len(rollout.mask)
-    parts = []
-    for start in range(0, rows, micro_batch or rows):
-        obs = tree_map(lambda x, start=start: x[start : start + (micro_batch or rows)], rollout.obs)
-        parts.append(policy(obs).log_prob(rollout.action[start : start + (micro_batch or rows)]))
-    return torch.cat(parts).where(rollout.mask, 0.0)
-
-
 def _flat(rollout: Rollout) -> Bool[Tensor, " B"]:
-    """Whether all rows of a row's group have the same score."""
+    """Do all rows of a row's group have the same return?"""
     return group_std(rollout.reward.sum(1), rollout.group) == 0
-
-
-def _rows(rollout: Rollout, index: Tensor) -> Rollout:
-    """Some rows of a rollout."""
-    return _each(lambda x: x[index], rollout)
-
-
-def _joined(rollouts: list[Rollout]) -> Rollout:
-    """The rows of several rollouts, one after the other."""
-    return _each(lambda *x: torch.cat(x), *rollouts)
-
-
-def _each(function: Callable[..., Tensor], *rollouts: Rollout) -> Rollout:
-    names = [f.name for f in fields(Rollout) if f.name not in ("memoryless", "metrics")]
-    columns = {name: [getattr(x, name) for x in rollouts] for name in names}
-    return replace(rollouts[0], **{name: tree_map(function, *x) for name, x in columns.items() if x[0] is not None})

@@ -1,13 +1,19 @@
-"""log pi: the score term, and the ratio of two policies by token and by sequence."""
+"""log pi: the score term, ratios by token and by sequence, and log pi of a whole rollout in pieces."""
 
+import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from policygrad.rollout import Batch, Rollout
 
 
-def score(logp: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def score(
+    logp: Float[Tensor, "B T"], ratio: Float[Tensor, "B #T"], advantage: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """log pi(a|s) A: its gradient, grad log pi A, is the policy gradient (Williams 1992, theorem 1).
 
-    Its value means nothing; only its gradient does.
+    Its value means nothing; only its gradient does. The ratio is not read: the actions are the policy's own.
     """
     return logp * advantage.detach()
 
@@ -35,3 +41,17 @@ def sequence_ratio(
     """s = (pi(y|x) / pi_old(y|x))^(1/|y|), one ratio a row (GSPO, arXiv 2507.18071, eq. 7); at most e^20."""
     total = (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=20).exp()
+
+
+@torch.no_grad()
+def log_probabilities(
+    policy: nn.Module, rollout: Rollout | Batch, micro_batch: int | None = None
+) -> Float[Tensor, "B T"]:
+    """log pi(a|s) of the actions taken, `micro_batch` rows at a time; 0 behind the mask."""
+    rows = len(rollout.mask)
+    size = micro_batch or rows
+    parts = []
+    for start in range(0, rows, size):
+        obs = tree_map(lambda x, start=start: x[start : start + size], rollout.obs)
+        parts.append(policy(obs).log_prob(rollout.action[start : start + size]))
+    return torch.cat(parts).where(rollout.mask, 0.0)

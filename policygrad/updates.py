@@ -1,51 +1,78 @@
-"""What is done with the gradient: follow it, take the natural step, or search along it inside a trust region."""
+"""What is done with the gradient: follow it, take the natural step, or search along it inside a trust region.
+
+An update is (objective, batch) -> metrics, and changes the objective's parameters.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from policygrad.errors import NonFiniteError
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, micro_batches
 
-# An objective is a function of a batch that closes over its modules: (batch) -> (scalar to maximise, metrics).
-Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-# A divergence is a mean KL(old, new): (batch) -> scalar, 0 and without slope at the old parameters.
-Divergence = Callable[[Batch], Tensor]
+Metrics = dict[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """What a method maximizes, as a function of a batch. Its parameters are what it learns."""
+
+    policy: nn.Module  # and `critic`, where the objective has a value loss
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The scalar to maximize, and what to report of it."""
+
+    def adapt(self, metrics: Metrics) -> Metrics:
+        """Move the adaptive coefficients after an update with these metrics. Returns the ones it was made with."""
+        return {}
+
+
+class Measured(Objective):
+    """An objective that also measures how far its policy moves."""
+
+    @abstractmethod
+    def divergence(self, batch: Batch) -> Callable[[], Tensor]:
+        """The mean KL(old, new) as a function of the parameters, the old policy being the one of this call."""
+
+
+Scalar = Callable[[Batch], tuple[Tensor, Metrics]]  # an objective, or any function of this form
+Update = Callable[[Any, Batch], Metrics]  # (objective, batch) -> metrics
 # How far to go along x = F^-1 g: (g.x) -> alpha.
 StepSize = Callable[[Tensor], Tensor]
 
 
-def ascend(
-    objective: Objective,
-    batch: Batch,
-    optimizer: Optimizer,
-    *,
-    max_grad_norm: float = math.inf,
-    micro_batch: int | None = None,
-) -> dict[str, Tensor]:
-    """theta <- theta + step(grad objective): one step of a torch optimiser, uphill.
+def ascend(optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None) -> Update:
+    """theta <- theta + step(grad objective): one step of a torch optimizer, uphill.
 
     The gradient is scaled down to `max_grad_norm` where its norm is larger. micro_batch: the rows that the objective
-    sees at a time, gradients adding up; it changes the memory and nothing else. Returns the objective's metrics and
-    gradient_norm, the norm before that.
+    sees at a time, gradients adding up; it changes the memory and nothing else. The update returns the objective's
+    metrics and gradient_norm, the norm before scaling. It raises NonFiniteError, before the step, for a gradient that
+    is NaN or infinite.
     """
-    optimizer.zero_grad()
-    total: dict[str, Tensor] = {}
-    rows = batch.mask.shape[0]
-    parts = micro_batches(batch, micro_batch) if micro_batch and micro_batch < rows else [(1.0, batch)]
-    for share, part in parts:
-        value, metrics = objective(part)
-        (-share * value).backward()  # the one minus sign: torch's optimisers descend
-        for name, x in metrics.items():
-            total[name] = total[name] + share * x if name in total else share * x
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return {**total, "gradient_norm": norm}
+
+    def update(objective: Scalar, batch: Batch) -> Metrics:
+        optimizer.zero_grad()
+        total: Metrics = {}
+        in_parts = micro_batch is not None and micro_batch < len(batch.mask)
+        for share, part in micro_batches(batch, micro_batch or 1) if in_parts else [(1.0, batch)]:
+            value, metrics = objective(part)
+            (-share * value).backward()  # the one minus sign: torch's optimizers descend
+            for name, x in metrics.items():
+                total[name] = total[name] + share * x if name in total else share * x
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(parameters, max_grad_norm)
+        _check_finite(norm)
+        optimizer.step()
+        return {**total, "gradient_norm": norm}
+
+    return update
 
 
 def kl_radius(slope: Tensor, *, delta: float) -> Tensor:
@@ -58,98 +85,83 @@ def learning_rate(slope: Tensor, *, rate: float) -> Tensor:
     return torch.full_like(slope, rate)
 
 
-def natural_step(
-    objective: Objective,
-    divergence: Divergence,
-    batch: Batch,
-    parameters: Iterable[Tensor],
-    *,
-    step_size: StepSize,
-    damping: float = 0.1,
-    cg_iters: int = 10,
-) -> dict[str, Tensor]:
+def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 10) -> Update:
     """theta <- theta + alpha F^-1 g (Kakade 2001), F the Fisher matrix, alpha = step_size(g.F^-1 g).
 
-    F^-1 g is found by conjugate gradient on Fisher-vector products with `damping` added to F's diagonal. Returns the
-    objective's metrics, gradient_norm, step_size, kl (of the step taken) and improvement (of the objective).
+    F^-1 g is found by conjugate gradient on Fisher-vector products with `damping` added to F's diagonal. The update
+    returns the objective's metrics, gradient_norm, step_size, kl_old (of the step taken) and improvement (of the
+    objective). It raises NonFiniteError for a gradient that is NaN or infinite.
     """
-    parameters = list(parameters)
-    value, metrics, gradient, direction, slope = _natural_direction(
-        objective, divergence, batch, parameters, damping, cg_iters
-    )
-    alpha = step_size(slope).where(slope > 0, 0.0)
-    add_to(parameters, parameters, alpha * direction)
-    with torch.no_grad():
-        improvement = objective(batch)[0] - value
-        step_kl = divergence(batch)
-    return {
-        **metrics,
-        "gradient_norm": gradient.norm(),
-        "step_size": alpha,
-        "kl": step_kl,
-        "improvement": improvement,
-    }
+
+    def update(objective: Measured, batch: Batch) -> Metrics:
+        at = _Natural(objective, batch, damping, cg_iters)
+        alpha = step_size(at.slope).where(at.slope > 0, 0.0)
+        add_to(at.parameters, at.parameters, alpha * at.direction)
+        with torch.no_grad():
+            improvement, step_kl = objective(batch)[0] - at.value, at.divergence()
+        norm = at.gradient.norm()
+        moved = {"gradient_norm": norm, "step_size": alpha, "kl_old": step_kl, "improvement": improvement}
+        return {**at.metrics, **moved}
+
+    return update
 
 
 def trust_region_step(
-    objective: Objective,
-    divergence: Divergence,
-    batch: Batch,
-    parameters: Iterable[Tensor],
-    *,
-    delta: float = 0.01,
-    damping: float = 0.1,
-    cg_iters: int = 10,
-    backtracks: int = 10,
-    shrink: float = 0.8,
-) -> dict[str, Tensor]:
-    """Maximise the objective inside KL(old, new) <= delta (TRPO, Schulman et al. 2015, eq. 12 and appendix C).
+    *, delta: float = 0.01, damping: float = 0.1, cg_iters: int = 10, backtracks: int = 10, shrink: float = 0.8
+) -> Update:
+    """Maximize the objective inside KL(old, new) <= delta (TRPO, Schulman et al. 2015, eq. 12 and appendix C).
 
     The natural step of KL delta, shrunk by `shrink` until the objective has grown and the KL is within delta, at most
-    `backtracks` times. If no step is accepted the parameters are what they were, bit for bit. Returns the objective's
-    metrics, gradient_norm, kl and improvement (of the accepted step, else 0), accepted (0 or 1) and step_fraction (the
-    share of the full step that was taken).
+    `backtracks` times. If no step is accepted the parameters are what they were, bit for bit. The update returns the
+    objective's metrics, gradient_norm, kl_old and improvement (of the accepted step, else 0), accepted (0 or 1) and
+    step_fraction (the share of the full step that was taken). It raises NonFiniteError as natural_step does.
     """
-    parameters = list(parameters)
-    value, metrics, gradient, direction, slope = _natural_direction(
-        objective, divergence, batch, parameters, damping, cg_iters
-    )
-    old = [p.detach().clone() for p in parameters]
-    full_step = kl_radius(slope, delta=delta).where(slope > 0, 0.0) * direction
-    step_kl, improvement, fraction = torch.zeros_like(value), torch.zeros_like(value), torch.zeros_like(value)
-    accepted = False
-    with torch.no_grad():
-        for k in range(backtracks):
-            add_to(parameters, old, shrink**k * full_step)
-            gained, moved = objective(batch)[0] - value, divergence(batch)
-            accepted = bool((gained > 0) & (moved <= delta))
-            if accepted:
-                step_kl, improvement, fraction = moved, gained, torch.full_like(value, shrink**k)
-                break
-        if not accepted:
-            for p, p_old in zip(parameters, old, strict=True):
-                p.copy_(p_old)
-    return {
-        **metrics,
-        "gradient_norm": gradient.norm(),
-        "kl": step_kl,
-        "improvement": improvement,
-        "accepted": torch.tensor(float(accepted)),
-        "step_fraction": fraction,
-    }
+
+    def update(objective: Measured, batch: Batch) -> Metrics:
+        at = _Natural(objective, batch, damping, cg_iters)
+        old = [p.detach().clone() for p in at.parameters]
+        full_step = kl_radius(at.slope, delta=delta).where(at.slope > 0, 0.0) * at.direction
+        step_kl, improvement, fraction = (torch.zeros_like(at.value) for _ in range(3))
+        accepted = False
+        with torch.no_grad():
+            for k in range(backtracks):
+                add_to(at.parameters, old, shrink**k * full_step)
+                gained, moved = objective(batch)[0] - at.value, at.divergence()
+                accepted = bool((gained > 0) & (moved <= delta))
+                if accepted:
+                    step_kl, improvement, fraction = moved, gained, torch.full_like(at.value, shrink**k)
+                    break
+            if not accepted:
+                for p, p_old in zip(at.parameters, old, strict=True):
+                    p.copy_(p_old)
+        return {
+            **at.metrics,
+            "gradient_norm": at.gradient.norm(),
+            "kl_old": step_kl,
+            "improvement": improvement,
+            "accepted": torch.tensor(float(accepted)),
+            "step_fraction": fraction,
+        }
+
+    return update
 
 
-def _natural_direction(
-    objective: Objective,
-    divergence: Divergence,
-    batch: Batch,
-    parameters: Sequence[Tensor],
-    damping: float,
-    cg_iters: int,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """The objective and its metrics, its gradient g, the direction x = F^-1 g, and the slope g.x = x.F x."""
-    value, metrics = objective(batch)
-    gradient = flat_gradient(value, parameters)
-    product = fisher_vector_product(lambda: divergence(batch), parameters, damping)
-    direction = conjugate_gradient(product, gradient, cg_iters)
-    return value.detach(), metrics, gradient, direction, gradient @ direction
+class _Natural:
+    """The objective where the step starts, its gradient g, the direction x = F^-1 g, and the slope g.x = x.F x."""
+
+    def __init__(self, objective: Measured, batch: Batch, damping: float, cg_iters: int) -> None:
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.divergence = objective.divergence(batch)
+        value, self.metrics = objective(batch)
+        self.value = value.detach()
+        self.gradient = flat_gradient(value, self.parameters)
+        _check_finite(self.gradient.norm())
+        product = fisher_vector_product(self.divergence, self.parameters, damping)
+        self.direction = conjugate_gradient(product, self.gradient, cg_iters)
+        self.slope = self.gradient @ self.direction
+
+
+def _check_finite(norm: Tensor) -> None:
+    """Stop before a gradient that is not finite reaches the parameters."""
+    if not norm.isfinite():
+        raise NonFiniteError(f"the gradient's norm is {norm.item()}: a lower learning rate or smaller rewards may help")

@@ -1,12 +1,14 @@
 """What every test starts from: one thread, one seed, and small policies whose every number can be computed by hand."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from segments import Segments
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Categorical, Independent, Normal, kl_divergence, register_kl
 
 from policygrad.rollout import Rollout
 
@@ -74,6 +76,61 @@ class Critic(nn.Module):
         return self.net(obs).squeeze(-1)
 
 
+# Rows that are ragged, off the policy, and full of garbage behind the mask
+
+
+def off_policy(policy: nn.Module, sample: Callable[..., Rollout], rows: int = 7, **columns: Any) -> Rollout:
+    """Ragged rows in groups of two and three, sampled by something near the policy, with importance weights."""
+    rollout = sample(policy, rows=rows, **columns)
+    group = torch.arange(rows) // 2
+    group[-1] = group[-2]
+    noise, importance = torch.randn(rows, 5), 0.5 + torch.rand(rows, 5)
+    return replace(rollout, logp=rollout.logp + 0.3 * noise, group=group, importance=importance)
+
+
+class Spoiled(Categorical):
+    """A categorical of which nothing can be believed where `hidden`."""
+
+    def __init__(self, logits: Tensor, hidden: Tensor, garbage: float) -> None:
+        super().__init__(logits=logits, validate_args=False)
+        self.spoiled = torch.zeros(hidden.shape).where(~hidden, garbage)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return super().log_prob(action) + self.spoiled
+
+    def entropy(self) -> Tensor:
+        return super().entropy() + self.spoiled
+
+
+@register_kl(Spoiled, Spoiled)
+def _(p: Spoiled, q: Spoiled) -> Tensor:
+    return kl_divergence(Categorical(logits=p.logits), Categorical(logits=q.logits)) + p.spoiled
+
+
+class SpoiledPolicy(SoftmaxOfPrefix):
+    """Observations of 9 are padding: there, whatever the distribution says is garbage."""
+
+    garbage = 0.0
+
+    def forward(self, obs: Tensor) -> Spoiled:
+        hidden = obs[..., 0] == 9
+        return Spoiled(super().forward(obs.where(~hidden.unsqueeze(-1), 0.0)).logits, hidden, self.garbage)
+
+
+def spoiled(rollout: Rollout, garbage: float) -> Rollout:
+    def fill(x: Tensor) -> Tensor:
+        return x.where(rollout.mask, garbage)
+
+    return replace(
+        rollout,
+        obs=rollout.obs.where(rollout.mask.unsqueeze(-1), 9.0),
+        logp=fill(rollout.logp),
+        reward=fill(rollout.reward),
+        importance=fill(rollout.importance),
+        action=rollout.action.where(rollout.mask, 3),
+    )
+
+
 @pytest.fixture(params=[Softmax, Gaussian])
 def policy(request: pytest.FixtureRequest, float64: None) -> nn.Module:
     return request.param()
@@ -82,6 +139,13 @@ def policy(request: pytest.FixtureRequest, float64: None) -> nn.Module:
 @pytest.fixture
 def softmax(float64: None) -> nn.Module:
     return Softmax()
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def prefix_policy(request: pytest.FixtureRequest) -> nn.Module:
+    if request.param == torch.float64:
+        request.getfixturevalue("float64")
+    return SoftmaxOfPrefix()
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
-"""Token sequences small enough to list, and what an algorithm's own update expects: the sum over every batch."""
+"""Token sequences small enough to list, and what a method's own update expects: the sum over every batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
+from torch.testing import assert_close
 
-from policygrad.algorithms.grpo import grpo
-from policygrad.algorithms.variants import cispo, dapo, dr_grpo, gspo, reinforce_plus_plus, rloo
-from policygrad.exact.enumeration import rows
 from policygrad.exact.policies import SoftmaxPolicy, probabilities, tabular
 from policygrad.exact.tokens import (
     OnPrefixes,
@@ -22,22 +22,45 @@ from policygrad.exact.tokens import (
     tree,
 )
 from policygrad.rollout import Rollout
+from policygrad.train.compose import Learner, compose
+from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
+from policygrad.updates import ascend
 
 # Completions (0,), (1, 0), (1, 1, 0) and (1, 1, 1) of each prompt; two of the first prompt's are worth the same.
 REWARD = {(0,): (0.4, -1.0), (1, 0): (-0.3, 0.7), (1, 1, 0): (1.1, 0.2), (1, 1, 1): (-0.3, 2.0)}
 WORLD = TokenWorld(2, 2, 3, lambda prompt, y: REWARD[y][prompt])
 TREE = tree(WORLD)
 
-Algorithm = Callable[..., Any]
-VARIANTS: dict[str, Algorithm] = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "rloo": rloo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-}
+Sample = Callable[[nn.Module], Rollout]
+Method = Callable[..., Iterator[dict[str, Any]]]  # (policy, sample, optimizer, **options)
+# The lines of the table that exchange one piece of GRPO.
+FAMILY = [name for name, method in METHODS.items() if method.objective == "grpo"]
+
+
+def composed(
+    name: str,
+    policy: nn.Module,
+    sample: Sample,
+    critic: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    **values: Any,
+) -> Learner:
+    """A line of the table. If nothing else is said there is no discount, and a gradient is as long as it is."""
+    kind = options_of(name, "exact")
+    free = {"gamma": 1.0} | ({"max_grad_norm": inf} if METHODS[name].update == "ascend" else {})
+    return compose(kind(**(free | values)), policy, critic, sample, None if reference is None else lambda: reference)
+
+
+def line(name: str) -> Method:
+    """A line of the table whose gradient is followed by an optimizer that is given."""
+
+    def method(policy: nn.Module, sample: Sample, optimizer: Optimizer, **values: Any) -> Iterator[dict[str, Any]]:
+        learner = composed(name, policy, sample, **values)
+        bound = {"max_grad_norm": values.get("max_grad_norm", inf), "micro_batch": values.get("micro_batch")}
+        return iter(replace(learner, update=ascend(optimizer, **bound)))
+
+    return method
 
 
 def token_policy(
@@ -74,35 +97,52 @@ def reward_gradient(policy: OnPrefixes) -> Tensor:
     return gradient((log_p(policy, rollout).exp() * rollout.reward.sum(1)).sum() / policy.world.prompts, policy)
 
 
-def iteration(
-    algorithm: Algorithm, policy: nn.Module, sample: Callable[[nn.Module], Rollout], **options: Any
-) -> tuple[Tensor, dict[str, Any]]:
+def iteration(method: Method, policy: nn.Module, sample: Sample, **options: Any) -> tuple[Tensor, dict[str, Any]]:
     """The change of the parameters in one iteration at a learning rate of 1, which is the gradient; and the metrics."""
     learner = deepcopy(policy)
-    optimizer = SGD(learner.parameters(), lr=1.0)
-    metrics = next(algorithm(learner, sample, optimizer, **({"max_grad_norm": torch.inf} | options)))
+    metrics = next(method(learner, sample, SGD(learner.parameters(), lr=1.0), **options))
     return parameters(learner) - parameters(policy), metrics
 
 
-def expected(
-    algorithm: Algorithm,
-    policy: OnPrefixes,
-    size: int,
-    *,
-    by: OnPrefixes | None = None,
-    wrap: Callable[[Callable[[nn.Module], Rollout]], Callable[[nn.Module], Rollout]] = lambda sample: sample,
-    **options: Any,
-) -> Tensor:
-    """E of the algorithm's own first update, over all groups of `size` completions that the policy `by` samples.
+def every_group(policy: OnPrefixes, size: int, *, by: OnPrefixes | None = None) -> Iterator[tuple[Tensor, Rollout]]:
+    """All groups of `size` completions that the policy `by` samples: (probability, rollout).
 
     A group is listed once for all orders of its rows, which make no difference (test_grpo.py holds that).
     """
     rollout, probability = completions(policy.world, table(by or policy))
     index, weight = groups(rollout, probability, size)
     index, same = index.sort(1).values.unique(dim=0, return_inverse=True)
-    weight = torch.zeros(len(index)).index_add(0, same, weight)
-    total = torch.zeros_like(parameters(policy))
+    weight = torch.zeros(len(index), dtype=weight.dtype).index_add(0, same, weight)
     for chosen, share in zip(index, weight, strict=True):
-        part = rows(rollout, chosen)
-        total += share * iteration(algorithm, policy, wrap(lambda _, part=part: part), **options)[0]
+        yield share, rollout.rows(chosen)
+
+
+def expected(
+    method: Method,
+    policy: OnPrefixes,
+    size: int,
+    *,
+    by: OnPrefixes | None = None,
+    wrap: Callable[[Sample], Sample] = lambda sample: sample,
+    **options: Any,
+) -> Tensor:
+    """E of the method's own first update, over all groups of `size` completions that the policy `by` samples."""
+    total = torch.zeros_like(parameters(policy))
+    for share, part in every_group(policy, size, by=by):
+        total += share * iteration(method, policy, wrap(lambda _, part=part: part), **options)[0]
     return total
+
+
+def assert_split_changes_nothing(policy: nn.Module, learn: Callable[..., tuple[Tensor, dict[str, Any]]]) -> None:
+    """learn(micro_batch=rows at a time) -> (change, metrics), of at most 35 decisions."""
+    tolerance = 4 * 35 * torch.finfo(next(policy.parameters()).dtype).eps  # a rounding for each term, of a few sums
+    torch.manual_seed(1)
+    whole, metrics = learn(micro_batch=None)
+    assert whole.norm() > 1e-3
+    for rows in (1, 2, 3):
+        torch.manual_seed(1)
+        split, split_metrics = learn(micro_batch=rows)
+        assert (split - whole).norm() <= tolerance * whole.norm(), rows
+        assert list(split_metrics) == list(metrics)
+        for name in metrics.keys() - {"effective_sample_size"}:  # a ratio of two means
+            assert_close(split_metrics[name], metrics[name], rtol=tolerance, atol=tolerance, msg=f"{name}, {rows} rows")

@@ -1,6 +1,7 @@
 """Values that bootstrap, critics that learn, baselines that need a network."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -28,6 +29,31 @@ def test_bootstrap_values_are_of_every_step_and_of_where_the_row_stops(
         for t in range(5):
             assert_close(value[b, t], critic(rollout.obs[b, t]).detach())
         assert_close(value[b, 5], critic(rollout.final_obs[b]).detach())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])
+def test_how_many_rows_a_critic_computes_at_a_time_changes_no_value(
+    micro_batch: int, policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    rollout, seen = sample(policy, final_obs=torch.randn(6, 3)), []
+    whole = bootstrap_values(critic, rollout)
+    critic.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    assert_close(bootstrap_values(critic, rollout, micro_batch), whole)
+    assert seen == 2 * [len(x) for x in torch.arange(6).split(micro_batch)], "of the steps, and of where rows stop"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+def test_a_critic_is_fitted_alike_in_micro_batches(
+    micro_batch: int, policy: nn.Module, critic: nn.Module, sample: Sample
+) -> None:
+    batch, fitted = fitting(policy, critic, sample, True), []
+    for rows in (None, micro_batch):
+        learner = deepcopy(critic)
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        metrics = fit_critic(batch, learner, optimizer, epochs=2, minibatch_size=8, micro_batch=rows)
+        fitted.append((nn.utils.parameters_to_vector(learner.parameters()).detach(), metrics))
+    assert_close(fitted[1], fitted[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("read", [bootstrap_values, lambda critic, r: value_baseline(r, r.reward, critic=critic)])
@@ -165,8 +191,8 @@ def test_a_critic_is_taught_nothing_by_steps_that_do_not_count(
     for garbage in (0.0, torch.inf):
         critic.load_state_dict(starts)
         torch.manual_seed(5)
-        spoilt = target.where(rollout.mask, garbage)
-        batch = decisions(rollout, per_token(rollout.mask), spoilt, spoilt, spoilt)
+        spoiled = target.where(rollout.mask, garbage)
+        batch = decisions(rollout, per_token(rollout.mask), spoiled, spoiled, spoiled)
         fit_critic(batch, critic, torch.optim.SGD(critic.parameters(), lr=0.01), epochs=2, minibatch_size=4)
         fitted.append(nn.utils.parameters_to_vector(critic.parameters()).detach().clone())
     assert torch.equal(*fitted)

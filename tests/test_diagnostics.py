@@ -1,18 +1,22 @@
 """What a practitioner looks at."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from policygrad.diagnostics import (
+    after_update,
     clip_fraction,
     clip_fraction_by_side,
     explained_variance,
-    group_metrics,
     mean_metrics,
     ratio_metrics,
 )
 from policygrad.objectives import clipped_surrogate
+from policygrad.rollout import Rollout, decisions
 from policygrad.score import token_ratio
 from policygrad.weights import per_row, per_token
 
@@ -25,7 +29,7 @@ def test_ratio_metrics_are_their_definitions() -> None:
     metrics = ratio_metrics(new.where(MASK, torch.nan), old, MASK, weight)
     share = {(b, t): weight[b, t] / weight.sum() for b in range(2) for t in range(4) if MASK[b, t]}
     ratio = {bt: (new[bt] - old[bt]).exp() for bt in share}
-    assert_close(metrics["kl"], sum(w * (ratio[bt] - 1 - ratio[bt].log()) for bt, w in share.items()))
+    assert_close(metrics["kl_old"], sum(w * (ratio[bt] - 1 - ratio[bt].log()) for bt, w in share.items()))
     outside = sum(w for bt, w in share.items() if not 0.5 <= ratio[bt] <= 1.7)
     assert 0 < outside < 1
     assert_close(clip_fraction(token_ratio(new.where(MASK, torch.nan), old, MASK), weight, 0.5, 0.7), outside)
@@ -38,13 +42,13 @@ def test_kl_is_finite_where_a_ratio_is_too_small_for_a_float() -> None:
     old, new = torch.zeros(1, 2), torch.tensor([[0.0, -110.0]])
     mask = torch.ones(1, 2, dtype=torch.bool)
     metrics = ratio_metrics(new.float(), old.float(), mask, per_token(mask))
-    assert metrics["kl"].item() == pytest.approx(109 / 2)
+    assert metrics["kl_old"].item() == pytest.approx(109 / 2)
 
 
 def test_equal_policies_have_kl_0_nothing_clipped_and_every_sample_effective() -> None:
     logp = torch.randn(2, 4)
     metrics = ratio_metrics(logp, logp, MASK, per_token(MASK))
-    assert metrics["kl"] == 0
+    assert metrics["kl_old"] == 0
     assert clip_fraction(token_ratio(logp, logp, MASK), per_token(MASK), 0.0, 0.0) == 0
     assert_close(metrics["effective_sample_size"], torch.tensor(1.0))
 
@@ -84,7 +88,7 @@ def test_clip_fractions_by_side_are_the_shares_without_gradient(by_row: bool) ->
 
 def test_clip_fractions_by_side_are_where_the_clipped_surrogate_is_flat() -> None:
     ratio, advantage = (2 * torch.rand(40, 4)).requires_grad_(), torch.randn(40, 4)
-    (slope,) = torch.autograd.grad(clipped_surrogate(ratio, advantage, 0.2, 0.3).sum(), ratio)
+    (slope,) = torch.autograd.grad(clipped_surrogate(ratio, ratio, advantage, low=0.2, high=0.3).sum(), ratio)
     weight = torch.full((40, 4), 1 / 160)
     found = clip_fraction_by_side(ratio, advantage, weight, 0.2, 0.3)
     assert_close(found["clip_fraction_low"] + found["clip_fraction_high"], slope.eq(0).double().mean())
@@ -96,19 +100,33 @@ def test_no_ratio_is_outside_of_an_infinite_interval() -> None:
     assert found == {"clip_fraction_low": 0, "clip_fraction_high": 0}
 
 
-def test_group_metrics_are_the_mean_deviation_and_the_share_of_flat_rows() -> None:
-    score, group = torch.tensor([1.0, 4.0, 2.0, 2.0, 2.0, 9.0]), torch.tensor([3, 1, 0, 3, 0, 1])
-    found = group_metrics(score, group)
-    first, third = 0.5**0.5, 12.5**0.5  # of (1, 2) and of (4, 9); (2, 2) is flat
-    assert_close(found, {"group_std": torch.tensor((2 * first + 2 * third) / 6), "flat_groups": torch.tensor(2 / 6)})
-    beside = group_metrics(torch.cat([score, torch.randn(2)]), torch.cat([group, torch.tensor([7, 8])]))
-    assert_close(beside, found)  # rows alone are compared with nothing
-    assert group_metrics(torch.randn(3), torch.arange(3)) == {}
+def test_clip_fraction_of_one_ratio_a_row_counts_all_of_its_decisions() -> None:
+    ratio, weight = torch.tensor([[2.0], [1.0]]), per_token(MASK)
+    assert_close(clip_fraction(ratio, weight, 0.2, 0.2), torch.tensor(4 / 6))
 
 
-def test_groups_of_equal_rewards_are_flat_to_the_last_bit() -> None:
-    score = torch.full((7,), 0.1, dtype=torch.float32).index_fill(0, torch.arange(3), 1e6 + 0.3)
-    assert group_metrics(score, torch.tensor([0, 0, 0, 1, 1, 1, 1]))["flat_groups"] == 1
+@pytest.mark.parametrize("micro_batch", [None, 1, 4])
+@pytest.mark.parametrize("with_critic", [False, True])
+def test_after_an_update_it_is_the_policy_of_now_against_the_one_that_sampled(
+    with_critic: bool, micro_batch: int | None, softmax_of_prefix: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax_of_prefix)
+    batch = decisions(rollout, per_row(rollout.mask), *torch.randn(3, 6, 5))
+    with torch.no_grad():
+        for p in softmax_of_prefix.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        logp = softmax_of_prefix(rollout.obs).log_prob(rollout.action)
+    objective = nn.Module()
+    objective.policy = softmax_of_prefix
+    if with_critic:
+        objective.critic = nn.Linear(1, 1)  # its predictions from before the update are in the batch
+    expected = ratio_metrics(logp, rollout.logp, rollout.mask, batch.weight)
+    assert expected["kl_old"] > 1e-3
+    if with_critic:
+        expected["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
+    found = after_update(objective, batch, micro_batch=micro_batch)
+    assert found.keys() == expected.keys()
+    assert_close(found, expected)
 
 
 def test_explained_variance_is_one_less_the_share_that_is_left() -> None:
@@ -116,8 +134,8 @@ def test_explained_variance_is_one_less_the_share_that_is_left() -> None:
     left, whole = (target - value)[MASK], target[MASK]
     share = weight[MASK] / weight.sum()
     variance = [(share * (x - (share * x).sum()) ** 2).sum() for x in (left, whole)]
-    spoilt = [x.where(MASK, torch.nan) for x in (value, target)]
-    assert_close(explained_variance(*spoilt, weight), 1 - variance[0] / variance[1])
+    spoiled = [x.where(MASK, torch.nan) for x in (value, target)]
+    assert_close(explained_variance(*spoiled, weight), 1 - variance[0] / variance[1])
 
 
 def test_explained_variance_is_1_for_a_perfect_critic_and_one_that_is_off_by_a_constant() -> None:
@@ -146,7 +164,6 @@ def test_metrics_have_no_gradient() -> None:
     metrics = ratio_metrics(logp, torch.zeros(2, 4), MASK, per_token(MASK))
     metrics["explained_variance"] = explained_variance(logp, torch.randn(2, 4), per_token(MASK))
     metrics |= clip_fraction_by_side(logp.exp(), torch.randn(2, 4), per_token(MASK), 0.2, 0.2)
-    metrics |= group_metrics(logp.sum(1), torch.zeros(2, dtype=torch.long))
     assert not any(value.requires_grad for value in metrics.values())
 
 

@@ -1,6 +1,7 @@
-"""What is maximised: tables of values and slopes, and the one gradient that all share at the old policy."""
+"""What is maximized: tables of values and slopes, and the one gradient that all share at the old policy."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from policygrad.objectives import (
     clipped_surrogate,
     clipped_weight,
     dual_clip,
-    penalised_surrogate,
+    penalized_surrogate,
     squared_error,
     surrogate,
 )
@@ -21,6 +22,11 @@ from policygrad.score import score, token_ratio
 
 pytestmark = pytest.mark.usefixtures("float64")
 INF = torch.inf
+LOGP = torch.full((1, 1), torch.nan)  # of a gain that does not read it
+
+
+def clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    return clipped_surrogate(LOGP.expand_as(advantage), ratio, advantage, low=low, high=high)
 
 
 def value_and_slope(f: Callable[[Tensor], Tensor], x: float) -> tuple[float, float]:
@@ -52,28 +58,28 @@ def value_and_slope(f: Callable[[Tensor], Tensor], x: float) -> tuple[float, flo
 def test_clipped_surrogate_with_low_0p2_and_high_0p3(
     advantage: float, ratio: float, value: float, slope: float
 ) -> None:
-    found = value_and_slope(lambda r: clipped_surrogate(r, torch.full((1, 1), advantage), 0.2, 0.3), ratio)
+    found = value_and_slope(lambda r: clipped(r, torch.full((1, 1), advantage), 0.2, 0.3), ratio)
     assert found == pytest.approx((value, slope))
 
 
 def test_clipped_surrogate_is_the_least_of_the_two_and_so_a_lower_bound() -> None:
     ratio, advantage = torch.rand(20, 20) * 3, torch.randn(20, 20)
-    bound = clipped_surrogate(ratio, advantage, 0.1, 0.4)
+    bound = clipped(ratio, advantage, 0.1, 0.4)
     for r, a, b in zip(ratio.flatten(), advantage.flatten(), bound.flatten(), strict=True):
         assert_close(b, min(r * a, min(max(r, torch.tensor(0.9)), torch.tensor(1.4)) * a))
-    assert (bound <= surrogate(ratio, advantage)).all()
+    assert (bound <= surrogate(LOGP.expand_as(advantage), ratio, advantage)).all()
 
 
 def test_clip_inf_is_the_surrogate() -> None:
     ratio, advantage = (torch.rand(5, 5) * 9).requires_grad_(), torch.randn(5, 5)
-    assert torch.equal(clipped_surrogate(ratio, advantage, INF, INF), surrogate(ratio, advantage))
-    assert_close(torch.autograd.grad(clipped_surrogate(ratio, advantage, INF, INF).sum(), ratio)[0], advantage)
+    assert torch.equal(clipped(ratio, advantage, INF, INF), surrogate(LOGP.expand_as(advantage), ratio, advantage))
+    assert_close(torch.autograd.grad(clipped(ratio, advantage, INF, INF).sum(), ratio)[0], advantage)
 
 
 def test_one_ratio_a_row_serves_every_token() -> None:
     ratio, advantage = torch.rand(3, 1) * 2, torch.randn(3, 4)
     whole = ratio.expand(3, 4)
-    assert torch.equal(clipped_surrogate(ratio, advantage, 0.2, 0.2), clipped_surrogate(whole, advantage, 0.2, 0.2))
+    assert torch.equal(clipped(ratio, advantage, 0.2, 0.2), clipped(whole, advantage, 0.2, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -90,21 +96,21 @@ def test_dual_clip_is_a_floor_of_3_advantages_where_the_advantage_is_negative(
     advantage: float, ratio: float, value: float, slope: float
 ) -> None:
     a = torch.full((1, 1), advantage)
-    found = value_and_slope(lambda r: dual_clip(clipped_surrogate(r, a, 0.2, 0.2), a, 3.0), ratio)
+    found = value_and_slope(lambda r: dual_clip(clipped(r, a, 0.2, 0.2), a, 3.0), ratio)
     assert found == pytest.approx((value, slope))
 
 
 def test_dual_clip_inf_is_no_floor_and_an_advantage_of_0_gives_no_nan() -> None:
     ratio, advantage = torch.tensor([[0.5, 1.0, 90.0]]).requires_grad_(), torch.tensor([[-1.0, 0.0, -2.0]])
-    gain = dual_clip(surrogate(ratio, advantage), advantage, INF)
-    assert_close(gain, surrogate(ratio, advantage))
+    gain = dual_clip(surrogate(LOGP.expand_as(advantage), ratio, advantage), advantage, INF)
+    assert_close(gain, surrogate(LOGP.expand_as(advantage), ratio, advantage))
     assert_close(torch.autograd.grad(gain.sum(), ratio)[0], advantage)
 
 
-def test_penalised_surrogate_is_the_gain_less_beta_times_the_divergence() -> None:
+def test_penalized_surrogate_is_the_gain_less_beta_times_the_divergence() -> None:
     gain, divergence = torch.randn(2, 3), torch.rand(2, 3)
     for beta in (0.0, 0.7, torch.tensor(2.0)):
-        assert_close(penalised_surrogate(gain, divergence, beta), gain - float(beta) * divergence)
+        assert_close(penalized_surrogate(gain, divergence, beta), gain - float(beta) * divergence)
 
 
 @pytest.mark.parametrize(("ratio", "weight"), [(0.3, 0.8), (0.9, 0.9), (1.2, 1.2), (7.0, 1.5)])
@@ -115,7 +121,7 @@ def test_the_gradient_of_clipped_weight_is_the_clipped_ratio_times_that_of_the_s
     old = torch.full((1, 1), -1.0)
 
     def objective(logp: Tensor) -> Tensor:
-        return clipped_weight(logp, (logp - old).exp(), torch.full((1, 1), advantage), 0.2, 0.5)
+        return clipped_weight(logp, (logp - old).exp(), torch.full((1, 1), advantage), low=0.2, high=0.5)
 
     logp = -1 + torch.tensor(ratio).log().item()
     assert value_and_slope(objective, logp) == pytest.approx((weight * advantage * logp, weight * advantage))
@@ -126,19 +132,19 @@ def test_surrogates_and_score_have_one_gradient_at_the_old_policy(
 ) -> None:
     rollout, advantage = sample(policy), torch.randn(6, 5)
 
-    def gradient(objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def gradient(gain: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         logp = policy(rollout.obs).log_prob(rollout.action)
-        gain = objective(logp, token_ratio(logp, rollout.logp, rollout.mask)).where(rollout.mask, 0.0).sum()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(gain, list(policy.parameters()))])
+        ratio = token_ratio(logp, rollout.logp, rollout.mask)
+        total = gain(logp, ratio, advantage).where(rollout.mask, 0.0).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
 
-    plain = gradient(lambda logp, ratio: score(logp, advantage))
+    clipping = partial(clipped_surrogate, low=0.2, high=0.2)
+    plain = gradient(score)
     assert plain.norm() > 0.1
-    assert_close(gradient(lambda logp, ratio: surrogate(ratio, advantage)), plain)
-    assert_close(gradient(lambda logp, ratio: clipped_surrogate(ratio, advantage, 0.2, 0.2)), plain)
-    assert_close(gradient(lambda logp, ratio: clipped_weight(logp, ratio, advantage, 0.2, 0.2)), plain)
-    assert_close(
-        gradient(lambda logp, ratio: dual_clip(clipped_surrogate(ratio, advantage, 0.2, 0.2), advantage, 3.0)), plain
-    )
+    assert_close(gradient(surrogate), plain)
+    assert_close(gradient(clipping), plain)
+    assert_close(gradient(partial(clipped_weight, low=0.2, high=0.2)), plain)
+    assert_close(gradient(lambda *x: dual_clip(clipping(*x), advantage, 3.0)), plain)
 
 
 def test_squared_error() -> None:

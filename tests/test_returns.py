@@ -109,8 +109,8 @@ def test_what_stands_behind_a_termination_reaches_nothing_before_it(garbage: flo
     reward, value, ratio = torch.randn(2, 6), torch.randn(2, 7), torch.rand(2, 6)
     ended = torch.zeros(2, 6, dtype=torch.bool)
     ended[:, 3] = True
-    spoilt, spoilt_value, spoilt_ratio = reward.clone(), value.clone(), ratio.clone()
-    spoilt[:, 4:], spoilt_value[:, 4:], spoilt_ratio[:, 4:] = garbage, garbage, garbage
+    spoiled, spoiled_value, spoiled_ratio = reward.clone(), value.clone(), ratio.clone()
+    spoiled[:, 4:], spoiled_value[:, 4:], spoiled_ratio[:, 4:] = garbage, garbage, garbage
 
     def credit(reward: Tensor, value: Tensor, ratio: Tensor) -> list[Tensor]:
         both = (ended, ended, GAMMA)
@@ -118,7 +118,7 @@ def test_what_stands_behind_a_termination_reaches_nothing_before_it(garbage: flo
         with_values += vtrace(reward, value, ended, ended, ratio, GAMMA)
         return [reward_to_go(reward, ended, GAMMA), trajectory_return(reward, ended, GAMMA), *with_values]
 
-    for clean, dirty in zip(credit(reward, value, ratio), credit(spoilt, spoilt_value, spoilt_ratio), strict=True):
+    for clean, dirty in zip(credit(reward, value, ratio), credit(spoiled, spoiled_value, spoiled_ratio), strict=True):
         assert torch.equal(clean[:, :4], dirty[:, :4])
 
 

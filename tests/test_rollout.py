@@ -1,17 +1,26 @@
 """What happened, the credit that is joined to it, and how it is cut into minibatches."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from policygrad.advantages import gae, leave_one_out, standardize
 from policygrad.divergences import k3
-from policygrad.objectives import clipped_squared_error, clipped_surrogate, penalised_surrogate
-from policygrad.rollout import Batch, Rollout, decisions, micro_batches, minibatches
+from policygrad.objectives import clipped_squared_error, clipped_surrogate, penalized_surrogate
+from policygrad.rollout import (
+    Batch,
+    Rollout,
+    at_last_decision,
+    decisions,
+    holes_last,
+    micro_batches,
+    minibatches,
+)
 from policygrad.score import score, sequence_ratio, token_ratio
 from policygrad.weights import average, normalized, per_episode, per_row, per_token
 
@@ -27,7 +36,8 @@ def credited(rollout: Rollout, weights: Callable[[Tensor], Tensor] = per_token) 
 
 
 def gain(policy: nn.Module, batch: Batch) -> Tensor:
-    return average(score(policy(batch.obs).log_prob(batch.action), batch.advantage), batch.weight)
+    logp = policy(batch.obs).log_prob(batch.action)
+    return average(score(logp, torch.ones_like(logp), batch.advantage), batch.weight)
 
 
 def gradient(policy: nn.Module, *batches: Batch) -> Tensor:
@@ -48,14 +58,14 @@ def rows(batch: Batch, index: Tensor | slice) -> Batch:
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_reward_and_logp_are_0_behind_the_mask(garbage: float, policy: nn.Module, sample: Sample) -> None:
     rollout = sample(policy)
-    spoilt = replace(
+    spoiled = replace(
         rollout,
         reward=rollout.reward.where(rollout.mask, garbage),
         logp=rollout.logp.where(rollout.mask, garbage),
     )
     for name in ("reward", "logp"):
-        assert torch.equal(getattr(spoilt, name), getattr(rollout, name))
-        assert getattr(spoilt, name)[~rollout.mask].eq(0).all()
+        assert torch.equal(getattr(spoiled, name), getattr(rollout, name))
+        assert getattr(spoiled, name)[~rollout.mask].eq(0).all()
 
 
 @pytest.mark.parametrize("memoryless", [True, False])
@@ -72,7 +82,7 @@ def test_every_column_of_credit_is_0_behind_the_mask(memoryless: bool, policy: n
 def test_garbage_behind_the_mask_changes_no_value_and_no_gradient(
     garbage: float, memoryless: bool, policy: nn.Module, critic: nn.Module, sample: Sample
 ) -> None:
-    """From the rollout to the gradient of everything that is maximised at once."""
+    """From the rollout to the gradient of everything that is maximized at once."""
     rollout = sample(policy, memoryless=memoryless)
     old, credit = rollout.logp + 0.3 * torch.randn(6, 5), torch.randn(3, 6, 5)
     never = torch.zeros_like(rollout.mask)
@@ -81,16 +91,16 @@ def test_garbage_behind_the_mask_changes_no_value_and_no_gradient(
         def fill(x: Tensor) -> Tensor:
             return x.where(rollout.mask, garbage)
 
-        spoilt = replace(rollout, reward=fill(rollout.reward), logp=fill(old))
-        delta = gae(spoilt.reward, torch.zeros(6, 6), never, never, 0.9, 0.5)
+        spoiled = replace(rollout, reward=fill(rollout.reward), logp=fill(old))
+        delta = gae(spoiled.reward, torch.zeros(6, 6), never, never, 0.9, 0.5)
         advantage = standardize(fill(credit[0] + delta), rollout.mask)
-        batch = decisions(spoilt, per_row(rollout.mask), fill(advantage), fill(credit[1]), fill(credit[2]))
+        batch = decisions(spoiled, per_row(rollout.mask), fill(advantage), fill(credit[1]), fill(credit[2]))
         logp = policy(batch.obs).log_prob(batch.action)
         logp = logp.where(batch.mask, logp + garbage)
-        gain = clipped_surrogate(token_ratio(logp, batch.logp, batch.mask), batch.advantage, 0.2, 0.2)
-        gain = gain + clipped_surrogate(sequence_ratio(logp, batch.logp, batch.mask), batch.advantage, 0.2, 0.2)
-        gain = penalised_surrogate(gain, k3(batch.logp, logp.where(batch.mask, 0.0)), 0.1)
-        gain = gain + score(logp, batch.advantage)
+        ratios = [ratio(logp, batch.logp, batch.mask) for ratio in (token_ratio, sequence_ratio)]
+        gain = sum(clipped_surrogate(logp, ratio, batch.advantage, low=0.2, high=0.2) for ratio in ratios)
+        gain = penalized_surrogate(gain, k3(batch.logp, logp.where(batch.mask, 0.0)), 0.1)
+        gain = gain + score(logp, ratios[0], batch.advantage)
         error = clipped_squared_error(critic(batch.obs), batch.target, batch.value, 0.2)
         objective = average(gain - error, batch.weight)
         parameters = [*policy.parameters(), *critic.parameters()]
@@ -100,7 +110,102 @@ def test_garbage_behind_the_mask_changes_no_value_and_no_gradient(
         assert torch.equal(clean, dirty)
 
 
-# Joining
+# Some of its rows
+
+
+def numbered(sample: Sample, policy: nn.Module, **columns: object) -> Rollout:
+    """Six rows whose every column, trees of observations too, says which row it is."""
+    row, steps = torch.arange(6.0), torch.rand(6, 5)
+    columns = {
+        "obs": {"eye": row.view(6, 1, 1).expand(6, 5, 2), "ear": (row.view(6, 1) + steps,)},
+        "action": row.view(6, 1, 1).expand(6, 5, 3),
+        "logp": -row.unsqueeze(1) - steps,
+        "reward": row.unsqueeze(1) + steps,
+        "terminated": (steps < 0.2),
+        "ended": (steps < 0.4),
+        "group": 10 * row.long(),
+        "final_obs": {"eye": row.view(6, 1).expand(6, 2), "ear": (row,)},
+        "importance": row.unsqueeze(1) + steps,
+        "memoryless": True,
+        "metrics": {"return": 2.0},
+    } | columns
+    return sample(policy, **columns)
+
+
+def flat(rollout: Rollout) -> list[Tensor]:
+    """Every array, in one order."""
+    columns = (getattr(rollout, f.name) for f in fields(rollout) if f.name not in ("memoryless", "metrics"))
+    return [x for x in tree_leaves(tuple(columns)) if x is not None]
+
+
+@pytest.mark.parametrize("index", [torch.tensor([4, 1, 1]), torch.tensor([], dtype=torch.long), slice(2, 5)])
+def test_rows_are_those_the_index_names_in_every_column(
+    index: Tensor | slice, softmax: nn.Module, sample: Sample
+) -> None:
+    rollout = numbered(sample, softmax)
+    chosen = rollout.rows(index)
+    assert chosen.group.tolist() == (10 * torch.arange(6)[index]).tolist()
+    assert len(flat(chosen)) == 12
+    for x, whole in zip(flat(chosen), flat(rollout), strict=True):
+        assert torch.equal(x, whole[index])
+    assert chosen.memoryless
+    assert chosen.metrics == rollout.metrics
+
+
+def test_rows_of_a_rollout_without_final_observations_or_importance_have_none(
+    softmax: nn.Module, sample: Sample
+) -> None:
+    rollout = numbered(sample, softmax, final_obs=None, importance=None, memoryless=False)
+    for part in (rollout.rows(slice(0, 2)), next(rollout.split(2)), Rollout.join([rollout, rollout])):
+        assert part.final_obs is None
+        assert part.importance is None
+        assert not part.memoryless
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6, 100])
+def test_a_rollout_split_and_joined_is_the_rollout(size: int, softmax: nn.Module, sample: Sample) -> None:
+    rollout = numbered(sample, softmax)
+    parts = list(rollout.split(size))
+    assert [len(part.mask) for part in parts] == [len(x) for x in torch.arange(6).split(size)]
+    whole = Rollout.join(parts)
+    for x, y in zip(flat(whole), flat(rollout), strict=True):
+        assert torch.equal(x, y)
+    assert whole.memoryless
+    assert whole.metrics == rollout.metrics
+
+
+def test_joined_rows_come_one_after_the_other(softmax: nn.Module, sample: Sample) -> None:
+    rollout = numbered(sample, softmax)
+    joined = Rollout.join([rollout.rows(slice(4, 6)), rollout.rows(slice(0, 1))])
+    assert joined.group.tolist() == [40, 50, 0]
+    assert joined.obs["ear"][0][:, 0].long().tolist() == [4, 5, 0]
+
+
+# Rewards of whole rows, and holes
+
+
+def test_a_rows_reward_is_at_its_last_decision_and_lost_only_without_one() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
+    reward = torch.randn(6)
+    expected = torch.zeros(6, 4)
+    for b, row in enumerate(mask):
+        for t in [t for t in range(4) if row[t]][-1:]:
+            expected[b, t] = reward[b]
+    found = at_last_decision(reward, mask)
+    assert torch.equal(found, expected)
+    assert torch.equal(found.sum(1), reward.where(mask.any(1), 0.0))
+
+
+def test_the_steps_that_are_no_holes_keep_their_order_before_the_holes() -> None:
+    """A step that no policy chose and over which an episode ended is none: nothing is carried over it."""
+    mask, ended = torch.rand(50, 9) < 0.6, torch.rand(50, 9) < 0.3
+    order = holes_last(mask, ended)
+    for b in range(50):
+        kept = [t for t in range(9) if mask[b, t] or ended[b, t]]
+        assert order[b].tolist() == kept + [t for t in range(9) if t not in kept]
+
+
+# Joining a rollout with its credit
 
 
 def test_steps_of_a_memoryless_rollout_become_rows_in_their_order(policy: nn.Module, sample: Sample) -> None:
@@ -178,9 +283,9 @@ def test_importance_multiplies_the_weights_and_nothing_else(
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_importance_is_0_behind_the_mask(garbage: float, policy: nn.Module, sample: Sample) -> None:
     rollout = sample(policy)
-    spoilt = replace(rollout, importance=torch.ones(6, 5).where(rollout.mask, garbage))
-    assert spoilt.importance[~rollout.mask].eq(0).all()
-    assert torch.equal(credited(spoilt).weight, credited(rollout).weight)
+    spoiled = replace(rollout, importance=torch.ones(6, 5).where(rollout.mask, garbage))
+    assert spoiled.importance[~rollout.mask].eq(0).all()
+    assert torch.equal(credited(spoiled).weight, credited(rollout).weight)
 
 
 # Minibatches
@@ -317,12 +422,19 @@ def test_the_gradient_does_not_depend_on_the_order_of_rows_or_the_groups_labels(
 
     columns = ("obs", "action", "logp", "reward", "terminated", "ended", "mask", "group")
     shuffled = replace(rollout, **{name: getattr(rollout, name)[order] for name in columns})
-    relabelled = replace(rollout, group=torch.tensor([12, -1, 5])[rollout.group])
+    relabeled = replace(rollout, group=torch.tensor([12, -1, 5])[rollout.group])
     assert_close(learn(shuffled), learn(rollout), atol=1e-12, rtol=0)
-    assert_close(learn(relabelled), learn(rollout), atol=1e-12, rtol=0)
+    assert_close(learn(relabeled), learn(rollout), atol=1e-12, rtol=0)
 
 
 def test_one_step_at_a_time_is_the_same_gradient_where_nothing_is_remembered(policy: nn.Module, sample: Sample) -> None:
     rollout = sample(policy, memoryless=True)
     whole = credited(replace(rollout, memoryless=False), per_row)
     assert_close(gradient(policy, credited(rollout, per_row)), gradient(policy, whole), atol=1e-12, rtol=0)
+
+
+def test_rollouts_that_know_where_their_rows_stop_do_not_join_others(softmax: nn.Module, sample: Sample) -> None:
+    knows, knows_not = sample(softmax, final_obs=torch.randn(6, 3)), sample(softmax)
+    for pair in ([knows, knows_not], [knows_not, knows]):
+        with pytest.raises(ValueError, match="final_obs"):
+            Rollout.join(pair)

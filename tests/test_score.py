@@ -1,10 +1,16 @@
-"""log pi: the score term and the ratios."""
+"""log pi: the score term, the ratios, and a rollout scored in pieces."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from policygrad.score import score, sequence_ratio, token_ratio
+from policygrad.rollout import Rollout, decisions
+from policygrad.score import log_probabilities, log_ratio, score, sequence_ratio, token_ratio
+from policygrad.weights import per_token
 
 pytestmark = pytest.mark.usefixtures("float64")
 MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
@@ -12,7 +18,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
 
 def test_the_gradient_of_the_score_term_is_the_advantage_times_that_of_log_pi() -> None:
     logp, advantage = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    score(logp, advantage).sum().backward()
+    score(logp, torch.randn(3, 4), advantage).sum().backward()
     assert_close(logp.grad, advantage.detach())
     assert advantage.grad is None
 
@@ -20,7 +26,7 @@ def test_the_gradient_of_the_score_term_is_the_advantage_times_that_of_log_pi() 
 def test_the_expected_gradient_of_log_pi_is_0() -> None:
     logits = torch.randn(1, 5, requires_grad=True)
     logp = logits.log_softmax(1)
-    (logp.detach().exp() * score(logp, torch.ones(1, 5))).sum().backward()
+    (logp.detach().exp() * score(logp, torch.ones(1, 5), torch.ones(1, 5))).sum().backward()
     assert_close(logits.grad, torch.zeros(1, 5))
 
 
@@ -55,3 +61,31 @@ def test_ratios_and_their_gradients_do_not_see_behind_the_mask(ratio: object, ga
 def test_the_ratio_of_a_policy_to_itself_is_exactly_1(ratio: object) -> None:
     logp = torch.randn(3, 4)
     assert ratio(logp, logp, MASK).eq(1).all()
+
+
+def test_log_ratio_is_the_difference_of_log_probabilities_bounded_above() -> None:
+    new, old = torch.randn(3, 4), torch.randn(3, 4)
+    assert_close(log_ratio(new, old, MASK), (new - old).where(MASK, 0.0))
+    far = torch.tensor([[19.0, 21.0, 1e4, -1e4]])
+    assert log_ratio(far, torch.zeros(1, 4), MASK[:1]).tolist() == [[19, 20, 20, -1e4]]
+    assert token_ratio(far, torch.zeros(1, 4), MASK[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 4, 6, 100])
+def test_log_probabilities_are_those_of_the_actions_taken_whatever_is_scored_at_a_time(
+    micro_batch: int | None, policy: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    """Of a rollout and of a batch alike, without gradient, 0 behind the mask."""
+    rollout, seen = sample(policy), []
+    policy.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    batch = decisions(rollout, per_token(rollout.mask), torch.zeros(6, 5))
+    for scored in (rollout, batch):
+        seen.clear()
+        found = log_probabilities(policy, scored, micro_batch)
+        assert seen == [len(x) for x in torch.arange(6).split(micro_batch or 6)]
+        assert not found.requires_grad
+        assert_close(found, rollout.logp)
+        assert found[~rollout.mask].eq(0).all()
+    tree = replace(rollout, obs={"eye": rollout.obs})
+    policy.register_forward_pre_hook(lambda module, inputs: inputs[0]["eye"], prepend=True)
+    assert_close(log_probabilities(policy, tree, micro_batch), rollout.logp)

@@ -12,12 +12,15 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from policygrad.divergences import kl
+from policygrad.errors import NonFiniteError, UserError
 from policygrad.objectives import surrogate
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import token_ratio
 from policygrad.updates import (
-    Divergence,
+    Measured,
+    Metrics,
     Objective,
+    Update,
     ascend,
     kl_radius,
     learning_rate,
@@ -35,21 +38,23 @@ def gaussian(float64: None) -> nn.Module:
     return Gaussian()  # its Fisher matrix is not singular
 
 
-def problem(act: Callable[[Tensor], Distribution], batch: Batch) -> tuple[Objective, Divergence]:
-    """The surrogate, and KL(old, new) from what `act` is now."""
-    with torch.no_grad():
-        old = act(batch.obs)
+class Problem(Measured):
+    """The surrogate as a function of one policy, and how far the policy moves."""
 
-    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        new = act(batch.obs)
-        ratio = token_ratio(new.log_prob(batch.action), batch.logp, batch.mask)
-        gain = average(surrogate(ratio, batch.advantage), batch.weight)
-        return gain, {"entropy": average(new.entropy(), batch.weight).detach()}
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
 
-    def divergence(batch: Batch) -> Tensor:
-        return average(kl(old, act(batch.obs)), batch.weight)
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        new = self.policy(batch.obs)
+        logp = new.log_prob(batch.action)
+        gain = surrogate(logp, token_ratio(logp, batch.logp, batch.mask), batch.advantage)
+        return average(gain, batch.weight), {"entropy": average(new.entropy(), batch.weight).detach()}
 
-    return objective, divergence
+    def divergence(self, batch: Batch) -> Callable[[], Tensor]:
+        with torch.no_grad():
+            old = self.policy(batch.obs)
+        return lambda: average(kl(old, self.policy(batch.obs)), batch.weight)
 
 
 @pytest.fixture
@@ -68,17 +73,16 @@ def flat(parameters: object) -> Tensor:
     return torch.cat([p.detach().reshape(-1).clone() for p in parameters])
 
 
-def gradient(objective: Objective, batch: Batch, parameters: object) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(objective(batch)[0], list(parameters))])
+def gradient(objective: Objective, batch: Batch) -> Tensor:
+    return flat(torch.autograd.grad(objective(batch)[0], list(objective.parameters())))
 
 
-def fisher(divergence: Divergence, batch: Batch, parameters: list[Tensor]) -> Tensor:
-    slopes = torch.autograd.grad(divergence(batch), parameters, create_graph=True)
+def fisher(objective: Measured, batch: Batch) -> Tensor:
+    parameters = list(objective.parameters())
+    slopes = torch.autograd.grad(objective.divergence(batch)(), parameters, create_graph=True)
     return torch.stack(
         [
-            torch.cat(
-                [h.flatten() for h in torch.autograd.grad(s, parameters, retain_graph=True, materialize_grads=True)]
-            )
+            flat(torch.autograd.grad(s, parameters, retain_graph=True, materialize_grads=True))
             for s in torch.cat([s.flatten() for s in slopes])
         ]
     )
@@ -87,38 +91,57 @@ def fisher(divergence: Divergence, batch: Batch, parameters: list[Tensor]) -> Te
 # Plain ascent
 
 
-def parabola(x: Tensor, peak: float) -> Objective:
-    return lambda batch: (-((x - peak) ** 2).sum(), {"x": x.detach().clone()})
+class Parabola(Objective):
+    """-|x - peak|^2, wherever one is."""
+
+    def __init__(self, peak: float, size: int) -> None:
+        super().__init__()
+        self.x, self.peak = nn.Parameter(torch.zeros(size)), peak
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        return -((self.x - self.peak) ** 2).sum(), {"x": self.x.detach().clone()}
 
 
 def test_ascent_is_uphill_by_the_learning_rate_times_the_gradient(softmax: nn.Module, batch_of: BatchOf) -> None:
-    batch, theta = batch_of(softmax), flat(softmax.parameters())
-    objective, _ = problem(softmax, batch)
-    g = gradient(objective, batch, softmax.parameters())
-    metrics = ascend(objective, batch, torch.optim.SGD(softmax.parameters(), lr=1e-3))
+    batch, theta, objective = batch_of(softmax), flat(softmax.parameters()), Problem(softmax)
+    g = gradient(objective, batch)
+    metrics = ascend(torch.optim.SGD(softmax.parameters(), lr=1e-3))(objective, batch)
     assert_close(flat(softmax.parameters()), theta + 1e-3 * g)
     assert_close(metrics["gradient_norm"], g.norm())
     assert "entropy" in metrics
 
 
 def test_ascent_reaches_the_top(softmax: nn.Module, batch_of: BatchOf) -> None:
-    x = nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([x], lr=0.25)
+    objective, batch = Parabola(3.0, 3), batch_of(softmax)
+    update = ascend(torch.optim.SGD(objective.parameters(), lr=0.25))
     for _ in range(60):  # the gradient of the step before is not added to
-        ascend(parabola(x, 3.0), batch_of(softmax), optimizer)
-    assert_close(x.detach(), torch.full((3,), 3.0))
+        update(objective, batch)
+    assert_close(objective.x.detach(), torch.full((3,), 3.0))
 
 
 @pytest.mark.parametrize(("bound", "length"), [(100.0, 10.0), (1.0, 1.0), (torch.inf, 10.0)])
 def test_a_long_gradient_is_shortened_and_its_length_reported_before(
     bound: float, length: float, softmax: nn.Module, batch_of: BatchOf
 ) -> None:
-    x = nn.Parameter(torch.tensor([0.0, 0.0]))
-    optimizer = torch.optim.SGD([{"params": [x]}], lr=1.0)
-    objective = parabola(x, 5 / 2**0.5)  # a slope of 10
-    metrics = ascend(objective, batch_of(softmax), optimizer, max_grad_norm=bound)
+    objective = Parabola(5 / 2**0.5, 2)  # a slope of 10
+    update = ascend(torch.optim.SGD([{"params": [objective.x]}], lr=1.0), max_grad_norm=bound)
+    metrics = update(objective, batch_of(softmax))
     assert_close(metrics["gradient_norm"], torch.tensor(10.0))
-    assert_close(x.detach().norm(), torch.tensor(length), rtol=1e-6, atol=0)
+    assert_close(objective.x.detach().norm(), torch.tensor(length), rtol=1e-6, atol=0)
+
+
+class Recorded(Problem):
+    """One part that is linear in the weights, and one that divides by their sum; and how many rows it saw each time."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__(policy)
+        self.seen: list[int] = []
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        self.seen.append(len(batch.mask))
+        gain, _ = super().forward(batch)
+        entropy = average(self.policy(batch.obs).entropy(), batch.weight / batch.weight.sum())
+        return gain + 0.3 * entropy, {"gain": gain.detach(), "entropy": entropy.detach()}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 6, 100])
@@ -127,27 +150,19 @@ def test_in_micro_batches_the_step_and_the_metrics_are_the_same(
 ) -> None:
     batch, theta = batch_of(softmax), flat(softmax.parameters())
     batch = batch._replace(weight=batch.weight * torch.rand(6, 5))
-    seen: list[int] = []
+    objective = Recorded(softmax)
 
-    def objective(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One part that is linear in the weights, and one that divides by their sum."""
-        seen.append(len(part.mask))
-        new = softmax(part.obs)
-        ratio = token_ratio(new.log_prob(part.action), part.logp, part.mask)
-        gain = average(surrogate(ratio, part.advantage), part.weight)
-        entropy = average(new.entropy(), part.weight / part.weight.sum())
-        return gain + 0.3 * entropy, {"gain": gain.detach(), "entropy": entropy.detach()}
-
-    def step(**options: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(**options: int) -> tuple[Tensor, Metrics]:
         nn.utils.vector_to_parameters(theta.clone(), softmax.parameters())
-        seen.clear()
-        metrics = ascend(objective, batch, torch.optim.SGD(softmax.parameters(), lr=1.0), max_grad_norm=0.01, **options)
+        objective.seen.clear()
+        update = ascend(torch.optim.SGD(softmax.parameters(), lr=1.0), max_grad_norm=0.01, **options)
+        metrics = update(objective, batch)
         return flat(softmax.parameters()), metrics
 
     whole, metrics = step()
-    assert seen == [6]
+    assert objective.seen == [6]
     split, split_metrics = step(micro_batch=rows)
-    assert seen == [len(x) for x in torch.arange(6).split(rows)]
+    assert objective.seen == [len(x) for x in torch.arange(6).split(rows)]
     assert (whole - theta).norm() > 1e-3
     assert_close(split, whole, rtol=0, atol=1e-14)
     assert_close(split_metrics, metrics, rtol=1e-12, atol=1e-14)
@@ -163,9 +178,9 @@ def test_micro_batches_in_which_nothing_counts_leave_the_optimizer_its_step(
     ends = []
     for rows in (None, 2):
         nn.utils.vector_to_parameters(start.clone(), softmax.parameters())
-        optimizer = torch.optim.Adam(softmax.parameters(), lr=0.1)
+        update = ascend(torch.optim.Adam(softmax.parameters(), lr=0.1), micro_batch=rows)
         for part in (batch, nothing):
-            metrics = ascend(problem(softmax, part)[0], part, optimizer, micro_batch=rows)
+            metrics = update(Problem(softmax), part)
         assert metrics.keys() == {"entropy", "gradient_norm"}
         ends.append(flat(softmax.parameters()))
     assert_close(*ends, rtol=0, atol=1e-14)
@@ -177,53 +192,60 @@ STEP_SIZES = [partial(kl_radius, delta=1e-2), partial(learning_rate, rate=0.1)]
 in_other_coordinates = pytest.mark.parametrize("step_size", STEP_SIZES, ids=["kl_radius", "learning_rate"])
 
 
-def reparameterized(policy: nn.Module) -> tuple[Callable[[Tensor], Distribution], Tensor, Callable[[Tensor], Tensor]]:
-    """The policy in coordinates phi with theta = A phi + b: (policy of phi, phi, phi -> theta)."""
-    theta = flat(policy.parameters())
-    matrix, shift = torch.randn(len(theta), len(theta)) + 4 * torch.eye(len(theta)), torch.randn(len(theta))
-    phi = torch.linalg.solve(matrix, theta - shift).requires_grad_()
-    shapes = {name: p.shape for name, p in policy.named_parameters()}
+class Reparameterized(nn.Module):
+    """A policy in coordinates phi, with theta = A phi + b."""
 
-    def act(obs: Tensor) -> Distribution:
-        pieces = (matrix @ phi + shift).split([shape.numel() for shape in shapes.values()])
-        return functional_call(policy, {n: x.view(s) for (n, s), x in zip(shapes.items(), pieces, strict=True)}, (obs,))
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        theta = flat(policy.parameters())
+        self.matrix, self.shift = (
+            torch.randn(len(theta), len(theta)) + 4 * torch.eye(len(theta)),
+            torch.randn_like(theta),
+        )
+        self.phi = nn.Parameter(torch.linalg.solve(self.matrix, theta - self.shift))
+        self.shapes = {name: p.shape for name, p in policy.named_parameters()}
+        self.policies = [policy]  # in a list: its parameters are not this module's
 
-    return act, phi, lambda phi: matrix @ phi.detach() + shift
+    def theta(self) -> Tensor:
+        return self.matrix @ self.phi + self.shift
+
+    def forward(self, obs: Tensor) -> Distribution:
+        pieces = self.theta().split([shape.numel() for shape in self.shapes.values()])
+        named = {n: x.view(s) for (n, s), x in zip(self.shapes.items(), pieces, strict=True)}
+        return functional_call(self.policies[0], named, (obs,))
 
 
 @in_other_coordinates
 def test_the_natural_step_is_the_same_in_other_coordinates(
     step_size: Callable[[Tensor], Tensor], gaussian: nn.Module, batch_of: BatchOf
 ) -> None:
-    batch, theta = batch_of(gaussian), flat(gaussian.parameters())
-    act, phi, to_theta = reparameterized(gaussian)
-    assert_close(to_theta(phi), theta)
-    natural_step(*problem(act, batch), batch, [phi], step_size=step_size, **exactly)
-    natural_step(*problem(gaussian, batch), batch, gaussian.parameters(), step_size=step_size, **exactly)
+    batch, theta, other = batch_of(gaussian), flat(gaussian.parameters()), Reparameterized(gaussian)
+    assert_close(other.theta().detach(), theta)
+    update = natural_step(step_size=step_size, **exactly)
+    update(Problem(other), batch)
+    update(Problem(gaussian), batch)
     assert (flat(gaussian.parameters()) - theta).norm() > 1e-2
-    assert_close(to_theta(phi), flat(gaussian.parameters()), atol=1e-8, rtol=0)
+    assert_close(other.theta().detach(), flat(gaussian.parameters()), atol=1e-8, rtol=0)
 
 
 def test_the_plain_step_is_another_in_other_coordinates(gaussian: nn.Module, batch_of: BatchOf) -> None:
-    batch, theta = batch_of(gaussian), flat(gaussian.parameters())
-    act, phi, to_theta = reparameterized(gaussian)
-    ascend(problem(act, batch)[0], batch, torch.optim.SGD([phi], lr=0.1))
-    ascend(problem(gaussian, batch)[0], batch, torch.optim.SGD(gaussian.parameters(), lr=0.1))
-    step, other = flat(gaussian.parameters()) - theta, to_theta(phi) - theta
-    assert torch.cosine_similarity(step, other, dim=0) < 0.99
-    assert (step - other).norm() > 0.1 * step.norm()
+    batch, theta, other = batch_of(gaussian), flat(gaussian.parameters()), Reparameterized(gaussian)
+    ascend(torch.optim.SGD(other.parameters(), lr=0.1))(Problem(other), batch)
+    ascend(torch.optim.SGD(gaussian.parameters(), lr=0.1))(Problem(gaussian), batch)
+    step, changed = flat(gaussian.parameters()) - theta, other.theta().detach() - theta
+    assert torch.cosine_similarity(step, changed, dim=0) < 0.99
+    assert (step - changed).norm() > 0.1 * step.norm()
 
 
 def test_the_kl_of_a_natural_step_is_delta_to_second_order(gaussian: nn.Module, batch_of: BatchOf) -> None:
-    batch, theta = batch_of(gaussian), flat(gaussian.parameters())
+    batch, theta, objective = batch_of(gaussian), flat(gaussian.parameters()), Problem(gaussian)
     error = []
     for delta in (1e-2, 1e-4, 1e-6):
-        torch.nn.utils.vector_to_parameters(theta, gaussian.parameters())
-        objective, divergence = problem(gaussian, batch)
-        step_size = partial(kl_radius, delta=delta)
-        metrics = natural_step(objective, divergence, batch, gaussian.parameters(), step_size=step_size, **exactly)
-        assert_close(metrics["kl"], divergence(batch).detach())
-        error.append(abs(metrics["kl"] / delta - 1).item())
+        nn.utils.vector_to_parameters(theta.clone(), gaussian.parameters())
+        moved = objective.divergence(batch)
+        metrics = natural_step(step_size=partial(kl_radius, delta=delta), **exactly)(objective, batch)
+        assert_close(metrics["kl_old"], moved().detach())
+        error.append(abs(metrics["kl_old"] / delta - 1).item())
     assert error[0] < 0.2
     assert error[1] < error[0] / 3  # smaller as the root of delta, or faster
     assert error[2] < error[1] / 5
@@ -231,15 +253,12 @@ def test_the_kl_of_a_natural_step_is_delta_to_second_order(gaussian: nn.Module, 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_a_learning_rate_is_that_times_the_solution(damping: float, gaussian: nn.Module, batch_of: BatchOf) -> None:
-    batch, theta = batch_of(gaussian), flat(gaussian.parameters())
-    objective, divergence = problem(gaussian, batch)
-    g = gradient(objective, batch, gaussian.parameters())
-    matrix = fisher(divergence, batch, list(gaussian.parameters())) + damping * torch.eye(len(g))
+    batch, theta, objective = batch_of(gaussian), flat(gaussian.parameters()), Problem(gaussian)
+    g = gradient(objective, batch)
+    matrix = fisher(objective, batch) + damping * torch.eye(len(g))
     before = objective(batch)[0].item()
-    step_size = partial(learning_rate, rate=0.05)
-    metrics = natural_step(
-        objective, divergence, batch, gaussian.parameters(), step_size=step_size, damping=damping, cg_iters=200
-    )
+    update = natural_step(step_size=partial(learning_rate, rate=0.05), damping=damping, cg_iters=200)
+    metrics = update(objective, batch)
     assert_close(flat(gaussian.parameters()), theta + 0.05 * torch.linalg.solve(matrix, g), atol=1e-8, rtol=0)
     assert_close(metrics["step_size"], torch.tensor(0.05))
     assert_close(metrics["gradient_norm"], g.norm())
@@ -252,15 +271,15 @@ def test_kl_radius_is_its_equation() -> None:
     assert_close(learning_rate(torch.tensor(8.0), rate=0.3), torch.tensor(0.3))
 
 
-@pytest.mark.parametrize("rule", [*(partial(natural_step, step_size=s) for s in STEP_SIZES), trust_region_step])
-def test_without_a_gradient_nothing_moves(rule: Callable[..., dict], policy: nn.Module, batch_of: BatchOf) -> None:
+@pytest.mark.parametrize("update", [*(natural_step(step_size=s) for s in STEP_SIZES), trust_region_step()])
+def test_without_a_gradient_nothing_moves(update: Update, policy: nn.Module, batch_of: BatchOf) -> None:
     batch = batch_of(policy)
     batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
     theta = flat(policy.parameters())
-    metrics = rule(*problem(policy, batch), batch, policy.parameters())
+    metrics = update(Problem(policy), batch)
     assert torch.equal(flat(policy.parameters()), theta)
     assert all(torch.isfinite(x) for x in metrics.values())
-    assert metrics["kl"] == metrics["improvement"] == metrics["gradient_norm"] == 0
+    assert metrics["kl_old"] == metrics["improvement"] == metrics["gradient_norm"] == 0
 
 
 # The trust region
@@ -274,16 +293,15 @@ def test_a_trust_region_step_never_exceeds_delta_and_never_lowers_the_surrogate(
 ) -> None:
     torch.manual_seed(seed)
     policy = make()
-    batch, theta = batch_of(policy), flat(policy.parameters())
-    objective, divergence = problem(policy, batch)
-    before = objective(batch)[0].detach()
-    metrics = trust_region_step(objective, divergence, batch, policy.parameters(), delta=delta, damping=1e-3)
+    batch, theta, objective = batch_of(policy), flat(policy.parameters()), Problem(policy)
+    before, distance = objective(batch)[0].detach(), objective.divergence(batch)
+    metrics = trust_region_step(delta=delta, damping=1e-3)(objective, batch)
     with torch.no_grad():
-        improvement, moved = objective(batch)[0] - before, divergence(batch)
+        improvement, moved = objective(batch)[0] - before, distance()
     assert moved <= delta
     assert improvement >= 0
     assert_close(metrics["improvement"], improvement)
-    assert_close(metrics["kl"], moved)
+    assert_close(metrics["kl_old"], moved)
     if metrics["accepted"]:
         assert improvement > 0
         assert metrics["step_fraction"].item() in [pytest.approx(0.8**k) for k in range(10)]
@@ -294,67 +312,49 @@ def test_a_trust_region_step_never_exceeds_delta_and_never_lowers_the_surrogate(
         assert moved > 0.1 * delta
 
 
-def only_worse(objective: Objective, policy: nn.Module) -> Objective:
-    """The same gradient here, and lower everywhere else."""
-    here = [p.detach().clone() for p in policy.parameters()]
+class Obstacle(Problem):
+    """The same gradient and curvature where it starts, and something in the way everywhere else."""
 
-    def worse(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        away = sum(((p - q) ** 2).sum() for p, q in zip(policy.parameters(), here, strict=True))
-        return objective(batch)[0] - 1e9 * away, {}
+    def __init__(self, policy: nn.Module, kind: str) -> None:
+        super().__init__(policy)
+        self.kind, self.here = kind, flat(policy.parameters())
 
-    return worse
+    def away(self) -> Tensor:
+        return ((torch.cat([p.reshape(-1) for p in self.policy.parameters()]) - self.here) ** 2).sum()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        value, metrics = super().forward(batch)
+        if self.kind == "lower":
+            value = value - 1e9 * self.away()
+        if self.kind == "NaN value" and self.away() > 0:
+            value = value * torch.nan
+        return value, metrics
+
+    def divergence(self, batch: Batch) -> Callable[[], Tensor]:
+        moved = super().divergence(batch)
+        if self.kind == "too far":
+            return lambda: moved() + 1e12 * self.away() ** 2
+        if self.kind == "NaN divergence":
+            return lambda: moved() * torch.nan if self.away() > 0 else moved()
+        return moved
 
 
-def only_too_far(divergence: Divergence, policy: nn.Module) -> Divergence:
-    """The same curvature here, and beyond any delta everywhere else."""
-    here = [p.detach().clone() for p in policy.parameters()]
-
-    def too_far(batch: Batch) -> Tensor:
-        away = sum(((p - q) ** 2).sum() for p, q in zip(policy.parameters(), here, strict=True))
-        return divergence(batch) + 1e12 * away**2
-
-    return too_far
-
-
-@pytest.mark.parametrize("obstacle", ["objective", "divergence", "nan objective", "nan divergence", "no tries"])
+@pytest.mark.parametrize("kind", ["lower", "too far", "NaN value", "NaN divergence", "no tries"])
 def test_if_no_step_is_accepted_the_parameters_are_what_they_were_bit_for_bit(
-    obstacle: str, policy: nn.Module, batch_of: BatchOf
+    kind: str, policy: nn.Module, batch_of: BatchOf
 ) -> None:
     batch, theta = batch_of(policy), flat(policy.parameters())
-    objective, divergence = problem(policy, batch)
-    first = {"objective": objective, "divergence": divergence}
-
-    def once(name: str) -> Callable:
-        """As it is the first time, NaN from then on."""
-        calls = []
-
-        def f(batch: Batch) -> object:
-            calls.append(1)
-            found = first[name](batch)
-            if len(calls) == 1:
-                return found
-            return (found[0] * torch.nan, {}) if name == "objective" else found * torch.nan
-
-        return f
-
-    objective, divergence = {
-        "objective": (only_worse(objective, policy), divergence),
-        "divergence": (objective, only_too_far(divergence, policy)),
-        "nan objective": (once("objective"), divergence),
-        "nan divergence": (objective, once("divergence")),
-        "no tries": (objective, divergence),
-    }[obstacle]
-    backtracks = 0 if obstacle == "no tries" else 10
-    metrics = trust_region_step(objective, divergence, batch, policy.parameters(), backtracks=backtracks)
+    update = trust_region_step(backtracks=0 if kind == "no tries" else 10)
+    metrics = update(Obstacle(policy, kind), batch)
     assert torch.equal(flat(policy.parameters()), theta)
-    assert metrics["accepted"] == metrics["improvement"] == metrics["kl"] == metrics["step_fraction"] == 0
+    assert metrics["accepted"] == metrics["improvement"] == metrics["kl_old"] == metrics["step_fraction"] == 0
     assert metrics["gradient_norm"] > 0
 
 
-def far(policy: nn.Module, batch: Batch, rule: Callable[..., dict] = trust_region_step, **options: object) -> tuple:
+def far(policy: nn.Module, batch: Batch, rule: Callable[..., Update] = trust_region_step, **options: object) -> tuple:
     """The metrics and the step of a rule that goes so far that its second-order KL is wrong; the policy stays."""
     start = flat(policy.parameters())
-    metrics = rule(*problem(policy, batch), batch, policy.parameters(), damping=1e-4, **options)
+    metrics = rule(damping=1e-4, **options)(Problem(policy), batch)
     step = flat(policy.parameters()) - start
     nn.utils.vector_to_parameters(start, policy.parameters())
     return metrics, step
@@ -387,13 +387,67 @@ def test_the_step_is_shrunk_by_shrink_and_the_first_that_fits_is_taken(
 
 
 def test_the_full_step_is_the_natural_step_where_it_fits(gaussian: nn.Module, batch_of: BatchOf) -> None:
-    batch, theta = batch_of(gaussian), flat(gaussian.parameters())
+    batch, theta, objective = batch_of(gaussian), flat(gaussian.parameters()), Problem(gaussian)
     options = {"damping": 0.1, "cg_iters": 10}
-    natural_step(
-        *problem(gaussian, batch), batch, gaussian.parameters(), step_size=partial(kl_radius, delta=1e-4), **options
-    )
+    natural_step(step_size=partial(kl_radius, delta=1e-4), **options)(objective, batch)
     natural = flat(gaussian.parameters())
     nn.utils.vector_to_parameters(theta, gaussian.parameters())
-    found = trust_region_step(*problem(gaussian, batch), batch, gaussian.parameters(), delta=1e-4, **options)
+    found = trust_region_step(delta=1e-4, **options)(objective, batch)
     assert found["step_fraction"] == 1
     assert_close(flat(gaussian.parameters()), natural)
+
+
+# A gradient that is no number
+
+
+def adam_in_motion(policy: nn.Module, batch: Batch) -> Update:
+    """Ascent with momentum: what is left of earlier steps must not move the parameters either."""
+    update = ascend(torch.optim.Adam(policy.parameters(), lr=0.1), max_grad_norm=0.5)
+    update(Problem(policy), batch)
+    return update
+
+
+UPDATES = {
+    "ascend": adam_in_motion,
+    "ascend in micro-batches": lambda policy, batch: ascend(
+        torch.optim.SGD(policy.parameters(), lr=1.0), micro_batch=2
+    ),
+    "natural_step": lambda policy, batch: natural_step(step_size=STEP_SIZES[0]),
+    "trust_region_step": lambda policy, batch: trust_region_step(),
+}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", UPDATES)
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(
+    name: str, bad: float, policy: nn.Module, batch_of: BatchOf
+) -> None:
+    batch = batch_of(policy)
+    update = UPDATES[name](policy, batch)
+    theta = flat(policy.parameters())
+    spoiled = batch._replace(advantage=batch.advantage.index_fill(0, torch.tensor(5), bad))
+    with pytest.raises(NonFiniteError, match="gradient") as raised:
+        update(Problem(policy), spoiled)
+    assert torch.equal(flat(policy.parameters()), theta)
+    assert isinstance(raised.value, UserError)
+    assert len(str(raised.value)) <= 200
+
+
+class Endless(Problem):
+    """A finite value whose slope is infinite, in one parameter of many."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        value, metrics = super().forward(batch)
+        first = next(self.parameters()).flatten()[0]
+        return value + (first - first.detach()).abs().sqrt(), metrics
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_infinite_slope_of_a_finite_value_is_refused_too(name: str, policy: nn.Module, batch_of: BatchOf) -> None:
+    batch = batch_of(policy)
+    update = UPDATES[name](policy, batch)
+    theta = flat(policy.parameters())
+    assert Endless(policy)(batch)[0].isfinite()
+    with pytest.raises(NonFiniteError):
+        update(Endless(policy), batch)
+    assert torch.equal(flat(policy.parameters()), theta)

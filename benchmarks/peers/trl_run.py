@@ -1,6 +1,6 @@
-"""TRL's side of benchmarks/language.py: one training run, as a job on the command line says, by a Python that has TRL.
+"""TRL's side of benchmarks/language.py: the training run of a job on the command line, by a Python that has TRL.
 
-The settings are the job's; what is not in it is written out here where TRL's default differs from ours.
+The settings are the job's. A setting that the job leaves out is written here if TRL's default differs from ours.
 """
 
 import hashlib

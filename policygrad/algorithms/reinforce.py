@@ -1,8 +1,8 @@
-"""REINFORCE (Williams 1992), with reward-to-go and a baseline.
+"""REINFORCE (Williams 1992), and the loop of every method that takes one step on a whole rollout.
 
 sample    whole episodes from pi
 credit    A_t = G_t - b, G_t the episode's return or the reward-to-go
-objective E[sum_t gamma^t log pi(a_t|s_t) A_t] + c_H H(pi)     (gamma^t only if `discounted`)
+objective E[sum_t log pi(a_t|s_t) A_t] + c_H H(pi)
 update    one step of gradient ascent; then the baseline learns
 """
 
@@ -10,57 +10,54 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from policygrad.advantages import no_baseline, unnormalized
+from policygrad.credit import Assign
 from policygrad.critics import Fit, no_fit
-from policygrad.diagnostics import policy_change
-from policygrad.returns import discount, reward_to_go
+from policygrad.diagnostics import after_update, mean_metrics
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import score
-from policygrad.updates import ascend
+from policygrad.updates import Metrics, Objective, Update
 from policygrad.weights import average, normalized, per_episode
 
 
-def reinforce(
-    policy: nn.Module,
-    sample: Callable[[nn.Module], Rollout],
-    optimizer: Optimizer,
-    *,
-    gamma: float = 0.99,
-    returns: Callable[[Tensor, Tensor, float], Tensor] = reward_to_go,
-    baseline: Callable[[Rollout, Tensor], Tensor] = no_baseline,
-    fit: Fit = no_fit,
-    discounted: bool = False,
-    entropy_coefficient: float = 0.0,
-    normalize: Callable[[Tensor, Tensor], Tensor] = unnormalized,
-    weights: Callable[[Tensor], Tensor] = per_episode,
-    max_grad_norm: float = torch.inf,
-) -> Iterator[dict[str, Tensor | float]]:
-    """Train without end; yields the metrics of each iteration. Each row of `sample` is to be one whole episode.
+class ReinforceObjective(Objective):
+    """E[sum_t log pi(a_t|s_t) A_t] + c_H H(pi)."""
 
-    returns: reward_to_go or trajectory_return. baseline: (rollout, returns) -> [B, T]. fit: teaches a learned baseline
-    the returns. discounted: weigh step t by gamma^t, which makes the update with reward_to_go
-    the gradient of the discounted J (with trajectory_return it is that without the factor).
-    """
+    def __init__(self, policy: nn.Module, *, entropy_coefficient: float = 0.0) -> None:
+        super().__init__()
+        self.policy, self.entropy_coefficient = policy, entropy_coefficient
 
-    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        distribution = policy(batch.obs)
-        gain = average(score(distribution.log_prob(batch.action), batch.advantage), batch.weight)
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        distribution = self.policy(batch.obs)
+        logp = distribution.log_prob(batch.action)
+        gain = average(score(logp, torch.ones_like(logp), batch.advantage), batch.weight)
         entropy = average(distribution.entropy(), normalized(batch.weight))
-        metrics = {"objective": gain.detach(), "entropy": entropy.detach()}
-        return gain + entropy_coefficient * entropy, metrics
+        return gain + self.entropy_coefficient * entropy, {"objective": gain.detach(), "entropy": entropy.detach()}
 
+
+def reinforce(
+    sample: Callable[[nn.Module], Rollout],
+    credit: Assign,
+    objective: Objective,
+    update: Update,
+    *,
+    fit: Fit = no_fit,
+    weights: Callable[[Tensor], Tensor] = per_episode,
+    epochs: int = 1,
+    diagnose: Callable[[Objective, Batch], Metrics] = after_update,
+) -> Iterator[dict[str, Tensor | float]]:
+    """Train without end; yields the metrics of each iteration.
+
+    sample: rows that are whole episodes for REINFORCE, any rows where a critic bootstraps. fit: teaches a critic its
+    targets, after the policy's steps (a critic that has seen the rollout's returns would bias their advantages).
+    weights: how decisions are averaged. epochs: steps on one rollout, credit assigned afresh before each, for credit
+    that follows the policy (V-trace). diagnose: what to report of the update as a whole.
+    """
     while True:
-        # Sample
-        rollout = sample(policy)
-        # Credit
-        target = returns(rollout.reward, rollout.ended, gamma)
-        value = baseline(rollout, target)
-        advantage = normalize(target - value, rollout.mask)
-        if discounted:
-            advantage = advantage * discount(rollout.mask, rollout.ended, gamma)
-        batch = decisions(rollout, weights(rollout.mask), advantage, target, value)
-        # Update
-        metrics = ascend(objective, batch, optimizer, max_grad_norm=max_grad_norm)
-        yield {**rollout.metrics, **metrics, **policy_change(policy, batch), **fit(batch)}
+        rollout = sample(objective.policy)  # Sample
+        batches, steps = [], []
+        for _ in range(epochs):
+            batches.append(decisions(rollout, weights(rollout.mask), *credit(rollout)))  # Credit
+            steps.append(update(objective, batches[-1]))  # Update
+        metrics = {**diagnose(objective, batches[0]), **mean_metrics(steps)}
+        yield {**metrics, **objective.adapt(metrics), **fit(batches[-1]), **rollout.metrics}

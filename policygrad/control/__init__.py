@@ -1,9 +1,23 @@
 """The world of control: Gymnasium environments, and policies for their spaces."""
 
-from policygrad.control.environments import make_environments
-from policygrad.control.evaluation import evaluate
+from policygrad.control.environments import label, make_environments
+from policygrad.control.evaluation import Evaluation, evaluate, evaluate_on
+from policygrad.control.memory import has_memory, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.policies import Critic, Policy
 from policygrad.control.sampler import Sampler
 
-__all__ = ["Critic", "ObservationNormalizer", "Policy", "RewardScaler", "Sampler", "evaluate", "make_environments"]
+__all__ = [
+    "Critic",
+    "Evaluation",
+    "ObservationNormalizer",
+    "Policy",
+    "RewardScaler",
+    "Sampler",
+    "evaluate",
+    "evaluate_on",
+    "has_memory",
+    "label",
+    "make_environments",
+    "refuse_memory",
+]

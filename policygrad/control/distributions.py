@@ -1,4 +1,4 @@
-"""The one distribution that torch.distributions lacks: a Gaussian squashed by tanh, with its own entropy and KL."""
+"""Distributions over the actions of a Gymnasium space. Each knows how its actions reach the environment."""
 
 import math
 from collections.abc import Sequence
@@ -6,29 +6,78 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, kl_divergence, register_kl
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
 from torch.nn.functional import softplus
 
+from policygrad.control.spaces import in_box, to_environment
 
-class SquashedNormal(Distribution):
-    """a = centre + half_width tanh(u), u ~ N(mean, std^2) in each dimension (Haarnoja et al. 2018, appendix C).
 
-    Actions are represented by u, from which a follows exactly but not the reverse (atanh near 1 loses everything);
-    log_prob(u) is the log-density OF a, at the a that u gives:
+class ActionDistribution(Distribution):
+    """A distribution over the actions of `space`. Mixed into a distribution of torch, whose KL and entropy it keeps."""
+
+    space: Any  # a Gymnasium space
+
+    def to_environment(self, action: Tensor) -> np.ndarray:
+        """The action [B, ...] as the environment receives it."""
+        return to_environment(action, self.space)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """As torch's, over the same space."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.space = self.space
+        return super().expand(torch.Size(batch_shape), _instance=new)
+
+
+class DiscreteActions(ActionDistribution, Categorical):
+    """Discrete(n, start): action k stands for start + k. logits: [..., n]."""
+
+    def __init__(self, space: spaces.Discrete, logits: Tensor) -> None:
+        self.space = space
+        Categorical.__init__(self, logits=logits, validate_args=False)
+
+
+class IndependentActions(ActionDistribution, Independent):
+    """MultiDiscrete, MultiBinary, or Box clipped at its bounds: independent dimensions. base: batch_shape [..., D]."""
+
+    def __init__(self, space: spaces.Space, base: Distribution) -> None:
+        self.space = space
+        Independent.__init__(self, base, 1, validate_args=False)
+
+
+class Coins(Bernoulli):
+    """Bernoulli whose mode at a probability of exactly 0.5 is 0, where torch's is NaN."""
+
+    @property
+    def mode(self) -> Tensor:
+        return (self.logits > 0).to(self.logits)
+
+
+class SquashedNormal(ActionDistribution):
+    """a = center + half_width tanh(u), u ~ N(mean, std^2) in each dimension (Haarnoja et al. 2018, appendix C).
+
+    Actions are stored as u: a follows from u exactly, and atanh near 1 loses all digits of u. log_prob(u) is the
+    log-density of a, at the a that u gives:
 
         log p(a) = sum_d log N(u_d) - log half_width_d - log(1 - tanh(u_d)^2)
 
-    mean, std: [..., D]; batch_shape [...], event_shape [D].
+    space: a bounded Box. mean, std: [..., D]. half_width: [D], (high - low) / 2. batch_shape [...], event_shape [D].
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     has_rsample = True
 
-    def __init__(self, mean: Tensor, std: Tensor, half_width: Tensor) -> None:
+    def __init__(self, space: spaces.Box, mean: Tensor, std: Tensor, half_width: Tensor) -> None:
+        self.space, self.half_width = space, half_width
         self.normal = Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
-        self.half_width = half_width
         super().__init__(self.normal.batch_shape, self.normal.event_shape, validate_args=False)
+
+    def to_environment(self, action: Tensor) -> np.ndarray:
+        """a at u = action [B, D], in the space's shape and dtype."""
+        low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (self.space.low, self.space.high))
+        unit = np.tanh(action.detach().double().cpu().numpy())
+        return in_box(low + (unit + 1) / 2 * (high - low), self.space)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """u, differentiable in mean and std."""
@@ -45,6 +94,13 @@ class SquashedNormal(Distribution):
         slope = self._log_slope(u.movedim(-1, 0)).movedim(0, -1)
         return self.normal.entropy() + (slope * weights).sum((-1, -2))
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SquashedNormal":
+        """The same distribution, repeated over batch_shape."""
+        shape = (*batch_shape, *self.event_shape)
+        return SquashedNormal(
+            self.space, self.mean.expand(shape), self.normal.base_dist.stddev.expand(shape), self.half_width
+        )
+
     @property
     def mean(self) -> Tensor:
         """The mean of u."""
@@ -52,7 +108,7 @@ class SquashedNormal(Distribution):
 
     @property
     def mode(self) -> Tensor:
-        """The u of the action that is taken without noise, tanh(mean): the field's convention."""
+        """u without noise. The field's convention: tanh(mean), not the maximum of the density of a."""
         return self.normal.mean
 
     def _log_slope(self, u: Tensor) -> Tensor:
@@ -60,9 +116,9 @@ class SquashedNormal(Distribution):
         return self.half_width.log() + 2 * (math.log(2) - u - softplus(-2 * u))
 
 
-# E f(u) for u ~ N(0, 1), as the sum of weights f(nodes), by the trapezoidal rule. For a function that is analytic
-# within d of the real line its error falls as exp(-2 pi d / step), and log da/du is, within pi / (2 std): 2e-8 at a
-# standard deviation of 2, 2e-4 at 5, where a Gauss-Hermite rule of as much work is off by 2e-2.
+# E f(u) for u ~ N(0, 1) as the sum of weights f(nodes), by the trapezoidal rule. Its error falls as exp(-2 pi d / step)
+# for a function that is analytic within d of the real line; for log da/du, d = pi / (2 std). That gives 2e-8 at a
+# standard deviation of 2 and 2e-4 at 5; a Gauss-Hermite rule with as many nodes is off by 2e-2.
 _nodes = np.arange(-24, 25) / 4
 _density = np.exp(-(_nodes**2) / 2)
 _QUADRATURE = (_nodes, _density / _density.sum())

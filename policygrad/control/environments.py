@@ -12,6 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
+from policygrad.control.spaces import one_line
 from policygrad.errors import UserError
 
 Environment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
@@ -20,27 +21,27 @@ Environment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
 def make_environments(
     environment: Environment, num_envs: int = 1, *, vectorization: str = "auto", **options: Any
 ) -> VectorEnv:
-    """`num_envs` copies of an environment, stepped together, each resetting on the step after its end.
+    """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
 
     environment: an id that Gymnasium knows (`module:Id-v0` imports the module first), an environment object (for one
-    copy), a callable that makes one, or a vector environment, which is taken as it is. vectorization: `auto` takes the
-    environment's own vectorised form where it has one and `sync` otherwise; `async` runs a process for each copy.
-    options go to gymnasium.make. Dict, Tuple and other composite observations are flattened into a Box.
+    copy), a callable that makes one, or a vector environment, which stays as it is. vectorization: `auto` uses the
+    environment's own vectorized form if it has one, else `sync`; `async` runs one process per copy. options go to
+    gymnasium.make. Dict, Tuple and other composite observations are flattened into a Box.
 
-    Raises UserError for an environment that is not known or cannot be made, for num_envs < 1, and for a callable that
-    makes the same object twice.
+    Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, and for a callable that
+    returns the same object twice.
     """
     if num_envs < 1:
-        raise UserError(f"num_envs is {num_envs}; at least one environment is needed")
+        raise UserError(f"num_envs is {num_envs}: ask for at least one environment")
     if vectorization not in ("auto", "sync", "async"):
-        raise UserError(f"vectorization is {vectorization!r}; it is one of auto, sync, async")
+        raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async")
     if isinstance(environment, VectorEnv):
         _distinct(environment)
         return _flat(environment)
     if isinstance(environment, gymnasium.Env):
         if num_envs > 1:
             raise UserError(
-                f"one environment object cannot be {num_envs} environments: hand in a callable that makes one"
+                f"one environment object cannot serve as {num_envs} environments: pass a callable that makes one"
             )
         return SyncVectorEnv([lambda: _prepared(environment)], autoreset_mode=AutoresetMode.NEXT_STEP)
     try:
@@ -63,15 +64,15 @@ def make_environments(
     except UserError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"{environment} needs a package that is not installed: {_line(error)}") from error
+        raise UserError(f"{label(environment)} needs a package that is not installed: {one_line(error)}") from error
     except Exception as error:
         raise UserError(
-            f"the environment {environment} could not be made: {type(error).__name__}: {_line(error)}"
+            f"the environment {label(environment)} could not be made: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
 def autoreset_mode(environments: VectorEnv) -> AutoresetMode:
-    """When the environments reset, as their metadata says in Gymnasium's own terms or in words; else NEXT_STEP."""
+    """When the environments reset. Their metadata says so as Gymnasium's enum or in words; NEXT_STEP without it."""
     said = (environments.metadata or {}).get("autoreset_mode")
     if said is None:
         return AutoresetMode.NEXT_STEP
@@ -79,7 +80,7 @@ def autoreset_mode(environments: VectorEnv) -> AutoresetMode:
     for mode in AutoresetMode:
         if word == _letters(mode.value):
             return mode
-    raise UserError(f"the vector environment's autoreset_mode is {said!r}: it is one of NextStep, SameStep, Disabled")
+    raise UserError(f"the vector environment's autoreset_mode is {said!r}: set it to NextStep, SameStep or Disabled")
 
 
 def _letters(word: Any) -> str:
@@ -87,23 +88,23 @@ def _letters(word: Any) -> str:
 
 
 def find(name: str) -> gymnasium.envs.registration.EnvSpec:
-    """The specification of an id. Raises UserError with the nearest ids if there is none."""
+    """The specification of an id. Raises UserError with similar ids if Gymnasium does not know it."""
     module, _, name = name.rpartition(":")
     try:
         if module:
             importlib.import_module(module)
         return gymnasium.spec(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"environment {name!r}: there is no module {error.name!r} to import") from error
+        raise UserError(f"environment {name!r}: the module {error.name!r} is not installed: install it") from error
     except (gymnasium.error.Error, ValueError) as error:
         known = {key.lower(): key for key in gymnasium.registry}
         near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "`policygrad list environments` names those there are"
+        hint = f"did you mean {' or '.join(near)}?" if near else "`policygrad list environments` lists the known ones"
         raise UserError(f"unknown environment {name!r}: {hint}") from error
 
 
 class Checked(gymnasium.Wrapper):
-    """Finds a step that does not keep to the environment's own spaces, before it is averaged into a batch."""
+    """Refuses an observation or a reward of the wrong shape, which Gymnasium would copy into the batch."""
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """As the environment's, with the observation's shape checked."""
@@ -118,7 +119,7 @@ class Checked(gymnasium.Wrapper):
         self._check(obs, "step")
         if np.ndim(reward) != 0:
             raise UserError(
-                f"the environment's step returned a reward of shape {np.shape(reward)}: it must be a number"
+                f"the environment's step returned a reward of shape {np.shape(reward)}: fix it to return a number"
             )
         return obs, reward, terminated, truncated, info
 
@@ -126,8 +127,8 @@ class Checked(gymnasium.Wrapper):
         shape = self.observation_space.shape
         if shape is not None and np.shape(obs) != shape:
             raise UserError(
-                f"the environment's {method} returned an observation of shape {np.shape(obs)}, and its "
-                f"observation_space says {shape}: mend one of the two"
+                f"the environment's {method} returned an observation of shape {np.shape(obs)}, but its "
+                f"observation_space says {shape}: fix one of the two"
             )
 
 
@@ -138,11 +139,11 @@ def _prepared(environment: gymnasium.Env) -> gymnasium.Env:
 
 
 def _distinct(environments: VectorEnv) -> None:
-    """Raises UserError if one object stands for several environments. In processes of their own it would be copied."""
+    """Raise UserError if one object serves as several environments (in separate processes it would be copied)."""
     made = [id(x.unwrapped) for x in getattr(environments.unwrapped, "envs", ()) if isinstance(x, gymnasium.Env)]
     if len(set(made)) < len(made):
         raise UserError(
-            f"{len(made)} environments were asked for, and the callable returned the same object more than once: "
+            f"for {len(made)} environments the callable returned the same object more than once: "
             "make a new environment in each call"
         )
 
@@ -151,7 +152,7 @@ def _flat(environments: VectorEnv) -> VectorEnv:
     if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
         return environments
     metadata, mode = environments.metadata or {}, autoreset_mode(environments)
-    if metadata.get("autoreset_mode") is not mode:  # Gymnasium's wrapper wants its own terms
+    if metadata.get("autoreset_mode") is not mode:  # Gymnasium's wrapper reads only the enum
         environments = VectorWrapper(environments)
         environments.metadata = metadata | {"autoreset_mode": mode}
     try:
@@ -159,10 +160,16 @@ def _flat(environments: VectorEnv) -> VectorEnv:
     except ValueError as error:
         space = type(environments.single_observation_space).__name__
         raise UserError(
-            f"{space} observations can be flattened if the vector environment resets on the next step: make it with "
-            f"autoreset_mode NEXT_STEP ({_line(error)})"
+            f"{space} observations can be flattened only if the vector environment resets on the next step: make it "
+            "with autoreset_mode NEXT_STEP"
         ) from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def label(environment: Environment) -> str:
+    """The name of an environment, for a reader."""
+    if isinstance(environment, str):
+        return environment
+    spec = getattr(environment, "spec", None)
+    if spec is not None:
+        return spec.id
+    return getattr(environment, "__name__", type(environment).__name__)

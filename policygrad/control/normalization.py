@@ -1,4 +1,4 @@
-"""Running normalisation of observations and scaling of rewards. Plain numpy, with a state_dict."""
+"""Running normalization of observations and scaling of rewards. Plain numpy, with a state_dict."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,15 +7,15 @@ FloatArray = NDArray[np.floating]
 
 
 class RunningStatistics:
-    """Mean and variance of all that was seen, merged batch by batch without cancellation (Chan et al. 1979)."""
+    """Mean and variance of all batches so far, merged without cancellation (Chan et al. 1979)."""
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self.mean = np.zeros(shape)
         self.var = np.ones(shape)
         self.count = 0.0
 
-    def update(self, x: FloatArray) -> None:
-        """Take in x, [N, *shape]."""
+    def update(self, x: np.ndarray) -> None:
+        """Merge in x, [N, *shape]."""
         n = len(x)
         if n == 0:
             return
@@ -33,30 +33,30 @@ class RunningStatistics:
         return {name: np.array(getattr(self, name)) for name in ("mean", "var", "count")}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """What state_dict gave."""
+        """Restore a state_dict."""
         self.mean, self.var = (np.array(state[name], dtype=np.float64) for name in ("mean", "var"))
         self.count = float(state["count"])
 
 
 class ObservationNormalizer:
-    """(obs - mean) / std of the observations that decisions were taken on, clipped to +-10. `frozen` in evaluation."""
+    """(obs - mean) / std, clipped to +-10, over the observations of all decisions so far. `frozen` in evaluation."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.statistics = RunningStatistics(shape)
         self.frozen = False
 
-    def __call__(self, obs: FloatArray, counts: NDArray[np.bool_]) -> FloatArray:
-        """Normalise obs [B, *shape]; where counts [B], it enters the statistics first."""
+    def __call__(self, obs: np.ndarray, counts: NDArray[np.bool_]) -> FloatArray:
+        """Normalize obs [B, *shape]. Observations where counts [B] is True enter the statistics first."""
         if not self.frozen:
             self.statistics.update(obs[counts])
-        centred = (obs - self.statistics.mean) / np.sqrt(self.statistics.var + 1e-8)
-        return np.clip(centred, -10, 10)
+        centered = (obs - self.statistics.mean) / np.sqrt(self.statistics.var + 1e-8)
+        return np.clip(centered, -10, 10)
 
 
 class RewardScaler:
     """reward / std of the running discounted return, clipped to +-10 (Engstrom et al. 2020, section 3).
 
-    Rewards are scaled and not centred: a shift would change what is optimal.
+    Rewards are not centered: a shift would change the optimal policy.
     """
 
     def __init__(self, num_envs: int, gamma: float) -> None:
@@ -65,7 +65,7 @@ class RewardScaler:
         self.gamma = gamma
 
     def __call__(self, reward: FloatArray, ended: NDArray[np.bool_], counts: NDArray[np.bool_]) -> FloatArray:
-        """Scale reward [B]; the returns it belongs to enter the statistics where counts [B]."""
+        """Scale reward [B]. The discounted returns where counts [B] is True enter the statistics first."""
         self.returns = np.where(counts, self.gamma * self.returns + reward, self.returns)
         self.statistics.update(self.returns[counts])
         self.returns[ended] = 0.0

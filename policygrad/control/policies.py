@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.distributions import Categorical, Distribution, Normal
 from torch.nn.functional import one_hot
 
-from policygrad.control.distributions import SquashedNormal
-from policygrad.control.spaces import describe, rebuild
+from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, SquashedNormal
+from policygrad.control.spaces import describe, one_line, rebuild
 from policygrad.errors import UserError
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -23,10 +23,10 @@ class Policy(nn.Module):
     """obs [B, T, ...] -> the distribution of the action, of batch_shape [B, T].
 
     observation_space: Box of any rank (flattened) or Discrete (one-hot). action_space: Discrete, MultiDiscrete,
-    MultiBinary, or Box with a diagonal Gaussian: `squash` by tanh onto the bounds, or else clipped at them on the way
-    to the environment, after the log-probability was taken; its standard deviation is a parameter, or a function of
-    the observation with `state_dependent_std`. `orthogonal`: initial weights of gain sqrt(2), in the last layer
-    0.01, as is the field's habit for policy gradients. Raises UserError for any other space.
+    MultiBinary, or Box with a diagonal Gaussian. `squash` maps the Gaussian onto the bounds by tanh; without it the
+    action is clipped at them on the way to the environment, and its log-probability is that of the unclipped action.
+    The standard deviation is a parameter, or a function of the observation with `state_dependent_std`. `orthogonal`:
+    orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises UserError for any other space.
     """
 
     def __init__(
@@ -60,13 +60,9 @@ class Policy(nn.Module):
     def forward(self, obs: Tensor) -> Distribution:
         return self.head(self.network(self.encode(obs)))
 
-    def to_environment(self, action: Tensor) -> np.ndarray:
-        """The action [B, ...] as the environment takes it: shifted to its start, clipped or squashed to its bounds."""
-        return self.head.to_environment(action)
-
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "Policy":
-        """A new policy of the shape that `policy.description` describes."""
+        """A new policy with the arguments in `policy.description`."""
         rest = dict(description)
         return cls(rebuild(rest.pop("observation_space")), rebuild(rest.pop("action_space")), **rest)
 
@@ -91,7 +87,7 @@ class Critic(nn.Module):
 
 
 def perceptron(sizes: Sequence[int], activation: str, last_gain: float | None) -> nn.Sequential:
-    """Linear layers with an activation between them. last_gain None leaves torch's own initialisation."""
+    """Linear layers with an activation between them. last_gain None leaves torch's own initialization."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes[:-1]):
         layers += [_linear(inputs, outputs, None if last_gain is None else math.sqrt(2)), ACTIVATIONS[activation]()]
@@ -110,14 +106,15 @@ def _linear(inputs: int, outputs: int, gain: float | None) -> nn.Linear:
 
 
 class Flatten(nn.Module):
-    """A Box of any rank as one vector."""
+    """A Box of any rank as one vector of floats (a rollout keeps the integers of images)."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.size = math.prod(shape)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return obs.reshape(*obs.shape[:2], self.size)
+        features = obs.reshape(*obs.shape[:2], self.size)
+        return features if features.is_floating_point() else features.to(torch.get_default_dtype())
 
 
 class OneHot(nn.Module):
@@ -138,12 +135,12 @@ def encoder(space: spaces.Space) -> Flatten | OneHot:
     if isinstance(space, spaces.Discrete):
         return OneHot(int(space.n), int(space.start))
     raise UserError(
-        f"a policy cannot take observations of the space {space}: make the environment with "
-        "policygrad.control.make_environments, which flattens Dict and Tuple, or hand in a policy of your own"
+        f"there is no encoder for the observation space {one_line(space, 60)}: make the environment with "
+        "make_environments, which flattens it, or use a policy of your own"
     )
 
 
-# Heads: features [B, T, size] -> distribution, and its actions as the environment takes them.
+# Heads: features [B, T, size] -> distribution of batch_shape [B, T].
 
 
 class CategoricalHead(nn.Module):
@@ -151,13 +148,10 @@ class CategoricalHead(nn.Module):
 
     def __init__(self, space: spaces.Discrete) -> None:
         super().__init__()
-        self.size, self.start = int(space.n), int(space.start)
+        self.space, self.size = space, int(space.n)
 
     def forward(self, features: Tensor) -> Distribution:
-        return Categorical(logits=features, validate_args=False)
-
-    def to_environment(self, action: Tensor) -> np.ndarray:
-        return action.cpu().numpy() + self.start
+        return DiscreteActions(self.space, features)
 
 
 class MultiCategoricalHead(nn.Module):
@@ -168,7 +162,7 @@ class MultiCategoricalHead(nn.Module):
 
     def __init__(self, space: spaces.MultiDiscrete) -> None:
         super().__init__()
-        self.shape, self.start, self.dtype = space.shape, space.start, space.dtype
+        self.space = space
         counts = torch.as_tensor(space.nvec.reshape(-1), dtype=torch.long)
         self.size = int(counts.sum())
         present = torch.arange(int(counts.max())) < counts.unsqueeze(1)
@@ -178,18 +172,7 @@ class MultiCategoricalHead(nn.Module):
 
     def forward(self, features: Tensor) -> Distribution:
         logits = features[..., self.place].where(self.present, -1e9)
-        return Independent(Categorical(logits=logits, validate_args=False), 1, validate_args=False)
-
-    def to_environment(self, action: Tensor) -> np.ndarray:
-        return (action.cpu().numpy().reshape(-1, *self.shape) + self.start).astype(self.dtype)
-
-
-class Coins(Bernoulli):
-    """Bernoulli whose mode at a probability of exactly 0.5 is 0, where torch's is NaN."""
-
-    @property
-    def mode(self) -> Tensor:
-        return (self.logits > 0).to(self.logits)
+        return IndependentActions(self.space, Categorical(logits=logits, validate_args=False))
 
 
 class BernoulliHead(nn.Module):
@@ -197,14 +180,10 @@ class BernoulliHead(nn.Module):
 
     def __init__(self, space: spaces.MultiBinary) -> None:
         super().__init__()
-        self.shape, self.dtype = space.shape, space.dtype
-        self.size = math.prod(space.shape)
+        self.space, self.size = space, math.prod(space.shape)
 
     def forward(self, features: Tensor) -> Distribution:
-        return Independent(Coins(logits=features, validate_args=False), 1, validate_args=False)
-
-    def to_environment(self, action: Tensor) -> np.ndarray:
-        return action.cpu().numpy().reshape(-1, *self.shape).astype(self.dtype)
+        return IndependentActions(self.space, Coins(logits=features, validate_args=False))
 
 
 class NormalHead(nn.Module):
@@ -214,21 +193,15 @@ class NormalHead(nn.Module):
 
     def __init__(self, space: spaces.Box, squash: bool, state_dependent_std: bool, initial_log_std: float) -> None:
         super().__init__()
-        self.shape, self.dtype, self.squash = space.shape, space.dtype, squash
-        self.low, self.high = (np.asarray(x, dtype=np.float64) for x in (space.low, space.high))
-        if squash and not (np.isfinite(self.low).all() and np.isfinite(self.high).all()):
-            raise UserError(f"squash needs finite bounds, and the action space is {space}: leave squash off")
-        if squash and (self.low >= self.high).any():
-            bound = self.low[self.low >= self.high][0]
-            raise UserError(
-                f"squash needs low < high in every dimension, and the action space has low = high = {bound:g}: leave "
-                "squash off, or wrap the environment so that the dimension is not an action"
-            )
+        low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (space.low, space.high))
+        if squash:
+            _check_bounds(low, high)
+        self.space, self.squash = space, squash
         dimensions = math.prod(space.shape)
         self.size = 2 * dimensions if state_dependent_std else dimensions
         self.initial_log_std = initial_log_std
         self.log_std = None if state_dependent_std else nn.Parameter(torch.full((dimensions,), initial_log_std))
-        half_width = torch.as_tensor((self.high - self.low).reshape(-1) / 2, dtype=torch.get_default_dtype())
+        half_width = torch.as_tensor((high - low) / 2, dtype=torch.get_default_dtype())
         self.register_buffer("half_width", half_width, persistent=False)
 
     def forward(self, features: Tensor) -> Distribution:
@@ -238,15 +211,19 @@ class NormalHead(nn.Module):
         else:
             mean, log_std = features, self.log_std.expand_as(features)
         if self.squash:
-            return SquashedNormal(mean, log_std.exp(), self.half_width)
-        return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
+            return SquashedNormal(self.space, mean, log_std.exp(), self.half_width)
+        return IndependentActions(self.space, Normal(mean, log_std.exp(), validate_args=False))
 
-    def to_environment(self, action: Tensor) -> np.ndarray:
-        numbers = action.detach().double().cpu().numpy().reshape(-1, *self.shape)
-        if self.squash:
-            numbers = self.low + (np.tanh(numbers) + 1) / 2 * (self.high - self.low)
-        numbers = np.clip(numbers, self.low, self.high)
-        return (np.rint(numbers) if self.dtype.kind in "iu" else numbers).astype(self.dtype)
+
+def _check_bounds(low: np.ndarray, high: np.ndarray) -> None:
+    """Raise UserError where tanh has no interval to squash onto."""
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise UserError("squash needs finite bounds, and the action space is a Box without them: leave squash off")
+    if (low >= high).any():
+        raise UserError(
+            f"squash needs low < high in every dimension, and the action space has low = high = "
+            f"{low[low >= high][0]:g}: leave squash off, or remove that dimension from the action space"
+        )
 
 
 def head(
@@ -258,7 +235,7 @@ def head(
     gaussian = {"squash": squash, "state_dependent_std": state_dependent_std, "initial_log_std": initial_log_std}
     for option, value in gaussian.items():
         if value:
-            raise UserError(f"{option} is for Box actions, and the action space is {space}: leave it out")
+            raise UserError(f"{option} is for Box actions, and the action space is {one_line(space, 60)}: leave it out")
     if isinstance(space, spaces.Discrete):
         return CategoricalHead(space)
     if isinstance(space, spaces.MultiDiscrete):
@@ -266,4 +243,4 @@ def head(
     if isinstance(space, spaces.MultiBinary):
         return BernoulliHead(space)
     describe(space)  # raises
-    raise UserError(f"no head for the action space {space}")
+    raise UserError(f"there is no head for the action space {one_line(space, 60)}: use a policy of your own")

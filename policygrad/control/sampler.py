@@ -1,37 +1,35 @@
 """Sampling a Gymnasium vector environment: (policy) -> Rollout."""
 
-import copy
 import math
-from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from torch import nn
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
 
-from policygrad.control.environments import autoreset_mode
+from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
-from policygrad.control.policies import head
+from policygrad.control.spaces import to_environment
+from policygrad.control.stepping import Stepping
 from policygrad.errors import UserError
 from policygrad.rollout import Rollout
 
 
 class Sampler:
-    """Steps a vector environment and returns its experience as rows of `steps` steps, one row an environment.
+    """Steps a vector environment and returns its experience as rows of `steps` steps, one row per environment.
 
-    With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`; else the
-    environments run on from one rollout to the next, and the row that an episode ends in goes on with the next one.
-    The step on which an environment resets is no transition: it is masked, cuts every trace (`ended`), and counts in
-    nothing.
+    With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`. Otherwise
+    episodes continue from one rollout to the next, and a row goes on with the next episode. The step on which an
+    environment resets is no decision: it is masked, it cuts every trace (`ended`), and no statistic counts it.
 
-    observation_normalizer and reward_scaler: running statistics, part of the state. The policy is put in evaluation
-    mode: with dropout the policy that is scored would not be the one that was sampled from.
+    groups: None makes every row its own group, "all" puts all rows in one, and k (with whole_episodes) makes groups of
+    k rows that start from the same state. observation_normalizer and reward_scaler: running statistics, part of the
+    state. The policy is put in evaluation mode: with dropout the scored policy would differ from the sampled one.
 
-    Rollout.metrics: steps (decisions taken so far), and over the last 100 episodes return and length, unscaled.
-    Raises UserError if the environment raises, or returns what is not finite or of another shape, and if the policy's
-    action or its log-probability is not finite.
+    Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled; where groups have
+    several rows, group_std and flat_groups of the rows' total rewards. Raises UserError if the environment raises or
+    returns an invalid value, if an action or its log-probability is not finite, and if the policy has memory.
     """
 
     def __init__(
@@ -41,137 +39,92 @@ class Sampler:
         *,
         seed: int | None = None,
         whole_episodes: bool = False,
+        groups: int | str | None = None,
         observation_normalizer: ObservationNormalizer | None = None,
         reward_scaler: RewardScaler | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if steps < 1:
-            raise UserError(f"steps is {steps}; a rollout has at least one")
-        mode = autoreset_mode(environments)
-        if mode == AutoresetMode.DISABLED:
-            raise UserError("the vector environment does not reset itself: make it with autoreset_mode NEXT_STEP")
-        self.same_step = mode == AutoresetMode.SAME_STEP
-        self.environments, self.length, self.whole_episodes = environments, steps, whole_episodes
-        self.device = torch.device(device)
-        self.observation_space = environments.single_observation_space
-        if observation_normalizer is not None and not isinstance(self.observation_space, spaces.Box):
-            raise UserError(f"observations can be normalised in a Box, and the space is {self.observation_space}")
-        self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
+            raise UserError(f"steps is {steps}: a rollout needs at least one")
         count = environments.num_envs
-        self.seed = seed
-        self.obs: np.ndarray | None = None  # what the next decision is taken on; None before the first reset
-        self.resetting = np.zeros(count, dtype=bool)  # the next step only resets
-        self.episode_return, self.episode_length = np.zeros(count), np.zeros(count, dtype=np.int64)
-        self.finished: deque[tuple[float, int]] = deque(maxlen=100)
-        self.steps, self.episodes = 0, 0
+        self.group_size = _group_size(groups, count, whole_episodes)
+        self.length, self.whole_episodes, self.device = steps, whole_episodes, torch.device(device)
+        self.stepping = Stepping(
+            environments,
+            seed=seed,
+            whole_episodes=whole_episodes,
+            group_size=1 if groups == "all" else self.group_size,
+            observation_normalizer=observation_normalizer,
+            reward_scaler=reward_scaler,
+        )
 
     @torch.no_grad()
     def __call__(self, policy: nn.Module) -> Rollout:
         """Sample one rollout."""
         policy.eval()
-        count, length = self.environments.num_envs, self.length
-        if self.obs is None or self.whole_episodes:
-            self._reset()
-        assert self.obs is not None
-        obs = np.zeros((count, length, *self.obs.shape[1:]), dtype=self.obs.dtype)
-        final = np.zeros_like(obs) if self.same_step else None
-        reward = np.zeros((count, length), dtype=np.float64)
-        terminated, ended, mask = (np.zeros((count, length), dtype=bool) for _ in range(3))
-        actions, logps = [], []
-        for t in range(length):
-            action, logp = self._draw(policy)
-            actions.append(action)
-            logps.append(logp)
-            obs[:, t], mask[:, t] = self.obs, ~self.resetting
-            reward[:, t], terminated[:, t], ended[:, t], last = self._step(self._hand_over(policy, action[:, 0]))
-            if final is not None:
-                final[:, t] = last
-            if self.whole_episodes and self.resetting.all():
+        stepping = self.stepping
+        columns = _Columns(stepping.environments.num_envs, self.length)
+        if stepping.obs is None or self.whole_episodes:
+            stepping.reset()
+        for t in range(self.length):
+            obs, mask = self._obs(), ~stepping.resetting
+            action, logp, taken = self._act(policy, obs)
+            step = stepping.step(taken)
+            columns.write(t, obs=obs, action=action, logp=logp, mask=mask, **step._asdict())
+            if self.whole_episodes and stepping.resetting.all():
                 break
         if self.whole_episodes:
-            self._finish(~self.resetting)  # the longest that an episode may be has passed
-        spare = length - len(actions)
-        if spare:
-            obs[:, len(actions)] = self.obs  # where the episodes that ended last stopped
-        ended |= ~mask
-        action, logp = (torch.cat(x, 1) for x in (actions, logps))
-        columns = {
-            "obs": obs,
-            "action": torch.cat([action, action.new_zeros(count, spare, *action.shape[2:])], 1).cpu().numpy(),
-            "logp": torch.cat([logp, logp.new_zeros(count, spare)], 1).cpu().numpy(),
-            "reward": reward,
-            "terminated": terminated,
-            "ended": ended,
-            "mask": mask,
-        }
-        final_obs = self.obs
-        if final is not None:
-            columns, final_obs = next_step_layout(columns, final, final_obs)
-        self.steps += int(columns["mask"].sum())
-        return Rollout(
-            **{name: self._tensor(column) for name, column in columns.items()},
-            group=torch.arange(count, device=self.device),
-            final_obs=self._tensor(final_obs),
-            memoryless=True,
-            metrics=self._metrics(),
-        )
+            stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
+        final_obs = self._obs()
+        if t + 1 < self.length:
+            columns.write(t + 1, obs=final_obs)  # where the episodes that ended last stopped
+        found = columns.tensors(self.device)
+        refuse_memory(policy, found["obs"][:, : t + 1])
+        found["ended"] |= ~found["mask"]
+        if stepping.same_step:
+            found, final_obs = next_step_layout(found, found.pop("final"), final_obs)
+        stepping.steps += int(found["mask"].sum())
+        group = torch.arange(len(final_obs), device=self.device) // self.group_size
+        metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size)
+        return Rollout(**found, group=group, final_obs=final_obs, memoryless=True, metrics=metrics)
 
     @torch.no_grad()
     def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a rollout of `whole_episodes` adds up to, no step kept: returns, lengths, whether each ended; [B]."""
+        """One whole episode per environment without storing its steps: returns, lengths, whether each ended; [B]."""
         assert self.whole_episodes
         policy.eval()
-        self._reset()
-        total, length = np.zeros(len(self.resetting)), np.zeros(len(self.resetting), dtype=np.int64)
-        for _ in range(self.length):
-            length += ~self.resetting
-            action, _ = self._draw(policy)
-            reward, *_ = self._step(self._hand_over(policy, action[:, 0]))
-            total += reward.astype(_DTYPES[torch.get_default_dtype()])  # as a rollout has it
-            if self.resetting.all():
+        stepping, seen = self.stepping, []
+        stepping.reset()
+        total, length = np.zeros(len(stepping.resetting)), np.zeros(len(stepping.resetting), dtype=np.int64)
+        for t in range(self.length):
+            length += ~stepping.resetting
+            obs = self._obs()
+            if t < STEPS:
+                seen.append(obs)
+            reward = stepping.step(self._act(policy, obs)[2]).reward
+            total += torch.from_numpy(reward).to(torch.get_default_dtype()).numpy()  # as a rollout stores it
+            if stepping.resetting.all():
                 break
-        self.steps += int(length.sum())
-        return total, length, self.resetting.copy()
+        refuse_memory(policy, torch.stack(seen, 1))
+        stepping.steps += int(length.sum())
+        return total, length, stepping.resetting.copy()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes here; the environments' own state is theirs."""
-        state = {name: getattr(self, name) for name in _STATE} | {"finished": list(self.finished)}
-        if self.observation_normalizer is not None:
-            state["observations"] = self.observation_normalizer.statistics.state_dict()
-        if self.reward_scaler is not None:
-            state["rewards"] = self.reward_scaler.statistics.state_dict()
-            state["returns"] = self.reward_scaler.returns
-        return copy.deepcopy(state)
+        """Everything that changes here, as tensors, numbers and strings. The environments' own state is not in it."""
+        return self.stepping.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What state_dict gave."""
-        state = copy.deepcopy(state)
-        for name in _STATE:
-            setattr(self, name, state[name])
-        self.finished = deque((tuple(x) for x in state["finished"]), maxlen=100)
-        if self.observation_normalizer is not None:
-            self.observation_normalizer.statistics.load_state_dict(state["observations"])
-        if self.reward_scaler is not None:
-            self.reward_scaler.statistics.load_state_dict(state["rewards"])
-            self.reward_scaler.returns = state["returns"]
+        """Restore a state_dict."""
+        self.stepping.load_state_dict(state)
 
-    def _reset(self) -> None:
-        try:
-            obs, _ = self.environments.reset(seed=self.seed)
-        except Exception as error:
-            raise _failure("reset", error) from error
-        self.seed = None  # later resets go on from the environments' own random state
-        self.resetting[:] = False
-        self.episode_return[:] = 0.0
-        self.episode_length[:] = 0
-        if self.reward_scaler is not None:
-            self.reward_scaler.returns[:] = 0.0
-        self.obs = self._receive(obs, ~self.resetting)
+    def _obs(self) -> Tensor:
+        """The observations of the next decisions, [B, ...], on the device."""
+        assert self.stepping.obs is not None
+        return torch.from_numpy(self.stepping.obs).to(self.device)
 
-    def _draw(self, policy: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """An action for each environment, [B, 1, ...], and its log-probability, [B, 1]; both finite."""
-        assert self.obs is not None
-        distribution = policy(torch.from_numpy(self.obs).to(self.device).unsqueeze(1))
+    def _act(self, policy: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Actions [B, ...], their log-probabilities [B], both finite, and the actions as the environment takes them."""
+        distribution = policy(obs.unsqueeze(1))
         try:
             action = distribution.sample()
         except RuntimeError as error:
@@ -181,135 +134,87 @@ class Sampler:
         logp = distribution.log_prob(action)
         total = logp.sum() + action.sum() if action.is_floating_point() else logp.sum()
         if not math.isfinite(total):  # then look closely: only where it counts
-            counts = torch.from_numpy(~self.resetting).to(action.device)
+            counts = torch.from_numpy(~self.stepping.resetting).to(action.device)
             for name, x in (("action", action), ("log-probability", logp)):
                 if not x[counts].isfinite().all():
                     raise _not_finite(name)
-        return action, logp
-
-    def _step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Step the environments: reward, terminated, ended, and in same-step mode where those that ended stopped."""
-        try:
-            obs, reward, terminated, truncated, info = self.environments.step(action)
-        except Exception as error:
-            raise _failure("step", error) from error
-        counts = ~self.resetting
-        if np.shape(reward) != counts.shape:
-            raise UserError(
-                f"the environments returned rewards of shape {np.shape(reward)}, not {counts.shape}: mend their step"
-            )
-        reward = np.where(counts, reward, 0.0)
-        terminated, ended = terminated & counts, (terminated | truncated) & counts
-        if not np.isfinite(reward).all():
-            raise UserError(
-                f"the environment's step returned a reward of {reward[~np.isfinite(reward)][0]}: mend its step"
-            )
-        self.episode_return += reward
-        self.episode_length += counts
-        self._finish(ended)
-        if self.reward_scaler is not None:
-            reward = self.reward_scaler(reward, ended, counts)
-        if self.whole_episodes:
-            self.resetting = self.resetting | ended
-        else:
-            self.resetting = np.zeros_like(ended) if self.same_step else ended
-        last = None
-        if self.same_step:
-            last = np.array(obs)
-            final = info.get("final_obs")
-            for i in np.flatnonzero(ended):
-                if final is None or final[i] is None:
-                    raise UserError(
-                        "the vector environment resets in the same step and its info has no final_obs: put there where "
-                        "each episode stopped, or make it with autoreset_mode NEXT_STEP"
-                    )
-                last[i] = final[i]
-            last = self._receive(last, np.zeros_like(ended))
-        self.obs = self._receive(obs, ~self.resetting)
-        return reward, terminated, ended, last
-
-    def _finish(self, ended: np.ndarray) -> None:
-        """Count the episodes of these environments."""
-        for i in np.flatnonzero(ended):
-            self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
-            self.episodes += 1
-            self.episode_return[i], self.episode_length[i] = 0.0, 0
-
-    def _receive(self, obs: Any, counts: np.ndarray) -> np.ndarray:
-        """Observations as they are stored: finite, normalised, in torch's default precision."""
-        obs = np.asarray(obs)
-        expected = (self.environments.num_envs, *self.observation_space.shape)  # type: ignore[misc]
-        if obs.shape != expected:
-            raise UserError(
-                f"the environments returned observations of shape {obs.shape}, not {expected}: mend the space"
-            )
-        if isinstance(self.observation_space, spaces.Discrete):
-            number = obs - self.observation_space.start
-            if not ((number >= 0) & (number < self.observation_space.n)).all():
-                raise UserError(
-                    f"the environment returned an observation outside its {self.observation_space}: mend the space"
-                )
-            return obs.astype(np.int64)
-        if not np.isfinite(obs).all():
-            raise UserError("the environment returned an observation that is NaN or infinite: mend its step or reset")
-        if self.observation_normalizer is not None:
-            obs = self.observation_normalizer(obs, counts)
-        return obs.astype(_DTYPES[torch.get_default_dtype()])
-
-    def _hand_over(self, policy: nn.Module, action: torch.Tensor) -> np.ndarray:
-        to_environment = getattr(policy, "to_environment", None)
-        if to_environment is None:
-            to_environment = head(self.environments.single_action_space).to_environment
-        return to_environment(action)
-
-    def _tensor(self, column: np.ndarray) -> torch.Tensor:
-        if column.dtype == np.float64:
-            column = column.astype(_DTYPES[torch.get_default_dtype()])
-        return torch.from_numpy(column).to(self.device)
-
-    def _metrics(self) -> dict[str, float]:
-        metrics = {"steps": float(self.steps), "episodes": float(self.episodes)}
-        if self.finished:
-            returns, lengths = zip(*self.finished, strict=True)
-            metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
-        return metrics
+        action = action[:, 0]
+        if hasattr(distribution, "to_environment"):
+            return action, logp[:, 0], distribution.to_environment(action)
+        return action, logp[:, 0], to_environment(action, self.stepping.environments.single_action_space)
 
 
-_STATE = ("seed", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes")
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+class _Columns:
+    """The columns [B, T, ...] of a rollout, allocated at the first step and filled in place.
 
-
-def next_step_layout(
-    columns: dict[str, np.ndarray], final: np.ndarray, last: np.ndarray
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Rows sampled with same-step auto-reset, as next-step auto-reset would have given them.
-
-    After each end a masked step is put in that holds the final observation; the steps that no longer fit the row are
-    left out. columns: [B, T, ...]; final: [B, T, ...], where each step that ended stopped; last: [B, ...], the
-    observations after the last step. Returns the columns and where each row now stops.
+    What comes as a tensor stays on its device. What comes as an array is kept on the host, and moved once per rollout.
     """
-    ended = columns["ended"]
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.shape = (rows, length)
+        self.columns: dict[str, Any] = {}
+
+    def write(self, t: int, **values: Tensor | np.ndarray | None) -> None:
+        """Store values [B, ...] at step t."""
+        for name, x in values.items():
+            if x is not None:
+                if name not in self.columns:
+                    self.columns[name] = self._allocated(x)
+                self.columns[name][:, t] = x
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """The columns on the device."""
+        return {name: torch.as_tensor(x).to(device) for name, x in self.columns.items()}
+
+    def _allocated(self, x: Tensor | np.ndarray) -> Any:
+        like = torch.as_tensor(x)
+        dtype = torch.get_default_dtype() if like.dtype == torch.float64 else like.dtype
+        column = torch.zeros((*self.shape, *x.shape[1:]), dtype=dtype, device=like.device)
+        return column if isinstance(x, Tensor) else column.numpy()
+
+
+def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows sampled with same-step auto-reset in the layout of next-step auto-reset.
+
+    After each end there is one more step, masked, with the final observation. Steps that no longer fit the row are
+    dropped. columns: [B, T, ...]; final: [B, T, ...], the observations before the resets; last: [B, ...], the
+    observations after the last step. Returns the columns and the observations where each row now stops.
+    """
+    ended, device = columns["ended"], last.device
     length = ended.shape[1]
-    slot = np.arange(length) + np.cumsum(ended, 1) - ended  # one later for every end before
-    rows, steps = np.nonzero(slot < length)
-    result = {name: np.zeros_like(column) for name, column in columns.items()}
+    slot = torch.arange(length, device=device) + ended.cumsum(1) - ended.long()  # later by one for every earlier end
+    rows, steps = (slot < length).nonzero(as_tuple=True)
+    result = {name: torch.zeros_like(column) for name, column in columns.items()}
     for name, column in columns.items():
         result[name][rows, slot[rows, steps]] = column[rows, steps]
-    rows, steps = np.nonzero(ended & (slot + 1 < length))
+    rows, steps = (ended & (slot + 1 < length)).nonzero(as_tuple=True)
     result["obs"][rows, slot[rows, steps] + 1] = final[rows, steps]
     result["ended"] |= ~result["mask"]
-    rows, kept = np.arange(len(ended)), (slot < length).sum(1) - 1
-    following = np.concatenate([columns["obs"], last[:, None]], 1)[rows, kept + 1]
+    rows, kept = torch.arange(len(ended), device=device), (slot < length).sum(1) - 1
+    following = torch.cat([columns["obs"], last.unsqueeze(1)], 1)[rows, kept + 1]
     stopped = ended[rows, kept].reshape(-1, *[1] * (last.ndim - 1))
-    return result, np.where(stopped, final[rows, kept], following)
+    return result, torch.where(stopped, final[rows, kept], following)
+
+
+def _group_size(groups: Any, count: int, whole_episodes: bool) -> int:
+    """Rows per group. Raises UserError for groups that cannot be made."""
+    if groups is None or groups == "all":
+        return 1 if groups is None else count
+    if not isinstance(groups, int) or groups < 1 or count % groups:
+        raise UserError(f'groups is {groups!r}: choose None, "all", or a number that divides the {count} environments')
+    if not whole_episodes:
+        raise UserError(f"groups of {groups} rows start from the same state: they need whole_episodes=True")
+    return groups
+
+
+def _group_metrics(score: Tensor, size: int) -> dict[str, float]:
+    """The mean standard deviation (n - 1) of score [B] in groups of `size` rows, and the share of groups with none."""
+    if size == 1:
+        return {}
+    rows = score.double().cpu().numpy().reshape(-1, size)
+    std = (rows - rows[:, :1]).std(1, ddof=1)  # exactly 0 where all are equal
+    return {"group_std": float(std.mean()), "flat_groups": float((std == 0).mean())}
 
 
 def _not_finite(name: str) -> UserError:
-    return UserError(f"the policy's {name} is not finite: a lower learning_rate or scale_rewards may help")
-
-
-def _failure(method: str, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    message = " ".join(str(error).split())
-    return UserError(f"the environment raised {type(error).__name__} in {method}: {message} (--debug shows where)")
+    return UserError(f"the policy's {name} is not finite: try a lower learning_rate or scale_rewards")

@@ -1,15 +1,16 @@
-"""Gymnasium spaces as JSON and back, so that a policy is rebuilt without its environment."""
+"""Gymnasium spaces: as JSON and back, and the action that a space's environment receives."""
 
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from torch import Tensor
 
 from policygrad.errors import UserError
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:
-    """A JSON description of a space. Raises UserError for a space that no policy here can take."""
+    """A JSON description of a space. Raises UserError for a space without an encoder and a head in policies.py."""
     match space:
         case spaces.Box():
             low, high = (_finite(x) for x in (space.low, space.high))
@@ -20,10 +21,10 @@ def describe(space: spaces.Space) -> dict[str, Any]:
             return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
         case spaces.MultiBinary():
             return {"kind": "MultiBinary", "shape": list(space.shape)}
-    space = _unsupported(space) or space
+    space = unsupported(space) or space
     raise UserError(
-        f"a {type(space).__name__} space is not supported; use Box, Discrete, MultiDiscrete or MultiBinary "
-        "(observations may also be Dict or Tuple of these), or wrap the environment so that it has one"
+        f"a {type(space).__name__} space is not supported: wrap the environment so that it has a Box, Discrete, "
+        "MultiDiscrete or MultiBinary space (for observations also a Dict or Tuple of these)"
     )
 
 
@@ -40,20 +41,53 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
             return spaces.MultiDiscrete(description["nvec"], start=description["start"])
         case "MultiBinary":
             return spaces.MultiBinary(description["shape"])
-    raise UserError(f"unknown kind of space {description['kind']!r} in the policy's description")
+    raise UserError(
+        f"the policy's description names an unknown kind of space, {description['kind']!r}: save the policy again"
+    )
 
 
-def _unsupported(space: spaces.Space) -> spaces.Space | None:
-    """The first space in a Dict or Tuple, at any depth, that cannot be flattened into numbers either."""
+def to_environment(action: Tensor, space: spaces.Space) -> np.ndarray:
+    """The action [B, ...] as the environment receives it: from the space's start, in its bounds, shape and dtype.
+
+    Raises UserError for a space that is not supported.
+    """
+    match space:
+        case spaces.Discrete():
+            return action.cpu().numpy() + space.start
+        case spaces.MultiDiscrete():
+            return (action.cpu().numpy().reshape(-1, *space.shape) + space.start).astype(space.dtype)
+        case spaces.MultiBinary():
+            return action.cpu().numpy().reshape(-1, *space.shape).astype(space.dtype)
+        case spaces.Box():
+            return in_box(action.detach().double().cpu().numpy(), space)
+    raise UserError(
+        f"a {type(space).__name__} action space is not supported: wrap the environment so that it has a Box"
+    )
+
+
+def in_box(numbers: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """float64 numbers [B, ...] in the Box's shape and dtype, clipped at its bounds; rounded if it holds integers."""
+    numbers = np.clip(numbers.reshape(-1, *space.shape), space.low, space.high)
+    return (np.rint(numbers) if space.dtype.kind in "iu" else numbers).astype(space.dtype)
+
+
+def one_line(thing: Any, limit: int = 100) -> str:
+    """A space or an error in one line of at most `limit` characters, for a message."""
+    text = " ".join(str(thing).split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def unsupported(space: spaces.Space) -> spaces.Space | None:
+    """The first space in a Dict or Tuple, at any depth, that cannot be flattened into numbers."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         members = space.values() if isinstance(space, spaces.Dict) else space
-        return next((x for x in map(_unsupported, members) if x is not None), None)
+        return next((x for x in map(unsupported, members) if x is not None), None)
     known = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
     return None if isinstance(space, known) else space
 
 
 def _finite(bound: np.ndarray) -> list[float | None]:
-    """Infinity has no JSON: None stands for it."""
+    """The bounds as a list, with None for infinity, which JSON lacks."""
     return [float(x) if np.isfinite(x) else None for x in bound.reshape(-1)]
 
 

@@ -39,7 +39,10 @@ def expected_return(world: World, probs: Float[Tensor, "S A"]) -> Float[Tensor, 
 
 
 def optimal_probs(world: World) -> Float[Tensor, "S A"]:
-    """The greedy policy of its own Q, by policy iteration (Sutton & Barto 2018, section 4.3). For gamma < 1."""
+    """The greedy policy of its own Q, by policy iteration (Sutton & Barto 2018, section 4.3).
+
+    For gamma < 1, or a world whose episodes end whatever one does.
+    """
     states, actions = world.reward.shape
     probs = torch.full_like(world.reward, 1 / actions)
     for _ in range(states * actions + 1):
@@ -48,6 +51,11 @@ def optimal_probs(world: World) -> Float[Tensor, "S A"]:
             break
         probs = greedy
     return probs
+
+
+def optimal_return(world: World) -> Float[Tensor, ""]:
+    """max_pi J(pi), of the policy that `optimal_probs` finds."""
+    return expected_return(world, optimal_probs(world))
 
 
 def visitation(

@@ -3,6 +3,9 @@
 The expectation of any estimator is then a finite sum: of its value on each batch, times the batch's probability.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -43,23 +46,6 @@ def trajectories(
     return as_rollout(world, state, action, logp), probability
 
 
-def rows(rollout: Rollout, index: Int[Tensor, " K"]) -> Rollout:
-    """The rows of a rollout that `index` names, in its order, as often as it names them."""
-    return Rollout(
-        rollout.obs[index],
-        rollout.action[index],
-        rollout.logp[index],
-        rollout.reward[index],
-        rollout.terminated[index],
-        rollout.ended[index],
-        rollout.mask[index],
-        rollout.group[index],
-        None if rollout.final_obs is None else rollout.final_obs[index],
-        rollout.memoryless,
-        importance=None if rollout.importance is None else rollout.importance[index],
-    )
-
-
 def batches(
     probability: Float[Tensor, " B"], size: int, limit: int = LIMIT
 ) -> tuple[Int[Tensor, "K size"], Float[Tensor, " K"]]:
@@ -81,7 +67,7 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
     action is ignored, it is masked, nothing is carried over it, and here its reward and log-probability are NaN, so
     that who counts it is found out. An episode that terminates early is filled up with masked steps.
     """
-    first, second = rows(rollout, index[:, 0]), rows(rollout, index[:, 1])
+    first, second = rollout.rows(index[:, 0]), rollout.rows(index[:, 1])
     pad = first.mask[:, :1]
     between = first.obs[:, :1] if first.final_obs is None else first.final_obs.unsqueeze(1)
     nothing = torch.zeros_like(first.reward[:, :1])
@@ -101,6 +87,35 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
         second.final_obs,
         rollout.memoryless,
     )
+
+
+def with_holes(rollout: Rollout, holes: int = 3, hole: int | None = None, seed: int = 0) -> Rollout:
+    """The same trajectories with `holes` more steps in each row that no policy chose: what a decision expects stays.
+
+    They stand before the first decision, between decisions and after the last one, at most 2 in one place, each row's
+    elsewhere. A hole is masked and ends nothing; its action, reward and log-probability (NaN) mean nothing, and its
+    observation is any state (`hole`: always this one), so that a critic is wrong there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, steps = rollout.mask.shape
+    decided = (rollout.mask * torch.arange(1, steps + 1)).amax(1, keepdim=True)  # steps up to the last decision
+    # Two seats in each gap: before each of these steps, and after the last one.
+    gap = torch.arange(steps + 1).repeat_interleave(2).expand(rows, -1)
+    seat = torch.rand(rows, 2 * (steps + 1), generator=generator).where(gap <= decided, 2.0)
+    place = gap.gather(1, seat.argsort(1)[:, :holes]) - 0.5  # before step `gap`
+    order = torch.cat([torch.arange(steps).expand(rows, -1).to(place.dtype), place], 1).argsort(dim=1, stable=True)
+    drawn = torch.randint(int(rollout.obs.max()) + 1, (rows, holes), generator=generator)
+    nothing, no = torch.full((rows, holes), torch.nan, dtype=rollout.reward.dtype), torch.zeros(rows, holes).bool()
+    filler = {
+        "obs": drawn if hole is None else torch.full_like(drawn, hole),
+        "action": torch.zeros_like(drawn),
+        **dict.fromkeys(("reward", "logp"), nothing),
+        **dict.fromkeys(("terminated", "ended", "mask"), no),
+    }
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(rollout, name), x], 1).gather(1, order) for name, x in filler.items()
+    }
+    return replace(rollout, **columns)
 
 
 def as_rollout(

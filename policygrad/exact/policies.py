@@ -23,6 +23,23 @@ class SoftmaxPolicy(nn.Module):
         return Categorical(logits=(self.features @ self.theta)[obs], validate_args=False)
 
 
+class BlindPolicy(SoftmaxPolicy):
+    """The same policy at every time of a world `with_clock`: it does not see the clock.
+
+    `features` are of the world without one; the policy's own are of all its states.
+    """
+
+    def __init__(
+        self, features: Float[Tensor, "S A N"], horizon: int, theta: Float[Tensor, " N"] | None = None
+    ) -> None:
+        super().__init__(blind_to_time(features, horizon), theta)
+        self.few = features
+
+    def forward(self, obs: Int[Tensor, "B T"]) -> Categorical:
+        """The distribution over actions at every step."""
+        return Categorical(logits=(self.few @ self.theta)[obs % len(self.few)], validate_args=False)
+
+
 class TabularCritic(nn.Module):
     """V(s) from a table; obs [B, T] of state numbers -> [B, T]."""
 

@@ -18,8 +18,8 @@ from policygrad.rollout import Rollout
 class EpisodeSampler:
     """Each call plays `rows` episodes, one a row, of at most `horizon` steps (by default the world's time limit).
 
-    An episode that goes on beyond is truncated. The policy is any whose distribution has `probs`. Raises UserError
-    without a row, or without a horizon or a time limit.
+    An episode that goes on beyond is truncated. Rows that start in the same state are a group. The policy is any whose
+    distribution has `probs`. Raises UserError without a row, or without a horizon or a time limit.
     """
 
     def __init__(self, world: World, rows: int, horizon: int | None = None, seed: int = 0) -> None:
@@ -28,18 +28,20 @@ class EpisodeSampler:
             raise UserError("a sampler needs at least one row, and a horizon where the world has no time limit")
         self.world, self.rows, self.horizon = world, rows, length
         self.generator = torch.Generator().manual_seed(seed)
+        self.steps = self.episodes = 0  # so far
 
     def __call__(self, policy: nn.Module) -> Rollout:
         """Play with the policy as it is now."""
         start = _draw(self.world.start.expand(self.rows, -1), self.generator)
         rollout = play(self.world, policy, start, self.horizon, self.generator)
-        return replace(rollout, metrics=_metrics(rollout))
+        return replace(rollout, group=start, metrics=_counted(self, rollout))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state(), "steps": self.steps, "episodes": self.episodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
+        self.steps, self.episodes = state["steps"], state["episodes"]
 
 
 class CompletionSampler:
@@ -49,6 +51,7 @@ class CompletionSampler:
         self.world, self.prompts, self.completions = world, prompts, completions
         self.tree = tree(world)
         self.generator = torch.Generator().manual_seed(seed)
+        self.steps = self.episodes = 0  # so far
 
     def __call__(self, policy: nn.Module) -> Rollout:
         """Answer with the policy as it is now."""
@@ -60,13 +63,18 @@ class CompletionSampler:
 
         rollout = as_tokens(self.world, play(self.tree, policy, start, self.world.length, self.generator, see))
         group = torch.arange(self.prompts).repeat_interleave(self.completions)
-        return replace(rollout, group=group, metrics=_metrics(rollout))
+        metrics = _counted(self, rollout)
+        if self.completions > 1:
+            spread = rollout.reward.sum(1).view(-1, self.completions).std(1, correction=0)
+            metrics |= {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
+        return replace(rollout, group=group, metrics={**metrics, "reward": metrics["return"]})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state(), "steps": self.steps, "episodes": self.episodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
+        self.steps, self.episodes = state["steps"], state["episodes"]
 
 
 def _newest(state: Tensor, action: Tensor) -> Tensor:
@@ -106,9 +114,13 @@ def _draw(probs: Float[Tensor, "B K"], generator: torch.Generator) -> Int[Tensor
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
-def _metrics(rollout: Rollout) -> dict[str, float]:
+def _counted(sampler: EpisodeSampler | CompletionSampler, rollout: Rollout) -> dict[str, float]:
+    """Means over the rollout's episodes, and what the sampler has played so far, this rollout among it."""
+    sampler.steps += int(rollout.mask.sum())
+    sampler.episodes += len(rollout.mask)
     return {
         "return": float(rollout.reward.sum(1).mean()),
         "length": float(rollout.mask.sum(1).double().mean()),
-        "steps": float(rollout.mask.sum()),
+        "steps": float(sampler.steps),
+        "episodes": float(sampler.episodes),
     }

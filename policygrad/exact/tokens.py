@@ -33,6 +33,11 @@ class TokenWorld:
     reward: Callable[[int, tuple[int, ...]], float]  # (prompt, completion) -> reward
 
 
+def token_world() -> TokenWorld:
+    """Two prompts, answers of at most 4 of 3 tokens: 1 for the prompt's own token first, 1/2 for ending on time."""
+    return TokenWorld(2, 3, 4, lambda prompt, answer: (answer[0] == prompt + 1) + 0.5 * (answer[-1] == END))
+
+
 def tree(world: TokenWorld) -> World:
     """The world of prefixes: state 0 .. P - 1 are the prompts, and `successor` numbers the rest, level by level.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 
 import torch
@@ -144,3 +145,29 @@ def with_clock(world: World, horizon: int) -> World:
         start=start.flatten(),
         time_limit=None,
     )
+
+
+# Small worlds by name, each with a time limit, so that any method can be trained on them. `tokens` is a world of
+# completions: tokens.token_world makes it.
+NAMES = ("bandit", "chain", "cliff", "garnet", "two_states", "tokens")
+
+
+def world_named(name: str) -> World:
+    """The world of that name, with its usual sizes. Raises UserError with the nearest names."""
+    match name:
+        case "bandit":
+            return replace(bandit(torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])), time_limit=1)
+        case "chain":
+            return replace(chain(), time_limit=100)
+        case "cliff":
+            return replace(cliff(), time_limit=200)
+        case "garnet":
+            return replace(garnet(10, 3, 3), time_limit=50)
+        case "two_states":
+            return replace(two_states(), time_limit=50)
+        case "tokens":
+            raise UserError("tokens is a world of completions: make it with policygrad.exact.tokens.token_world")
+    near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
+    shown = name if len(name) <= 40 else name[:37] + "..."
+    advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(NAMES)}"
+    raise UserError(f"there is no exact world {shown!r}: {advice}")

@@ -1,11 +1,11 @@
-"""A task of its own, without a network or a GPU: addition with written-out working, for a language model to reason in.
+"""A task without downloads or a GPU: addition with its working, for a language model to reason in.
 
     prompt      47+385=
     completion  7+5=12,4+8+1=13,0+3+1=4:432
 
 The working goes from the last column to the first: digit + digit (+ carry) = sum. Demonstrations are imperfect: some
-demonstrators forget to carry, and some of their columns are wrong. What a model learns from them is right less than
-half of the time; which of the two ways of working is right, only the reward says.
+demonstrators forget to carry, and some of their columns are wrong. A model trained on them is right less than half of
+the time. Only the reward says which of the two ways of working is right.
 """
 
 import random
@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from policygrad.errors import UserError
 
 CHARACTERS = "0123456789+=,:"
-NUMBERS = 1000  # each of the two is below this
-KEPT = 4096  # problems kept from all training, for whoever holds some out
+NUMBERS = 1000  # both numbers of a problem are below this
+TRAINED_ON = 8000  # problems, in the demonstrations and in training
+KEPT = 4096  # problems that are never trained on
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Demonstrators:
 
 
 def working(a: int, b: int, carries: bool = True, errs: float = 0.0, generator: random.Random | None = None) -> str:
-    """The written-out addition of a and b, as a demonstrator would who does or does not carry."""
+    """The working of a + b by a demonstrator who does or does not carry."""
     generator = generator or random.Random(0)
     carry, columns, digits = 0, [], []
     width = max(len(str(a)), len(str(b)))
@@ -47,7 +48,7 @@ def working(a: int, b: int, carries: bool = True, errs: float = 0.0, generator: 
 
 
 def problems(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
-    """Different problems, drawn with a seed: a prompt, and the answer, as text. None of `exclude` is among them."""
+    """Distinct problems drawn with a seed, each with its prompt and answer as text; none of the prompts `exclude`."""
     generator = random.Random(seed)
     found: dict[str, dict[str, Any]] = {}
     while len(found) < count:
@@ -59,12 +60,12 @@ def problems(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> li
 
 
 def splits(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Problems to train on and problems that are in no demonstration and no rollout: the same, however many of each.
+    """Problems to train on, and held-out problems. The split is the same for all counts.
 
-    Raises UserError for more than KEPT to hold out.
+    Raises UserError if held_out is more than KEPT.
     """
     if held_out > KEPT:
-        raise UserError(f"{held_out} problems cannot be held out of arithmetic: {KEPT} at most")
+        raise UserError(f"{held_out} problems cannot be held out of arithmetic: hold out at most {KEPT}")
     kept = problems(KEPT, seed=seed + 1)
     return problems(train, seed=seed, exclude=frozenset(x["prompt"] for x in kept)), kept[:held_out]
 
@@ -80,17 +81,17 @@ def demonstrations(examples: list[dict[str, Any]], seed: int, quality: Demonstra
 
 
 def right(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """The reward: 1 if what stands after the colon is the sum, else 0."""
+    """The reward: 1 if the text after the colon is the sum, else 0."""
     return [float(text.rpartition(":")[1:] == (":", x)) for text, x in zip(completions, answer, strict=True)]
 
 
 def preferences(
     examples: list[dict[str, Any]], seed: int, quality: Demonstrators | None = None, errs: float = 0.05
 ) -> list[dict[str, str]]:
-    """Comparisons: of two imperfect completions of a problem a judge prefers the right one, and errs now and then.
+    """Comparisons of two imperfect completions of a problem. The judge prefers the right one, with some errors.
 
-    Problems of which both completions are right, or neither is, have no comparison. By default the demonstrators are
-    more careless here, so that their mistakes are of every kind. errs: the probability that the judge does.
+    A problem has no comparison if both completions are right or both are wrong. By default the demonstrators make
+    more mistakes here than in `demonstrations`. errs: the probability of an error by the judge.
     """
     quality, generator = quality or Demonstrators(forgets=0.5, errs=0.2), random.Random(seed)
     pairs = []
@@ -105,7 +106,7 @@ def preferences(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """A tokenizer with one token for each character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     names = ["<pad>", "<eos>", *CHARACTERS]
@@ -116,7 +117,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def configuration(hidden: int = 96, layers: int = 3) -> LlamaConfig:
-    """A small Llama's."""
+    """The configuration of a small Llama."""
     vocabulary = tokenizer()
     return LlamaConfig(
         vocab_size=len(vocabulary),
@@ -133,5 +134,5 @@ def configuration(hidden: int = 96, layers: int = 3) -> LlamaConfig:
 
 
 def model(hidden: int = 96, layers: int = 3) -> LlamaForCausalLM:
-    """A small Llama, from its configuration; its weights are drawn from torch's global generator."""
+    """A small Llama with weights from torch's global generator."""
     return LlamaForCausalLM(configuration(hidden, layers))

@@ -1,6 +1,6 @@
-"""Data sets of prompts and of preferences: read, checked, split, and encoded as tokens.
+"""Data sets of prompts and of preferences: reading, checking, splitting, encoding as tokens.
 
-Rows are counted from 0 in every message.
+Messages count rows from 0.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError
+from policygrad.language.messages import ending, listed, one_line, shortened
 
 Example = dict[str, Any]  # a row of a data set: its columns by name
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -28,9 +29,9 @@ def load_examples(source: str, *, split: str = "train") -> list[Example]:
     """The rows of a data set, each with a `prompt`: text, or a list of messages {"role": ..., "content": ...}.
 
     source: a .json, .jsonl, .csv or .parquet file, a directory that `datasets` saved or can read, or a data set on the
-    Hugging Face hub, as `name` or `name:configuration`. A file is one split; of a CSV file every column is text.
+    Hugging Face hub, as `name` or `name:configuration`. A file is one split. All columns of a CSV file are text.
 
-    Raises UserError if it cannot be read, is empty, or a row has no prompt.
+    Raises UserError if the source cannot be read or is empty, or if a row has no prompt.
     """
     examples = _read(source, split)
     _require_columns(examples, ("prompt",), source)
@@ -40,9 +41,9 @@ def load_examples(source: str, *, split: str = "train") -> list[Example]:
 
 
 def load_preferences(source: str, *, split: str = "train") -> list[Example]:
-    """The rows of a data set of comparisons, each with `prompt`, `chosen` and `rejected`; read as load_examples does.
+    """The rows of a data set of comparisons, each with `prompt`, `chosen` and `rejected`. source: see load_examples.
 
-    The three are text, or for a conversation lists of messages: the prompt's, and of each answer only its own.
+    The three are text, or lists of messages; those of an answer do not repeat the prompt's.
     """
     examples = _read(source, split)
     _require_columns(examples, _CONVERSATIONS, source)
@@ -51,19 +52,19 @@ def load_preferences(source: str, *, split: str = "train") -> list[Example]:
             _require_text(example[name], name, i)
         for name in ("chosen", "rejected"):
             if type(example[name]) is not type(example["prompt"]):
-                raise UserError(f"prompt and {name} of row {i} must both be text, or both lists of messages")
+                raise UserError(f"prompt and {name} of row {i} differ in kind: give both as text, or both as messages")
             if not isinstance(example[name], str) and example[name][0]["role"] != "assistant":
                 raise UserError(
-                    f"{name} of row {i} starts with a message of the {example[name][0]['role']}: "
+                    f"{name} of row {i} starts with a message of the {ending(example[name][0]['role'], 40)}: "
                     "leave out the prompt's messages, so that it starts with the assistant's"
                 )
     return examples
 
 
 def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """The examples without `count` of them drawn at random, and those; both in the order of the data.
+    """The examples to train on and `count` held-out ones, drawn at random; both in the order of the data.
 
-    With the same seed a larger count holds out the same ones and more.
+    With the same seed a larger count holds out the same examples and more.
     """
     if not 0 <= count < len(examples):
         raise UserError(f"{count} of {len(examples)} examples cannot be held out: leave at least one to train on")
@@ -75,7 +76,7 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[E
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """Every column but the prompt, with None where an example lacks it."""
+    """Every column except the prompt; None where an example lacks it."""
     names = dict.fromkeys(name for example in examples for name in example if name != "prompt")
     return {name: [example.get(name) for example in examples] for name in names}
 
@@ -85,8 +86,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """The prompts as tokens: text with the tokenizer's usual special tokens, conversations by its chat template.
 
-    Raises UserError for a conversation if there is no template, and for a prompt without a token or longer than
-    max_length.
+    Raises UserError for a conversation without a template, and for a prompt that is empty or longer than max_length.
     """
     rows = []
     for i, example in enumerate(examples):
@@ -105,7 +105,7 @@ def encode_prompts(
 def left_padded(
     rows: Sequence[Sequence[int]], pad: int, length: int | None = None
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """Rows of tokens side by side, each ending at the right edge, and where they are; P = length or the longest's."""
+    """Rows of tokens padded on the left, and their mask. P = length, by default that of the longest row."""
     longest = max(map(len, rows), default=0)
     length = longest if length is None else length
     if longest > length:
@@ -125,17 +125,20 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase, i: int) -> list[int
     if tokenizer.chat_template is None:
         raise UserError(
             f"the prompt of row {i} is a conversation, and the tokenizer has no chat template: give prompts as plain "
-            "text, or a tokenizer that has one"
+            "text, or a tokenizer with one"
         )
     try:
         return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
-    except Exception as error:  # a template is a program: it refuses roles, or an order of them, in its own words
-        raise UserError(f"the chat template cannot write the prompt of row {i}: {_line(error)}") from error
+    except Exception as error:  # a template is a program with its own errors, such as for a role that it lacks
+        said = one_line(error, 80)
+        raise UserError(
+            f"the chat template cannot write the prompt of row {i}: {said}; change the template or the row"
+        ) from error
 
 
 def _read(source: str, split: str) -> list[Example]:
-    """The rows of a data set, whatever its columns."""
-    path = Path(source)
+    """The rows of a data set with any columns."""
+    path, shown = Path(source), ending(source, 80)
     try:
         with _without_progress_bars():
             if path.is_file() or (path.suffix in FILES and not path.is_dir()):
@@ -148,16 +151,17 @@ def _read(source: str, split: str) -> list[Example]:
                 examples = _read_hub(source, split)
     except UserError:
         raise
-    except ConnectionError as error:  # datasets' own, for a name that the hub was asked for
+    except ConnectionError as error:  # from `datasets`, for a name on the hub
         raise UserError(
-            f"there is no file or directory {source}, and the hub cannot be reached: check the name and the network"
+            f"there is no file or directory {shown}, and the hub cannot be reached: check the name and the network"
         ) from error
     except Exception as error:
-        if "corresponds to no data" in str(error):  # as `datasets` says it
-            raise UserError(f"{source} is empty: give at least one row") from error
-        raise UserError(f"{source} cannot be read: {_line(error.__cause__ or error)}") from error
+        if "corresponds to no data" in str(error):  # the words of `datasets`
+            raise UserError(f"{shown} is empty: give at least one row") from error
+        start, end = f"{shown} cannot be read: ", "; fix the file, or give another source"
+        raise UserError(start + one_line(error.__cause__ or error, 200 - len(start) - len(end)) + end) from error
     if not examples:
-        raise UserError(f"{source} is empty: give at least one row")
+        raise UserError(f"{shown} is empty: give at least one row")
     for example in examples:
         example |= {name: _without_gaps(example[name]) for name in _CONVERSATIONS if name in example}
     return examples
@@ -168,25 +172,25 @@ def _read_file(path: Path, split: str) -> list[Example]:
     import datasets
 
     if path.suffix not in FILES:
-        raise UserError(f"{path} cannot be read: give a file that ends in {', '.join(FILES)}")
+        raise UserError(f"{ending(str(path), 80)} cannot be read: give a file that ends in {', '.join(FILES)}")
     if not path.is_file():
-        raise UserError(f"there is no file {path}: check the path")
-    if path.stat().st_size == 0:  # which each reader says in other words
+        raise UserError(f"there is no file {ending(str(path), 80)}: check the path")
+    if path.stat().st_size == 0:  # each reader has another message for this
         return []
     options: dict[str, Any] = {}
     if path.suffix == ".csv":
-        # Types are not guessed: 007 stays 007, and a gap in a column does not make its 72 a 72.0.
+        # No types are guessed, so that 007 stays 007 and 72 does not become 72.0 in a column with gaps.
         with path.open(newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
         text = datasets.Value("string")
         options = {"features": datasets.Features(dict.fromkeys(header, text)), "keep_default_na": False}
         options["na_values"] = [""]
-    name = (re.match(r"\w+", split) or ["train"])[0]  # of a slice such as train[:100] the split
+    name = (re.match(r"\w+", split) or ["train"])[0]  # the split of a slice such as train[:100]
     return _afresh(FILES[path.suffix], data_files={name: str(path)}, split=split, **options)
 
 
 def _afresh(*arguments: Any, **options: Any) -> list[Example]:
-    """datasets.load_dataset of local files, with a cache that is thrown away: the files may change."""
+    """datasets.load_dataset of local files, with a temporary cache, since the files may change."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
@@ -199,7 +203,7 @@ def _read_saved(path: Path, split: str) -> list[Example]:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise UserError(f"{path} has no split {split!r}: it has {', '.join(saved)}")
+            raise UserError(f"{ending(str(path))} has no split {shortened(split, 40)}: give one of {listed(saved)}")
         saved = saved[split]
     return saved.to_list()
 
@@ -208,14 +212,14 @@ def _read_hub(source: str, split: str) -> list[Example]:
     import datasets
 
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
-        raise UserError(f"there is no file or directory {source}: check the path")
+        raise UserError(f"there is no file or directory {ending(source, 80)}: check the path")
     name, _, configuration = source.partition(":")
     return datasets.load_dataset(name, configuration or None, split=split).to_list()
 
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """`datasets` says what it does; and what it says of an error is said in the error."""
+    """`datasets` without its progress bars and its log; errors are raised all the same."""
     import datasets
 
     shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
@@ -230,7 +234,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _without_gaps(value: Any) -> Any:
-    """Messages without the fields that only others have: `datasets` fills them in with None."""
+    """Messages without the fields that `datasets` adds with None because another message has them."""
     if not isinstance(value, list):
         return value
     return [{k: v for k, v in x.items() if v is not None} if isinstance(x, dict) else x for x in value]
@@ -239,27 +243,17 @@ def _without_gaps(value: Any) -> Any:
 def _require_columns(examples: list[Example], names: Sequence[str], source: str) -> None:
     for name in names:
         if name not in examples[0]:
-            raise UserError(
-                f"{source} has no column {name!r}, only {', '.join(examples[0])}: rename the one that it is"
-            )
+            known = listed(examples[0])
+            raise UserError(f"{ending(source)} has no column {name!r}, only {known}: rename the right one to it")
 
 
 def _require_text(value: Any, name: str, i: int) -> None:
     messages = isinstance(value, list) and bool(value) and all(map(_is_message, value))
     if not isinstance(value, str) and not messages:
         raise UserError(
-            f'{name} of row {i} is neither text nor a list of messages {{"role": ..., "content": ...}}: {_short(value)}'
+            f'{name} of row {i} is {shortened(value)}: give text, or a list of messages {{"role": ..., "content": ...}}'
         )
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 60 else said[:57] + "..."
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

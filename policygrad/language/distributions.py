@@ -1,7 +1,7 @@
-"""The distribution of the next token, from hidden states: the logits of a large vocabulary are never held whole.
+"""The distribution of the next token, from hidden states, without all logits of a large vocabulary in memory.
 
 At 2,048 positions and 152,000 tokens one copy of the logits takes 1.2 GB in float32, and a softmax with its gradient
-several. So the positions are taken some at a time, and backward computes the logits of each chunk anew.
+takes several. So the positions are computed in chunks, and backward computes the logits of each chunk again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from policygrad.errors import UserError
 
+CHUNK = 2**24  # the most logits held at once
 Function = Callable[..., Tensor]  # (rows, log-probabilities [n, V] of each distribution at these rows) -> [n, ...]
 
 
@@ -24,12 +25,12 @@ class TokenDistribution(Distribution):
     """pi(v | s_t) = softmax_v((W h_t + b) / temperature), the categorical over the next token at every position.
 
     hidden [B, T, H], weight [V, H] or None if `hidden` is the logits themselves, bias [V]; batch_shape [B, T],
-    event_shape (). where: the positions that are computed. At all others log_prob, entropy and KL are 0 and so are
-    their gradients, whatever stands there. chunk: the most logits held at once. If all fit, everything is plain
-    torch, to be differentiated twice, transformed and compiled; else it can be differentiated once, by reverse mode.
+    event_shape (). where: the positions to compute. Everywhere else log_prob, entropy, KL and their gradients are 0,
+    even if `hidden` is NaN there. chunk: the most logits held at once. If all fit, everything is plain torch, which
+    can be differentiated twice, transformed and compiled. If not, it can be differentiated once, in reverse mode.
 
-    The product W h is computed in hidden's type, also under autocast, and raised to float32 (float64 stays). What is
-    made under no_grad is a constant: no gradient reaches the weight through it later on.
+    The product W h is computed in hidden's type, also under autocast, and raised to float32 (float64 stays). A
+    distribution made under no_grad is a constant: no gradient reaches the weight through it later.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
@@ -42,10 +43,10 @@ class TokenDistribution(Distribution):
         *,
         temperature: float = 1.0,
         where: Bool[Tensor, "B T"] | None = None,
-        chunk: int = 2**24,
+        chunk: int = CHUNK,
     ) -> None:
         if not temperature > 0:
-            raise UserError(f"temperature is {temperature}; it must be positive")
+            raise UserError(f"temperature is {temperature}: it must be more than 0")
         self.hidden, self.weight, self.bias = (_constant_under_no_grad(x) for x in (hidden, weight, bias))
         self.temperature, self.where, self.chunk = temperature, where, chunk
         self._memo: Any = None  # (was grad enabled, action, its log_prob, entropy)
@@ -58,13 +59,13 @@ class TokenDistribution(Distribution):
         *,
         temperature: float = 1.0,
         where: Bool[Tensor, "B T"] | None = None,
-        chunk: int = 2**24,
+        chunk: int = CHUNK,
     ) -> "TokenDistribution":
-        """softmax(logits / temperature), for a model whose head is more than a linear layer."""
+        """softmax(logits / temperature), for a model with more than a linear layer as its head."""
         return cls(logits, None, temperature=temperature, where=where, chunk=chunk)
 
     def log_prob(self, value: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """log pi(a_t | s_t). The same pass computes the entropy, and both are kept for this very tensor of actions."""
+        """log pi(a_t | s_t). The same pass computes the entropy. Both are kept for this tensor of actions."""
         grad = torch.is_grad_enabled()
         if self._memo is None or self._memo[0] != grad or self._memo[1] is not value:
             pick = partial(_pick, _select(value, self.where))
@@ -87,12 +88,12 @@ class TokenDistribution(Distribution):
 
     @property
     def logits(self) -> Float[Tensor, "B T V"]:
-        """log pi_v of every token, held whole: for small models. 0 outside `where`."""
+        """log pi_v of every token, all in memory; for small models. 0 outside `where`."""
         return _evaluate((_itself,), self.where, self)[0]
 
     @property
     def probs(self) -> Float[Tensor, "B T V"]:
-        """pi_v of every token, held whole: for small models. Uniform outside `where`."""
+        """pi_v of every token, all in memory; for small models. Uniform outside `where`."""
         return self.logits.softmax(-1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class TokenDistribution(Distribution):
 
 @register_kl(TokenDistribution, TokenDistribution)
 def _kl_tokens(p: TokenDistribution, q: TokenDistribution) -> Float[Tensor, "B T"]:
-    # At the positions that both compute.
+    # At the positions that both of them compute.
     where = p.where if q.where is None else q.where if p.where is None else p.where & q.where
     return _evaluate((_kl,), where, p, q)[0]
 
@@ -127,7 +128,7 @@ def _itself(rows: slice, logp: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
 
 
 class _Head(NamedTuple):
-    """logits = hidden @ weight.T + bias, or hidden itself. Or, of these three: the gradients, or which are needed."""
+    """logits = hidden @ weight.T + bias, or hidden itself. Or the gradients of the three, or flags."""
 
     hidden: Any
     weight: Any
@@ -138,15 +139,15 @@ class _Head(NamedTuple):
 
     def logits(self, rows: slice) -> Float[Tensor, "n V"]:
         hidden, weight, bias = self.hidden[rows], self.weight, self.bias
-        # Autocast is over by the time of backward, which has to compute the same logits again.
+        # Backward runs outside autocast and has to compute the same logits again.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = hidden if weight is None else linear(hidden, weight, bias)
         return logits.to(_raised(hidden))
 
     def zeros(self, needed: "_Head") -> "_Head":
-        """Where the gradients of a chunk are added to those of the chunks before; None for what needs none."""
-        # The sum for a weight in bfloat16 is in float32. Relative errors measured over 19 and 256 chunks: 0.4 % and
-        # 1.1 % if summed in bfloat16, 0.2 % and 0.2 % so, which is the error of one product over all rows as well.
+        """The sums of gradients over chunks, at zero; None where no gradient is needed."""
+        # The sum for a weight in bfloat16 is in float32. Relative errors over 19 and 256 chunks: 0.2 % and 0.2 %, as
+        # for one product over all rows; 0.4 % and 1.1 % if summed in bfloat16.
         dtypes = (self.hidden.dtype, _raised(self.hidden), _raised(self.hidden))
         given = zip(self, dtypes, needed, strict=True)
         return _Head(*(torch.zeros_like(x, dtype=dtype) if need else None for x, dtype, need in given))
@@ -170,7 +171,7 @@ def _evaluate(
 
 
 class _Chunked(torch.autograd.Function):
-    """Functions of the log-probabilities, `size` rows at a time; tensors: the heads, one behind the other."""
+    """Functions of the log-probabilities, `size` rows at a time; tensors: the heads', one after another."""
 
     @staticmethod
     def forward(
@@ -178,7 +179,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.functions, ctx.size, ctx.temperatures = functions, size, temperatures
         ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)  # a function whose gradient nobody asks for is left out of backward
+        ctx.set_materialize_grads(False)  # backward skips a function without a gradient
         heads = _heads(tensors)
         parts = [
             _apply(functions, rows, [head.logits(rows) for head in heads], temperatures)
@@ -188,8 +189,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: to go on would lose the logits' part of the second derivative
-            raise UserError("logits taken in chunks can be differentiated once: for a second derivative raise `chunk`")
+        if torch.is_grad_enabled():  # create_graph, and the second derivative would lack the part of the logits
+            raise UserError("logits in chunks can be differentiated once: raise `chunk` for a second derivative")
         heads, needed = _heads(ctx.saved_tensors), _heads(ctx.needs_input_grad[3:])
         sums = [head.zeros(need) for head, need in zip(heads, needed, strict=True)]
         asked = [(f, g) for f, g in zip(ctx.functions, gradients, strict=True) if g is not None]
@@ -205,7 +206,7 @@ def _add_gradients(
     asked: list[tuple[Function, Tensor]],
     temperatures: Sequence[float],
 ) -> None:
-    """Add what one chunk contributes. A function of its own, so that a chunk's memory is free before the next."""
+    """Add the gradients of one chunk. A function of its own, so that the chunk's memory is free before the next one."""
     logits = [head.logits(rows).detach() for head in heads]
     given = zip(sums, heads, logits, strict=True)
     trained = [(total, head, x.requires_grad_()) for total, head, x in given if any(g is not None for g in total)]
@@ -242,7 +243,7 @@ def _raised(x: Tensor) -> torch.dtype:
 
 
 def _select(x: Tensor, where: Bool[Tensor, "B T"] | None) -> Tensor:
-    """The rows of x at the positions `where`; in a compiled graph, whose shapes are fixed, all rows and 0 elsewhere."""
+    """The rows of x at the positions `where`; in a compiled graph (fixed shapes) all rows, and 0 elsewhere."""
     if where is None or torch.compiler.is_compiling():
         return _zero_elsewhere(x, where).flatten(0, 1)
     return x[where]

@@ -1,104 +1,112 @@
-"""What a trained model's answers are reported as: pass@k, a table of samples, and a file of all of them."""
+"""Evaluating a policy: its completions of given prompts, their reward, and pass@k."""
 
-import contextlib
-import json
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Int
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError
-from policygrad.language.rewards import text_of
+from policygrad.language.generation import Engine, Request, generate
+from policygrad.language.models import stop_tokens
+from policygrad.language.policies import LanguagePolicy
+from policygrad.language.sampler import Judge, Prompts, answer
 
-Row = dict[str, Any]  # prompt, completion, reward, cut, and what else there is
-TABLE_TEXT = 240  # characters shown of a prompt or a completion
+ROWS = 512  # completions sampled together
+
+
+@dataclass
+class Evaluation:
+    """The reward of a policy's completions, with the completions themselves."""
+
+    reward: float
+    reward_std: float
+    accuracy: float | None  # the mean reward, if every reward is 0 or 1
+    pass_at_k: dict[int, float]  # the probability that one of k samples is right; also only then
+    parts: dict[str, float]
+    length: float
+    cut_fraction: float
+    prompts: int
+    completions: int
+    rows: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything except the completions."""
+        return {name: x for name, x in vars(self).items() if name != "rows"}
+
+    @property
+    def score(self) -> float:
+        """The one number that sums it up."""
+        return self.reward
+
+    def line(self) -> str:
+        """The result in one line."""
+        score = f"reward {self.reward:.3f} +- {self.reward_std:.3f}"
+        if self.accuracy is not None:
+            passes = ", ".join(f"pass@{k} {x:.3f}" for k, x in self.pass_at_k.items() if k > 1)
+            score = f"accuracy {self.accuracy:.3f}" + (f", {passes}" if passes else "")
+        return f"{score}, length {self.length:.1f}, {self.cut_fraction:.1%} cut, {self.prompts} prompts"
+
+
+def evaluate_policy(
+    policy: LanguagePolicy,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    *,
+    completions: int,
+    max_tokens: int,
+    seed: int = 1000,
+    greedy: bool = False,
+    engine: Engine = generate,
+) -> Evaluation:
+    """Answer each prompt `completions` times, by samples at the policy's temperature or greedily."""
+    if completions < 1:
+        raise UserError(f"completions is {completions}: it must be at least 1")
+    stop = stop_tokens(policy.model, tokenizer)
+    request = Request(completions, max_tokens, stop, int(tokenizer.pad_token_id), greedy)
+    device = next(policy.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    together = max(1, ROWS // completions)
+    answers = [
+        answer(policy, prompts.take(index), request, tokenizer, judge, generator, engine)
+        for index in torch.arange(len(prompts)).split(together)
+    ]
+    reward = torch.cat([x.reward for x in answers]).double()
+    parts = {name: torch.cat([x.parts[name] for x in answers]).double().nanmean().item() for name in answers[0].parts}
+    binary = bool(((reward == 0) | (reward == 1)).all())
+    right = reward.view(-1, completions).sum(1).round().long()
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= completions]
+    return Evaluation(
+        reward=reward.mean().item(),
+        reward_std=reward.std(correction=0).item(),
+        accuracy=reward.mean().item() if binary else None,
+        pass_at_k={k: pass_at_k(right, completions, k) for k in ks} if binary else {},
+        parts=parts,
+        length=torch.cat([x.completions.mask.sum(1) for x in answers]).double().mean().item(),
+        cut_fraction=torch.cat([x.completions.cut for x in answers]).double().mean().item(),
+        prompts=len(prompts),
+        completions=completions,
+        rows=[row for x in answers for row in x.rows()],
+    )
 
 
 def pass_at_k(correct: Int[Tensor, " N"], samples: int, k: int) -> float:
     """pass@k = E[1 - C(n - c, k) / C(n, k)]: the probability that one of k samples is right, without bias.
 
-    correct: [N], of n = `samples` samples of each problem the number c that are right. Chen et al. 2021,
+    correct: [N], the number c of right samples of each problem, out of n = `samples`. Chen et al. 2021,
     arXiv 2107.03374, eq. 1; in whole numbers, so that nothing cancels or overflows.
     """
     if not 1 <= k <= samples:
-        raise UserError(f"pass@{k} cannot be estimated from {samples} samples a problem: k is between 1 and {samples}")
+        raise UserError(f"pass@{k} cannot be estimated from {samples} samples a problem: give a k from 1 to {samples}")
     counts = correct.tolist()
     if not counts:
         raise UserError("pass@k is a mean over problems, and there are none: evaluate at least one")
     wrong = [c for c in counts if not 0 <= c <= samples]
     if wrong:
-        raise UserError(f"of {samples} samples of a problem {wrong[0]} cannot be right: count those that are")
+        raise UserError(f"{wrong[0]} of {samples} samples of a problem cannot be right: count the right ones")
     subsets = math.comb(samples, k)
     return math.fsum((subsets - math.comb(samples - c, k)) / subsets for c in counts) / len(counts)
-
-
-def samples_table(rows: Sequence[Row], *, limit: int, console: Console | None = None) -> None:
-    """Print the first `limit` samples; long texts lose their middle, and newlines are shown as ⏎."""
-    shown = list(rows[: max(limit, 0)])
-    if not shown:
-        return
-    table = Table(box=box.SIMPLE_HEAD, show_lines=False, expand=False, pad_edge=False, padding=(0, 1, 1, 0))
-    table.add_column("prompt", ratio=2, overflow="fold", style="dim")
-    table.add_column("completion", ratio=3, overflow="fold")
-    table.add_column("reward", justify="right", no_wrap=True, style="cyan")
-    if any(row.get("cut") for row in shown):
-        table.add_column("cut", no_wrap=True, style="yellow")
-    for row in shown:
-        cells = [Text(_shown(row["prompt"])), Text(_shown(row["completion"])), Text(_number(row.get("reward")))]
-        table.add_row(*(cells + [Text("cut" if row.get("cut") else "")])[: len(table.columns)])
-    (console or Console()).print(table)
-
-
-def write_samples(path: Path | str, rows: Sequence[Row]) -> None:
-    """Write samples as JSON, one a line; beside the file and moved there, so that a crash leaves the one before.
-
-    NaN and infinity, which JSON lacks, are written as null.
-    """
-    path = Path(path)
-    beside = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for row in rows:
-                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-
-
-def _shown(said: Any) -> str:
-    """A text, or a conversation, on one line, without control characters and without the middle if it is long."""
-    if not isinstance(said, str) and len(said) > 1:
-        said = "\n".join(f"{message['role']}: {message['content']}" for message in said)
-    text = text_of(said).replace("\n", "⏎").replace("\t", " ")
-    text = "".join(character if character.isprintable() else "�" for character in text)
-    half = (TABLE_TEXT - 3) // 2
-    return text if len(text) <= TABLE_TEXT else f"{text[:half]} … {text[-half:]}"
-
-
-def _number(reward: float | None) -> str:
-    return "-" if reward is None or math.isnan(reward) else f"{reward:.3g}"
-
-
-def _plain(value: Any) -> Any:
-    """A value in terms of JSON; tensors and arrays as lists, and what JSON has no word for as text."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(name): _plain(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)

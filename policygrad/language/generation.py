@@ -1,4 +1,4 @@
-"""Sampling completions: an engine is a function (policy, prompts, request, generator) -> Completions."""
+"""Sampling completions. An engine is a function (policy, prompts, request, generator) -> Completions."""
 
 import math
 from collections.abc import Sequence
@@ -16,25 +16,27 @@ from transformers.cache_utils import DynamicLayer
 from policygrad.errors import UserError
 from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
 
-KEPT = 3 / 4  # of the rows, or fewer, still going: the others are taken out
+KEPT = 3 / 4  # finished rows are dropped once at most this share of the rows goes on
 
 
 @dataclass(frozen=True)
 class Request:
-    """How completions are to be sampled."""
+    """A request to an engine for completions."""
 
     completions: int  # of each prompt
     max_tokens: int  # of a completion, its end-of-sequence token among them
     stop: Sequence[int]  # the end-of-sequence tokens
-    pad: int  # what stands behind an end
-    greedy: bool = False  # the likeliest token instead of a sample; for evaluation
+    pad: int  # fills a row after its end
+    greedy: bool = False  # take the most likely token instead of a sample; for evaluation
 
 
 @dataclass(frozen=True)
 class Completions:
     """B completions of T = max_tokens tokens, those of a prompt side by side, padded on the right.
 
-    logp is that of the distribution sampled from, 0 behind the mask. A cut completion has no end-of-sequence token.
+    mask: the policy chose this token. It may have holes: an engine may insert tokens between decisions, such as the
+    output of a tool. The policy sees them and is not scored on them. A completion ends at its last decision.
+    logp: of the distribution sampled from; 0 outside the mask. cut: the completion has no end-of-sequence token.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -42,13 +44,18 @@ class Completions:
     mask: Bool[Tensor, "B T"]
     cut: Bool[Tensor, " B"]
 
+    def ids(self) -> list[list[int]]:
+        """The tokens of each completion up to its end, inserted ones among them."""
+        whole = self.mask.flip(1).cumsum(1).flip(1) > 0  # up to the last decision
+        return [row[kept].tolist() for row, kept in zip(self.tokens.cpu(), whole.cpu(), strict=True)]
+
 
 @runtime_checkable
 class Engine(Protocol):
-    """What samples completions: `generate` here, or another engine that holds the same weights.
+    """A sampler of completions: `generate`, or another engine with the same weights.
 
-    An engine is handed the policy at every call, so that one with a copy of the weights can bring it up to date. Its
-    log-probabilities are those of the tokens under the distribution that it sampled from.
+    Every call hands over the policy, so an engine with its own copy of the weights can bring the copy up to date. Its
+    log-probabilities are those of the distribution that it sampled from.
     """
 
     def __call__(
@@ -69,10 +76,10 @@ def generate(
     request: Request,
     generator: torch.Generator,
 ) -> Completions:
-    """Sample with the policy's own model: each prompt is read once, its keys and values are shared by its completions.
+    """Sample with the policy's own model. It reads each prompt once and copies the keys and values to its completions.
 
-    Prompts are left-padded. Batched over all completions. A row that has ended is computed on only until a quarter of
-    the rows have: then those that go on are taken out, with their keys and values. What is drawn does not depend on it.
+    Prompts are left-padded. All completions are sampled in one batch. Once a quarter of the rows have finished, they
+    are dropped from the batch and the cache. This changes no sample.
     """
     first = int(prompt_mask.any(0).int().argmax())
     prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
@@ -80,8 +87,8 @@ def generate(
     with evaluating(policy.model), precision(prompt.device, policy.autocast):
         states, cache = _read(policy, prompt, prompt_mask, request)
         done = _nothing_yet(len(prompt) * request.completions, states, request)
-        rows = torch.arange(len(done.mask), device=prompt.device)  # that are still computed
-        alive = torch.ones_like(rows, dtype=torch.bool)  # which of them have not ended
+        rows = torch.arange(len(done.mask), device=prompt.device)  # the rows in the batch
+        alive = torch.ones_like(rows, dtype=torch.bool)  # which of them have not finished
         seen = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), request.max_tokens)], 1)
         seen = seen.repeat_interleave(request.completions, 0)
         place = positions(prompt_mask)[:, -1].repeat_interleave(request.completions)
@@ -127,10 +134,10 @@ def _nothing_yet(count: int, states: Float[Tensor, "N 1 H"], request: Request) -
 def _read(
     policy: LanguagePolicy, prompt: Tensor, prompt_mask: Tensor, request: Request
 ) -> tuple[Float[Tensor, "B 1 H"], DynamicCache]:
-    """The states after the prompts, and their keys and values, one row a completion, with room to grow."""
+    """The states after the prompts and the cache of keys and values, a row for each completion, with room to grow."""
     model = causal(policy.model)
     if "past_key_values" not in signature(model.forward).parameters:
-        raise UserError(f"{type(model).__name__} keeps no cache of keys and values: sample from it by another engine")
+        raise UserError(f"{type(model).__name__} keeps no cache of keys and values: sample from it with another engine")
     cache = DynamicCache(config=model.config)
     states = policy.states(
         1,
@@ -142,7 +149,7 @@ def _read(
     )
     rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(request.completions)
     cache.reorder_cache(rows)  # type: ignore[arg-type]
-    # Layers that slide or recur have their own way of growing.
+    # Sliding and recurrent layers have their own ways to grow.
     cache.layers = [
         _Roomy(layer, request.max_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
@@ -150,10 +157,10 @@ def _read(
 
 
 class _Roomy(DynamicLayer):
-    """The keys and values of a layer that attends to all of them, in memory set aside for those to come.
+    """The keys and values of a full-attention layer, in memory that is allocated once for all tokens.
 
-    A token's are written in place, where a DynamicLayer copies all that came before; what is attended to is what is
-    written, where a StaticLayer's whole memory is.
+    New ones are written in place; a DynamicLayer would copy all earlier ones. Attention runs over the written part
+    only; a StaticLayer's runs over the whole memory.
     """
 
     keys: Tensor
@@ -167,7 +174,7 @@ class _Roomy(DynamicLayer):
         self._set_aside(layer.keys, layer.values, room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write what is new; returns all that is written."""
+        """Write the new keys and values; returns all written so far."""
         start, stop = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         for memory, new in zip(self.memory, (key_states, value_states), strict=True):
             memory[..., start:stop, :] = new
@@ -185,7 +192,7 @@ class _Roomy(DynamicLayer):
 
 
 def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " B"]:
-    """A number in [0, 1) for each row, as fine as the device can."""
+    """A number in [0, 1) for each row, in the device's finest type."""
     dtype = torch.float32 if generator.device.type == "mps" else torch.float64
     return torch.rand(count, dtype=dtype, device=generator.device, generator=generator)
 
@@ -193,16 +200,17 @@ def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " B"]:
 def _choose(
     logp: Float[Tensor, "n V"], uniform: Float[Tensor, " n"] | None
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """A token of each row, by its number or the likeliest, and its log-probability. Not truncated (top-k, top-p)."""
+    """A token of each row, drawn or the most likely, and its log-probability. No truncation (top-k, top-p)."""
     token = logp.argmax(-1) if uniform is None else inverse_transform(logp.exp(), uniform)
     return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
 
 
 def inverse_transform(p: Float[Tensor, "n V"], uniform: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The first v with p_0 + ... + p_v > uniform * (sum of p): a sample of p, if uniform is one of [0, 1).
+    """The first v with p_0 + ... + p_v > uniform * (sum of p): a sample of p, if uniform is drawn from [0, 1).
 
-    Summed in the type of `uniform` (float64: the smallest float32 probability has its share), first by blocks of
-    sqrt(V) tokens, then inside one of them, so that a large vocabulary costs one pass. A GPU need not be waited for.
+    The sums are in the type of `uniform`; in float64 even the smallest float32 probability has its share. They run
+    over blocks of sqrt(V) tokens, then inside one block, so a large vocabulary costs one pass. The CPU does not wait
+    for a GPU.
     """
     width = math.isqrt(p.shape[1] - 1) + 1
     blocks = pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))
@@ -211,10 +219,10 @@ def inverse_transform(p: Float[Tensor, "n V"], uniform: Float[Tensor, " n"]) -> 
     block = _first_above(mass, target)
     inside = blocks.take_along_dim(block.unsqueeze(2), 1).squeeze(1).to(uniform.dtype).cumsum(-1)
     token = _first_above(inside, target - pad(mass, (1, 0)).gather(1, block))
-    return (block * width + token).squeeze(1).clamp(max=p.shape[1] - 1)  # of what is NaN, a token all the same
+    return (block * width + token).squeeze(1).clamp(max=p.shape[1] - 1)  # NaN too gives a valid token
 
 
 def _first_above(cumulative: Float[Tensor, "n K"], x: Float[Tensor, "n 1"]) -> Int[Tensor, "n 1"]:
-    """The first place where the sum exceeds x; by rounding there may be none: then the last that adds to it."""
+    """The first place where the sum exceeds x. If rounding leaves none, the last place that adds to the sum."""
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.searchsorted(cumulative, x, right=True).minimum(last).clamp(max=cumulative.shape[1] - 1)

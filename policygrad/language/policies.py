@@ -1,6 +1,6 @@
-"""A causal language model as a policy: obs, the prefixes -> the distribution of the next token, [B, T].
+"""A causal language model as a policy: prefixes -> the distribution of the next token, [B, T].
 
-A prompt stands left-padded before its completion. Only the completion's tokens are decisions, so T counts those alone.
+T counts the tokens of the completion. A left-padded prompt precedes it.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from policygrad.language.distributions import TokenDistribution
+from policygrad.language.distributions import CHUNK, TokenDistribution
 
 
 class Prefixes(NamedTuple):
     """What a language policy sees: at step t the prompt and completion[:, :t]. All have B rows.
 
-    Prompts are padded on the left and completions on the right; the masks say what is padding.
+    Prompts are padded on the left, completions on the right. prompt_mask is False at padding. completion_mask is True
+    at decisions; the policy sees every token before a row's last decision, also inserted ones, where it is False.
     """
 
     prompt: Int[Tensor, "B P"]
@@ -30,20 +31,20 @@ class Prefixes(NamedTuple):
 
 
 def prefixes(tokens: Int[Tensor, "B T"]) -> Prefixes:
-    """Rows of tokens without padding, each token to be followed by a decision: policy(y[:, :-1]).log_prob(y[:, 1:])."""
+    """Rows of tokens without padding, with a decision after every token: policy(y[:, :-1]).log_prob(y[:, 1:])."""
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)  # the last one is never looked at
+    following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)  # the last one is never read
     return Prefixes(tokens[:, :1], everywhere[:, :1], following, everywhere)
 
 
 class LanguagePolicy(nn.Module):
     """pi(y_t | x, y_<t) of a Hugging Face causal language model, at a temperature that is part of the policy.
 
-    model: any `AutoModelForCausalLM`, with or without a peft adapter. Dropout is turned off in it for good: the policy
-    that is scored is the one that was sampled. autocast: the type of the trunk's arithmetic (bfloat16); logits are
-    raised to float32. chunk: the most logits held at once in float32.
+    model: any `AutoModelForCausalLM`, with or without a peft adapter. Its dropout is turned off for good, so that the
+    policy scored is the policy sampled from. autocast: the type of the trunk's arithmetic (bfloat16); logits are
+    raised to float32. chunk: the most logits held at once.
 
-    Call it with `Prefixes`, or with rows of tokens [B, T], where it gives the distribution of each next one.
+    Call it with `Prefixes`, or with rows of tokens [B, T] for the distribution of each next token.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class LanguagePolicy(nn.Module):
         *,
         temperature: float = 1.0,
         autocast: torch.dtype | None = None,
-        chunk: int = 2**24,
+        chunk: int = CHUNK,
     ) -> None:
         super().__init__()
         self.model = without_dropout(model)
@@ -67,7 +68,7 @@ class LanguagePolicy(nn.Module):
         return self.distribution(_over_steps(obs, self.states, self.autocast), obs.completion_mask)
 
     def states(self, count: int, **inputs: Any) -> Float[Tensor, "B T H"]:
-        """The last `count` hidden states of a row; logits if they are more than a linear function of these."""
+        """The last `count` hidden states of each row, or their logits if the head is more than a linear layer."""
         model = causal(self.model)
         if self.plain_head:
             return trunk(model)(**inputs).last_hidden_state[:, -count:]
@@ -76,7 +77,7 @@ class LanguagePolicy(nn.Module):
     def distribution(
         self, states: Float[Tensor, "B T H"], where: Bool[Tensor, "B T"] | None = None
     ) -> TokenDistribution:
-        """The distribution of the next token, given `states`: sampled from and scored by these very numbers."""
+        """The distribution of the next token, given `states`. Sampling and scoring both use it."""
         weight = bias = None
         if self.plain_head:
             head: Any = causal(self.model).get_output_embeddings()
@@ -85,7 +86,7 @@ class LanguagePolicy(nn.Module):
 
 
 class AdapterOff(nn.Module):
-    """A policy as it was before its adapter: the reference of LoRA, without a second copy of the model."""
+    """A policy without its adapter: the reference of LoRA, without a second copy of the model."""
 
     def __init__(self, policy: LanguagePolicy) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class AdapterOff(nn.Module):
 
 
 def reference_of(policy: LanguagePolicy) -> nn.Module:
-    """The policy as it is now, frozen: a copy, or the base model under its adapter (which must still be untrained)."""
+    """The policy as it is now, frozen: a copy, or the base model under its adapter, which must be untrained."""
     if hasattr(policy.model, "disable_adapter"):
         return AdapterOff(policy)
     return deepcopy(policy).requires_grad_(False)
@@ -108,7 +109,7 @@ def reference_of(policy: LanguagePolicy) -> nn.Module:
 class ValueModel(nn.Module):
     """V(x, y_<t): the trunk of a language model and a linear head that starts at 0. obs [B, T] -> [B, T].
 
-    trunk: a copy of the policy's, the policy's own (then the two share it), or another model's of the same vocabulary.
+    trunk: a copy of the policy's, the policy's own (then both train it), or that of another model with the same tokens.
     """
 
     def __init__(self, trunk: nn.Module, *, autocast: torch.dtype | None = None) -> None:
@@ -129,7 +130,7 @@ class ValueModel(nn.Module):
 
 
 def causal(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside an adapter's wrapper; its layers keep the adapter's."""
+    """The causal language model inside an adapter's wrapper; its layers keep their adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
@@ -152,7 +153,8 @@ def hidden_states(trunk: nn.Module, obs: Prefixes, autocast: torch.dtype | None 
 def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dtype | None) -> Float[Tensor, "B T H"]:
     """The states at the T positions that predict the completion's tokens. states: (count, **inputs) -> the last ones.
 
-    Columns that are padding in every row are not computed: the shapes of a rollout are fixed, the work is not.
+    Columns without a decision or a prompt token at their outer side are left out. The shapes of a rollout are fixed,
+    the work is not.
     """
     steps = obs.completion.shape[1]
     obs = obs if torch.compiler.is_compiling() else _trimmed(obs)
@@ -167,7 +169,7 @@ def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dt
 
 
 def _trimmed(obs: Prefixes) -> Prefixes:
-    """Without the columns on the left that no prompt reaches, and those on the right that no completion reaches."""
+    """Without the columns before the longest prompt, and those after the last decision of all rows."""
     first = int(obs.prompt_mask.any(0).int().argmax())
     reached = obs.completion_mask.any(0).nonzero()
     count = int(reached[-1]) + 1 if len(reached) else 1
@@ -177,26 +179,26 @@ def _trimmed(obs: Prefixes) -> Prefixes:
 
 
 def positions(seen: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """0, 1, 2, ... from each row's first token: padding on the left moves nothing."""
+    """0, 1, 2, ... from each row's first token, so that padding on the left moves nothing."""
     return (seen.long().cumsum(1) - 1).clamp(min=0)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The model with every dropout at 0, in place: with it the ratio of a policy to itself would not be 1.
+    """The model with every dropout at 0, in place. With dropout the ratio of a policy to itself would not be 1.
 
-    Evaluation mode would do the same, but turns gradient checkpointing off as well.
+    Evaluation mode would turn off gradient checkpointing too.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         _without_noise(module)
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            _without_noise(module.config)  # where some layers read it; it is saved with the model
+            _without_noise(module.config)  # some layers read it there; it is saved with the model
     return model
 
 
 def _without_noise(owner: Any) -> None:
-    """Set the numbers by which transformers' models are noisy in training to 0, whatever they call them."""
+    """Set to 0 every number that makes a model noisy in training, under all names that transformers uses."""
     for name, value in vars(owner).items():
         if isinstance(value, float) and ("drop" in name or name.endswith("jitter_noise")):
             setattr(owner, name, 0.0)
@@ -204,7 +206,7 @@ def _without_noise(owner: Any) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: generation needs the cache that gradient checkpointing forbids."""
+    """Evaluation mode inside the block: generation needs the cache, and gradient checkpointing forbids it."""
     was = module.training
     module.eval()
     try:
@@ -214,20 +216,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Arithmetic in a type for a while (torch.autocast); None: as it is."""
+    """torch.autocast to a type inside the block; None: no autocast."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @torch.no_grad()
 def _head_is_plain(model: PreTrainedModel) -> bool:
-    """Are the logits a linear function of the last hidden state? Some models cap or scale them."""
+    """Whether the logits are a linear function of the last hidden state. Some models cap or scale them."""
     head, body = model.get_output_embeddings(), trunk(model)
     if type(head) is not nn.Linear or body is model:
         return False
-    passed: list[tuple[Tensor, Tensor]] = []  # what the head was given, and what it gave
+    passed: list[tuple[Tensor, Tensor]] = []  # the head's input and output
 
     def enlarge(module: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
-        large = torch.linspace(-1e4, 1e4, logits.numel()).to(logits)  # a cap at 30 spares the logits of a new model
+        large = torch.linspace(-1e4, 1e4, logits.numel()).to(
+            logits
+        )  # a new model's logits are too small to reach a cap
         passed.append((inputs[0], large.view_as(logits)))
         return passed[-1][1]
 

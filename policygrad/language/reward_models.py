@@ -1,4 +1,4 @@
-"""Reward models: what people prefer, as a number. Trained on comparisons, used as a reward function."""
+"""Reward models: trained on comparisons, used as reward functions."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from policygrad.errors import UserError
 from policygrad.language import models
+from policygrad.language.messages import ending, one_line
 from policygrad.language.policies import evaluating
 from policygrad.language.rewards import Column
 from policygrad.rollout import Batch
@@ -23,16 +24,16 @@ Pair = tuple[list[int], list[int]]  # a prompt with the chosen completion, and w
 
 
 def bradley_terry(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """log P(chosen > rejected) = log sigma(r_chosen - r_rejected), to be maximised.
+    """log P(chosen > rejected) = log sigma(r_chosen - r_rejected), to be maximized.
 
-    [B] -> [B]. Bradley & Terry 1952; of language models Christiano et al. 2017 (arXiv 1706.03741), eq. 1, and Ouyang et
-    al. 2022 (arXiv 2203.02155), eq. 1.
+    [B] -> [B]. Bradley & Terry 1952; in deep RL Christiano et al. 2017 (arXiv 1706.03741), eq. 1; for language models
+    Ouyang et al. 2022 (arXiv 2203.02155), eq. 1.
     """
     return logsigmoid(chosen - rejected)
 
 
-def centred(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """-(r_chosen + r_rejected)^2: the zero of the rewards, which comparisons leave open, is drawn to the pair's mean.
+def centered(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """-(r_chosen + r_rejected)^2: pulls the mean of a pair to 0, since comparisons leave the rewards' zero open.
 
     [B] -> [B]. Eisenstein et al. 2023, arXiv 2312.09244, eq. 4.
     """
@@ -42,18 +43,22 @@ def centred(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float
 class RewardModel:
     """r(x, y) of a sequence classifier with one label, as a reward function.
 
-    The score is read at the last token of prompt and completion, the end-of-sequence token if the completion has one.
-    Text is tokenised as a whole, and ended with that token if it was not cut; a conversation is written by the chat
-    template. Rows are scored `rows` at a time, without dropout; padding changes nothing.
+    The score is read at the last token of prompt and completion, the end-of-sequence token unless the completion was
+    cut. A text is tokenized with its prompt as a whole; a conversation is written by the chat template. Rows are scored
+    `rows` at a time, without dropout; padding changes nothing.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "reward_model", rows: int = 64
     ) -> None:
         if model.config.num_labels != 1:
-            raise UserError(f"{name} has {model.config.num_labels} labels: a reward model has one, the reward")
+            raise UserError(
+                f"{ending(name)} has {model.config.num_labels} labels: give a reward model, which has one, the reward"
+            )
         models.check_pair(model, tokenizer, 0)
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # by which its own class finds the end
+        model.config.get_text_config().pad_token_id = (
+            tokenizer.pad_token_id
+        )  # the model's own class finds the end by it
         self.model, self.tokenizer, self.rows, self.__name__ = model, tokenizer, rows, name
         self.head = score_head(model)
 
@@ -61,19 +66,19 @@ class RewardModel:
     def load(
         cls, spec: str, *, device: str = "cpu", trust_remote_code: bool = False, dtype: str = "auto"
     ) -> "RewardModel":
-        """From a directory or a hub id. Raises UserError, also for a model whose head was never trained."""
+        """From a directory or a hub id. Raises UserError, also for a model without a trained head."""
         model, missing = classifier(spec, dtype=dtype, trust_remote_code=trust_remote_code)
         if missing:
             raise UserError(
-                f"{spec} is no reward model, since it has no {missing[-1]}: "
-                f"policygrad reward-model --model {spec} trains one from it"
+                f"{ending(spec)} is no reward model, since it has no {ending(missing[-1], 40)}: "
+                "train one from it with policygrad reward-model --model"
             )
         tokenizer = models.load_tokenizer(spec, trust_remote_code=trust_remote_code)
         return cls(model.to(device), tokenizer, name=Path(spec).name)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def __call__(self, prompts: Column, completions: Column, cut: Column | None = None, **_: Any) -> list[float]:
-        """The reward of each completion. cut: was it stopped by a limit, so that no end of sequence follows?"""
+        """The reward of each completion. cut: a limit stopped it, so it has no end-of-sequence token."""
         cut = [False] * len(completions) if cut is None else cut
         rows = [encode(*x, self.tokenizer) for x in zip(prompts, completions, cut, strict=True)]
         models.check_pair(self.model, self.tokenizer, max(map(len, rows), default=0))
@@ -82,7 +87,7 @@ class RewardModel:
         return [reward for part in parts for reward in part.tolist()]
 
     def score(self, rows: Sequence[list[int]]) -> Float[Tensor, " B"]:
-        """r of rows of tokens, all at once, with its gradient."""
+        """r of rows of tokens, in one batch, with its gradient."""
         device = next(self.model.parameters()).device
         length = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(int(length.max()), device=device) < length.unsqueeze(1)
@@ -96,9 +101,9 @@ class RewardModel:
 
 
 def encode(prompt: Any, completion: Any, cut: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A prompt and its completion as tokens, ended unless it was cut. Both are text, or lists of messages.
+    """A prompt and its completion as tokens, with an end unless it was cut. Both are text, or lists of messages.
 
-    Raises UserError if there is no chat template for messages, or not a single token.
+    Raises UserError for messages without a chat template, and if there are no tokens.
     """
     if not isinstance(prompt, str):
         return _conversation([*prompt, *completion], cut, tokenizer)
@@ -106,14 +111,14 @@ def encode(prompt: Any, completion: Any, cut: bool, tokenizer: PreTrainedTokeniz
     if not cut and row[-1:] != [tokenizer.eos_token_id]:
         row.append(int(tokenizer.eos_token_id))
     if not row:
-        raise UserError("a prompt and its completion are empty: there is nothing to score")
+        raise UserError("a prompt and its completion are both empty: leave the row out, or give it a text")
     return row
 
 
 def encode_pairs(
     examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
 ) -> list[Pair]:
-    """Each prompt with its chosen and with its rejected completion, as tokens. Raises UserError for what is longer."""
+    """Each prompt with its chosen and its rejected completion, as tokens. Raises UserError for a longer pair."""
     pairs = []
     for i, example in enumerate(examples):
         chosen, rejected = (encode(example["prompt"], example[x], False, tokenizer) for x in ("chosen", "rejected"))
@@ -128,14 +133,14 @@ def encode_pairs(
 
 
 def as_batch(count: int, device: torch.device | str = "cpu") -> Batch:
-    """Pairs as the rows of a batch, each with the same weight; obs is a pair's number."""
+    """Pairs as the rows of a batch, all with the same weight; obs is the number of a pair."""
     number, zero = torch.arange(count, device=device), torch.zeros(count, 1, device=device)
     everywhere = torch.ones(count, 1, dtype=torch.bool, device=device)
     return Batch(number, zero, zero, everywhere, per_row(everywhere), zero, zero, zero)
 
 
 def preference_objective(
-    model: RewardModel, pairs: Sequence[Pair], *, centre_coefficient: float = 0.0
+    model: RewardModel, pairs: Sequence[Pair], *, center_coefficient: float = 0.0
 ) -> Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]:
     """E[log sigma(r_chosen - r_rejected) - c (r_chosen + r_rejected)^2] over the pairs of a batch, as an objective.
 
@@ -144,7 +149,7 @@ def preference_objective(
 
     def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = scores(model, [pairs[i] for i in batch.obs.tolist()])
-        gain = bradley_terry(chosen, rejected) + centre_coefficient * centred(chosen, rejected)
+        gain = bradley_terry(chosen, rejected) + center_coefficient * centered(chosen, rejected)
         columns = {"objective": gain, "accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
         means = {name: average(x.unsqueeze(1), batch.weight) for name, x in columns.items()}
         return means["objective"], {name: x.detach() for name, x in means.items()}
@@ -153,18 +158,18 @@ def preference_objective(
 
 
 def scores(model: RewardModel, pairs: Sequence[Pair]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """r_chosen and r_rejected of every pair, from one pass over both."""
+    """r_chosen and r_rejected of every pair, in one pass."""
     both = model.score([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs])
     return both[: len(pairs)], both[len(pairs) :]
 
 
 def accuracy(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """1 where the chosen completion scores higher, 1/2 where they are equal, else 0: [B] -> [B]."""
+    """1 where the chosen completion scores higher, 1/2 where both score the same, else 0: [B] -> [B]."""
     return ((chosen - rejected).sign() + 1) / 2
 
 
 def classifier(spec: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """A sequence classifier by path or hub id, and the weights that were not found and are random. Raises UserError."""
+    """A sequence classifier by path or hub id, with the names of missing weights, now random. Raises UserError."""
     missing: list[str] = []
 
     class Auto:
@@ -177,16 +182,16 @@ def classifier(spec: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     try:
         return models.load_model(spec, kind=Auto, **options), missing
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"the weights in {spec} do not fit a reward model: {said[:200]}") from error
+        start, end = f"the weights in {ending(spec)} do not fit a reward model: ", "; give another model"
+        raise UserError(start + one_line(error, 200 - len(start) - len(end)) + end) from error
 
 
 @torch.no_grad()
 def score_head(model: PreTrainedModel) -> nn.Module | None:
-    """The head, if the model's score is what it makes of the last token's state; None if the score is read elsewhere.
+    """The head if the model scores the state of the last token; None if it scores another one.
 
-    Decoders' own classes look for the last token that is not padding. Where padding is the end-of-sequence token, as it
-    often is, they take the one before the end; so the place is ours to find. Encoders read the first token.
+    A decoder's own class looks for the last token that is not padding. If the padding is the end-of-sequence token,
+    as it often is, it finds the token before the end. So RewardModel finds the place. Encoders score the first token.
     """
     head, body = getattr(model, "score", None), model.base_model
     if not isinstance(head, nn.Module) or body is model:
@@ -199,18 +204,20 @@ def score_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _conversation(messages: list[dict[str, Any]], cut: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Messages as the chat template writes them; the last one without its end if it was cut, where that can be told."""
+    """Messages as the chat template writes them; a cut one without its end, if the template allows that."""
     if tokenizer.chat_template is None:
         raise UserError(
-            "the completions are of conversations, and the reward model's tokenizer has no chat template: give prompts "
-            "as plain text, or a tokenizer that has one"
+            "the prompts are conversations, and the reward model's tokenizer has no chat template: give prompts as "
+            "plain text, or a tokenizer with one"
         )
     write = partial(tokenizer.apply_chat_template, messages, tokenize=True, return_dict=False)
     try:
         if cut:
-            with contextlib.suppress(ValueError):  # of a template that changes what the message says
+            with contextlib.suppress(ValueError):  # from a template that changes a message's text
                 return list(write(continue_final_message=True))
         return list(write())
-    except Exception as error:  # a template is a program: it refuses roles, or an order of them, in its own words
-        said = " ".join(str(error).split())
-        raise UserError(f"the chat template cannot write a conversation: {said}") from error
+    except Exception as error:  # a template is a program with its own errors, such as for a role that it lacks
+        said = one_line(error, 90)
+        raise UserError(
+            f"the chat template cannot write a conversation: {said}; change the template or the row"
+        ) from error

@@ -1,4 +1,4 @@
-"""(policy) -> Rollout: prompts answered by a language model, and what the answers are worth."""
+"""(policy) -> Rollout: a language model's answers to prompts, with their reward."""
 
 import time
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from policygrad.errors import UserError
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.policies import LanguagePolicy, Prefixes
-from policygrad.rollout import Rollout
+from policygrad.rollout import Rollout, at_last_decision
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
-CUTS = ("kept", "masked", "penalised")  # what becomes of a completion that was cut at the limit
+CUTS = ("kept", "masked", "penalized")  # what a completion cut at the limit is
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts ready to be answered: as written, as tokens padded on the left, and the data set's other columns."""
+    """Prompts as text, as tokens padded on the left, and the other columns of the data set."""
 
     texts: list[Any]  # strings, or lists of messages
     tokens: Int[Tensor, "N P"]
@@ -44,16 +44,16 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Answers:
-    """Completions of prompts, side by side, with their text and reward. B = prompts x completions."""
+    """Completions of prompts with their text and reward. B = prompts x completions; those of a prompt side by side."""
 
-    prompts: Prompts  # each prompt as often as it was answered
+    prompts: Prompts  # each prompt once for each of its completions
     completions: Completions
     texts: list[str]
     reward: Float[Tensor, " B"]
     parts: dict[str, Tensor]  # each reward function's own, NaN where it does not apply
 
     def rows(self, count: int | None = None) -> list[dict[str, Any]]:
-        """The answers as a table to read or to write."""
+        """The first `count` answers, or all, as rows of a table. tokens: the decisions of a completion."""
         lengths, cut = self.completions.mask.sum(1).tolist(), self.completions.cut.tolist()
         return [
             {
@@ -78,15 +78,15 @@ def answer(
     generator: torch.Generator,
     engine: Engine = generate,
 ) -> Answers:
-    """Answer every prompt `request.completions` times, and have the answers judged.
+    """Answer every prompt `request.completions` times and judge the answers.
 
-    Raises UserError if the engine returns other shapes than it was asked for.
+    Raises UserError if the engine returns wrong shapes.
     """
     device = next(policy.parameters()).device
     completions = engine(policy, prompts.tokens.to(device), prompts.mask.to(device), request, generator)
     _check_shapes(completions, len(prompts) * request.completions, request.max_tokens)
     repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
-    ids = [row[kept].tolist() for row, kept in zip(completions.tokens.cpu(), completions.mask.cpu(), strict=True)]
+    ids = completions.ids()
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     columns = {**repeated.columns, "completion_ids": ids, "cut": completions.cut.tolist()}
     said: list[Any] = [
@@ -101,21 +101,21 @@ def _check_shapes(completions: Completions, rows: int, width: int) -> None:
     for name, wanted in {"tokens": (rows, width), "logp": (rows, width), "mask": (rows, width), "cut": (rows,)}.items():
         found = tuple(getattr(completions, name).shape)
         if found != wanted:
-            raise UserError(f"the engine returned {name} of shape {found}, not {wanted}")
+            raise UserError(f"the engine returned {name} of shape {found}: return {wanted}, as the request says")
 
 
 class CompletionSampler:
     """Each call answers the next `prompts_per_rollout` prompts; the completions of a prompt are a group.
 
-    The prompts come in random order, each once before any comes again. The reward stands at a completion's last token.
-    A completion that was cut at the limit has no end-of-sequence token; what becomes of it is a choice:
+    The prompts come in random order, and all of them come before one comes again. The reward stands at a completion's
+    last decision. A completion cut at the limit has no end-of-sequence token; `cut` says how it counts:
 
-    kept       it is rewarded as it stands
+    kept       it has its reward
     masked     none of its decisions counts, and its group is judged without it (DAPO's overlong filtering)
-    penalised  it is rewarded as it stands, minus `cut_penalty`
+    penalized  it has its reward minus `cut_penalty`
 
-    Every rollout has the same shape: P of the longest prompt, T of the token limit. Raises UserError if there are fewer
-    prompts than one rollout takes.
+    Every rollout has the same shape: P of the longest prompt, T of the token limit. Raises UserError if one rollout
+    takes more prompts than there are.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class CompletionSampler:
         if len(prompts) < prompts_per_rollout:
             raise UserError(
                 f"there are {len(prompts)} prompts to train on, and a rollout takes {prompts_per_rollout}: "
-                "lower prompts_per_rollout or give more"
+                "lower prompts_per_rollout or give more prompts"
             )
         if cut not in CUTS:
-            raise UserError(f"a cut completion is {', '.join(CUTS[:-1])} or {CUTS[-1]}, not {cut!r}")
+            raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
         self.prompts, self.tokenizer, self.judge, self.request = prompts, tokenizer, judge, request
         self.prompts_per_rollout, self.engine = prompts_per_rollout, engine
         self.cut, self.cut_penalty = cut, cut_penalty
@@ -149,7 +149,7 @@ class CompletionSampler:
         self.last: Answers | None = None
 
     def __call__(self, policy: nn.Module) -> Rollout:
-        """Answer with the policy, a LanguagePolicy, as it is now."""
+        """Answer the next prompts with the policy, a LanguagePolicy, as it is now."""
         assert isinstance(policy, LanguagePolicy)
         start = time.perf_counter()
         answers = answer(policy, self._next(), self.request, self.tokenizer, self.judge, self.generator, self.engine)
@@ -204,16 +204,17 @@ class CompletionSampler:
 
 
 def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, metrics: dict[str, float]) -> Rollout:
-    """Answers as a rollout: each row ends, terminated, at its last token, which has the reward.
+    """Answers as a rollout. Each row terminates at its last decision, and the reward stands there.
 
-    A cut completion terminates too: its reward is for the text as it stands, and no value lies beyond.
+    A cut completion terminates too: its reward is for the text as it is, so no value lies beyond.
     """
     done, device = answers.completions, answers.completions.tokens.device
     mask, reward = done.mask, answers.reward.to(device)
     group = torch.arange(len(mask), device=device) // group_size
-    if cut == "penalised":
+    if cut == "penalized":
         reward = reward - cut_penalty * done.cut
-    last = torch.arange(mask.shape[1], device=device) == mask.sum(1, keepdim=True) - 1
+    reward = at_last_decision(reward, mask)
+    last = at_last_decision(torch.ones(len(mask), device=device), mask).bool()
     if cut == "masked":
         mask = mask & ~done.cut.unsqueeze(1)
         group = torch.where(done.cut, len(mask) + torch.arange(len(mask), device=device), group)
@@ -222,7 +223,7 @@ def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, 
         obs=obs,
         action=done.tokens,
         logp=done.logp,
-        reward=reward.unsqueeze(1) * last,
+        reward=reward,
         terminated=last,
         ended=last,
         mask=mask,

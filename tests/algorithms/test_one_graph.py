@@ -1,8 +1,7 @@
-"""An objective is a function of its batch and its modules' parameters, and traces into one graph without a break."""
+"""An objective is a function of its batch and its parameters, and traces into one graph without a break."""
 
 import subprocess
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from itertools import cycle
@@ -12,23 +11,18 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value
 from torch.testing import assert_close
 
-import policygrad.algorithms.actor_critic
-import policygrad.algorithms.grpo
-import policygrad.algorithms.ppo
-import policygrad.algorithms.reinforce
-from policygrad.algorithms.actor_critic import actor_critic, off_policy_actor_critic
-from policygrad.algorithms.grpo import grpo
-from policygrad.algorithms.ppo import ppo
-from policygrad.algorithms.reinforce import reinforce
-from policygrad.algorithms.variants import cispo, dapo, dr_grpo, gspo, reinforce_plus_plus, rloo
 from policygrad.control import Critic, Policy
-from policygrad.divergences import AdaptiveCoefficient, at_action, k3, over_actions, reweighted, to_reference
+from policygrad.divergences import AdaptiveCoefficient, to_reference
 from policygrad.linalg import flat_gradient
-from policygrad.rollout import Batch, Rollout, micro_batches
+from policygrad.rollout import Batch, Rollout, decisions, micro_batches
+from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of
+from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
+from policygrad.updates import Objective
 
 OBSERVATIONS = spaces.Box(-1, 1, (3,))
 ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
@@ -38,143 +32,106 @@ ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
     "many": (spaces.MultiDiscrete([2, 3]), {}),
     "binary": (spaces.MultiBinary(3), {}),
 }
-VARIANTS: dict[str, Callable[..., Any]] = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "rloo": rloo,
-    "reinforce_plus_plus": reinforce_plus_plus,
+# Every line of the table as it is, and what its options may add to its objective.
+ALL_OF_PPO = {"kl_old_coefficient": 1.0, "dual_clip": 3.0, "value_clip": 0.2, "entropy_coefficient": 0.1}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "ppo with all": ("ppo", {**ALL_OF_PPO, "clip_low": 0.1}),
+    "ppo without a critic": ("ppo", {"credit": "group"}),
+    "actor-critic without a critic": ("actor_critic", {"credit": "group", "entropy_coefficient": 0.1}),
+    "trpo of whole rows": ("trpo", {"ratio": "sequence"}),
+    "grpo to a reference": ("grpo", {"kl_ref": "loss", "entropy_coefficient": 0.1}),
+    "gspo to a reference": ("gspo", {"kl_ref": "loss", "kl_ref_estimate": "k3"}),
+    "cispo to a reference": ("cispo", {"kl_ref": "loss", "kl_ref_estimate": "exact"}),
 }
+# Each equation with all its branches; the other settings leave some of them out.
+TRACED = ["reinforce", "actor_critic", "ppo", "ppo with all", "trpo of whole rows"]
+TRACED += [name for name in SETTINGS if "reference" in name]
 
 
-def without_critic(variant: Callable[..., Any], divergence: Any = None) -> Callable[..., Any]:
-    """GRPO's kind, with the KL to a policy near the one that learns."""
-
-    def algorithm(policy: nn.Module, critic: nn.Module, sample: Any, optimizer: Any) -> Any:
-        if divergence is None:
-            return variant(policy, sample, optimizer)
-        reference = deepcopy(policy)
-        with torch.no_grad():
-            for p in reference.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-        anchor = partial(to_reference, reference=reference, divergence=divergence)
-        return variant(policy, sample, optimizer, anchor=anchor)
-
-    return algorithm
-
-
-ALGORITHMS: dict[str, Callable[..., Any]] = {
-    "reinforce": lambda policy, critic, sample, optimizer: reinforce(policy, sample, optimizer),
-    "actor_critic": lambda policy, critic, sample, optimizer: actor_critic(policy, critic, sample, optimizer),
-    "off_policy": lambda policy, critic, sample, optimizer: off_policy_actor_critic(policy, critic, sample, optimizer),
-    "ppo": lambda policy, critic, sample, optimizer: ppo(policy, critic, sample, optimizer, entropy_coefficient=0.1),
-    "ppo_all": lambda policy, critic, sample, optimizer: ppo(
-        policy, critic, sample, optimizer, penalty=AdaptiveCoefficient(1.0, 0.01), dual_clip_bound=3.0, value_clip=0.2
-    ),
-    **{name: without_critic(variant) for name, variant in VARIANTS.items()},
-    "grpo_all": without_critic(partial(grpo, entropy_coefficient=0.1), divergence=reweighted),
-    "grpo_k3": without_critic(gspo, divergence=partial(at_action, estimate=k3)),
-    "grpo_exact": without_critic(cispo, divergence=over_actions),
-}
-
-
-class Both(nn.Module):
-    """Policy and critic, and the objective over them, as one function of all their parameters."""
-
-    def __init__(self, policy: nn.Module, critic: nn.Module, objective: Callable[[Batch], Any]) -> None:
-        super().__init__()
-        self.policy, self.critic, self.objective = policy, critic, objective
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(batch)
-
-
-def caught(algorithm: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Both, Batch]:
-    """The objective and the batch that an algorithm hands to its first `ascend`."""
-
-    class Stop(Exception):
-        pass
-
-    def ascend(objective: Callable[[Batch], Any], batch: Batch, *_: Any, **__: Any) -> None:
-        raise Stop(objective, batch)
-
-    names = ("reinforce", "actor_critic", "ppo", "grpo")
-    for module in (getattr(policygrad.algorithms, name) for name in names):
-        monkeypatch.setattr(module, "ascend", ascend)
-    space, options = ACTIONS[kind]
-    policy, critic = Policy(OBSERVATIONS, space, hidden=(8,), **options), Critic(OBSERVATIONS, hidden=(8,))
+def problem(name: str, kind: str) -> tuple[Objective, Batch]:
+    """The objective of these settings, on a batch of a policy nearby."""
+    (method, values), (space, made) = SETTINGS[name], ACTIONS[kind]
+    options = options_of(method, "control")(**values)
+    policy, critic = Policy(OBSERVATIONS, space, hidden=(8,), **made), Critic(OBSERVATIONS, hidden=(8,))
     obs = torch.randn(4, 6, 3)
     with torch.no_grad():
         action = policy(obs).sample()
-        logp = policy(obs).log_prob(action) + 0.1 * torch.randn(4, 6)
-    nothing, all_ = torch.zeros(4, 6, dtype=torch.bool), torch.ones(4, 6, dtype=torch.bool)
+        distance = 1e-4 if method == "gspo" else 0.1  # a whole row's ratio is clipped near 1
+        logp = policy(obs).log_prob(action) + distance * torch.randn(4, 6)
+    never = torch.zeros(4, 6, dtype=torch.bool)
     rollout = Rollout(
         obs,
         action,
         logp,
         torch.randn(4, 6),
-        nothing,
-        nothing,
-        all_,
+        never,
+        never,
+        ~never.index_fill(1, torch.tensor(2), True),
         torch.arange(4) // 2,
         torch.randn(4, 3),
-        memoryless=True,
+        memoryless=getattr(options, "ratio", "token") == "token",
     )
-    optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=1.0)
-    with pytest.raises(Stop) as stopped:
-        next(ALGORITHMS[algorithm](policy, critic, lambda _: rollout, optimizer))
-    objective, batch = stopped.value.args
-    return Both(policy, critic, objective), batch
+    coefficients, anchor = {}, None
+    if options.kl_ref == "loss":
+        reference = deepcopy(policy)
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        coefficients["kl_ref"] = AdaptiveCoefficient(0.5)
+        anchor = partial(to_reference, reference=reference, divergence=DIVERGENCES[options.kl_ref_estimate])
+    if getattr(options, "kl_old_coefficient", 0):
+        coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient)
+    credit = credit_of(options, policy, critic)(rollout)
+    batch = decisions(rollout, WEIGHTS[options.weights](rollout.mask), *credit)
+    return objective_of(options, policy, critic, coefficients, anchor), batch
+
+
+def slope(value: Tensor, objective: Objective) -> Tensor:
+    return flat_gradient(value, [p for p in objective.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("kind", ACTIONS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_functional_gradient_is_the_one_that_is_ascended(
-    algorithm: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both, batch = caught(algorithm, kind, monkeypatch)
-    parameters = {name: p.detach() for name, p in both.named_parameters()}
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_functional_gradient_is_the_one_that_is_ascended(name: str, kind: str, float64: None) -> None:
+    objective, batch = problem(name, kind)
+    parameters = {name: p.detach() for name, p in objective.named_parameters()}
     gradients, (value, metrics) = grad_and_value(
-        lambda parameters: functional_call(both, parameters, (batch,)), has_aux=True
+        lambda parameters: functional_call(objective, parameters, (batch,)), has_aux=True
     )(parameters)
-    plain, plain_metrics = both(batch)
+    plain, plain_metrics = objective(batch)
     assert_close(value, plain)
     assert_close(metrics, plain_metrics)
     found = torch.cat([gradients[name].reshape(-1) for name in parameters])
-    assert_close(found, flat_gradient(plain, list(both.parameters())))
-    assert found.norm() > 0
+    assert_close(found, slope(plain, objective))
+    assert found.norm() > 1e-3
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_objective_of_any_micro_batches_adds_up_to_the_whole(
-    algorithm: str, float64: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both, batch = caught(algorithm, "gaussian", monkeypatch)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_objective_of_any_micro_batches_adds_up_to_the_whole(name: str, float64: None) -> None:
+    objective, batch = problem(name, "gaussian")
     torch.manual_seed(0)
     weight = batch.weight * torch.rand_like(batch.weight)  # as importance weights make them
-    batch = batch._replace(weight=weight.index_fill(0, torch.tensor([3, 4]), 0.0))
-    value, metrics = both(batch)
-    slope = flat_gradient(value, list(both.parameters()))
-    for rows in (1, 5, 12, 23):
-        parts = [(share, *both(part)) for share, part in micro_batches(batch, rows)]
+    batch = batch._replace(weight=weight.index_fill(0, torch.tensor([1, 3]), 0.0))
+    value, metrics = objective(batch)
+    whole = slope(value, objective)
+    assert whole.norm() > 1e-3
+    for rows in (1, 3, 5, 12, 23):
+        parts = [(share, *objective(part)) for share, part in micro_batches(batch, rows)]
         total = sum(share * value for share, value, _ in parts)
-        assert_close(total, value, rtol=1e-12, atol=1e-14)
-        assert_close(flat_gradient(total, list(both.parameters())), slope, rtol=0, atol=1e-12)
-        for name in metrics.keys() - {"effective_sample_size"}:
-            assert_close(sum(share * m[name] for share, _, m in parts), metrics[name], rtol=1e-12, atol=1e-14)
+        assert_close(total, value, rtol=1e-12, atol=1e-13)
+        assert_close(slope(total, objective), whole, rtol=0, atol=1e-12)
+        for metric in metrics.keys() - {"effective_sample_size"}:
+            assert_close(sum(share * m[metric] for share, _, m in parts), metrics[metric], rtol=1e-12, atol=1e-13)
 
 
 def trace() -> None:
     """One graph of each objective, or an error where it breaks; `eager` leaves the compiler behind it out."""
-    distinct = [name for name in ALGORITHMS if name not in VARIANTS]  # the three with an anchor have all branches
-    for algorithm, kind in zip(distinct, cycle(ACTIONS), strict=False):
+    for name, kind in zip(TRACED, cycle(ACTIONS), strict=False):
         torch.compiler.reset()
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            both, batch = caught(algorithm, kind, monkeypatch)
-        plain = both(batch)  # first: torch.distributions looks up the KL of two kinds once, which does not trace
-        traced = torch.compile(both, fullgraph=True, dynamic=False, backend="eager")
+        objective, batch = problem(name, kind)
+        plain = objective(batch)  # first: torch.distributions looks up the KL of two kinds once, which does not trace
+        traced = torch.compile(objective, fullgraph=True, dynamic=False, backend="eager")
         assert_close(traced(batch), plain)
 
 

@@ -1,21 +1,118 @@
-"""The squashed Gaussian against numerical integrals and torch's own transformed distribution, in float64."""
+"""Distributions of actions keep torch's numbers, and know their environment's actions. All in float64.
 
+The squashed Gaussian is compared with numerical integrals and with torch's own transformed distribution.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import Tensor
 from torch.autograd import gradcheck
-from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 from torch.distributions.transforms import AffineTransform, TanhTransform
 
-from policygrad.control.distributions import SquashedNormal
+from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, SquashedNormal
 
 pytestmark = pytest.mark.usefixtures("float64")
 PARAMETERS = [(0.0, 1.0), (0.7, 0.3), (-1.5, 0.8), (2.5, 0.5)]
 HALF_WIDTH = 2.0
+BOX, PLANE = spaces.Box(-1.0, 3.0, (1,), np.float64), spaces.Box(-1.0, 3.0, (2,), np.float64)
 
 
 def squashed(mean: float, std: float) -> SquashedNormal:
-    return SquashedNormal(torch.tensor([mean]), torch.tensor([std]), torch.tensor([HALF_WIDTH]))
+    return SquashedNormal(BOX, torch.tensor([mean]), torch.tensor([std]), torch.tensor([HALF_WIDTH]))
+
+
+def logits() -> Tensor:
+    return torch.linspace(-1, 2, 24).view(2, 3, 4)
+
+
+ACTIONS: dict[str, tuple[Any, Any]] = {  # a distribution of actions, and torch's own with the same numbers
+    "discrete": (lambda: DiscreteActions(spaces.Discrete(4, start=2), logits()), lambda: Categorical(logits=logits())),
+    "multi-binary": (
+        lambda: IndependentActions(spaces.MultiBinary(4), Coins(logits=logits())),
+        lambda: Independent(Bernoulli(logits=logits()), 1),
+    ),
+    "box": (
+        lambda: IndependentActions(spaces.Box(-1, 1, (4,)), Normal(logits(), 0.5)),
+        lambda: Independent(Normal(logits(), 0.5), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_samples_log_probability_entropy_and_divergence_are_torchs(name: str) -> None:
+    own, torchs = (make() for make in ACTIONS[name])
+    torch.manual_seed(1)
+    action = own.sample()
+    torch.manual_seed(1)
+    assert torch.equal(action, torchs.sample())
+    assert torch.equal(own.log_prob(action), torchs.log_prob(action))
+    assert torch.equal(own.entropy(), torchs.entropy())
+    for p, q in ((own, torchs), (torchs, own), (own, own)):
+        assert torch.equal(kl_divergence(p, q), kl_divergence(torchs, torchs))
+
+
+@pytest.mark.parametrize("name", [*ACTIONS, "squashed"])
+def test_a_copy_and_an_expansion_act_in_the_same_space(name: str) -> None:
+    own: Distribution = (
+        ACTIONS[name][0]()
+        if name in ACTIONS
+        else SquashedNormal(spaces.Box(-1, 3, (4,)), logits(), logits().exp(), torch.full((4,), HALF_WIDTH))
+    )
+    action, wide = own.sample()[:, 0], own.expand((5, 2, 3))
+    expected = own.to_environment(action)  # type: ignore[attr-defined]
+    for other in (copy.deepcopy(own), wide):
+        np.testing.assert_array_equal(other.to_environment(action), expected)  # type: ignore[attr-defined]
+    assert wide.batch_shape == (5, 2, 3)
+    assert wide.sample().shape[:3] == (5, 2, 3)
+    assert torch.equal(wide.entropy()[4], own.entropy())
+
+
+def test_the_mode_of_a_fair_coin_is_0() -> None:
+    coins = Coins(logits=torch.tensor([0.0, 1e-3, -1e-3]))
+    assert coins.mode.tolist() == [0, 1, 0]
+    assert coins.expand((2, 3)).mode.tolist() == [[0, 1, 0]] * 2
+
+
+def test_squashing_puts_0_at_the_center_and_infinity_at_the_bounds() -> None:
+    action = torch.tensor([[0.0], [99.0], [-99.0], [0.5]])
+    found = squashed(0.0, 1.0).to_environment(action)
+    np.testing.assert_allclose(found, np.array([[1], [3], [-1], [1 + 2 * np.tanh(0.5)]]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "action", "expected"),
+    [(-1, 1, np.int64, [-2.0, -0.1, 0.1, 2.0], [-1, 0, 0, 1]), (0, 3, np.uint8, [-5.0, 0.5, 5.0], [0, 2, 3])],
+)
+def test_a_squashed_integer_is_the_nearest(low: int, high: int, dtype: Any, action: Any, expected: Any) -> None:
+    space = spaces.Box(low, high, (1,), dtype)
+    found = SquashedNormal(space, torch.zeros(1), torch.ones(1), torch.ones(1)).to_environment(
+        torch.tensor(action).unsqueeze(1)
+    )
+    assert found.dtype == dtype
+    assert found[:, 0].tolist() == expected
+
+
+def test_the_squashed_log_probability_is_a_density_over_the_environments_actions() -> None:
+    """The integral of the density over an interval is the share of samples that arrive in it."""
+    distribution = squashed(0.2, 0.8)
+    action = torch.linspace(-0.9, 2.0, 20_001)
+    mass = torch.trapezoid(distribution.log_prob(((action - 1) / HALF_WIDTH).atanh().unsqueeze(1)).exp(), action)
+    taken = distribution.to_environment(distribution.sample((200_000,)))
+    assert ((taken >= -0.9) & (taken <= 2.0)).mean() == pytest.approx(mass.item(), abs=0.005)
 
 
 def integral(f: Tensor, x: Tensor) -> Tensor:
@@ -55,7 +152,7 @@ def test_the_entropy_is_minus_the_integral_of_p_log_p(mean: float, std: float) -
 
 
 def test_the_entropy_is_that_of_samples() -> None:
-    p = SquashedNormal(torch.tensor([0.3, -1.0]), torch.tensor([0.5, 0.9]), torch.tensor([1.0, 3.0]))
+    p = SquashedNormal(PLANE, torch.tensor([0.3, -1.0]), torch.tensor([0.5, 0.9]), torch.tensor([1.0, 3.0]))
     logp = p.log_prob(p.sample((200_000,)))
     assert p.entropy().item() == pytest.approx(-logp.mean().item(), abs=5 * logp.std().item() / 200_000**0.5)
 
@@ -71,11 +168,11 @@ def test_the_gradient_of_the_entropy_is_that_of_the_integral() -> None:
     half_width = torch.tensor([HALF_WIDTH])
     u = grid(0.4, 0.7)
     normal = Normal(mean, std).log_prob(u).exp()
-    logp = SquashedNormal(mean, std, half_width).log_prob(u.unsqueeze(-1))
+    logp = SquashedNormal(BOX, mean, std, half_width).log_prob(u.unsqueeze(-1))
     expected = torch.autograd.grad(-integral(normal * logp, u), (mean, std))
-    found = torch.autograd.grad(SquashedNormal(mean, std, half_width).entropy(), (mean, std))
+    found = torch.autograd.grad(SquashedNormal(BOX, mean, std, half_width).entropy(), (mean, std))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert gradcheck(lambda m, s: SquashedNormal(m, s, half_width).entropy(), (mean, std))
+    assert gradcheck(lambda m, s: SquashedNormal(BOX, m, s, half_width).entropy(), (mean, std))
 
 
 @pytest.mark.parametrize(("mean", "std"), PARAMETERS)
@@ -101,8 +198,8 @@ def test_far_out_nothing_is_lost_or_infinite(u: float) -> None:
 
 def test_dimensions_are_independent() -> None:
     mean, std, half_width = torch.tensor([0.2, -0.4]), torch.tensor([0.5, 1.5]), torch.tensor([1.0, 4.0])
-    both = SquashedNormal(mean.expand(3, 5, 2), std.expand(3, 5, 2), half_width)
-    single = [SquashedNormal(mean[d : d + 1], std[d : d + 1], half_width[d : d + 1]) for d in range(2)]
+    both = SquashedNormal(PLANE, mean.expand(3, 5, 2), std.expand(3, 5, 2), half_width)
+    single = [SquashedNormal(BOX, mean[d : d + 1], std[d : d + 1], half_width[d : d + 1]) for d in range(2)]
     u = both.sample()
     assert (both.batch_shape, u.shape) == ((3, 5), (3, 5, 2))
     torch.testing.assert_close(both.log_prob(u), sum(p.log_prob(u[..., d : d + 1]) for d, p in enumerate(single)))

@@ -1,4 +1,4 @@
-"""Whatever names or makes an environment becomes a vector environment, or one line that says why not."""
+"""Ids, objects and callables become a vector environment, or one line that says why not."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import TimeLimit
-from probes import Broken, Counting, Known, Probe, limited
+from probes import Broken, Counting, Known, limited
 
 from policygrad.control import Policy, Sampler, make_environments
-from policygrad.control.environments import autoreset_mode
+from policygrad.control.environments import autoreset_mode, label
 from policygrad.errors import UserError
 
 
 class Observed(Counting):
-    """An environment whose observations are whatever the space has for a sample."""
+    """An environment whose observations are samples of the space."""
 
     def __init__(self, space: spaces.Space) -> None:
         super().__init__()
@@ -54,10 +54,10 @@ def test_an_environment_is_given_by(environment: Any, count: int) -> None:
     assert isinstance(environments, VectorEnv)
     assert environments.num_envs == count
     assert environments.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-    assert played(environments).steps > 0
+    assert played(environments).stepping.steps > 0
 
 
-def test_the_native_vectorised_form_is_used_where_there_is_one() -> None:
+def test_the_native_vectorized_form_is_used_where_there_is_one() -> None:
     environments = make_environments("CartPole-v1", 3)
     assert isinstance(environments.unwrapped, CartPoleVectorEnv)
 
@@ -181,14 +181,14 @@ def test_composite_observations_are_flattened(space: spaces.Space, size: int, fo
     environments = make_environments(environment, 1)
     assert isinstance(environments.single_observation_space, spaces.Box)
     assert environments.single_observation_space.shape == (size,)
-    assert played(environments).steps == 7
+    assert played(environments).stepping.steps == 7
 
 
 @pytest.mark.parametrize("space", [spaces.Box(0, 255, (4, 4, 3), np.uint8), spaces.Box(-1, 1, ()), spaces.Discrete(5)])
 def test_boxes_and_state_numbers_are_left_as_they_are(space: spaces.Space) -> None:
     environments = make_environments(lambda: Observed(space), 2)
     assert environments.single_observation_space == space
-    assert played(environments).steps == 14
+    assert played(environments).stepping.steps == 14
 
 
 @pytest.mark.parametrize(
@@ -236,19 +236,17 @@ def test_when_it_resets_may_be_said_in_words(mode: AutoresetMode, said: Any) -> 
     assert rewards.tolist() == [[1, 2, 0, 1, 2, 3]]
 
 
+def test_a_word_for_no_mode_is_refused() -> None:
+    with pytest.raises(UserError, match="autoreset_mode is 'sometimes'"):
+        autoreset_mode(Saying(AutoresetMode.NEXT_STEP, "sometimes"))
+
+
 def test_composite_observations_are_flattened_whichever_way_it_is_said_when_it_resets() -> None:
     space = spaces.Dict({"a": spaces.Discrete(3)})
     for said in (None, "next_step"):
         given = Saying(AutoresetMode.NEXT_STEP, said, lambda: Observed(space))
-        assert played(make_environments(given)).steps == 7
+        assert played(make_environments(given)).stepping.steps == 7
         assert given.metadata.get("autoreset_mode") == said
-
-
-def test_a_word_for_no_mode_and_one_for_never_are_refused() -> None:
-    with pytest.raises(UserError, match="autoreset_mode is 'sometimes'"):
-        played(Saying(AutoresetMode.NEXT_STEP, "sometimes"))
-    with pytest.raises(UserError, match="does not reset itself"):
-        played(Saying(AutoresetMode.DISABLED, "disabled"))
 
 
 def test_a_vector_environment_that_cannot_be_flattened_is_refused_in_one_line() -> None:
@@ -277,27 +275,6 @@ def test_an_error_in_another_process_is_one_line() -> None:
         environments.close()
 
 
-@pytest.mark.parametrize("start", [-4, 0, 3])
-def test_actions_are_handed_over_from_the_start_of_their_space(start: int) -> None:
-    seen = []
-
-    class Seen(Probe):
-        def __init__(self) -> None:
-            super().__init__()
-            self.action_space = spaces.Discrete(3, start=start)
-
-        def reset(self, **options: Any) -> Any:
-            return self.observation(0), {}
-
-        def step(self, action: Any) -> Any:
-            seen.append(int(action))
-            return self.observation(0), 0.0, False, False, {}
-
-    environments = make_environments(Seen, 1)
-    Sampler(environments, 64)(Policy(environments.single_observation_space, environments.single_action_space))
-    assert set(seen) == {start, start + 1, start + 2}
-
-
 @pytest.mark.parametrize("squash", [False, True])
 def test_an_environment_never_sees_an_action_outside_its_box(squash: bool) -> None:
     seen = []
@@ -312,6 +289,30 @@ def test_an_environment_never_sees_an_action_outside_its_box(squash: bool) -> No
     spaces_ = (environments.single_observation_space, environments.single_action_space)
     Sampler(environments, 32)(Policy(*spaces_, squash=squash, initial_log_std=1.0))
     assert len(seen) > 50
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ("probes:Known-v0", "probes:Known-v0"),
+        (gymnasium.make("CartPole-v1"), "CartPole-v1"),
+        (Counting, "Counting"),
+        (Counting(), "Counting"),
+        (CartPoleVectorEnv(2), "CartPoleVectorEnv"),
+    ],
+    ids=["id", "made", "class", "object", "vector"],
+)
+def test_an_environment_has_a_name(environment: Any, name: str) -> None:
+    assert label(environment) == name
+
+
+def test_a_long_error_is_shortened() -> None:
+    def make() -> gymnasium.Env:
+        raise OSError("x" * 1000)
+
+    with pytest.raises(UserError, match=r"could not be made: OSError: xxx") as raised:
+        make_environments(make, 2)
+    assert len(str(raised.value)) <= 200
 
 
 def test_copies_are_seeded_apart() -> None:

@@ -1,5 +1,6 @@
-"""Evaluation plays whole episodes, as many as asked, each environment its share, without noise unless asked."""
+"""Evaluation plays the requested number of whole episodes, the same number in every environment."""
 
+import json
 import tracemalloc
 from typing import Any
 
@@ -15,7 +16,15 @@ from probes import ActionMatters, Counting, DelayedReward, Known, Potential, lim
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent
 
-from policygrad.control import ObservationNormalizer, Policy, Sampler, evaluate, make_environments
+from policygrad.control import (
+    Evaluation,
+    ObservationNormalizer,
+    Policy,
+    Sampler,
+    evaluate,
+    evaluate_on,
+    make_environments,
+)
 from policygrad.control.evaluation import Mode, time_limit
 from policygrad.errors import UserError
 
@@ -35,32 +44,32 @@ class Coin(nn.Module):
 @pytest.mark.parametrize("episodes", [1, 5, 6])
 def test_it_plays_as_many_episodes_as_asked(count: int, episodes: int) -> None:
     environments = make_environments(lambda: Counting((3,)), count)
-    returns, lengths = evaluate(policy_for(environments), environments, episodes, max_steps=50)
-    assert returns.tolist() == [6.0] * episodes
-    assert lengths.tolist() == [3] * episodes
+    found = evaluate(policy_for(environments), environments, episodes, max_steps=50)
+    assert found == Evaluation(6.0, 0.0, 3.0, episodes, [6.0] * episodes, [3] * episodes)
 
 
 def test_short_episodes_are_not_taken_more_often_than_long_ones() -> None:
     lengths = iter([1, 9])
     environments = make_environments(lambda: Counting((next(lengths),)), 2)
-    played = evaluate(policy_for(environments), environments, 20, max_steps=50)[1]
-    assert sorted(played.tolist()) == [1] * 10 + [9] * 10
+    played = evaluate(policy_for(environments), environments, 20, max_steps=50)
+    assert sorted(played.lengths) == [1] * 10 + [9] * 10
+    assert (played.length_mean, played.return_mean, played.return_std) == (5, (1 + 45) / 2, (45 - 1) / 2)
 
 
 def test_actions_are_the_mode_unless_they_are_to_be_sampled() -> None:
     environments = make_environments(ActionMatters, 4)
-    assert evaluate(Coin(), environments, 40, max_steps=5)[0].tolist() == [1.0] * 40
+    assert evaluate(Coin(), environments, 40, max_steps=5).returns == [1.0] * 40
     torch.manual_seed(0)
-    noisy = evaluate(Coin(), environments, 400, max_steps=5, stochastic=True)[0]
-    assert 0.65 < (noisy == 1).mean() < 0.85
+    noisy = evaluate(Coin(), environments, 400, max_steps=5, stochastic=True)
+    assert 0.65 < np.mean(np.array(noisy.returns) == 1) < 0.85
 
 
 def test_the_same_seed_plays_the_same_episodes() -> None:
     environments = make_environments(limited(Known, 8), 2)
     policy = policy_for(environments)
-    first, again, other = (evaluate(policy, environments, 6, seed=seed)[0] for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert first.tolist() != other.tolist()
+    first, again, other = (evaluate(policy, environments, 6, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.returns != other.returns
 
 
 def test_an_episode_that_does_not_end_is_refused() -> None:
@@ -150,9 +159,10 @@ def test_what_is_played_is_what_a_rollout_of_whole_episodes_holds(mode: Autorese
     sample = Sampler(environments, 8, seed=4, whole_episodes=True, observation_normalizer=normalizer)
     torch.manual_seed(1)
     rollouts = [sample(policy if stochastic else Mode(policy)) for _ in range(2)]
-    assert found[0].tolist() == [x for r in rollouts for x in r.reward.double().sum(1).tolist()]
-    assert found[1].tolist() == [x for r in rollouts for x in r.mask.sum(1).tolist()]
-    assert len(set(found[1].tolist())) > 1
+    assert found.returns == [x for r in rollouts for x in r.reward.double().sum(1).tolist()]
+    assert found.lengths == [x for r in rollouts for x in r.mask.sum(1).tolist()]
+    assert len(set(found.lengths)) > 1
+    assert not normalizer.statistics.count, "the statistics are frozen"
 
 
 def test_memory_does_not_grow_with_the_limit() -> None:
@@ -200,3 +210,110 @@ def test_the_mode_of_a_fair_coin_is_0(own: bool) -> None:
     environments = make_environments(Seen, 1)
     evaluate(Undecided() if own else policy_for(environments), environments, 1)
     assert seen == [[0, 0, 0]] * 2
+
+
+def test_the_mode_of_a_squashed_policy_arrives_squashed() -> None:
+    seen = []
+
+    class Seen(Known):
+        def __init__(self) -> None:
+            super().__init__(spaces.Box(-2.0, 2.0, (1,), np.float32))
+
+        def step(self, action: Any) -> Any:
+            seen.append(action)
+            return super().step(action)
+
+    environments = make_environments(limited(Seen, 4), 1)
+    space, actions = environments.single_observation_space, environments.single_action_space
+    policy = Policy(space, actions, squash=True)
+    with torch.no_grad():
+        policy.network[-1].weight.zero_()  # type: ignore[operator, union-attr]
+        policy.network[-1].bias.fill_(0.5)  # type: ignore[operator, union-attr]
+    evaluate(policy, environments, 1)
+    np.testing.assert_allclose(seen, 0.924234, rtol=1e-6)  # 2 tanh(0.5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, obs: Tensor) -> Independent:
+        return Independent(Bernoulli(logits=self.head(self.cell(obs)[0])), 1)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_policy_with_memory_is_refused(stochastic: bool) -> None:
+    environments = make_environments(limited(lambda: Known(spaces.MultiBinary(4)), 8), 1)
+    with pytest.raises(UserError, match=r"^memory is not supported yet"):
+        evaluate(Recurrent(), environments, 1, stochastic=stochastic)
+
+
+def test_an_evaluation_in_one_line_and_as_json() -> None:
+    found = Evaluation(1500.0, 0.25, 500.0, 2, [1499.75, 1500.25], [500, 500])
+    assert found.line() == "return 1,500.0 +- 0.2, length 500.0, 2 episodes"
+    assert json.loads(json.dumps(found.summary())) == {
+        "return_mean": 1500.0,
+        "return_std": 0.25,
+        "length_mean": 500.0,
+        "episodes": 2,
+        "returns": [1499.75, 1500.25],
+        "lengths": [500, 500],
+    }
+
+
+def known(actions: spaces.Space | None = None) -> Policy:
+    return Policy(spaces.Box(-np.inf, np.inf, (3,)), actions or spaces.Box(-1.0, 1.0, (2,)), hidden=(4,))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_an_evaluation_on_an_environment_has_its_own_random_stream(stochastic: bool) -> None:
+    policy, found = known(), []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        found.append(evaluate_on(policy, None, "probes:Known-v0", 5, seed=7, stochastic=stochastic))
+        after = torch.rand(1)
+        torch.manual_seed(state)
+        assert torch.equal(torch.rand(1), after)
+    assert found[0] == found[1]
+    assert found[0].episodes == 5
+    assert found[0] != evaluate_on(policy, None, "probes:Known-v0", 5, seed=8, stochastic=stochastic)
+
+
+def test_an_evaluation_closes_the_environments_that_it_made() -> None:
+    closed = []
+
+    class Closing(Known):
+        def close(self) -> None:
+            closed.append(self)
+
+    own = limited(Closing, 4)()
+    evaluate_on(known(), None, own, 2)
+    assert not closed, "an environment that was passed in stays open"
+    evaluate_on(known(), None, limited(Closing, 4), 2)
+    assert len(closed) == 2
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match=f"seed is {seed}"):
+        evaluate_on(known(), None, "probes:Known-v0", 1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (lambda: known(spaces.Discrete(2)), "action space"),
+        (lambda: known(spaces.Box(-2.0, 2.0, (2,))), "action space"),
+        (lambda: Policy(spaces.Box(-1, 1, (4,)), spaces.Box(-1.0, 1.0, (2,))), "observation space"),
+    ],
+)
+def test_an_environment_of_other_spaces_is_refused(policy: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"^the {said} of probes:Known-v0") as raised:
+        evaluate_on(policy(), None, "probes:Known-v0", 1)
+    assert len(str(raised.value)) <= 200
+
+
+def test_other_bounds_of_observations_are_no_other_space() -> None:
+    policy = Policy(spaces.Box(-1, 1, (3,), np.float64), spaces.Box(-1.0, 1.0, (2,)))
+    assert evaluate_on(policy, None, "probes:Known-v0", 1).episodes == 1

@@ -1,13 +1,9 @@
-"""Running statistics are numpy's own over all that was seen, and evaluation leaves them alone."""
-
-from pathlib import Path
+"""Running statistics are numpy's own over all batches."""
 
 import numpy as np
 import pytest
-from probes import Known, limited
 
-from policygrad import load_policy, train
-from policygrad.control import ObservationNormalizer, RewardScaler, evaluate, make_environments
+from policygrad.control import ObservationNormalizer, RewardScaler
 from policygrad.control.normalization import RunningStatistics
 
 
@@ -41,7 +37,7 @@ def test_the_state_restores_the_statistics() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(vars(statistics).values(), vars(other).values(), strict=True))
 
 
-def test_observations_are_centred_scaled_and_clipped() -> None:
+def test_observations_are_centered_scaled_and_clipped() -> None:
     normalizer, counts = ObservationNormalizer((1,)), np.ones(4, bool)
     x = np.array([[0.0], [2.0], [4.0], [6.0]])
     np.testing.assert_allclose(normalizer(x, counts), (x - 3) / np.sqrt(5), rtol=1e-8)
@@ -62,7 +58,7 @@ def test_a_frozen_normalizer_learns_nothing() -> None:
     assert normalizer.statistics.count == 0
 
 
-def test_rewards_are_scaled_and_not_centred() -> None:
+def test_rewards_are_scaled_and_not_centered() -> None:
     scaler = RewardScaler(1, 0.0)
     for reward in (1.0, 3.0, 5.0):
         scaled = scaler(np.array([reward]), np.array([False]), np.array([True]))
@@ -75,33 +71,3 @@ def test_a_return_starts_anew_after_an_end() -> None:
     scaler(np.array([4.0, 4.0]), np.array([True, False]), on)
     scaler(np.array([1.0, 1.0]), np.array([False, False]), on)
     assert scaler.returns.tolist() == [1, 3]
-
-
-def test_evaluation_freezes_the_statistics() -> None:
-    run = train("ppo", limited(Known, 8), steps=64, num_envs=2, num_steps=32, normalize_observations=True)
-    assert run.normalizer is not None
-    before = run.normalizer.statistics.state_dict()
-    first = run.evaluate(5)
-    assert run.evaluate(5) == first
-    evaluate(run.policy, make_environments(limited(Known, 8), 2), 5, normalizer=run.normalizer)
-    after = run.normalizer.statistics.state_dict()
-    assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert not run.normalizer.frozen, "training may go on"
-
-
-def test_evaluation_applies_the_statistics() -> None:
-    run = train("ppo", limited(Known, 8), steps=64, num_envs=2, num_steps=32, normalize_observations=True)
-    normalized = run.evaluate(5).returns
-    run.normalizer = None
-    assert run.evaluate(5).returns != normalized
-
-
-def test_the_statistics_are_saved_with_the_policy_and_restored(tmp_path: Path) -> None:
-    run = train("ppo", limited(Known, 8), steps=64, num_envs=2, num_steps=32, normalize_observations=True, out=tmp_path)
-    _, normalizer = load_policy(tmp_path)
-    assert normalizer is not None
-    assert run.normalizer is not None
-    saved, kept = normalizer.statistics.state_dict(), run.normalizer.statistics.state_dict()
-    assert all(np.array_equal(saved[name], kept[name]) for name in kept)
-    assert kept["count"] >= 64
-    assert normalizer.frozen

@@ -1,4 +1,4 @@
-"""The sampler: what a row holds, what counts, and the same estimates whichever way an environment resets."""
+"""The sampler: what a row contains, what counts, groups, and the same rollout for both ways of resetting."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,18 +8,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
-from probes import BROKEN, GAMMA, Broken, Counting, Known, Potential, limited
+from probes import GAMMA, Counting, Known, Potential, limited
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from policygrad.advantages import gae, standardize
-from policygrad.algorithms.actor_critic import actor_critic, off_policy_actor_critic
-from policygrad.algorithms.ppo import ppo
-from policygrad.algorithms.reinforce import reinforce
-from policygrad.algorithms.trpo import npg, trpo
-from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
-from policygrad.critics import bootstrap_values, no_fit
+from policygrad.advantages import gae
+from policygrad.control import Policy, RewardScaler, Sampler, make_environments
+from policygrad.control.sampler import next_step_layout
+from policygrad.critics import bootstrap_values
 from policygrad.errors import UserError
 from policygrad.returns import trajectory_return
 from policygrad.rollout import Rollout
@@ -61,7 +59,8 @@ def test_a_row_holds_episodes_one_after_the_other_with_a_masked_step_where_the_e
     assert trajectory_return(rollout.reward, rollout.ended, 0.5).tolist() == [[2, 2, 0, 2.75, 2.75, 2.75, 0, 2, 2]]
     assert rollout.final_obs.tolist() == [[2, 2]], "the row stops where an episode ends: that is its last observation"
     assert rollout.memoryless
-    assert sampler.steps == 7
+    assert rollout.group.tolist() == [0]
+    assert sampler.stepping.steps == 7
 
 
 def test_the_next_rollout_goes_on_where_the_last_one_stopped() -> None:
@@ -90,7 +89,7 @@ def test_return_and_length_are_the_means_of_the_episodes_that_ended() -> None:
     assert sample().metrics == {"steps": 7, "episodes": 3, "return": (3 + 6 + 3) / 3, "length": (2 + 3 + 2) / 3}
     metrics = sample().metrics  # episode 3, of 3 steps; 4, of 2; and the first step of 5
     assert metrics == {"steps": 13, "episodes": 5, "return": (3 + 6 + 3 + 6 + 3) / 5, "length": 12 / 5}
-    assert [x for x, _ in sampler.finished] == [3, 6, 3, 6, 3]
+    assert [x for x, _ in sampler.stepping.finished] == [3, 6, 3, 6, 3]
 
 
 def test_there_is_no_return_before_an_episode_has_ended() -> None:
@@ -127,7 +126,7 @@ def test_same_step_resets_do_not_count_what_did_not_fit_the_row() -> None:
     sampler, sample = sampled(vector(lambda: Counting((1,)), mode=AutoresetMode.SAME_STEP), 6)
     rollout = sample()
     assert rollout.mask.int().tolist() == [[1, 0, 1, 0, 1, 0]]
-    assert sampler.steps == 3
+    assert sampler.stepping.steps == 3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -196,14 +195,14 @@ def test_whole_episodes_are_one_to_a_row_and_masked_after_their_end() -> None:
     assert rollout.reward.sum(1).tolist() == [3, 10]
     assert rollout.obs[:, 0].tolist() == [[0, 0], [0, 0]]
     assert (rollout.ended & rollout.mask).sum(1).tolist() == [1, 1]
-    assert (sampler.steps, sampler.episodes) == (6, 2)
+    assert (sampler.stepping.steps, sampler.stepping.episodes) == (6, 2)
 
 
 def test_an_episode_cut_at_the_longest_that_it_may_be_counts_among_the_returns() -> None:
     environments = vector(lambda: Counting((9,)), lambda: Counting((2, 9)), lambda: Counting((4,)))
     sampler, sample = sampled(environments, 4, whole_episodes=True)
     metrics = sample().metrics
-    assert sorted(sampler.finished) == [(3.0, 2), (10.0, 4), (10.0, 4)]
+    assert sorted(sampler.stepping.finished) == [(3.0, 2), (10.0, 4), (10.0, 4)]
     assert (metrics["episodes"], metrics["length"]) == (3, pytest.approx(10 / 3))
     assert sample().metrics["episodes"] == 6
 
@@ -227,121 +226,6 @@ def test_whole_episodes_stop_stepping_once_all_have_ended() -> None:
     assert environments.steps == 4
     assert rollout.obs.shape == (2, 1000, 2), "the shapes are fixed all the same"
     assert rollout.action.shape == rollout.logp.shape == (2, 1000)
-
-
-class GarbageOnReset(VectorWrapper):
-    """Next-step environments that return a reward and an end on the step that only resets."""
-
-    garbage = np.nan
-
-    def reset(self, **options: Any) -> Any:
-        self.ended = np.zeros(self.num_envs, bool)
-        return super().reset(**options)
-
-    def step(self, action: Any) -> Any:
-        obs, reward, terminated, truncated, info = super().step(action)
-        reward, resets = np.where(self.ended, self.garbage, reward), self.ended
-        self.ended = terminated | truncated
-        return obs, reward, terminated | resets, truncated | resets, info
-
-
-@pytest.mark.parametrize("garbage", [1e9, np.nan, np.inf])
-def test_what_the_environment_returns_on_a_reset_step_changes_nothing(garbage: float) -> None:
-    rollouts = []
-    for wrap in (lambda x: x, GarbageOnReset):
-        torch.manual_seed(0)
-        environments = wrap(vector(Counting, lambda: Counting((1, 4))))
-        environments.garbage = garbage
-        _, sample = sampled(environments, 12, reward_scaler=RewardScaler(2, 0.9))
-        rollouts.append(sample())
-        rollouts.append(sample())
-    for a, b in zip(rollouts[:2], rollouts[2:], strict=True):
-        assert a.metrics == b.metrics
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
-
-
-def one_iteration(name: str, policy: nn.Module, critic: nn.Module, sample: Callable[[nn.Module], Rollout]) -> None:
-    both = torch.optim.Adam([*policy.parameters(), *critic.parameters()])
-    algorithm = {
-        "reinforce": lambda: reinforce(policy, sample, both, normalize=standardize, entropy_coefficient=0.01),
-        "actor_critic": lambda: actor_critic(policy, critic, sample, both, normalize=standardize),
-        "off_policy_actor_critic": lambda: off_policy_actor_critic(policy, critic, sample, both, normalize=standardize),
-        "npg": lambda: npg(policy, critic, sample, no_fit),
-        "trpo": lambda: trpo(policy, critic, sample, no_fit),
-        "ppo": lambda: ppo(policy, critic, sample, both, minibatch_size=5, normalize_batch=standardize),
-    }[name]()
-    next(iter(algorithm))
-
-
-@pytest.mark.parametrize("name", ["reinforce", "actor_critic", "off_policy_actor_critic", "npg", "trpo", "ppo"])
-def test_masked_steps_change_no_parameter(name: str) -> None:
-    def parameters(spoil: bool) -> Tensor:
-        torch.manual_seed(0)
-        environments = vector(Counting, lambda: Counting((1, 4)))
-        policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(8,))
-        critic = Critic(environments.single_observation_space, hidden=(8,))
-        sampler = Sampler(environments, 12)
-
-        def sample(policy: nn.Module) -> Rollout:
-            rollout = sampler(policy)
-            if spoil:
-                hidden = ~rollout.mask
-                rollout.action[hidden] = 1 - rollout.action[hidden]
-                rollout.logp[hidden] = -1e9
-                rollout.reward[hidden] = torch.nan
-                rollout.terminated[hidden] = True
-                rollout.ended[hidden] = True
-            return rollout
-
-        one_iteration(name, policy, critic, sample)
-        return torch.cat([p.detach().flatten() for m in (policy, critic) for p in m.parameters()])
-
-    clean, spoiled = parameters(False), parameters(True)
-    assert clean.isfinite().all()
-    assert torch.equal(clean, spoiled)
-
-
-def test_observation_statistics_are_those_of_the_observations_that_decisions_were_taken_on() -> None:
-    normalizer = ObservationNormalizer((2,))
-    sampler, sample = sampled(vector(Counting, lambda: Counting((1, 4))), 12, observation_normalizer=normalizer)
-    _, plain = sampled(vector(Counting, lambda: Counting((1, 4))), 12)
-    seen = []
-    for _ in range(3):
-        sample()
-        rollout = plain()
-        seen += [rollout.obs[rollout.mask]]
-    waiting = rollout.final_obs[torch.tensor(~sampler.resetting)]  # already taken in, the decision is still to come
-    seen = torch.cat([*seen, waiting]).double().numpy()
-    assert normalizer.statistics.count == len(seen)
-    np.testing.assert_allclose(normalizer.statistics.mean, seen.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(normalizer.statistics.var, seen.var(0), rtol=1e-12)
-
-
-def test_the_reward_scale_is_the_standard_deviation_of_the_discounted_returns_of_counted_steps() -> None:
-    scaler = RewardScaler(2, 0.9)
-    _, sample = sampled(vector(Counting, lambda: Counting((1, 4))), 12, reward_scaler=scaler)
-    _, plain = sampled(vector(Counting, lambda: Counting((1, 4))), 12)
-    sample()
-    rollout, returns = plain(), []
-    for row in range(2):
-        total = 0.0
-        for t in range(12):
-            if rollout.mask[row, t]:
-                total = 0.9 * total + rollout.reward[row, t].item()
-                returns.append(total)
-            if rollout.ended[row, t]:
-                total = 0.0
-    assert scaler.statistics.count == len(returns)
-    np.testing.assert_allclose(scaler.statistics.var, np.var(returns), rtol=1e-6)
-
-
-def test_an_episode_that_a_whole_episodes_row_cuts_off_leaves_no_return_behind() -> None:
-    scaler = RewardScaler(1, 0.9)
-    _, sample = sampled(vector(lambda: Counting((99,))), 3, whole_episodes=True, reward_scaler=scaler)
-    sample()
-    first = scaler.returns.copy()
-    sample()
-    np.testing.assert_array_equal(scaler.returns, first)
 
 
 def test_returns_are_reported_unscaled() -> None:
@@ -386,58 +270,6 @@ def test_rollouts_are_float64_where_that_is_the_default(float64: None) -> None:
     assert {getattr(rollout, name).dtype for name in ("obs", "reward", "logp", "final_obs")} == {torch.float64}
 
 
-def test_the_state_is_a_snapshot_that_sampling_does_not_change() -> None:
-    sampler, sample = sampled(
-        make_environments(limited(Known, 8), 2),
-        5,
-        observation_normalizer=ObservationNormalizer((3,)),
-        reward_scaler=RewardScaler(2, 0.9),
-    )
-    sample()
-    state = sampler.state_dict()
-    before = {name: np.array(x) for name, x in state.items() if isinstance(x, np.ndarray)}
-    sample()
-    assert before
-    assert all(np.array_equal(x, state[name]) for name, x in before.items())
-    sampler.load_state_dict(state)
-    again = sampler.state_dict()
-    assert again["steps"] == state["steps"]
-    for name, x in before.items():
-        np.testing.assert_array_equal(again[name], x)
-    for name in ("observations", "rewards"):
-        assert all(np.array_equal(state[name][key], again[name][key]) for key in ("mean", "var", "count"))
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_an_environment_that_misbehaves_is_one_line_that_says_how(how: str) -> None:
-    _, sample = sampled(make_environments(lambda: Broken(how), 2), 8)
-    with pytest.raises(UserError) as raised:
-        sample()
-    assert "environment" in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_the_line_repeats_what_the_environment_said() -> None:
-    _, sample = sampled(make_environments(Broken, 2), 8)
-    with pytest.raises(UserError, match=r"RuntimeError in step: the simulator crashed"):
-        sample()
-
-
-class WrongVector(VectorWrapper):
-    """A vector environment of the user's own that returns a column in the place of a row."""
-
-    def step(self, action: Any) -> Any:
-        obs, reward, *rest = super().step(action)
-        return obs, reward[:, None], *rest
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_vector_environment_whose_rewards_are_of_the_wrong_shape_is_refused(count: int) -> None:
-    _, sample = sampled(WrongVector(vector(*[Counting] * count)), 8)
-    with pytest.raises(UserError, match="shape"):
-        sample()
-
-
 class Poisoned(nn.Module):
     """A policy whose numbers are NaN: all of them, or those of one environment's decisions after its first episode."""
 
@@ -452,10 +284,9 @@ class Poisoned(nn.Module):
             x[-1] = torch.nan
         elif self.calls > 2:
             x[0] = torch.nan
-        return self.make(x)
-
-    def to_environment(self, action: Tensor) -> np.ndarray:
-        return np.zeros(len(action), dtype=np.int64)
+        distribution = self.make(x)
+        distribution.to_environment = lambda action: np.zeros(len(action), dtype=np.int64)
+        return distribution
 
 
 def normal(x: Tensor) -> Independent:
@@ -496,7 +327,7 @@ def test_a_policy_that_is_nan_is_named_before_the_environment_sees_it(make: Any,
             return super().step(action)
 
     sampler = Sampler(vector(Seen, Seen), 8, whole_episodes=whole)
-    with pytest.raises(UserError, match=rf"^the policy's {said} is not finite: a lower learning_rate or scale_rewards"):
+    with pytest.raises(UserError, match=rf"^the policy's {said} is not finite: try a lower learning_rate"):
         sampler(Poisoned(make))
     assert not stepped
 
@@ -507,48 +338,245 @@ def test_a_policy_may_be_nan_where_nothing_counts() -> None:
     assert rollout.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("empty", [{}, {"final_obs": np.array([None], dtype=object)}], ids=["absent", "none"])
-def test_a_reset_in_the_same_step_without_the_final_observation_is_refused(whole: bool, empty: Any) -> None:
-    class Silent(VectorWrapper):
-        def step(self, action: Any) -> Any:
-            return *super().step(action)[:4], empty
-
-    _, sample = sampled(Silent(vector(Counting, mode=AutoresetMode.SAME_STEP)), 8, whole_episodes=whole)
-    with pytest.raises(UserError, match=r"no final_obs: .*NEXT_STEP"):
-        sample()
-
-
-def test_a_state_number_outside_its_space_is_refused() -> None:
-    class Outside(Counting):
-        def __init__(self) -> None:
-            super().__init__()
-            self.observation_space = gymnasium.spaces.Discrete(3, start=1)
-
-        def _obs(self) -> Any:
-            return 1 + self.t  # 4 is outside
-
-    _, sample = sampled(make_environments(Outside, 1), 8)
-    with pytest.raises(UserError, match="Discrete"):
-        sample()
-
-
-def test_environments_that_never_reset_are_refused() -> None:
-    with pytest.raises(UserError, match="reset"):
-        Sampler(vector(Counting, mode=AutoresetMode.DISABLED), 4)
-
-
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_rollout_has_at_least_one_step(steps: int) -> None:
     with pytest.raises(UserError, match="steps"):
         Sampler(vector(Counting), steps)
 
 
-def test_only_a_box_can_be_normalised() -> None:
+class Wrapped(nn.Module):
+    """A module of the user's own around a policy."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, obs: Tensor) -> Any:
+        return self.policy(obs)
+
+
+class Recording(Known):
+    """Remembers the actions that arrive."""
+
+    def __init__(self, actions: spaces.Space) -> None:
+        super().__init__(actions)
+        self.seen: list[Any] = []
+
+    def step(self, action: Any) -> Any:
+        self.seen.append(np.array(action))
+        return super().step(action)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Wrapped], ids=["policy", "wrapped"])
+def test_a_squashed_action_arrives_squashed_through_any_wrapper(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    environment = Recording(spaces.Box(-2.0, 2.0, (1,), np.float32))
+    policy = Policy(environment.observation_space, environment.action_space, squash=True, initial_log_std=-20.0)
+    with torch.no_grad():
+        policy.network[-1].weight.zero_()  # type: ignore[operator, union-attr]
+        policy.network[-1].bias.fill_(0.5)  # type: ignore[operator, union-attr]
+    rollout = Sampler(vector(lambda: environment), 3)(wrap(policy))
+    np.testing.assert_allclose(rollout.action, 0.5, rtol=1e-6)
+    np.testing.assert_allclose(environment.seen, 0.924234, rtol=1e-6)  # 2 tanh(0.5)
+
+
+class Plain(nn.Module):
+    """A policy of the user's own, with torch's distributions."""
+
+    def __init__(self, make: Callable[[Tensor], Any], size: int) -> None:
+        super().__init__()
+        self.make, self.net = make, nn.Linear(3, size)
+
+    def forward(self, obs: Tensor) -> Any:
+        return self.make(self.net(obs))
+
+
+@pytest.mark.parametrize(
+    ("space", "make", "size"),
+    [
+        (spaces.Discrete(3, start=5), lambda x: Categorical(logits=x), 3),
+        (spaces.Box(-0.1, 0.1, (2, 2), np.float32), lambda x: Independent(Normal(x, 1.0), 1), 4),
+    ],
+    ids=["shifted", "clipped"],
+)
+def test_an_action_of_a_plain_distribution_is_mapped_by_the_space(space: Any, make: Any, size: int) -> None:
+    environment = Recording(space)
+    rollout = Sampler(vector(lambda: environment), 64)(Plain(make, size))
+    assert all(space.contains(x) for x in environment.seen)
+    stored = rollout.action[rollout.mask].reshape(-1, *space.shape)
+    expected = stored + space.start if isinstance(space, spaces.Discrete) else stored.clamp(-0.1, 0.1)
+    np.testing.assert_array_equal(np.stack(environment.seen), expected.numpy())
+
+
+class Image(Counting):
+    """Counting, as a picture."""
+
+    def __init__(self, dtype: Any = np.uint8) -> None:
+        super().__init__((3, 5))
+        self.observation_space = spaces.Box(0, 255, (4, 4, 1), dtype)
+
+    def _obs(self) -> np.ndarray:
+        pixels = np.random.default_rng([self.episode, self.t]).integers(256, size=(4, 4, 1))
+        return pixels.astype(self.observation_space.dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_images_stay_uint8_and_give_the_same_rollout_as_floats(mode: AutoresetMode, whole: bool) -> None:
+    rollouts = []
+    for dtype in (np.uint8, np.float32):
+        torch.manual_seed(0)
+        environments = vector(*[lambda dtype=dtype: Image(dtype)] * 2, mode=mode)
+        policy = Policy(environments.single_observation_space, environments.single_action_space, orthogonal=False)
+        rollouts.append(Sampler(environments, 9, whole_episodes=whole)(policy))
+    images, floats = rollouts
+    assert (images.obs.dtype, images.final_obs.dtype) == (torch.uint8, torch.uint8)
+    assert floats.obs.dtype == torch.float32
+    assert images.obs.unique().numel() > 50
+    assert torch.equal(images.obs.float(), floats.obs)
+    assert torch.equal(images.final_obs.float(), floats.final_obs)
+    for name in ("action", "logp", "reward", "mask"):
+        assert torch.equal(getattr(images, name), getattr(floats, name)), name
+    logp = policy(images.obs).log_prob(images.action)
+    torch.testing.assert_close(logp.where(images.mask, 0.0), images.logp)
+
+
+def test_state_numbers_stay_integers() -> None:
     class Numbered(Counting):
         def __init__(self) -> None:
             super().__init__()
-            self.observation_space = gymnasium.spaces.Discrete(9)
+            self.observation_space = spaces.Discrete(9, start=2)
 
-    with pytest.raises(UserError, match="Discrete"):
-        Sampler(vector(Numbered), 4, observation_normalizer=ObservationNormalizer(()))
+        def _obs(self) -> Any:
+            return 2 + self.t
+
+    _, sample = sampled(vector(Numbered), 4)
+    assert sample().obs.tolist() == [[2, 3, 4, 2]]
+    assert sample().obs.dtype == torch.int64
+
+
+class Recurrent(nn.Module):
+    def __init__(self, features: int = 3) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTM(features, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, obs: Tensor) -> Categorical:
+        return Categorical(logits=self.head(self.cell(obs)[0]))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_policy_with_memory_is_refused(whole: bool, count: int) -> None:
+    with pytest.raises(UserError, match=r"^memory is not supported yet"):
+        Sampler(vector(*[Counting] * count), 6, whole_episodes=whole)(Recurrent(2))
+
+
+def test_sampling_draws_from_the_random_stream_only_what_the_policy_draws() -> None:
+    environments = vector(lambda: Counting((9,)))
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    rollout = Sampler(environments, 4)(policy)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    Policy(environments.single_observation_space, environments.single_action_space)
+    for t in range(4):
+        policy(rollout.obs[:, t : t + 1]).sample()
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_the_columns_do_not_share_memory_with_the_next_rollout() -> None:
+    _, sample = sampled(make_environments(limited(Known, 8), 2), 4)
+    first = sample()
+    before = {name: getattr(first, name).clone() for name in COLUMNS}
+    sample()
+    assert all(torch.equal(getattr(first, name), x) for name, x in before.items())
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(None, [0, 1, 2, 3]), ("all", [0, 0, 0, 0]), (2, [0, 0, 1, 1])])
+def test_rows_are_grouped(groups: Any, expected: list[int]) -> None:
+    environments = vector(*[limited(Known, 8)] * 4)
+    _, sample = sampled(environments, 8, seed=0, whole_episodes=True, groups=groups)
+    rollout = sample()
+    assert rollout.group.tolist() == expected
+    start = rollout.obs[:, 0]
+    same = (start.unsqueeze(1) == start).all(-1)
+    own = rollout.group.unsqueeze(1) == rollout.group
+    assert torch.equal(same, own if groups == 2 else torch.eye(4, dtype=torch.bool))
+
+
+def test_the_rollouts_of_groups_follow_from_the_seed_and_the_state() -> None:
+    def new() -> tuple[Sampler, Callable[[], Rollout]]:
+        torch.manual_seed(0)
+        return sampled(vector(*[limited(Known, 8)] * 4), 8, seed=3, whole_episodes=True, groups=2)
+
+    first, sample = new()
+    sample()
+    state, random = first.state_dict(), torch.get_rng_state()
+    expected = sample()
+    second, again = new()
+    second.load_state_dict(state)
+    torch.set_rng_state(random)
+    found = again()
+    assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in COLUMNS)
+    assert found.metrics == expected.metrics
+
+
+@pytest.mark.parametrize(
+    ("groups", "std", "flat"), [("all", np.std([6, 6, 3, 10], ddof=1), 0), (2, np.std([3, 10], ddof=1) / 2, 0.5)]
+)
+def test_the_metrics_of_groups_are_the_spread_of_their_returns(groups: Any, std: float, flat: float) -> None:
+    lengths = [(3,), (3,), (2,), (4,)]
+    environments = vector(*[lambda x=x: Counting(x) for x in lengths])
+    _, sample = sampled(environments, 4, whole_episodes=True, groups=groups)
+    metrics = sample().metrics
+    assert (metrics["group_std"], metrics["flat_groups"]) == (pytest.approx(std, rel=1e-12), flat)
+
+
+def test_rows_of_their_own_have_no_spread() -> None:
+    _, sample = sampled(vector(Counting, Counting), 4, whole_episodes=True)
+    assert not {"group_std", "flat_groups"} & sample().metrics.keys()
+
+
+def test_equal_returns_that_are_not_exact_are_flat() -> None:
+    class Tenths(Counting):
+        def step(self, action: Any) -> Any:
+            obs, _, *rest = super().step(action)
+            return obs, 0.1, *rest
+
+    environments = vector(*[lambda: Tenths((3,))] * 3)
+    _, sample = sampled(environments, 4, whole_episodes=True, groups="all")
+    metrics = sample().metrics
+    assert (metrics["group_std"], metrics["flat_groups"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "said"),
+    [
+        (3, {"whole_episodes": True}, "divides the 4 environments"),
+        (0, {"whole_episodes": True}, "groups is 0"),
+        ("each", {}, "groups is 'each'"),
+        (2, {}, "whole_episodes=True"),
+    ],
+)
+def test_groups_that_cannot_be_made_are_refused(groups: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Sampler(vector(*[Counting] * 4), 4, groups=groups, **options)
+
+
+def test_the_native_vector_environment_makes_no_groups() -> None:
+    environments = make_environments("CartPole-v1", 4)
+    _, sample = sampled(environments, 4, whole_episodes=True, groups=2)
+    with pytest.raises(UserError, match='vectorization="sync"'):
+        sample()
+
+
+def test_the_layout_of_next_step_resets() -> None:
+    """One row: steps 0 and 1 of an episode, then 0 and 1 of the next, which starts where the first stopped."""
+    obs = torch.tensor([[[10.0], [11.0], [20.0], [21.0]]])
+    final = torch.tensor([[[11.0], [12.0], [21.0], [22.0]]])
+    ended = torch.tensor([[False, True, False, False]])
+    columns = {"obs": obs, "ended": ended, "mask": torch.ones(1, 4, dtype=torch.bool), "reward": torch.ones(1, 4)}
+    found, stop = next_step_layout(columns, final, torch.tensor([[22.0]]))
+    assert found["obs"].flatten().tolist() == [10, 11, 12, 20]
+    assert found["mask"].flatten().tolist() == [True, True, False, True]
+    assert found["ended"].flatten().tolist() == [False, True, True, False]
+    assert found["reward"].flatten().tolist() == [1, 1, 0, 1]
+    assert stop.tolist() == [[21]], "step 21 did not fit the row: it is the observation after its last step"

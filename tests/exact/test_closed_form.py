@@ -7,8 +7,18 @@ from policygrad.errors import UserError
 from policygrad.exact import closed_form as exact
 from policygrad.exact.enumeration import trajectories
 from policygrad.exact.expected import gae_credit, n_step_credit, td_credit, vtrace_credit
-from policygrad.exact.policies import SoftmaxPolicy, blind_to_time, probabilities, score_table, tabular
-from policygrad.exact.worlds import World, bandit, chain, cliff, garnet, two_states, with_clock
+from policygrad.exact.policies import BlindPolicy, SoftmaxPolicy, blind_to_time, probabilities, score_table, tabular
+from policygrad.exact.worlds import (
+    NAMES,
+    World,
+    bandit,
+    chain,
+    cliff,
+    garnet,
+    two_states,
+    with_clock,
+    world_named,
+)
 
 WORLDS = {
     "bandit": bandit(torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.2, 0.1]], dtype=torch.float64)),
@@ -210,3 +220,31 @@ def test_a_world_too_large_to_enumerate_is_refused():
     world = garnet(4, 3, 3)
     with pytest.raises(UserError, match="more than 200,000 trajectories"):
         trajectories(world, table(world), 12)
+
+
+def test_a_policy_that_is_blind_to_time_is_the_one_of_repeated_features():
+    horizon, theta = 4, torch.randn(6)
+    blind = BlindPolicy(tabular(3, 2), horizon, theta)
+    plain = SoftmaxPolicy(blind_to_time(tabular(3, 2), horizon), theta)
+    obs = torch.arange(12).view(3, 4)
+    torch.testing.assert_close(blind(obs).probs, plain(obs).probs)
+    torch.testing.assert_close(probabilities(blind), probabilities(plain))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tokens"])
+def test_a_world_is_made_by_its_name_with_a_time_limit(name):
+    world = world_named(name)
+    assert world.time_limit >= 1
+    uniform = torch.full_like(world.reward, 1 / world.reward.shape[1])
+    assert exact.optimal_return(world) > exact.expected_return(world, uniform)
+
+
+def test_a_name_of_no_world_is_refused_with_the_nearest():
+    for name, advice in (
+        ("chian", "did you mean chain"),
+        ("moon", "there are bandit, chain"),
+        ("tokens", "token_world"),
+    ):
+        with pytest.raises(UserError, match=advice) as error:
+            world_named(name)
+        assert len(str(error.value)) <= 200

@@ -1,23 +1,19 @@
-"""Samplers of small worlds: they sample what is enumerated, resume bit for bit, and every algorithm learns on them."""
+"""Samplers of small worlds: they sample what is enumerated, resume bit for bit, and every method learns on them."""
 
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.optim import SGD, Adam
+from oracles import composed
+from torch.optim import SGD
 
-from policygrad.advantages import gae
-from policygrad.algorithms.actor_critic import actor_critic, off_policy_actor_critic
-from policygrad.algorithms.ppo import ppo
-from policygrad.algorithms.reinforce import reinforce
-from policygrad.algorithms.trpo import npg, trpo
-from policygrad.critics import fit_critic
 from policygrad.errors import UserError
-from policygrad.exact.closed_form import expected_return, optimal_probs, state_value, visitation
+from policygrad.exact.closed_form import expected_return, optimal_return, state_value, visitation
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilities, tabular
 from policygrad.exact.sampler import CompletionSampler, EpisodeSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, tree
 from policygrad.exact.worlds import chain, garnet, with_clock
+from policygrad.updates import ascend
 
 
 def uniform(world):
@@ -82,28 +78,20 @@ def test_completions_come_in_groups_of_one_prompt():
     assert (rollout.obs[:, 0] >= TOKENS.vocabulary).all()
 
 
-ALGORITHMS = {
-    "reinforce": lambda p, c, s, o: reinforce(p, s, o, gamma=0.9),
-    "actor_critic": lambda p, c, s, o: actor_critic(p, c, s, o, gamma=0.9, max_grad_norm=torch.inf),
-    "off_policy_actor_critic": lambda p, c, s, o: off_policy_actor_critic(p, c, s, o, gamma=0.9),
-    "ppo": lambda p, c, s, o: ppo(p, c, s, o, gamma=0.9, epochs=3, minibatch_size=128),
-    "trpo": lambda p, c, s, o: trpo(p, c, s, fit_of(c), gamma=0.9),
-    "npg": lambda p, c, s, o: npg(p, c, s, fit_of(c), gamma=0.9),
-}
+LEARNERS = ["reinforce", "actor_critic", "off_policy_actor_critic", "ppo", "trpo", "npg"]
 
 
-def fit_of(critic):
-    return partial(fit_critic, critic=critic, optimizer=Adam(critic.parameters(), 0.05), epochs=3, minibatch_size=256)
+def rates(name):
+    given = {"critic_learning_rate": 0.05} | ({"learning_rate": 0.05} if name not in ("trpo", "npg") else {})
+    return given | ({"epochs": 3, "minibatch_size": 128} if name == "ppo" else {})
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_improves_j_as_it_is(name):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_method_improves_j_as_it_is(name):
     world = chain(4, gamma=0.9)
     policy, critic = uniform(world), TabularCritic(torch.zeros(4))
-    before, best = (float(expected_return(world, p.detach())) for p in (probabilities(policy), optimal_probs(world)))
-    optimizer = Adam([*policy.parameters(), *critic.parameters()], 0.05)
-    run = ALGORITHMS[name](policy, critic, EpisodeSampler(world, 32, 20), optimizer)
+    before, best = float(expected_return(world, probabilities(policy).detach())), float(optimal_return(world))
+    run = iter(composed(name, policy, EpisodeSampler(world, 32, 20), critic, gamma=0.9, **rates(name)))
     for _ in range(40):
         metrics = next(run)
         assert all(torch.as_tensor(x).isfinite() for x in metrics.values())
@@ -111,19 +99,14 @@ def test_every_algorithm_improves_j_as_it_is(name):
     assert after > before + 0.5 * (best - before)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "trpo", "ppo"])
-def test_the_same_algorithms_learn_language(name):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("name", ["reinforce", "trpo", "ppo", "grpo"])
+def test_the_same_methods_learn_language(name):
     world = tree(TOKENS)
     table = uniform(world)
     policy, critic = OnPrefixes(TOKENS, table), OnPrefixes(TOKENS, TabularCritic(torch.zeros(len(world.start))))
     before = float(expected_return(world, probabilities(table).detach()))
-    optimizer = Adam([*policy.parameters(), *critic.parameters()], 0.1)
-    run = {
-        "reinforce": lambda: reinforce(policy, CompletionSampler(TOKENS, 8, 8), optimizer, gamma=1.0),
-        "trpo": lambda: trpo(policy, critic, CompletionSampler(TOKENS, 8, 8), fit_of(critic), gamma=1.0),
-        "ppo": lambda: ppo(policy, critic, CompletionSampler(TOKENS, 8, 8), optimizer, gamma=1.0, epochs=2),
-    }[name]()
+    given = {"learning_rate": 0.1} if name == "grpo" else rates(name)
+    run = iter(composed(name, policy, CompletionSampler(TOKENS, 8, 8), critic, **given))
     for _ in range(30):
         next(run)
     assert float(expected_return(world, probabilities(table).detach())) > before + 0.3  # of 1.5 at best
@@ -134,8 +117,45 @@ def test_one_step_of_gradient_ascent_with_an_exact_critic_raises_j():
     policy = uniform(world)
     before = expected_return(world, probabilities(policy).detach())
     critic = TabularCritic(state_value(world, probabilities(policy).detach()))
-    run = actor_critic(
-        policy, critic, EpisodeSampler(world, 5_000, 3), SGD(policy.parameters(), 0.1), advantages=partial(gae, lam=0.0)
-    )
-    next(run)
+    learner = composed("actor_critic", policy, EpisodeSampler(world, 5_000, 3), critic, gamma=0.9, lam=0.0)
+    next(iter(replace(learner, update=ascend(SGD(policy.parameters(), 0.1)))))
     assert expected_return(world, probabilities(policy).detach()) > before
+
+
+def test_both_count_what_they_have_played():
+    world = chain(4)
+    language = OnPrefixes(TOKENS, uniform(tree(TOKENS)))
+    for sampler, policy, rows in (
+        (EpisodeSampler(world, 5, 6), uniform(world), 5),
+        (CompletionSampler(TOKENS, 3, 2), language, 6),
+    ):
+        first, second = sampler(policy), sampler(policy)
+        assert sampler.steps == first.mask.sum() + second.mask.sum() == second.metrics["steps"]
+        assert sampler.episodes == 2 * rows == second.metrics["episodes"]
+        assert second.metrics["return"] == pytest.approx(float(second.reward.sum(1).mean()))
+        assert second.metrics["length"] == pytest.approx(float(second.mask.sum(1).double().mean()))
+        another = type(sampler)(*((world, 5, 6) if rows == 5 else (TOKENS, 3, 2)))
+        another.load_state_dict(sampler.state_dict())
+        assert another(policy).metrics == sampler(policy).metrics
+
+
+def test_groups_of_answers_are_measured():
+    rollout = CompletionSampler(TOKENS, 4, 3)(OnPrefixes(TOKENS, uniform(tree(TOKENS))))
+    score = rollout.reward.sum(1).view(4, 3)
+    spread = score.std(1, correction=0)
+    assert rollout.metrics["reward"] == pytest.approx(float(score.mean()))
+    assert rollout.metrics["group_std"] == pytest.approx(float(spread.mean()))
+    assert rollout.metrics["flat_groups"] == pytest.approx(float((spread == 0).double().mean()))
+
+
+def test_episodes_from_the_same_start_are_a_group():
+    world = garnet(3, 2, 2)
+    rollout = EpisodeSampler(world, 20, 4)(uniform(world))
+    assert torch.equal(rollout.group, rollout.obs[:, 0])
+    assert len(rollout.group.unique()) > 1
+
+
+def test_the_draws_are_those_of_the_seed():
+    world = chain(4)
+    first = EpisodeSampler(world, 3, 5, seed=3)(uniform(world)).action
+    assert first.tolist() == [[1, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from policygrad.errors import UserError
-from policygrad.exact.closed_form import expected_return, kl_by_state, visitation
+from policygrad.exact.closed_form import expected_return, kl_by_state, optimal_return, visitation
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilities, tabular
 from policygrad.exact.tokens import (
     END,
@@ -16,6 +16,7 @@ from policygrad.exact.tokens import (
     log_likelihood,
     prefix_state,
     sequence_kl,
+    token_world,
     tree,
 )
 
@@ -97,3 +98,7 @@ def test_too_large_is_refused(everything):
         tree(TokenWorld(3, 50, 6, lambda prompt, y: 0.0))
     with pytest.raises(UserError, match="too many"):
         groups(*everything, 6)
+
+
+def test_the_usual_world_can_be_solved():
+    assert optimal_return(tree(token_world())) == pytest.approx(1.5)

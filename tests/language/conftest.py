@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policygrad.language.data import left_padded
-from policygrad.language.policies import Prefixes
+from policygrad.language.generation import Completions, Request
+from policygrad.language.policies import LanguagePolicy, Prefixes, ValueModel, trunk
 
 VOCABULARY, HIDDEN, PAD, END = 23, 16, 0, 1
+TOOL = 9  # the token that `with_tool` inserts
 
 BASE = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": END}
 SIZE = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -110,6 +112,56 @@ def picked(obs: Prefixes, rows: list[Tensor]) -> Tensor:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row.gather(1, obs.completion[i, : len(row), None])[:, 0]
     return out
+
+
+def with_holes() -> Prefixes:
+    """Rows with inserted tokens before, between and after their decisions; the last row has no decision at all."""
+    pattern = ["1100100", "0101111", "1000001", "0000000"]
+    mask = torch.tensor([[x == "1" for x in row] for row in pattern])
+    return Prefixes(*prompts(1, 5, 3, 6), torch.randint(2, VOCABULARY, mask.shape), mask)
+
+
+def one_by_one(model: PreTrainedModel, obs: Prefixes, temperature: float = 1.0) -> Tensor:
+    """log pi of each decision, [B, T], 0 elsewhere, from a pass of its own over all tokens before it, no padding."""
+    columns = []
+    for prompt, prompt_mask, completion, mask in zip(*obs, strict=True):
+        found = [torch.zeros(()) for _ in mask]
+        for t in mask.nonzero().flatten().tolist():
+            row = torch.cat([prompt[prompt_mask], completion[:t]]).unsqueeze(0)
+            found[t] = (model(input_ids=row).logits[0, -1] / temperature).log_softmax(-1)[completion[t]]
+        columns.append(torch.stack(found))
+    return torch.stack(columns)
+
+
+@torch.no_grad()
+def with_tool(
+    policy: LanguagePolicy, prompt: Tensor, prompt_mask: Tensor, request: Request, generator: torch.Generator
+) -> Completions:
+    """An engine that samples each row by itself and inserts two tokens after every two, each row elsewhere."""
+    rows = request.completions * len(prompt)
+    tokens = torch.full((rows, request.max_tokens), request.pad)
+    logp, mask = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
+    for i in range(rows):
+        row = prompt[i // request.completions][prompt_mask[i // request.completions]]
+        for t in range(request.max_tokens):
+            following = (policy.model(input_ids=row.unsqueeze(0)).logits[0, -1] / policy.temperature).log_softmax(-1)
+            token = torch.multinomial(following.exp(), 1, generator=generator)[0]
+            mask[i, t] = (t + i) % 4 < 2
+            tokens[i, t] = token if mask[i, t] else TOOL
+            logp[i, t] = following[token] if mask[i, t] else 0.0
+            if mask[i, t] and int(token) in request.stop:
+                break
+            row = torch.cat([row, tokens[i, t : t + 1]])
+    ended = torch.isin(tokens, torch.tensor(list(request.stop))) & mask
+    return Completions(tokens, logp, mask, ~ended.any(1))
+
+
+def valued(model: nn.Module, **options: Any) -> ValueModel:
+    """A critic whose head is not 0."""
+    value = ValueModel(trunk(model), **options)
+    nn.init.normal_(value.head.weight)
+    nn.init.normal_(value.head.bias)
+    return value
 
 
 def gradients(value: Tensor, module: torch.nn.Module) -> Tensor:

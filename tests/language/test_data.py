@@ -57,10 +57,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are short: those from the directory of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 def said(source: Any, load: Any = load_examples, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         load(str(source), **options)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 200
     return str(caught.value)
 
 
@@ -100,10 +107,10 @@ def test_directories(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": data, "test": data.select([2])}).save_to_disk(tmp_path / "two")
     assert load_examples(str(tmp_path / "one")) == ROWS
     assert load_examples(str(tmp_path / "two"), split="test") == ROWS[2:]
-    assert said(tmp_path / "two", split="dev") == f"{tmp_path}/two has no split 'dev': it has train, test"
+    assert said("two", split="dev") == "two has no split 'dev': give one of train, test"
     files = tmp_path / "files"
     files.mkdir()
-    assert said(files).startswith(f"{files} cannot be read: ")
+    assert said("files").startswith("files cannot be read: ")
     for rows in (ROWS, ROWS[::-1]):
         write(files / "train.jsonl", rows)
         assert load_examples(str(files)) == rows
@@ -165,7 +172,7 @@ def test_datasets_is_quiet_and_then_as_it_was(
     ("name", "content", "message"),
     [
         ("none.jsonl", None, "there is no file PATH: check the path"),
-        ("no/where", None, "there is no file or directory PATH: check the path"),
+        ("no where", None, "there is no file or directory PATH: check the path"),
         ("data.txt", "1 + 1", "PATH cannot be read: give a file that ends in .json, .jsonl, .csv, .parquet"),
         (
             "bad.jsonl",
@@ -182,25 +189,25 @@ def test_datasets_is_quiet_and_then_as_it_was(
         (
             "columns.jsonl",
             '{"question": "a", "answer": "b"}\n',
-            "PATH has no column 'prompt', only question, answer: rename the one that it is",
+            "PATH has no column 'prompt', only question, answer: rename the right one to it",
         ),
         (
             "number.jsonl",
             '{"prompt": 1}\n{"prompt": 2}\n',
-            'prompt of row 0 is neither text nor a list of messages {"role": ..., "content": ...}: 1',
+            'prompt of row 0 is 1: give text, or a list of messages {"role": ..., "content": ...}',
         ),
-        ("gap.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "prompt of row 1 is neither text nor a list of messages"),
-        ("list.json", '[{"prompt": []}]', "prompt of row 0 is neither text nor a list of messages"),
-        ("role.json", '[{"prompt": [{"content": "a"}]}]', "prompt of row 0 is neither text nor a list of messages"),
+        ("gap.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "prompt of row 1 is None: give text"),
+        ("list.json", '[{"prompt": []}]', "prompt of row 0 is []: give text"),
+        ("role.json", '[{"prompt": [{"content": "a"}]}]', "prompt of row 0 is [{'content': 'a'}]: give text"),
         (
             "tool.json",
             '[{"prompt": [{"role": "user", "content": null}]}]',
-            "prompt of row 0 is neither text nor a list of messages",
+            "prompt of row 0 is [{'role': 'user'}]: give text",
         ),
     ],
 )
-def test_data_that_cannot_be_used(name: str, content: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
+def test_data_that_cannot_be_used(name: str, content: str | None, message: str) -> None:
+    path = Path(name)
     if content is not None:
         path.write_text(content)
     assert said(path).startswith(message.replace("PATH", str(path)))
@@ -225,13 +232,13 @@ def test_preferences(tmp_path: Path) -> None:
     [
         (
             {"prompt": "a", "chosen": "b"},
-            "PATH has no column 'rejected', only prompt, chosen: rename the one that it is",
+            "PATH has no column 'rejected', only prompt, chosen: rename the right one to it",
         ),
         ({"chosen": "a", "rejected": "b"}, "PATH has no column 'prompt', only chosen, rejected: "),
-        ({"prompt": "a", "chosen": 2, "rejected": 3}, "chosen of row 0 is neither text nor a list of messages"),
+        ({"prompt": "a", "chosen": 2, "rejected": 3}, "chosen of row 0 is 2: give text, or a list of messages"),
         (
             {"prompt": "a", "chosen": "b", "rejected": answer("c")},
-            "prompt and rejected of row 0 must both be text, or both lists of messages",
+            "prompt and rejected of row 0 differ in kind: give both as text, or both as messages",
         ),
         (
             {"prompt": CHAT, "chosen": CHAT + answer("2"), "rejected": CHAT + answer("3")},
@@ -239,8 +246,8 @@ def test_preferences(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_preferences_that_cannot_be_used(row: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "data.jsonl", [row])
+def test_preferences_that_cannot_be_used(row: dict[str, Any], message: str) -> None:
+    path = write(Path("data.jsonl"), [row])
     assert said(path, load_preferences).startswith(message.replace("PATH", path))
 
 
@@ -296,14 +303,17 @@ def test_prompts_that_cannot_be_encoded(tokenizer: PreTrainedTokenizerFast) -> N
 
     assert complaint(CHAT) == (
         "the prompt of row 1 is a conversation, and the tokenizer has no chat template: give prompts as plain text, "
-        "or a tokenizer that has one"
+        "or a tokenizer with one"
     )
     assert complaint("1 + 1", max_length=3) == (
         "the prompt of row 1 has 4 tokens and the limit is 3: raise the limit or leave the row out"
     )
     tokenizer.chat_template = TEMPLATE
     tool = [{"role": "tool", "content": "1"}]
-    assert complaint(tool) == "the chat template cannot write the prompt of row 1: no tools here"
+    assert (
+        complaint(tool)
+        == "the chat template cannot write the prompt of row 1: no tools here; change the template or the row"
+    )
     tokenizer.chat_template = "{% if messages[0].content != '1' %}{{ messages[0].content }}{% endif %}"
     assert complaint([{"role": "user", "content": ""}]) == (
         "the prompt of row 1 has no tokens: leave the row out, or give it a text"

@@ -1,17 +1,19 @@
-"""pass@k against all subsets, the table of samples, and the file of them."""
+"""pass@k against all subsets, and evaluations against their own completions."""
 
-import json
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from torch import nn
 
+from language.conftest import with_tool
 from policygrad.errors import UserError
-from policygrad.language.evaluation import pass_at_k, samples_table, write_samples
+from policygrad.language import arithmetic, evaluation
+from policygrad.language.evaluation import Evaluation, evaluate_policy, pass_at_k
+from policygrad.language.policies import LanguagePolicy
+from policygrad.language.rewards import Rewards
+from policygrad.language.tasks import prepared
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 6])
@@ -36,11 +38,11 @@ def test_pass_at_k_of_many_samples() -> None:
 @pytest.mark.parametrize(
     ("correct", "samples", "k", "message"),
     [
-        ([1], 4, 5, "pass@5 cannot be estimated from 4 samples a problem: k is between 1 and 4"),
-        ([1], 4, 0, "pass@0 cannot be estimated from 4 samples a problem: k is between 1 and 4"),
+        ([1], 4, 5, "pass@5 cannot be estimated from 4 samples a problem: give a k from 1 to 4"),
+        ([1], 4, 0, "pass@0 cannot be estimated from 4 samples a problem: give a k from 1 to 4"),
         ([], 4, 1, "pass@k is a mean over problems, and there are none: evaluate at least one"),
-        ([2, 5], 4, 1, "of 4 samples of a problem 5 cannot be right: count those that are"),
-        ([2, -1], 4, 1, "of 4 samples of a problem -1 cannot be right: count those that are"),
+        ([2, 5], 4, 1, "5 of 4 samples of a problem cannot be right: count the right ones"),
+        ([2, -1], 4, 1, "-1 of 4 samples of a problem cannot be right: count the right ones"),
     ],
 )
 def test_pass_at_k_of_no_sense(correct: list[int], samples: int, k: int, message: str) -> None:
@@ -49,79 +51,77 @@ def test_pass_at_k_of_no_sense(correct: list[int], samples: int, k: int, message
     assert str(caught.value) == message
 
 
-def printed(rows: list[dict[str, Any]], limit: int = 10, width: int = 200) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    samples_table(rows, limit=limit, console=console)
-    return console.export_text()
+TOKENIZER = arithmetic.tokenizer()
+PROBLEMS = arithmetic.problems(5, seed=0)
 
 
-def row(**values: Any) -> dict[str, Any]:
-    return {"prompt": "1+1=", "completion": "2", "reward": 1.0, "cut": False, **values}
+def first_is_even(completions: list[str], **_: Any) -> list[float]:
+    return [float(text[:1] in ("2", "4", "6", "8")) for text in completions]
 
 
-def test_the_table_shows_the_first_samples() -> None:
-    text = printed([row(prompt=f"number {i}") for i in range(5)], limit=2)
-    assert "number 1" in text
-    assert "number 2" not in text
-    assert printed([row()], limit=0) == printed([], limit=3) == ""
+def digits(completions: list[str], **_: Any) -> list[float]:
+    return [len(text) / 9 for text in completions]
 
 
-def test_the_table_shows_what_is_written_and_not_what_it_would_do() -> None:
-    text = printed([row(prompt="[bold]a[/bold] [/]", completion="one\ntwo\x1b[31m", reward=0.25)])
-    assert "[bold]a[/bold] [/]" in text
-    assert "one⏎two�[31m" in text
-    assert "0.25" in text
+def evaluated(*functions: Any, **options: Any) -> Evaluation:
+    torch.manual_seed(0)
+    model = arithmetic.model(hidden=16, layers=1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2) if p.dim() > 1 else None
+    options = {"completions": 4, "max_tokens": 6} | options
+    return evaluate_policy(
+        LanguagePolicy(model), prepared(PROBLEMS, TOKENIZER), TOKENIZER, Rewards(functions), **options
+    )
 
 
-def test_the_table_shortens_long_texts_in_the_middle() -> None:
-    text = "".join(printed([row(completion="start" + "x" * 5000 + "end")], width=400).split())
-    assert "startxxx" in text
-    assert "xxxend" in text
-    assert "x…x" in text
-    assert text.count("x") < 300
+def test_an_evaluation_is_of_its_completions() -> None:
+    found = evaluated(first_is_even)
+    rewards = torch.tensor([row["reward"] for row in found.rows])
+    assert (found.prompts, found.completions, len(found.rows)) == (5, 4, 20)
+    assert [row["prompt"] for row in found.rows] == [x["prompt"] for x in PROBLEMS for _ in range(4)]
+    assert rewards.tolist() == first_is_even([row["completion"] for row in found.rows])
+    assert 0 < found.reward < 1
+    assert found.accuracy == found.reward == pytest.approx(rewards.mean().item())
+    assert found.parts == {"first_is_even": pytest.approx(found.reward)}
+    assert found.reward_std == pytest.approx(rewards.std(correction=0).item())
+    assert found.length == pytest.approx(sum(row["tokens"] for row in found.rows) / 20)
+    assert found.cut_fraction == pytest.approx(sum(row["cut"] for row in found.rows) / 20)
+    solved = rewards.view(5, 4).sum(1)
+    assert set(found.pass_at_k) == {1, 2, 4}
+    assert found.pass_at_k[1] == pytest.approx(found.reward)
+    assert found.pass_at_k[4] == pytest.approx((solved > 0).double().mean().item())
+    assert "rows" not in found.summary()
+    assert found.summary()["reward"] == found.reward
 
 
-def test_the_table_has_a_column_for_cut_samples_if_there_are_any() -> None:
-    assert "cut" not in printed([row()])
-    assert printed([row(), row(cut=True)]).count("cut") == 2
+def test_only_rewards_of_0_and_1_have_an_accuracy() -> None:
+    found = evaluated(digits)
+    assert found.accuracy is None
+    assert found.pass_at_k == {}
+    assert found.line().startswith(f"reward {found.reward:.3f} +- {found.reward_std:.3f}, length ")
+    line = evaluated(first_is_even).line()
+    assert line.startswith("accuracy 0.")
+    assert "pass@1" not in line
+    assert "pass@2 0." in line
+    assert line.endswith("% cut, 5 prompts")
 
 
-def test_the_table_of_conversations_and_of_samples_without_a_reward() -> None:
-    chat = [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}]
-    text = printed([row(prompt=chat, completion=[{"role": "assistant", "content": "so 2"}], reward=None)])
-    assert "system: add⏎user: 1+1" in text
-    assert "so 2" in text
-    assert "assistant" not in text
-    assert printed([row(reward=float("nan"))]).count("nan") == 0
+def test_the_seed_decides_and_greedy_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluated(digits).rows == evaluated(digits).rows != evaluated(digits, seed=1).rows
+    greedy = evaluated(digits, greedy=True)
+    assert greedy.rows == evaluated(digits, greedy=True, seed=1).rows
+    monkeypatch.setattr(evaluation, "ROWS", 8)  # in several batches
+    assert evaluated(digits, greedy=True).rows == greedy.rows
 
 
-def test_samples_are_written_one_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "samples.jsonl"
-    rows = [row(completion="a\nb ü \udc80"), row(reward=float("nan"), part=torch.tensor(0.5), ids=np.array([1, 2]))]
-    write_samples(path, rows)
-    first, second = path.read_text().splitlines()
-    assert json.loads(first) == rows[0]
-    assert "ü" in first
-    assert json.loads(second) == {**row(reward=None), "part": 0.5, "ids": [1, 2]}
-    assert "NaN" not in second
+def test_the_length_of_completions_counts_decisions() -> None:
+    found = evaluated(digits, engine=with_tool, completions=2)
+    assert all(row["tokens"] <= 4 for row in found.rows), "two of six tokens are inserted"
+    assert found.length == pytest.approx(sum(row["tokens"] for row in found.rows) / 10)
+    assert any(len(row["completion"]) > row["tokens"] for row in found.rows), "and its text has them all"
 
 
-def test_a_crash_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "samples.jsonl"
-    write_samples(path, [row()])
-    before = path.read_text()
-
-    class Broken:
-        def __str__(self) -> str:
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_samples(path, [row(), row(x=Broken())])
-    assert path.read_text() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/samples.jsonl cannot be written: (File exists|Not a directory)$"):
-        write_samples(tmp_path / "file" / "samples.jsonl", [row()])
+@pytest.mark.parametrize("completions", [0, -1])
+def test_an_evaluation_of_no_completions_is_refused(completions: int) -> None:
+    with pytest.raises(UserError, match=f"^completions is {completions}: it must be at least 1$"):
+        evaluated(digits, completions=completions)

@@ -380,3 +380,9 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused() -> None:
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(UserError, match=r"^MambaForCausalLM keeps no cache.*engine$"):
         sampled(LanguagePolicy(MambaForCausalLM(config)))
+
+
+def test_the_tokens_of_a_completion_are_all_up_to_its_last_decision() -> None:
+    tokens, mask = torch.arange(12).view(3, 4), torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    done = Completions(tokens, torch.zeros(3, 4), mask, torch.ones(3, dtype=torch.bool))
+    assert done.ids() == [[0, 1, 2], [4, 5], []]

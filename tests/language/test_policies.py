@@ -22,18 +22,32 @@ from language.conftest import (
     every_architecture,
     gradients,
     observed,
+    one_by_one,
     picked,
     prompts,
     tiny,
+    valued,
+    with_holes,
 )
+from policygrad.critics import bootstrap_values
 from policygrad.divergences import kl
 from policygrad.language.generation import Request, generate
 from policygrad.language.models import add_adapter, checkpoint_gradients
-from policygrad.language.policies import LanguagePolicy, Prefixes, evaluating, positions, prefixes, without_dropout
+from policygrad.language.policies import (
+    LanguagePolicy,
+    Prefixes,
+    ValueModel,
+    evaluating,
+    positions,
+    prefixes,
+    trunk,
+    width,
+    without_dropout,
+)
 from policygrad.objectives import clipped_surrogate
-from policygrad.rollout import Batch
+from policygrad.rollout import Batch, Rollout
 from policygrad.score import token_ratio
-from policygrad.updates import ascend
+from policygrad.updates import Objective, ascend
 from policygrad.weights import average, per_row, per_token
 
 # Which keep float64 all the way: the norms of the others compute in float32 inside.
@@ -154,13 +168,28 @@ def test_no_token_knows_of_those_after_it(name: str) -> None:
 
 @every_architecture
 def test_a_token_that_is_no_decision_is_seen_by_those_after_it(name: str) -> None:
-    """Such as the output of a tool in the midst of a completion."""
-    model, obs = tiny(name), observed((1, 5, 3), (6, 6, 6))
-    expected = picked(obs, alone(model, obs))
-    mask = obs.completion_mask.clone()
-    mask[:, 2:4] = False
-    found = LanguagePolicy(model)(obs._replace(completion_mask=mask)).log_prob(obs.completion)
-    assert_close(found, expected.where(mask, 0.0), rtol=0, atol=1e-5)
+    """Such as the output of a tool between two decisions: every decision is scored as in its row alone."""
+    model, obs = tiny(name), with_holes()
+    policy, expected = LanguagePolicy(model, temperature=0.6), one_by_one(model, obs, 0.6)
+    found = policy(obs).log_prob(obs.completion)
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    by = torch.randn(found.shape)
+    assert distance(gradients((found * by).sum(), model), gradients((expected * by).sum(), model)) < 1e-5
+    other = obs._replace(completion=obs.completion.clone())
+    other.completion[0, 2] = 2 + (obs.completion[0, 2] - 1) % (VOCABULARY - 2)  # an inserted token before a decision
+    moved = policy(other).log_prob(obs.completion)
+    assert not torch.isclose(moved[0, 4], found[0, 4])
+    assert_close(moved[0, :2], found[0, :2], rtol=0, atol=1e-6)
+
+
+def test_inserted_tokens_are_no_decisions_in_parts_and_in_chunks_either() -> None:
+    model = tiny(dtype=torch.float64)
+    policy, obs = LanguagePolicy(model), with_holes()
+    given = batch(policy, obs, per_token)
+    whole = gradient_of(policy, given, None)
+    assert whole.norm() > 1e-3
+    assert distance(gradient_of(policy, given, 1), whole) < 1e-6
+    assert distance(gradient_of(LanguagePolicy(model, chunk=2 * VOCABULARY), given, None), whole) < 1e-10
 
 
 @every_architecture
@@ -296,16 +325,25 @@ def batch(policy: LanguagePolicy, obs: Prefixes, weights: Callable[[Tensor], Ten
     return Batch(obs, obs.completion, old, mask, weights(mask).to(logp), advantage, zero, zero)
 
 
+class ClippedWithEntropy(Objective):
+    """The clipped surrogate and a bonus for entropy."""
+
+    def __init__(self, policy: LanguagePolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        distribution = self.policy(batch.obs)
+        logp = distribution.log_prob(batch.action)
+        ratio = token_ratio(logp, batch.logp, batch.mask)
+        value = average(clipped_surrogate(logp, ratio, batch.advantage, low=0.2, high=0.2), batch.weight)
+        return value + 0.1 * average(distribution.entropy(), batch.weight), {"objective": value.detach()}
+
+
 def gradient_of(policy: LanguagePolicy, given: Batch, micro_batch: int | None) -> Tensor:
-    """The gradient that `ascend` hands to the optimiser."""
-
-    def objective(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        distribution = policy(part.obs)
-        ratio = token_ratio(distribution.log_prob(part.action), part.logp, part.mask)
-        value = average(clipped_surrogate(ratio, part.advantage, 0.2, 0.2), part.weight)
-        return value + 0.1 * average(distribution.entropy(), part.weight), {"objective": value.detach()}
-
-    ascend(objective, given, torch.optim.SGD(policy.parameters(), lr=0.0), micro_batch=micro_batch)
+    """The gradient that `ascend` hands to the optimizer."""
+    update = ascend(torch.optim.SGD(policy.parameters(), lr=0.0), micro_batch=micro_batch)
+    update(ClippedWithEntropy(policy), given)
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
@@ -416,3 +454,113 @@ def test_evaluation_mode_ends_with_the_block(training: bool) -> None:
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         LanguagePolicy(tiny(), temperature=temperature)(observed())
+
+
+# Values.
+
+
+@every_architecture
+def test_a_value_starts_at_0_and_has_the_shape_of_the_decisions(name: str) -> None:
+    model, obs = tiny(name), observed()
+    value = ValueModel(trunk(model))(obs)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, torch.zeros(4, 6))
+    assert ValueModel(trunk(model))(obs.completion).shape == (4, 6)
+
+
+@every_architecture
+def test_a_value_is_that_of_the_row_alone_and_0_behind_the_mask(name: str) -> None:
+    model, obs = tiny(name), observed()
+    critic = valued(model)
+    found = critic(obs)
+    for i, (prompt, prompt_mask, completion, mask) in enumerate(zip(*obs, strict=True)):
+        row = torch.cat([prompt[prompt_mask], completion[mask]]).unsqueeze(0)
+        hidden = model.base_model(input_ids=row).last_hidden_state[0, int(prompt_mask.sum()) - 1 : -1]
+        assert_close(found[i, : len(hidden)], critic.head(hidden)[:, 0], rtol=0, atol=1e-5)
+        assert (found[i, : len(hidden)] != 0).all()
+        assert not found[i, len(hidden) :].any()
+
+
+@every_architecture
+def test_the_value_of_a_decision_has_seen_the_inserted_tokens_before_it(name: str) -> None:
+    model, obs = tiny(name), with_holes()
+    critic = valued(model)
+    found, expected = critic(obs), torch.zeros(obs.completion.shape)
+    for i, t in obs.completion_mask.nonzero().tolist():
+        row = torch.cat([obs.prompt[i][obs.prompt_mask[i]], obs.completion[i, :t]]).unsqueeze(0)
+        expected[i, t] = critic.head(model.base_model(input_ids=row).last_hidden_state[0, -1])
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found != 0).sum() == obs.completion_mask.sum()
+    by = torch.randn(found.shape)
+    assert distance(gradients((found * by).sum(), critic), gradients((expected * by).sum(), critic)) < 1e-5
+
+
+def test_a_value_knows_nothing_of_what_comes_after() -> None:
+    critic, obs = valued(tiny()), observed((1, 5, 3), (6, 6, 6))
+    later = obs._replace(completion=obs.completion.clone())
+    later.completion[:, 3:] = torch.randint(2, VOCABULARY, (3, 3))
+    a, b = critic(obs), critic(later)
+    assert_close(a[:, :4], b[:, :4], rtol=0, atol=1e-6)
+    assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_shared_trunk_is_trained_by_both(adapter: bool) -> None:
+    policy = LanguagePolicy(add_adapter(tiny(), 2) if adapter else tiny())
+    critic, obs = valued(policy.model), observed()
+    assert critic.trunk is trunk(policy.model)
+    shared = [p for p in policy.parameters() if p.requires_grad and any(p is q for q in critic.parameters())]
+    assert len(shared) == len([p for p in policy.parameters() if p.requires_grad]) - (not adapter)  # the policy's head
+    for value in (policy(obs).log_prob(obs.completion).sum(), critic(obs).sum()):
+        given = torch.autograd.grad(value, shared)
+        assert all(g.isfinite().all() for g in given)
+        assert any(g.any() for g in given)
+
+
+def test_a_copied_trunk_is_trained_apart() -> None:
+    policy, obs = LanguagePolicy(tiny()), observed()
+    critic = valued(deepcopy(trunk(policy.model)))
+    before = policy(obs).logits
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.05)
+    critic(obs).sum().backward()
+    optimizer.step()
+    assert torch.equal(policy(obs).logits, before)
+    assert all(p.grad is None for p in policy.parameters())
+    assert critic.trunk.get_input_embeddings().weight.grad.any()
+
+
+def test_another_model_of_the_same_vocabulary_may_be_the_critic() -> None:
+    critic = valued(tiny("gpt2", n_embd=8))
+    assert width(critic.trunk) == critic.head.in_features == 8
+    assert critic(observed()).shape == (4, 6)
+
+
+def test_a_critic_is_without_dropout() -> None:
+    critic = valued(tiny("gpt2", dropout=True)).train()
+    obs = observed()
+    assert torch.equal(critic(obs), critic(obs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_critic_in_bfloat16_is_near_and_in_float32(name: str) -> None:
+    model, obs = tiny(name), observed()
+    critic = valued(model)
+    low = deepcopy(critic)
+    low.autocast = torch.bfloat16
+    halved = valued(deepcopy(model).to(torch.bfloat16))
+    halved.head.load_state_dict(critic.head.state_dict())
+    for other in (low, halved):
+        found = other(obs)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, critic(obs))
+        assert_close(found, critic(obs), rtol=0.05, atol=0.2)
+
+
+def test_a_critic_bootstraps_a_rollout_of_completions() -> None:
+    critic, obs = valued(tiny()), observed()
+    mask, zero = obs.completion_mask, torch.zeros(4, 6)
+    rollout = Rollout(obs, obs.completion, zero, zero, ~mask, ~mask, mask, torch.arange(4))
+    value = bootstrap_values(critic, rollout)
+    assert value.shape == (4, 7)
+    assert torch.equal(value[:, :-1], critic(obs))
+    assert not value[:, -1].any()

@@ -19,7 +19,7 @@ from policygrad.language.reward_models import (
     accuracy,
     as_batch,
     bradley_terry,
-    centred,
+    centered,
     encode,
     encode_pairs,
     preference_objective,
@@ -104,11 +104,11 @@ def test_bradley_terry_of_rewards_far_apart() -> None:
     )  # sigma(r_rejected - r_chosen): nothing to learn, all, half
 
 
-def test_only_the_difference_counts_but_for_the_centring() -> None:
+def test_only_the_difference_counts_but_for_the_centering() -> None:
     chosen, rejected = torch.randn(9), torch.randn(9)
     assert_close(bradley_terry(chosen + 5, rejected + 5), bradley_terry(chosen, rejected))
-    assert_close(centred(chosen, -chosen), torch.zeros(9))
-    assert_close(centred(chosen + 5, 5 - chosen), torch.full((9,), -100.0))
+    assert_close(centered(chosen, -chosen), torch.zeros(9))
+    assert_close(centered(chosen + 5, 5 - chosen), torch.full((9,), -100.0))
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:
@@ -157,7 +157,7 @@ def test_rows_are_scored_some_at_a_time_in_their_order() -> None:
     network.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    assert_close(few(PROMPTS, COMPLETIONS), whole)
+    assert_close(few(PROMPTS, COMPLETIONS), whole, rtol=1e-5, atol=1e-6)
     assert calls == [3, 1]
 
 
@@ -199,7 +199,7 @@ def test_text_is_ended_once_and_only_if_it_was_not_cut() -> None:
     assert encode("1+2=", "3", False, words) == [*ids, END]
     assert encode("1+2=", "3", True, words) == ids
     assert encode("1+2=", "3<eos>", False, words) == [*ids, END]
-    with pytest.raises(UserError, match=r"^a prompt and its completion are empty: there is nothing to score$"):
+    with pytest.raises(UserError, match=r"^a prompt and its completion are both empty: leave the row out"):
         encode("", "", True, words)
 
 
@@ -219,7 +219,7 @@ def test_a_template_that_rewrites_a_message_has_its_way() -> None:
 @pytest.mark.parametrize(
     ("template", "role", "message"),
     [
-        (None, "user", "the completions are of conversations, and the reward model's tokenizer has no chat template: "),
+        (None, "user", "the prompts are conversations, and the reward model's tokenizer has no chat template: "),
         (TEMPLATE, "tool", "the chat template cannot write a conversation: no tools here"),
     ],
 )
@@ -261,7 +261,7 @@ def gradients(model: RewardModel, value: Tensor) -> Tensor:
 def test_the_objective_is_the_mean_over_pairs(float64: None) -> None:
     model = RewardModel(classifier().double(), tokenizer())
     pairs = pairs_of(model)
-    value, metrics = preference_objective(model, pairs, centre_coefficient=0.1)(as_batch(7))
+    value, metrics = preference_objective(model, pairs, center_coefficient=0.1)(as_batch(7))
     chosen, rejected = (torch.stack([model.score([pair[k]])[0] for pair in pairs]) for k in (0, 1))
     assert_close(value, (bradley_terry(chosen, rejected) - 0.1 * (chosen + rejected) ** 2).mean(), check_dtype=False)
     assert_close(metrics["margin"], (chosen - rejected).mean(), check_dtype=False)
@@ -273,7 +273,7 @@ def test_the_objective_is_the_mean_over_pairs(float64: None) -> None:
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
 def test_micro_batches_add_up_to_the_same_gradient(name: str, rows: int) -> None:
     model = RewardModel(classifier(name).eval(), tokenizer())
-    batch, objective = as_batch(7), preference_objective(model, pairs_of(model), centre_coefficient=0.1)
+    batch, objective = as_batch(7), preference_objective(model, pairs_of(model), center_coefficient=0.1)
     whole = gradients(model, objective(batch)[0])
     parts = sum(share * gradients(model, objective(part)[0]) for share, part in micro_batches(batch, rows))
     assert whole.norm() > 1e-2
@@ -322,20 +322,21 @@ def refused(directory: Path | str) -> str:
     with pytest.raises(UserError) as caught:
         RewardModel.load(str(directory), device="cpu", trust_remote_code=False)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 200
     return str(caught.value)
 
 
 def test_what_is_no_reward_model(tmp_path: Path) -> None:
     save_model(arithmetic.model(16, 1), tokenizer(), tmp_path)
-    assert refused(tmp_path) == (
-        f"{tmp_path} is no reward model, since it has no score.weight: policygrad reward-model --model {tmp_path} "
-        "trains one from it"
+    assert refused(tmp_path).endswith(
+        f"{tmp_path.name} is no reward model, since it has no score.weight: "
+        "train one from it with policygrad reward-model --model"
     )
 
 
 def test_a_classifier_of_several_labels(tmp_path: Path) -> None:
     save_model(classifier(num_labels=3), tokenizer(), tmp_path)
-    assert refused(tmp_path) == f"{tmp_path.name} has 3 labels: a reward model has one, the reward"
+    assert refused(tmp_path) == f"{tmp_path.name} has 3 labels: give a reward model, which has one, the reward"
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
@@ -343,12 +344,12 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     assert refused(tmp_path).startswith("the tokenizer has 16 tokens and the model embeddings for 9: ")
 
 
-def test_what_does_not_exist(tmp_path: Path, offline: None) -> None:
-    assert refused(tmp_path / "nowhere") == f"there is no directory {tmp_path}/nowhere to load a model from"
-    assert refused("runs/nowhere").startswith("no model could be loaded from 'runs/nowhere', neither as a directory")
+def test_what_does_not_exist(offline: None) -> None:
+    assert refused("/nowhere") == "there is no directory /nowhere to load a model from: check the path"
+    assert refused("runs/nowhere").startswith("no model could be loaded from 'runs/nowhere': ")
 
 
 def test_an_answer_beyond_the_models_context() -> None:
     model = RewardModel(classifier(), tokenizer())
-    with pytest.raises(UserError, match=r"are 67 tokens, and the model's context is 64: lower max_tokens"):
+    with pytest.raises(UserError, match=r"have 67 tokens, and the model's context 64: lower max_tokens"):
         model(["1+1="], ["1" * 62])

@@ -12,27 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from language.conftest import gradients
-from policygrad.advantages import group_advantage, leave_one_out, unit_scale
+from language.conftest import TOOL, gradients, one_by_one, with_tool
+from policygrad.advantages import leave_one_out
 from policygrad.divergences import AdaptiveCoefficient
 from policygrad.errors import UserError
 from policygrad.language import arithmetic
-from policygrad.language.data import columns_of, encode_prompts, left_padded
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.rewards import Rewards
-from policygrad.language.sampler import CompletionSampler, Prompts, answer, as_rollout
+from policygrad.language.sampler import CUTS, CompletionSampler, answer, as_rollout
+from policygrad.language.tasks import prepared
 from policygrad.rollout import Rollout
-from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups, log_probabilities
+from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups
+from policygrad.score import log_probabilities
 
 TOKENIZER = arithmetic.tokenizer()
 PAD, END = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
 REQUEST = Request(completions=4, max_tokens=9, stop=(END,), pad=PAD)
-
-
-def prepared(examples: list[dict[str, Any]], tokenizer: Any = TOKENIZER) -> Prompts:
-    rows = encode_prompts(examples, tokenizer, max_length=None)
-    return Prompts([x["prompt"] for x in examples], *left_padded(rows, PAD), columns_of(examples))
 
 
 PROBLEMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in [(5, 3), (99, 99), (1, 500), (70, 7), (8, 8)]]
@@ -53,7 +49,7 @@ def made_policy(**options: Any) -> LanguagePolicy:
 
 
 def made(**options: Any) -> CompletionSampler:
-    options = {"prompts": prepared(PROBLEMS), "judge": Rewards([digits]), "request": REQUEST} | options
+    options = {"prompts": prepared(PROBLEMS, TOKENIZER), "judge": Rewards([digits]), "request": REQUEST} | options
     return CompletionSampler(tokenizer=TOKENIZER, **({"prompts_per_rollout": 3} | options))
 
 
@@ -164,8 +160,8 @@ def test_kept_a_cut_completion_is_rewarded_as_it_stands() -> None:
     assert torch.equal(rollout.reward.sum(1), sampler.last.reward)
 
 
-def test_penalised_it_is_rewarded_less() -> None:
-    kept, less, policy = made(), made(cut="penalised", cut_penalty=2.5), made_policy()
+def test_penalized_it_is_rewarded_less() -> None:
+    kept, less, policy = made(), made(cut="penalized", cut_penalty=2.5), made_policy()
     a, b = kept(policy), less(policy)
     cut, _ = cut_and_not(b, less)
     assert_close(a.reward.sum(1) - b.reward.sum(1), 2.5 * cut)
@@ -183,7 +179,8 @@ def test_masked_it_does_not_count_and_its_group_is_judged_without_it() -> None:
     assert rollout.mask[~cut].any(1).all()
     assert not rollout.reward[cut].any()
     assert not rollout.logp[cut].any()
-    advantage = group_advantage(rollout, baseline=leave_one_out, scale=unit_scale)[:, 0]
+    returns = rollout.reward.sum(1)
+    advantage = returns - leave_one_out(returns, rollout.group)
     mixed = 0
     for i in (~cut).nonzero()[:, 0].tolist():
         others = [j for j in range(20) if j != i and j // 4 == i // 4 and not cut[j]]
@@ -196,7 +193,7 @@ def test_masked_it_does_not_count_and_its_group_is_judged_without_it() -> None:
 
 
 def test_what_becomes_of_a_cut_completion_has_three_names() -> None:
-    with pytest.raises(UserError, match=r"kept, masked or penalised, not 'mask'"):
+    with pytest.raises(UserError, match=r"^cut is 'mask': give kept, masked or penalized$"):
         made(cut="mask")
 
 
@@ -308,7 +305,7 @@ def test_answers_are_a_table() -> None:
 
 
 def test_every_prompt_is_answered_greedily_for_an_evaluation() -> None:
-    policy, prompts = made_policy(), prepared(PROBLEMS)
+    policy, prompts = made_policy(), prepared(PROBLEMS, TOKENIZER)
     request = replace(REQUEST, completions=1, greedy=True)
     found = [
         answer(policy, prompts, request, TOKENIZER, Rewards([digits]), torch.Generator().manual_seed(seed))
@@ -316,6 +313,66 @@ def test_every_prompt_is_answered_greedily_for_an_evaluation() -> None:
     ]
     assert found[0].prompts.texts == [x["prompt"] for x in PROBLEMS]
     assert found[0].texts == found[1].texts
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_tokens_that_an_engine_inserts_are_text_and_no_decisions(cut: str) -> None:
+    given: dict[str, list[Any]] = {}
+
+    def reward(**columns: list[Any]) -> list[float]:
+        given.update(columns)
+        return [1.0 + len(text) for text in columns["completions"]]
+
+    policy = made_policy()
+    sampler = made(
+        engine=with_tool, judge=Rewards([reward]), cut=cut, cut_penalty=0.5, request=replace(REQUEST, max_tokens=10)
+    )
+    rollout = sampler(policy)
+    answers = sampler.last
+    done, width = answers.completions, rollout.mask.shape[1]
+    counts = ~done.cut if cut == "masked" else torch.ones_like(done.cut)
+    assert torch.equal(rollout.mask, done.mask & counts.unsqueeze(1))
+    assert not rollout.memoryless
+    assert done.cut.any()
+    assert not done.cut.all()
+    assert_close(rollout.logp, one_by_one(policy.model, rollout.obs, policy.temperature), rtol=0, atol=1e-5)
+    for micro_batch in (None, 5):
+        assert_close(log_probabilities(policy, rollout, micro_batch), rollout.logp, rtol=0, atol=1e-5)
+    trailing = 0
+    for i in range(len(rollout.mask)):
+        last = int(done.mask[i].nonzero().max())
+        assert rollout.terminated[i].nonzero().tolist() == [[last]]
+        worth = answers.reward[i] - 0.5 * (cut == "penalized") * done.cut[i]
+        assert rollout.reward[i].tolist() == [worth * counts[i] if t == last else 0 for t in range(width)]
+        assert given["completion_ids"][i] == done.tokens[i, : last + 1].tolist()
+        assert given["completions"][i] == TOKENIZER.decode(done.tokens[i, : last + 1], skip_special_tokens=True)
+        assert answers.rows()[i]["tokens"] == done.mask[i].sum()
+        assert not bool(done.mask[i].all())
+        trailing += last < width - 1 and bool(done.cut[i])
+    assert trailing, "there is a completion that was cut in the midst of inserted tokens"
+    assert any(TOOL in ids for ids in given["completion_ids"])
+    assert torch.equal(rollout.ended, rollout.terminated)
+    assert rollout.metrics["steps"] == done.mask.sum()
+    assert rollout.metrics["length"] == pytest.approx(done.mask.sum(1).double().mean().item())
+    total, expected = (
+        x.sum() for x in (policy(rollout.obs).log_prob(rollout.action), one_by_one(policy.model, rollout.obs, 1.2))
+    )
+    assert_close(gradients(total, policy), gradients(expected, policy), rtol=1e-3, atol=1e-4)
+
+
+def test_an_engine_without_a_decision_in_a_row_gives_a_row_that_does_not_count() -> None:
+    def engine(*arguments: Any) -> Completions:
+        done = generate(*arguments)
+        rows = torch.arange(len(done.mask)).unsqueeze(1) > 0
+        return replace(done, mask=done.mask & rows, logp=done.logp * rows)
+
+    sampler = made(engine=engine)
+    rollout = sampler(made_policy())
+    assert sampler.last.texts[0] == ""
+    assert not rollout.mask[0].any()
+    assert not rollout.reward[0].any()
+    assert not rollout.ended[0].any()
+    assert rollout.reward[1:].any(1).all()
 
 
 def perturbed(by: float) -> Engine:
@@ -392,7 +449,7 @@ def test_an_engine_that_returns_other_shapes_is_told(column: str, wrong: Any) ->
         return done
 
     wanted = r"\(12,\)" if column == "cut" else r"\(12, 9\)"
-    with pytest.raises(UserError, match=rf"the engine returned {column} of shape \(1[12],.*\), not {wanted}"):
+    with pytest.raises(UserError, match=rf"the engine returned {column} of shape \(1[12],.*\): return {wanted}"):
         made(engine=engine)(made_policy())
 
 
@@ -419,14 +476,14 @@ def test_the_wrappers_of_control_serve_here_too() -> None:
     charged = KLCharged(made(), reference, AdaptiveCoefficient(0.5))(policy)
     expected = plain.reward - 0.5 * (plain.logp - log_probabilities(reference, plain))
     assert_close(charged.reward, expected.where(plain.mask, 0.0), rtol=0, atol=1e-5)
-    assert charged.metrics["kl_reference"] > 0
+    assert charged.metrics["kl_ref"] > 0
 
     def first_is_8(completions: list[str], **_: Any) -> list[float]:
         return [float(text.startswith("8")) for text in completions]
 
     rollouts = [
         WithoutFlatGroups(made(judge=Rewards([first_is_8]), prompts_per_rollout=1, seed=seed), rounds=100)(policy)
-        for seed in range(5)
+        for seed in range(2)
     ]
     assert all(0 < x.reward.sum() < 4 for x in rollouts)
     assert max(x.metrics["sampling_rounds"] for x in rollouts) > 1

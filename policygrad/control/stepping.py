@@ -1,0 +1,170 @@
+"""Stepping a Gymnasium vector environment: checks, normalization, auto-reset, and the statistics of its episodes."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch.utils._pytree import tree_map
+
+from policygrad.control.checks import (
+    check_groups,
+    checked_observations,
+    checked_reward,
+    failure,
+    final_observations,
+    no_seeds,
+    stored_dtype,
+)
+from policygrad.control.environments import autoreset_mode
+from policygrad.control.normalization import ObservationNormalizer, RewardScaler
+from policygrad.control.spaces import describe, one_line, unsupported
+from policygrad.errors import UserError
+
+
+class Step(NamedTuple):
+    """One step of B environments. All is 0 or False for an environment that only reset."""
+
+    reward: np.ndarray  # [B], scaled
+    terminated: np.ndarray  # [B]
+    ended: np.ndarray  # [B], terminated or truncated
+    final: np.ndarray | None  # [B, ...], with same-step resets: the observations before the resets
+
+
+class Stepping:
+    """A vector environment with its running statistics.
+
+    obs [B, ...]: the observations of the next decisions; None before the first reset. resetting [B]: environments
+    without a decision, which the next step only resets; with whole_episodes they wait for the next `reset`.
+    group_size: this many neighboring environments get the same seed at each reset. Raises UserError if the environments
+    raise an error or return an invalid value (see checks.py).
+    """
+
+    def __init__(
+        self,
+        environments: VectorEnv,
+        *,
+        seed: int | None = None,
+        whole_episodes: bool = False,
+        group_size: int = 1,
+        observation_normalizer: ObservationNormalizer | None = None,
+        reward_scaler: RewardScaler | None = None,
+    ) -> None:
+        mode = autoreset_mode(environments)
+        if mode == AutoresetMode.DISABLED:
+            raise UserError("the vector environment does not reset itself: make it with autoreset_mode NEXT_STEP")
+        space = environments.single_observation_space
+        if space.shape is None or space.dtype is None:
+            if (member := unsupported(space)) is not None:
+                describe(member)  # raises
+            raise UserError(f"the observation space is a {type(space).__name__}: flatten it with make_environments")
+        if observation_normalizer is not None and not isinstance(space, spaces.Box):
+            raise UserError(f"observations in {one_line(space, 60)} cannot be normalized, only a Box: leave it off")
+        if seed is not None and seed < 0:
+            raise UserError(f"seed is {seed}: choose 0 or more")
+        self.environments, self.observation_space, self.same_step = environments, space, mode == AutoresetMode.SAME_STEP
+        self.whole_episodes, self.group_size = whole_episodes, group_size
+        self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
+        self.seed, self.generator = seed, np.random.default_rng(seed)
+        self.obs: np.ndarray | None = None
+        self.resetting = np.zeros(environments.num_envs, dtype=bool)
+        self.episode_return = np.zeros(environments.num_envs)
+        self.episode_length = np.zeros(environments.num_envs, dtype=np.int64)
+        self.finished: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
+        self.steps, self.episodes = 0, 0
+
+    def reset(self) -> None:
+        """Start a new episode in every environment."""
+        seed: Any = self.seed
+        grouped = self.group_size > 1
+        if grouped:
+            groups = self.environments.num_envs // self.group_size
+            seed = self.generator.integers(2**31, size=groups).repeat(self.group_size).tolist()
+        try:
+            obs, _ = self.environments.reset(seed=seed)
+        except Exception as error:
+            takes_list = isinstance(self.environments.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+            raise (no_seeds(self.group_size) if grouped and not takes_list else failure("reset", error)) from error
+        self.seed = None  # later resets continue the environments' own random streams
+        self.resetting[:] = False
+        self.episode_return[:] = 0.0
+        self.episode_length[:] = 0
+        if self.reward_scaler is not None:
+            self.reward_scaler.returns[:] = 0.0
+        self.obs = self._received(obs, ~self.resetting)
+        check_groups(self.obs, self.group_size)
+
+    def step(self, action: np.ndarray) -> Step:
+        """Step the environments."""
+        try:
+            obs, reward, terminated, truncated, info = self.environments.step(action)
+        except Exception as error:
+            raise failure("step", error) from error
+        counts = ~self.resetting
+        reward = checked_reward(reward, counts)
+        terminated, ended = terminated & counts, (terminated | truncated) & counts
+        self.episode_return += reward
+        self.episode_length += counts
+        self.finish(ended)
+        if self.reward_scaler is not None:
+            reward = self.reward_scaler(reward, ended, counts)
+        if self.whole_episodes:
+            self.resetting = self.resetting | ended
+        else:
+            self.resetting = np.zeros_like(ended) if self.same_step else ended
+        final = None
+        if self.same_step:
+            final = self._received(final_observations(obs, ended, info), np.zeros_like(ended))
+        self.obs = self._received(obs, ~self.resetting)
+        return Step(reward, terminated, ended, final)
+
+    def finish(self, ended: np.ndarray) -> None:
+        """Count the episodes of these environments as finished."""
+        for i in np.flatnonzero(ended):
+            self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
+            self.episodes += 1
+            self.episode_return[i], self.episode_length[i] = 0.0, 0
+
+    def metrics(self) -> dict[str, float]:
+        """steps and episodes so far; return and length, unscaled, averaged over the last 100 episodes."""
+        metrics = {"steps": float(self.steps), "episodes": float(self.episodes)}
+        if self.finished:
+            returns, lengths = zip(*self.finished, strict=True)
+            metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes here, as tensors, numbers and strings. The environments' own state is not in it."""
+        state = {name: getattr(self, name) for name in _STATE}
+        state |= {"finished": list(self.finished), "generator": self.generator.bit_generator.state}
+        if self.observation_normalizer is not None:
+            state["observations"] = self.observation_normalizer.statistics.state_dict()
+        if self.reward_scaler is not None:
+            state["rewards"] = self.reward_scaler.statistics.state_dict()
+            state["returns"] = self.reward_scaler.returns
+        return tree_map(lambda x: torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x, state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state_dict."""
+        state = tree_map(lambda x: np.array(x) if isinstance(x, torch.Tensor | np.ndarray) else x, state)
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.finished = deque(((x, n) for x, n in state["finished"]), maxlen=100)
+        self.generator.bit_generator.state = state["generator"]
+        if self.observation_normalizer is not None:
+            self.observation_normalizer.statistics.load_state_dict(state["observations"])
+        if self.reward_scaler is not None:
+            self.reward_scaler.statistics.load_state_dict(state["rewards"])
+            self.reward_scaler.returns = state["returns"]
+
+    def _received(self, obs: Any, counts: np.ndarray) -> np.ndarray:
+        """Observations as a rollout stores them: checked and normalized."""
+        obs = checked_observations(obs, self.observation_space, self.environments.num_envs)
+        if self.observation_normalizer is not None:
+            obs = self.observation_normalizer(obs, counts)
+        return obs.astype(stored_dtype(obs.dtype))
+
+
+_STATE = ("seed", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes")

@@ -1,0 +1,148 @@
+"""(rollout) -> Credit: what each decision is held responsible for, and what a critic is to predict.
+
+What estimates over time sees decisions only: a step in the middle of an episode that no policy chose (a hole in the
+mask) is moved out of the way before and put back after, so that no value or discount can come from it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from policygrad.advantages import group_mean, group_scale, no_baseline, standardize
+from policygrad.critics import bootstrap_values
+from policygrad.returns import discount, reward_to_go
+from policygrad.returns import vtrace as vtrace_returns
+from policygrad.rollout import Rollout, holes_last
+from policygrad.score import log_probabilities, token_ratio
+
+
+class Credit(NamedTuple):
+    """All [B, T]. The advantage of each decision, the value that a critic is to predict there, and the one it did."""
+
+    advantage: Float[Tensor, "B T"]
+    target: Float[Tensor, "B T"]  # 0 if there is nothing to predict
+    value: Float[Tensor, "B T"]  # 0 if there is no critic
+
+
+Assign = Callable[[Rollout], Credit]
+
+
+def baselined(
+    returns: Callable[[Tensor, Tensor], Tensor] = reward_to_go,
+    baseline: Callable[[Rollout, Tensor], Tensor] = no_baseline,
+) -> Assign:
+    """A = G - b, target = G, value = b (Williams 1992).
+
+    returns: (reward, ended) -> [B, T], a partial of reward_to_go or trajectory_return. baseline: (rollout, returns) ->
+    [B, T], one of advantages.py or critics.py.
+    """
+
+    def assign(rollout: Rollout) -> Credit:
+        steps = _Decisions(rollout)
+        target = steps.back(returns(steps.reward, steps.ended))
+        value = baseline(rollout, target)
+        return Credit(target - value, target, value)
+
+    return assign
+
+
+def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: int | None = None) -> Assign:
+    """A = estimate(reward, value, terminated, ended), target = A + V, value = V.
+
+    estimate: a partial of gae, n_step_advantage or monte_carlo_advantage, with everything but these four arrays. The
+    value is [B, T + 1], the others [B, T]. micro_batch: rows that the critic computes at a time.
+    """
+
+    def assign(rollout: Rollout) -> Credit:
+        value = bootstrap_values(critic, rollout, micro_batch)
+        steps = _Decisions(rollout)
+        advantage = steps.back(estimate(steps.reward, steps.values(value), steps.terminated, steps.ended))
+        return Credit(advantage, advantage + value[:, :-1], value[:, :-1])
+
+    return assign
+
+
+def vtrace(
+    policy: nn.Module,
+    critic: nn.Module,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+    rho_bar: float = 1.0,
+    c_bar: float = 1.0,
+    micro_batch: int | None = None,
+) -> Assign:
+    """V-trace (IMPALA, Espeholt et al. 2018, eq. 1): credit for the policy of now from the steps of an older one."""
+
+    def assign(rollout: Rollout) -> Credit:
+        value = bootstrap_values(critic, rollout, micro_batch)
+        logp = log_probabilities(policy, rollout, micro_batch)
+        ratio = token_ratio(logp, rollout.logp, rollout.mask)
+        steps = _Decisions(rollout)
+        arrays = steps.reward, steps.values(value), steps.terminated, steps.ended, steps.of(ratio)
+        target, advantage = vtrace_returns(*arrays, gamma, lam, rho_bar, c_bar)
+        return Credit(steps.back(advantage), steps.back(target), value[:, :-1])
+
+    return assign
+
+
+def grouped(
+    baseline: Callable[[Tensor, Tensor], Tensor] = group_mean, scale: Callable[[Tensor, Tensor], Tensor] = group_scale
+) -> Assign:
+    """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards: the same for all decisions of a row.
+
+    baseline and scale: (returns [B], group [B]) -> [B]. With group_mean and group_scale it is GRPO's (arXiv
+    2402.03300, section 4.1.2); with leave_one_out and unit_scale RLOO's (arXiv 2402.14740, eq. 8).
+    """
+
+    def assign(rollout: Rollout) -> Credit:
+        returns = rollout.reward.sum(1)
+        advantage = (returns - baseline(returns, rollout.group)) / scale(returns, rollout.group)
+        nothing = torch.zeros_like(rollout.reward)
+        return Credit(advantage.unsqueeze(1).expand_as(rollout.reward), nothing, nothing)
+
+    return assign
+
+
+def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] = standardize) -> Assign:
+    """The same credit with the advantage standardized over all decisions of the rollout (REINFORCE++: of G)."""
+
+    def normalized(rollout: Rollout) -> Credit:
+        credit = assign(rollout)
+        return credit._replace(advantage=normalize(credit.advantage, rollout.mask))
+
+    return normalized
+
+
+def discounted(assign: Assign, gamma: float) -> Assign:
+    """The same credit times gamma^t, which every library leaves out (see returns.discount)."""
+
+    def weighed(rollout: Rollout) -> Credit:
+        credit = assign(rollout)
+        return credit._replace(advantage=credit.advantage * discount(rollout.mask, rollout.ended, gamma))
+
+    return weighed
+
+
+class _Decisions:
+    """A rollout's arrays with the holes of each row moved to its end, and the way back."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self.order = holes_last(rollout.mask, rollout.ended)
+        self.of = partial(torch.gather, dim=1, index=self.order)
+        self.reward, self.terminated, ended = map(self.of, (rollout.reward, rollout.terminated, rollout.ended))
+        self.hole = self.of(~(rollout.mask | rollout.ended))
+        # The row stops before its holes, which are at its end now.
+        self.ended = ended | torch.cat([self.hole[:, 1:], torch.zeros_like(self.hole[:, :1])], 1)
+
+    def values(self, value: Float[Tensor, "B steps"]) -> Float[Tensor, "B steps"]:
+        """V of each step left, then of where the row stops: the successor of its last decision."""
+        return torch.cat([self.of(value[:, :-1]).where(~self.hole, value[:, -1:]), value[:, -1:]], 1)
+
+    def back(self, x: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Each step's number where the step was; what a hole gets is behind the mask."""
+        return torch.zeros_like(x).scatter(1, self.order, x)

@@ -1,0 +1,126 @@
+"""Users' functions, loaded by name. Nothing else in the library imports users' code."""
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from policygrad.errors import UserError
+
+LONGEST = 200  # characters of a message
+
+
+def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
+    """The function that `module:function` or `path/file.py:function` names.
+
+    A file is executed anew at every call, since it may have changed. A module is imported as usual; the working
+    directory is searched last. what: the name of such a function in messages.
+
+    Raises UserError if there is no such module, file or function, and if an import raises or exits.
+    """
+    if spec.endswith(".py"):
+        raise UserError(f"{what} {_end(spec)!r} is a file: add the function's name, as in file.py:function")
+    place, _, name = spec.rpartition(":")
+    of_a_file = place.endswith(".py")
+    if not name.isidentifier() or not (of_a_file or all(part.isidentifier() for part in place.split("."))):
+        raise UserError(f"{what} {_end(spec)!r} names no function: write module:function or path/file.py:function")
+    with _errors_in_one_line(place):
+        module = _executed(Path(place), what) if of_a_file else _imported(place, what)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [other for other, x in vars(module).items() if inspect.isfunction(x) and not other.startswith("_")]
+        raise UserError(f"{_end(place)} has no function {_end(name)!r}: {_nearest(name, known)}")
+    return function
+
+
+def _executed(path: Path, what: str) -> ModuleType:
+    """A file as a module of its own name, which hides no other module."""
+    if not path.is_file():
+        known = [x.stem for x in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        found = [_end(f"{x}.py") for x in difflib.get_close_matches(path.stem, known, n=2)]
+        advice = f"did you mean {' or '.join(found)}?" if found else f"give the path of the {what}'s file"
+        raise UserError(f"there is no file {_end(str(path))}: {advice}")
+    name = f"policygrad_file_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _imported(place: str, what: str) -> ModuleType:
+    """A module by name."""
+    with _working_directory_last():
+        importlib.invalidate_caches()  # a file may be newer than the directory's listing
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module exists and imports another one, which does not
+            parent = place.rpartition(".")[0]
+            folders = getattr(sys.modules.get(parent), "__path__", [os.getcwd()])
+            prefix = f"{parent}." if parent in sys.modules else ""
+            known = [prefix + x.name for x in pkgutil.iter_modules(folders)]
+            found = [_end(x) for x in difflib.get_close_matches(place, known, n=2)]
+            advice = f"did you mean {' or '.join(found)}?" if found else "check its name, or write path/file.py"
+            raise UserError(f"there is no module {_end(place)!r} for the {what}: {advice}") from error
+
+
+@contextlib.contextmanager
+def _working_directory_last() -> Iterator[None]:
+    """The working directory at the end of the search path, so that no module in it hides an installed one."""
+    here = os.getcwd()
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module may have changed the path itself
+            sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(place: str) -> Iterator[None]:
+    """Whatever an import raises, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        start, end = f"importing {_end(place)} raised {type(error).__name__}: ", ": fix it (--debug shows where)"
+        room = LONGEST - len(start) - len(end)
+        said = " ".join(str(error).split()) or "no message"
+        raise UserError(start + (said if len(said) <= room else said[: room - 3] + "...") + end) from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Advice on which of the known names was meant."""
+    found = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    if found:
+        return f"did you mean {' or '.join(map(_end, found))}?"
+    if not known:
+        return "it has none; check the name before the colon"
+    listed = ", ".join(known)
+    return f"it has {listed if len(listed) <= 60 else listed[:57] + '...'}"
+
+
+def _end(text: str) -> str:
+    """A text, or the last 40 characters of a long one."""
+    return text if len(text) <= 40 else "..." + text[-37:]

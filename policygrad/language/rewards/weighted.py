@@ -1,0 +1,71 @@
+"""The weighted sum of reward functions."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from policygrad.errors import UserError
+from policygrad.language.rewards.calling import Column, Reward, arguments_of, call, failure, name_of, numbers, unique
+
+
+class Rewards:
+    """r = sum_k w_k r_k over the functions that apply; 0 where none applies.
+
+    Functions that are `async def` run side by side; the others one after another. A function without **columns gets
+    the columns that it names. `time_limit`, in seconds, bounds each function's call on a whole batch. Python cannot
+    interrupt one long operation, such as the search for a regular expression with endless backtracking.
+
+    Raises UserError if a function raises, exceeds the limit, or returns anything but a finite number or None a sample.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[Reward],
+        weights: Sequence[float] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        time_limit: float = 60.0,
+    ) -> None:
+        weights = [1.0] * len(functions) if weights is None else weights
+        names = [name_of(function) for function in functions] if names is None else names
+        if not functions:
+            raise UserError("there is no reward function: give at least one")
+        for given, what in ((weights, "weights"), (names, "names")):
+            if len(given) != len(functions):
+                raise UserError(f"there are {len(functions)} reward functions and {len(given)} {what}: give one each")
+        wrong = [weight for weight in weights if not math.isfinite(weight)]
+        if wrong:
+            raise UserError(f"a reward weight is {wrong[0]}: give a finite number")
+        if not time_limit > 0:
+            raise UserError(f"the time limit of reward functions is {time_limit} s: give more than 0")
+        self.functions, self.weights = list(functions), [float(weight) for weight in weights]
+        self.names, self.time_limit = unique(names), time_limit
+
+    def __call__(
+        self, prompts: Column, completions: Column, columns: Mapping[str, Column]
+    ) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
+        """The weighted sum, 0 where no function applies, and each function's own values, NaN where it does not."""
+        offered = {**columns, "prompts": prompts, "completions": completions}
+        for name, column in offered.items():
+            if len(column) != len(completions):
+                raise UserError(f"{name} has {len(column)} entries for {len(completions)} completions: give one each")
+        arguments = [arguments_of(f, name, offered) for f, name in zip(self.functions, self.names, strict=True)]
+        outcomes = call(self.functions, arguments, self.time_limit)
+        parts = {}
+        for k, name in enumerate(self.names):
+            if k not in outcomes:
+                raise UserError(
+                    f"reward {name!r} took longer than {self.time_limit:g} s for {len(completions)} completions: "
+                    "raise the time limit, or make it faster"
+                )
+            values, error = outcomes[k]
+            if error is not None:
+                raise failure(name, self.functions[k], arguments[k], error, self.time_limit) from error
+            parts[name] = numbers(name, values, completions)
+        total = torch.zeros(len(completions))
+        for weight, part in zip(self.weights, parts.values(), strict=True):
+            total = total + torch.where(part.isnan(), 0.0, weight * part)
+        return total, parts

@@ -1,0 +1,143 @@
+"""From a model, examples and reward functions to a task: the policy, its prompts and its judges."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from policygrad.errors import UserError
+from policygrad.language import data, models
+from policygrad.language.distributions import CHUNK
+from policygrad.language.messages import ending
+from policygrad.language.policies import LanguagePolicy, ValueModel, trunk
+from policygrad.language.rewards import Reward, Rewards, is_function_spec, load_reward, soft_overlong_penalty
+from policygrad.language.sampler import Prompts
+
+ARITHMETIC = "arithmetic"  # the name of the task in arithmetic.py
+
+
+@dataclass
+class Task:
+    """A policy before training, with its prompts and its judges."""
+
+    name: str
+    policy: LanguagePolicy
+    tokenizer: PreTrainedTokenizerBase
+    train: Prompts
+    held_out: Prompts | None
+    judge: Rewards
+    judge_held_out: Rewards  # without the penalty on length, for reported results
+
+
+def prepared(
+    examples: Sequence[data.Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Prompts:
+    """Examples as prompts: tokens padded on the left, and the other columns."""
+    rows = data.encode_prompts(examples, tokenizer, max_length=max_length)
+    tokens, mask = data.left_padded(rows, int(tokenizer.pad_token_id))
+    return Prompts([x["prompt"] for x in examples], tokens, mask, data.columns_of(examples))
+
+
+def policy_of(
+    model: nn.Module,
+    *,
+    device: torch.device | str = "cpu",
+    temperature: float = 1.0,
+    autocast: torch.dtype | None = None,
+    chunk: int = CHUNK,
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    lora_targets: Sequence[str] | None = None,
+    gradient_checkpointing: bool = False,
+) -> LanguagePolicy:
+    """A model as a policy on its device. lora_rank: that of an adapter; 0: none. lora_targets: see add_adapter."""
+    if lora_rank:
+        model = models.add_adapter(model, lora_rank, alpha=lora_alpha, targets=lora_targets or None)
+    if gradient_checkpointing:
+        models.checkpoint_gradients(model)
+    return LanguagePolicy(model.to(device), temperature=temperature, autocast=autocast, chunk=chunk)
+
+
+def critic_of(
+    policy: LanguagePolicy,
+    kind: str,
+    *,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    autocast: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ValueModel:
+    """A critic on the policy's trunk ("shared"), on a copy of it ("copy"), or on that of a model by path or hub id.
+
+    Raises UserError for a model with fewer tokens than the policy's.
+    """
+    if kind == "shared":
+        return ValueModel(trunk(policy.model), autocast=autocast)
+    if kind == "copy":
+        return ValueModel(deepcopy(trunk(policy.model)), autocast=autocast)
+    other: nn.Module = models.load_model(
+        kind,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        kind=AutoModel,  # without a head, so that a reward model can be given too
+    ).to(device)  # type: ignore[arg-type]
+    mine, its = (len(x.get_input_embeddings().weight) for x in (trunk(policy.model), other))  # type: ignore
+    if its < mine:
+        raise UserError(
+            f"the critic {ending(kind)} has embeddings for {its:,} tokens and the policy for {mine:,}: "
+            "give one with the same tokenizer"
+        )
+    return ValueModel(other, autocast=autocast)
+
+
+def reward_functions(
+    names: Sequence[str], *, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> list[Reward]:
+    """Reward functions by their names; a name that is not a function's is that of a reward model."""
+    found: list[Reward] = []
+    for name in names:
+        if is_function_spec(name):
+            found.append(load_reward(name))
+        else:
+            from policygrad.language.reward_models import RewardModel
+
+            found.append(RewardModel.load(name, device=str(device), trust_remote_code=trust_remote_code))
+    return found
+
+
+def task_of(
+    name: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[data.Example],
+    held_out: Sequence[data.Example],
+    functions: Sequence[Reward],
+    *,
+    max_tokens: int,
+    max_prompt_tokens: int | None = None,
+    reward_weight: Sequence[float] = (),
+    reward_time_limit: float = 60.0,
+    overlong_fraction: float = 0.0,
+    **policy: Any,
+) -> Task:
+    """Put a task together. Raises UserError if model, tokenizer and examples do not fit together.
+
+    max_tokens: of a completion. reward_weight: one for each function; all 1 by default. overlong_fraction: adds the
+    soft overlong penalty over this last share of max_tokens (DAPO). policy: the options of policy_of.
+    """
+    both = [prepared(x, tokenizer, max_prompt_tokens) for x in (train, held_out) if x]
+    longest = max(x.mask.shape[1] for x in both) + max_tokens
+    models.check_pair(model, tokenizer, longest)  # type: ignore[arg-type]
+    weights = list(reward_weight) or [1.0] * len(functions)
+    plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)
+    if overlong_fraction:
+        buffer = max(1, round(overlong_fraction * max_tokens))
+        penalty = soft_overlong_penalty(max_tokens, buffer)
+        judge = Rewards([*functions, penalty], [*weights, 1.0], time_limit=reward_time_limit)
+    return Task(name, policy_of(model, **policy), tokenizer, both[0], both[1] if held_out else None, judge, plain)

@@ -1,1 +1,0 @@
-"""`policygrad verify`: is an estimator right, and how noisy is it? Each is held against the exact gradient."""

@@ -1,0 +1,308 @@
+"""From options to the pieces of a method, and to the method running: what a line of the table means.
+
+Each function here reads like the line of Python that a user would write.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from policygrad import advantages, returns, score, weights
+from policygrad.advantages import standardize, unnormalized
+from policygrad.algorithms.actor_critic import ActorCriticObjective, actor_critic
+from policygrad.algorithms.grpo import Anchor, GRPOObjective, grpo, measured_in_steps
+from policygrad.algorithms.ppo import PPOObjective, ppo
+from policygrad.algorithms.reinforce import ReinforceObjective, reinforce
+from policygrad.algorithms.trpo import SurrogateObjective, trpo
+from policygrad.credit import Assign, baselined, bootstrapped, discounted, grouped, standardized, vtrace
+from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, value_baseline
+from policygrad.diagnostics import after_update
+from policygrad.divergences import (
+    AdaptiveCoefficient,
+    Divergence,
+    at_action,
+    k1,
+    k2,
+    k3,
+    over_actions,
+    reweighted,
+    to_reference,
+)
+from policygrad.errors import UserError
+from policygrad.objectives import clipped_surrogate, clipped_weight
+from policygrad.rollout import Batch
+from policygrad.samplers import KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
+from policygrad.train.methods import METHODS, method_named
+from policygrad.train.options import has_critic, options_of, validate, with_values
+from policygrad.updates import (
+    Metrics,
+    Objective,
+    Update,
+    ascend,
+    kl_radius,
+    learning_rate,
+    natural_step,
+    trust_region_step,
+)
+
+WEIGHTS = {
+    "token": weights.per_token, "row": weights.per_row, "episode": weights.per_episode, "budget": weights.per_budget,
+}  # fmt: skip
+RATIOS = {"token": score.token_ratio, "sequence": score.sequence_ratio}
+GAINS = {"surrogate": clipped_surrogate, "weight": clipped_weight}
+RETURNS = {"reward_to_go": returns.reward_to_go, "trajectory_return": returns.trajectory_return}
+BASELINES = {
+    "none": advantages.no_baseline,
+    "mean": advantages.mean_baseline,
+    "time_mean": advantages.time_mean_baseline,
+}
+GROUP_BASELINES = {"mean": advantages.group_mean, "leave_one_out": advantages.leave_one_out}
+GROUP_SCALES = {"std": advantages.group_scale, "none": advantages.unit_scale}
+DIVERGENCES: dict[str, Divergence] = {
+    "straight_through": reweighted,
+    "k1": partial(at_action, estimate=k1),
+    "k2": partial(at_action, estimate=k2),
+    "k3": partial(at_action, estimate=k3),
+    "exact": over_actions,
+}
+LOOPS: dict[str, Callable[..., Iterator[Any]]] = {
+    "reinforce": reinforce, "actor_critic": actor_critic, "surrogate": trpo, "ppo": ppo, "grpo": grpo,
+}  # fmt: skip
+
+
+@dataclass
+class Learner:
+    """A method, composed: what it is made of, and the objects besides modules and sampler that change as it runs."""
+
+    sample: Sample
+    credit: Assign
+    objective: Objective
+    update: Update
+    loop: Callable[..., Iterator[dict[str, Tensor | float]]]  # of these four
+    optimizers: list[Adam]
+    coefficients: dict[str, AdaptiveCoefficient]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor | float]]:
+        return self.loop(self.sample, self.credit, self.objective, self.update)
+
+
+def compose(
+    options: Any,
+    policy: nn.Module,
+    critic: nn.Module | None,
+    sample: Sample,
+    reference: Callable[[], nn.Module] | None = None,
+    due: Callable[[], bool] = lambda: True,
+) -> Learner:
+    """The method that the options describe, on a policy, a critic and a sampler.
+
+    reference: makes the frozen starting policy, where KL to it is charged. due: does anything read what the next
+    iteration reports? If not, what only the report needs is not computed.
+    """
+    coefficients: dict[str, AdaptiveCoefficient] = {}
+    anchor, anchored = None, None
+    if options.kl_ref != "none":
+        assert reference is not None
+        anchored = reference()
+        coefficients["kl_ref"] = AdaptiveCoefficient(options.kl_ref_coefficient, options.kl_ref_target)
+        if options.kl_ref == "loss":
+            anchor = partial(to_reference, reference=anchored, divergence=DIVERGENCES[options.kl_ref_estimate])
+    if getattr(options, "kl_old_coefficient", 0):
+        coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient, options.kl_old_target)
+    objective = objective_of(options, policy, critic, coefficients, anchor)
+    update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
+    fit: Fit = no_fit
+    if has_critic(options) and getattr(objective, "critic", None) is None:
+        assert critic is not None
+        optimizers.append(_adam(options, [(critic, critic_rate(options))]))
+        fit = partial(
+            fit_critic, critic=critic, optimizer=optimizers[-1], epochs=options.critic_epochs,
+            minibatch_size=options.critic_minibatch_size, micro_batch=getattr(options, "micro_batch", None),
+        )  # fmt: skip
+    return Learner(
+        wrapped(options, sample, anchored, coefficients),
+        credit_of(options, policy, critic),
+        objective,
+        update,
+        loop_of(options, fit, diagnosis(options, objective, due)),
+        optimizers,
+        coefficients,
+    )
+
+
+def assemble(
+    method: str,
+    policy: nn.Module,
+    sample: Sample,
+    *,
+    critic: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    world: str = "control",
+    **values: Any,
+) -> Learner:
+    """A line of the table on modules of one's own: `pg.dapo(policy, sample)` is `assemble("dapo", policy, sample)`.
+
+    Iterating the result trains, and yields metrics. world: whose defaults the options have (control, language, exact).
+    critic: where the credit needs one. reference: the policy that KL is charged to, by default a copy of `policy` as it
+    is now. values: any option of the method. Raises UserError for a value that cannot be meant, or a missing critic.
+    """
+    defaults = options_of(method_named(method).name, world)()
+    options = with_values(defaults, values)
+    validate(options, defaults)
+    if has_critic(options) and critic is None:
+        raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
+    return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
+
+
+def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
+    """The credit that the options name."""
+    gamma, micro_batch = options.gamma, getattr(options, "micro_batch", None)
+    if options.credit == "group":
+        credit = grouped(GROUP_BASELINES[options.group_baseline], GROUP_SCALES[options.group_scale])
+    elif options.credit in RETURNS:
+        baselines: dict[str, Any] = {
+            **BASELINES,
+            "optimal": partial(optimal_baseline, policy=policy),
+            "value": partial(value_baseline, critic=critic),  # type: ignore[arg-type]
+        }
+        credit = baselined(partial(RETURNS[options.credit], gamma=gamma), baselines[options.baseline])
+    elif options.credit == "vtrace":
+        assert critic is not None
+        bars = {"lam": options.lam, "rho_bar": options.rho_bar, "c_bar": options.c_bar}
+        credit = vtrace(policy, critic, gamma=gamma, **bars, micro_batch=micro_batch)
+    else:
+        assert critic is not None
+        estimates: dict[str, Callable[..., Tensor]] = {
+            "gae": partial(advantages.gae, gamma=gamma, lam=options.lam),
+            "n_step": partial(advantages.n_step_advantage, gamma=gamma, n=options.n),
+            "monte_carlo": partial(advantages.monte_carlo_advantage, gamma=gamma),
+        }
+        credit = bootstrapped(critic, estimates[options.credit], micro_batch=micro_batch)
+    if options.normalize_advantages == "batch":
+        credit = standardized(credit)
+    return discounted(credit, gamma) if options.discounted else credit
+
+
+def objective_of(
+    options: Any,
+    policy: nn.Module,
+    critic: nn.Module | None,
+    coefficients: dict[str, AdaptiveCoefficient] | None = None,
+    anchor: Anchor | None = None,
+) -> Objective:
+    """The objective that the options name."""
+    coefficients = coefficients or {}
+    critic = critic if has_critic(options) else None
+    match METHODS[options.method].objective:
+        case "reinforce":
+            return ReinforceObjective(policy, entropy_coefficient=options.entropy_coefficient)
+        case "actor_critic":
+            return ActorCriticObjective(
+                policy,
+                critic,
+                entropy_coefficient=options.entropy_coefficient,
+                value_coefficient=options.value_coefficient,
+            )
+        case "surrogate":
+            return SurrogateObjective(policy, ratio=RATIOS[options.ratio])
+        case "ppo":
+            return PPOObjective(
+                policy,
+                critic,
+                clip=(options.clip_low, options.clip_high),
+                penalty=coefficients.get("kl_old"),
+                entropy_coefficient=options.entropy_coefficient,
+                value_coefficient=options.value_coefficient,
+                value_clip=options.value_clip,
+                dual_clip=options.dual_clip,
+            )
+        case "grpo":
+            return GRPOObjective(
+                policy,
+                ratio=RATIOS[options.ratio],
+                gain=GAINS[options.gain],
+                clip=(options.clip_low, options.clip_high),
+                anchor=anchor,
+                coefficient=None if anchor is None else coefficients["kl_ref"],
+                entropy_coefficient=options.entropy_coefficient,
+            )
+
+
+def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Adam]]:
+    """The update that the options name, and its optimizers. critic: one that shares the policy's optimizer."""
+    if METHODS[options.method].update == "trust_region":
+        names = ("delta", "damping", "cg_iters", "backtracks", "shrink")
+        return trust_region_step(**{name: getattr(options, name) for name in names}), []
+    if METHODS[options.method].update == "natural":
+        rules = {
+            "kl_radius": partial(kl_radius, delta=options.delta),
+            "learning_rate": partial(learning_rate, rate=options.natural_learning_rate),
+        }
+        step_size = rules[options.step_rule]
+        return natural_step(step_size=step_size, damping=options.damping, cg_iters=options.cg_iters), []
+    parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
+    optimizer = _adam(options, parts)
+    return ascend(optimizer, max_grad_norm=options.max_grad_norm, micro_batch=options.micro_batch), [optimizer]
+
+
+def loop_of(options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics]) -> Callable[..., Iterator[Any]]:
+    """The loop of the method, with all but its four arguments."""
+    named = METHODS[options.method].objective
+    loop = partial(LOOPS[named], weights=WEIGHTS[options.weights], fit=fit, diagnose=diagnose)
+    if named not in ("ppo", "grpo"):
+        return partial(loop, epochs=getattr(options, "epochs", 1))
+    return partial(
+        loop,
+        epochs=options.epochs,
+        minibatch_size=options.minibatch_size,
+        target_kl=options.target_kl,
+        normalize=standardize if options.normalize_advantages == "minibatch" else unnormalized,
+    )
+
+
+def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Callable[[Objective, Batch], Metrics]:
+    """What to report of an update, and what an adaptive penalty reads."""
+    if METHODS[options.method].objective == "grpo":
+        return measured_in_steps
+    report = partial(after_update, micro_batch=getattr(options, "micro_batch", None))
+    penalty = getattr(objective, "penalty", None)
+    reads = penalty is not None and penalty.adapts
+    return lambda objective, batch: report(objective, batch) if reads or due() else {}
+
+
+def wrapped(
+    options: Any, sample: Sample, reference: nn.Module | None, coefficients: dict[str, AdaptiveCoefficient]
+) -> Sample:
+    """The sampler inside the wrappers that the options ask for, in the order in which they must stand."""
+    micro_batch = getattr(options, "micro_batch", None)
+    if getattr(options, "ratio", "token") == "sequence":
+        sample = WholeRows(sample)
+    if options.credit == "group" and options.sampling_rounds > 1:
+        sample = WithoutFlatGroups(sample, options.sampling_rounds)
+    if getattr(options, "old_logp", "sampled") == "recomputed":
+        sample = Rescored(sample, options.importance_bound, micro_batch)
+    if reference is not None and options.kl_ref == "reward":
+        sample = KLCharged(sample, reference, coefficients["kl_ref"], micro_batch)
+    return sample
+
+
+def critic_rate(options: Any) -> float:
+    """The learning rate of the critic's parameters."""
+    rate = options.critic_learning_rate
+    return getattr(options, "learning_rate", 1e-3) if rate is None else rate
+
+
+def _adam(options: Any, parts: list[tuple[nn.Module, float]]) -> Adam:
+    """Adam with a rate for each module; what two of them share is trained at the rate of the first."""
+    groups: list[dict[str, Any]] = []
+    taken = set[nn.Parameter]()
+    for module, rate in parts:
+        parameters = [p for p in module.parameters() if p.requires_grad and p not in taken]
+        taken |= set(parameters)
+        groups.append({"params": parameters, "lr": rate})
+    return Adam([group for group in groups if group["params"]], eps=options.adam_epsilon, fused=True)

@@ -1,0 +1,135 @@
+"""The one table of methods: a variant is one line, its objective, its update and the defaults that make it what it is.
+
+No torch here. `compose.py` makes the pieces that a line names; `verify` holds every line against the exact gradient.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from policygrad.errors import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: which objective and which update, and its own defaults of the options, on any world or on one."""
+
+    name: str
+    summary: str
+    objective: Literal["reinforce", "actor_critic", "surrogate", "ppo", "grpo"]
+    update: Literal["ascend", "natural", "trust_region"] = "ascend"
+    defaults: dict[str, Any] = field(default_factory=dict)
+    on: dict[str, dict[str, Any]] = field(default_factory=dict)  # world -> defaults there
+
+
+_FITTED: dict[str, Any] = {"critic_learning_rate": 1e-3}
+_NATURAL: dict[str, Any] = {"normalize_advantages": "batch", "lam": 0.95}
+_A2C: dict[str, Any] = {"learning_rate": 7e-4, "max_grad_norm": 0.5, "num_steps": 16, "lam": 1.0}
+_GROUP: dict[str, Any] = {"credit": "group", "minibatch_size": None, "max_grad_norm": 1.0}
+_GRPO: dict[str, Any] = {**_GROUP, "weights": "row"}
+_RLHF: dict[str, Any] = {
+    "completions": 1, "prompts_per_rollout": 128, "epochs": 4, "minibatch_size": 32, "kl_ref": "reward",
+    "normalize_advantages": "batch", "max_grad_norm": 1.0,
+}  # fmt: skip
+_TABULAR: dict[str, Any] = {"learning_rate": 0.05}
+_ONE_STEP: dict[str, dict[str, Any]] = {"language": {"learning_rate": 1e-6, "max_grad_norm": 1.0}, "exact": _TABULAR}
+
+_STEPPED: dict[str, dict[str, Any]] = {
+    "language": {"critic_learning_rate": 1e-5, "critic_minibatch_size": 32}, "exact": {"critic_learning_rate": 0.1},
+}  # fmt: skip
+
+TABLE = (
+    Method(
+        "reinforce", "REINFORCE on whole episodes: log pi (G - b), with a choice of baselines.", "reinforce",
+        defaults={**_FITTED, "credit": "reward_to_go", "weights": "episode", "learning_rate": 3e-3,
+                  "critic_minibatch_size": 256},
+        on={"language": {**_STEPPED["language"], "baseline": "mean", "learning_rate": 1e-6, "max_grad_norm": 1.0},
+            "exact": {**_STEPPED["exact"], **_TABULAR}},
+    ),
+    Method(
+        "actor_critic", "Advantage actor-critic (A2C): log pi A with a bootstrapped advantage, one step a rollout.",
+        "actor_critic", defaults=_A2C, on=_ONE_STEP,
+    ),
+    Method(
+        "off_policy_actor_critic", "Actor-critic that uses a rollout several times, corrected by V-trace (IMPALA).",
+        "actor_critic", defaults={**_A2C, "credit": "vtrace", "epochs": 4}, on=_ONE_STEP,
+    ),
+    Method(
+        "npg", "Natural policy gradient: theta + alpha F^-1 g, without a line search.",
+        "surrogate", "natural", defaults={**_NATURAL, **_FITTED}, on=_STEPPED,
+    ),
+    Method(
+        "trpo", "Trust-region policy optimization: the natural step inside KL(old, new) <= delta, with a line search.",
+        "surrogate", "trust_region", defaults={**_NATURAL, **_FITTED}, on=_STEPPED,
+    ),
+    Method(
+        "ppo", "Proximal policy optimization: the clipped surrogate, epochs of minibatches; or a KL penalty; or both.",
+        "ppo", defaults={"epochs": 10, "normalize_advantages": "minibatch", "max_grad_norm": 0.5},
+        on={"language": _RLHF, "exact": {"minibatch_size": 512}},
+    ),
+    Method(
+        "grpo", "Group-relative policy optimization: (return - group mean) / group std, clipped, and no critic.",
+        "grpo", defaults=_GRPO, on={"language": {"kl_ref": "loss"}},
+    ),
+    Method(
+        "dr_grpo", "GRPO without its two biases: no division by the group's std or the row's length.",
+        "grpo", defaults={**_GROUP, "group_scale": "none", "weights": "budget"},
+    ),
+    Method(
+        "dapo", "GRPO with clip-higher, the loss by token, dynamic sampling and a soft penalty of overlong answers.",
+        "grpo", defaults={**_GROUP, "clip_high": 0.28, "weights": "token", "sampling_rounds": 4},
+        on={"language": {"overlong_fraction": 0.2}},
+    ),
+    Method(
+        "gspo", "GRPO with the ratio of whole completions.",
+        "grpo", defaults={**_GRPO, "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    ),
+    Method(
+        "cispo", "GRPO that clips the importance weight and keeps every token's gradient.",
+        "grpo", defaults={**_GROUP, "gain": "weight", "clip_low": math.inf, "clip_high": 0.28, "weights": "token"},
+    ),
+    Method(
+        "rloo", "REINFORCE with the mean of the group's other returns as the baseline; KL in the reward.",
+        "grpo", defaults={**_GROUP, "group_baseline": "leave_one_out", "group_scale": "none", "weights": "episode"},
+        on={"language": {"kl_ref": "reward"}},
+    ),
+    Method(
+        "reinforce_plus_plus", "REINFORCE++: the batch as the baseline; KL in the reward.",
+        "grpo", defaults={"credit": "reward_to_go", "baseline": "none", "normalize_advantages": "batch",
+                          "weights": "token", "minibatch_size": None, "max_grad_norm": 1.0},
+        on={"language": {"kl_ref": "reward", "completions": 1, "prompts_per_rollout": 128}},
+    ),
+)  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in TABLE}
+ALIASES = {"a2c": "actor_critic", "impala": "off_policy_actor_critic", "reinforce++": "reinforce_plus_plus"}
+
+# What else the options make of the methods: (name, how, what it is).
+VARIANTS = (
+    ("a2c", "actor_critic", "synchronous advantage actor-critic, by its usual name"),
+    ("PPO with a KL penalty", "ppo --clip-low inf --clip-high inf --kl-old-coefficient 1 --kl-old-target 0.01",
+     "adaptive beta"),
+    ("PPO with both", "ppo --kl-old-coefficient 1 --kl-old-target 0.01", "clipped and penalized"),
+    ("PPO with dual clip", "ppo --dual-clip 3", "a floor for bad actions that became likely"),
+    ("PPO without a critic", "ppo --credit group --group-baseline leave_one_out", "the other episodes as the baseline"),
+    ("TRPO without a critic", "trpo --credit group", "a trust region for GRPO's credit"),
+    ("natural gradient", "npg --step-rule learning_rate", "Kakade's plain learning rate along F^-1 g"),
+    ("one-step actor-critic", "actor_critic --credit n_step --n 1", "the TD error as the advantage"),
+    ("true discounted gradient", "reinforce --discounted", "with the factor gamma^t that is usually dropped"),
+)  # fmt: skip
+
+
+def method_named(name: str) -> Method:
+    """The method of a name, in any case and with dashes too. Raises UserError with the nearest names."""
+    full = name.lower().replace("-", "_")
+    full = ALIASES.get(full, full)
+    if full not in METHODS:
+        raise UserError(f"unknown method {name!r}: {nearest(name.lower(), [*METHODS, *ALIASES])}")
+    return METHODS[full]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message: the names that were perhaps meant, or all there are."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"

@@ -1,0 +1,63 @@
+"""Tuned settings, one file a task: a table of options for each method."""
+
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from importlib.resources import files
+from typing import Any
+
+from policygrad.errors import UserError
+from policygrad.train.methods import nearest
+from policygrad.train.options import options_of
+from policygrad.train.worlds import kind_of
+
+FOLDER = files("policygrad") / "presets"
+ANY = "any"  # the table of what is set for every method
+
+
+def names() -> list[str]:
+    """The presets there are."""
+    return sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
+
+
+def load(name: str) -> dict[str, dict[str, Any]]:
+    """A preset: method -> option -> value. Raises UserError with the nearest names if there is none."""
+    if name not in names():
+        raise UserError(f"unknown preset {name!r}: {nearest(name, names())} (or none)")
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text())
+
+
+def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The preset that a run takes, and its values: the one named, none, or by default the task's own.
+
+    values: the options that are set. The arithmetic task's preset is for its own model alone. Raises UserError for a
+    named preset that does not exist or has nothing for the method.
+    """
+    if preset == "none":
+        return None, {}
+    if preset is not None:
+        table = load(preset)
+        if method not in table and ANY not in table:
+            raise UserError(f"preset {preset} has no settings for {method}, only for {', '.join(table)}; or use none")
+        return preset, settings(table, method, kind_of(task, values))
+    own = task.split(":")[-1] if isinstance(task, str) and not task.startswith("exact:") else None
+    if own in names() and values.get("model") is None and {method, ANY} & set(table := load(own)):
+        return own, settings(table, method, kind_of(task, values))
+    return None, {}
+
+
+def settings(table: dict[str, dict[str, Any]], method: str, kind: str) -> dict[str, Any]:
+    """What a preset sets for a method: what it sets for any, as far as the method has the option, and for this one."""
+    known = {f.name for f in fields(options_of(method, kind))}
+    return {name: x for name, x in table.get(ANY, {}).items() if name in known} | table.get(method, {})
+
+
+def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given: Collection[str]) -> str:
+    """The end of an error message about a value that is the preset's and not the user's; else nothing.
+
+    tuned: what the preset sets. given: the options that the user sets.
+    """
+    name: str = getattr(error, "option", "")
+    if preset is None or name not in tuned or name in given:
+        return ""
+    return f" (preset {preset} sets {name}={tuned[name]}; --preset none leaves it)"

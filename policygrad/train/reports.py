@@ -1,0 +1,209 @@
+"""What a run shows as it goes: metrics.jsonl, TensorBoard events, a line on the terminal, and the learning curve."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+Row = dict[str, float]
+
+# TensorBoard's folders, by what a practitioner looks for; all others go to `update`.
+GROUPS = {
+    "return": "episodes",
+    "length": "episodes",
+    "episodes": "episodes",
+    "steps_per_second": "time",
+    "seconds": "time",
+    "value_loss": "critic",
+    "explained_variance": "critic",
+    "critic_gradient_norm": "critic",
+    "reward": "completions",
+    "reward_std": "completions",
+    "group_std": "completions",
+    "flat_groups": "completions",
+    "cut_fraction": "completions",
+    "completions": "completions",
+    "held_out": "completions",
+    "sampling_tokens_per_second": "time",
+    "learning_tokens_per_second": "time",
+    "sampling_seconds": "time",
+}
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events in a run directory; a context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = (directory / "metrics.jsonl").open("w")
+        self.tensorboard = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, row: Row) -> None:
+        """One line, and one point of each curve."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            if name != "steps":
+                self.tensorboard.add_scalar(f"{GROUPS.get(name, 'update')}/{name}", value, int(row["steps"]))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+@contextmanager
+def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, where that is a terminal; what it yields moves it on by one and says how it stands."""
+    console = _terminal()
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed} of {task.total}"),
+        TextColumn("[cyan]{task.fields[status]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(description, total=total, status="")
+        yield lambda status: progress.update(task, advance=1, status=status)
+
+
+class ProgressLine:
+    """One line on standard error, where that is a terminal: how far a run is, its newest numbers, the time left."""
+
+    def __init__(self, description: str, total: int, show: bool = True) -> None:
+        console = _terminal()
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            *([BarColumn(bar_width=24)] if console.width >= 110 else []),  # the numbers first
+            TextColumn("{task.fields[count]}"),
+            TextColumn("[cyan]{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not (show and console.is_terminal),
+            transient=True,
+        )
+        self.total = total
+        self.task = self.progress.add_task(description, total=total, count="", status="")
+
+    def update(self, done: float, parts: list[str]) -> None:
+        """Show that `done` of the total are done, and the newest numbers."""
+        count = f"{_short(done)}/{_short(self.total)}"
+        self.progress.update(self.task, completed=done, count=count, status="  ".join(parts))
+
+    def __enter__(self) -> "ProgressLine":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+
+def _terminal() -> Console:
+    """Standard error; a terminal only if it is one, whatever FORCE_COLOR says of colors."""
+    return Console(stderr=True, force_terminal=sys.stderr is not None and sys.stderr.isatty())
+
+
+def _short(count: int | float) -> str:
+    """12.3k, 1M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}".removesuffix(".0") + letter
+    return f"{count:.0f}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a learning curve shows, each as (metric, label). points: dots over the curve, such as evaluations."""
+
+    x: tuple[str, str] = ("steps", "environment steps")
+    y: tuple[str, str] = ("return", "mean return of the last 100 episodes")
+    points: tuple[str, str] | None = None
+    length_of: str = "episode"
+
+
+# The panels beside the learning curve, where a run has them: (metric, title).
+PANELS = (
+    ("entropy", "entropy"),
+    ("kl_old", "KL(old, new)"),
+    ("kl_ref", "KL(policy, reference), by decision"),
+    ("flat_groups", "share of flat groups"),
+    ("length", "{of} length"),
+    ("explained_variance", "explained variance"),
+    ("gradient_norm", "gradient norm"),
+)
+BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#777777"
+
+
+def draw_curve(rows: list[Row], title: str, path: Path, curve: Curve | None = None) -> None:
+    """The learning curve as a picture, and small panels beside it."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    curve = curve or Curve()
+    x, y, points = curve.x, curve.y, curve.points
+    figure = Figure(figsize=(10, 4.8), layout="constrained", dpi=150)
+    # What is there and is more than rounding: the KL to the old policy is 0 where every rollout has one update.
+    panels = [(name, label) for name, label in PANELS if any(abs(row.get(name, 0.0)) > 1e-9 for row in rows)][:5]
+    left, right = list(np.asarray(figure.subfigures(1, 2, width_ratios=(2.0, 1.0))))
+    main = left.subplots()
+    small = right.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
+    curves = [(main, y[0], BLUE, 2.0 if points is None else 1.2)]
+    curves += [(axes, name, GREY, 1.0) for axes, (name, _) in zip(small, panels, strict=True)]
+    for axes, name, color, width in curves:
+        at, values = _series(rows, x[0], name)
+        single = "o" if len(at) == 1 else None  # no line to be seen
+        axes.plot(
+            at,
+            values,
+            color=color,
+            linewidth=width,
+            solid_capstyle="round",
+            label=y[1],
+            marker=single,
+            clip_on=not single,
+        )
+        axes.set_xlim(0, 1.01 * max(row[x[0]] for row in rows))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    main.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    main.set_xlabel(x[1])
+    main.set_ylabel(y[1])
+    if not _series(rows, x[0], y[0])[0]:
+        main.text(0.5, 0.5, "no episode has ended yet", transform=main.transAxes, ha="center", color=GREY, fontsize=12)
+        main.set_yticks([])
+    if points is not None:
+        at, values = _series(rows, x[0], points[0])
+        main.plot(at, values, "o-", color=ORANGE, linewidth=1.5, markersize=6, label=points[1], clip_on=False, zorder=3)
+        main.legend(frameon=False, loc="lower right")
+        last = (values or _series(rows, x[0], y[0])[1])[-1:]
+    else:
+        at, values = _series(rows, x[0], y[0])
+        main.plot(at[-1:], values[-1:], "o", color=BLUE, markersize=6, clip_on=False, zorder=3)
+        last = values[-1:]
+    if last:
+        color = BLUE if points is None else ORANGE
+        shown = f"{last[0]:,.1f}" if points is None else f"{last[0]:.3f}"
+        main.set_title(shown, loc="right", fontsize=12, fontweight="bold", color=color)
+    for axes, (_, label) in zip(small, panels, strict=True):
+        axes.set_title(label.format(of=curve.length_of), loc="left", fontsize=9, color="#444444")
+        axes.tick_params(labelsize=7)
+    figure.savefig(path)
+
+
+def _series(rows: list[Row], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Where a metric is known and finite."""
+    known = [(row[x], row[y]) for row in rows if y in row and math.isfinite(row[y])]
+    return [a for a, _ in known], [b for _, b in known]

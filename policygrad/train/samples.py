@@ -1,0 +1,86 @@
+"""Samples of a language model for people: a table to read and a file of all of them."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from policygrad.errors import UserError
+from policygrad.language.rewards import text_of
+
+Row = dict[str, Any]  # prompt, completion, reward, cut, and the data set's columns
+TABLE_TEXT = 240  # characters shown of a prompt or a completion
+
+
+def samples_table(rows: Sequence[Row], *, limit: int, console: Console | None = None) -> None:
+    """Print the first `limit` samples. Long texts lose their middle, and a newline is shown as ⏎."""
+    shown = list(rows[: max(limit, 0)])
+    if not shown:
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_lines=False, expand=False, pad_edge=False, padding=(0, 1, 1, 0))
+    table.add_column("prompt", ratio=2, overflow="fold", style="dim")
+    table.add_column("completion", ratio=3, overflow="fold")
+    table.add_column("reward", justify="right", no_wrap=True, style="cyan")
+    if any(row.get("cut") for row in shown):
+        table.add_column("cut", no_wrap=True, style="yellow")
+    for row in shown:
+        cells = [Text(_shown(row["prompt"])), Text(_shown(row["completion"])), Text(_number(row.get("reward")))]
+        table.add_row(*(cells + [Text("cut" if row.get("cut") else "")])[: len(table.columns)])
+    (console or Console()).print(table)
+
+
+def write_samples(path: Path | str, rows: Sequence[Row]) -> None:
+    """Write samples as JSON, one a line. A crash leaves the file as it was: the new one is written beside it first.
+
+    JSON has no NaN and no infinity; both are written as null.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for row in rows:
+                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        where, said = str(path), str(error.strerror or error)
+        where = where if len(where) <= 80 else "..." + where[-77:]
+        raise UserError(f"{where} cannot be written ({said[:60]}): give another place, or make room") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def _shown(said: Any) -> str:
+    """A text or a conversation on one line, without control characters, and without its middle if it is long."""
+    if not isinstance(said, str) and len(said) > 1:
+        said = "\n".join(f"{message['role']}: {message['content']}" for message in said)
+    text = text_of(said).replace("\n", "⏎").replace("\t", " ")
+    text = "".join(character if character.isprintable() else "�" for character in text)
+    half = (TABLE_TEXT - 3) // 2
+    return text if len(text) <= TABLE_TEXT else f"{text[:half]} … {text[-half:]}"
+
+
+def _number(reward: float | None) -> str:
+    return "-" if reward is None or math.isnan(reward) else f"{reward:.3g}"
+
+
+def _plain(value: Any) -> Any:
+    """A value in terms of JSON: tensors and arrays as lists, and anything that JSON cannot hold as text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(name): _plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -1,0 +1,112 @@
+"""Small worlds in closed form: what a policy is worth is a number, not an estimate."""
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from policygrad.errors import UserError
+from policygrad.exact.closed_form import expected_return, optimal_probs
+from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilities, tabular
+from policygrad.exact.sampler import CompletionSampler, EpisodeSampler
+from policygrad.exact.tokens import OnPrefixes, TokenWorld, token_world, tree
+from policygrad.exact.worlds import world_named
+from policygrad.train.checkpoints import load_tensors, save_tensors
+from policygrad.train.options import has_critic
+from policygrad.train.reports import Curve, Row
+from policygrad.train.worlds.world import Own, World
+
+HORIZON = 100  # of a world without a time limit
+COMPLETIONS = 4  # of each prompt of `exact:tokens`
+
+
+@dataclass
+class Evaluation:
+    """The discounted return J of a policy from the world's start, in closed form, and the best there is."""
+
+    score: float
+    best: float
+
+    def line(self) -> str:
+        """In a line."""
+        return f"J = {self.score:.4f} of at most {self.best:.4f}, exactly"
+
+    def summary(self) -> dict[str, Any]:
+        """In terms of JSON."""
+        return asdict(self)
+
+
+class ExactWorld(World):
+    """`exact:chain`, bandit, cliff, garnet, two_states, or tokens; tabular policy and critic, in float64."""
+
+    kind = "exact"
+    dtype = torch.float64
+    judged = "expected_return"
+
+    def __init__(self, task: str, options: Any) -> None:
+        self.tokens: TokenWorld | None = token_world() if task == "exact:tokens" else None
+        self.world = tree(self.tokens) if self.tokens is not None else world_named(task.removeprefix("exact:"))
+        gamma = self.world.gamma if options.gamma is None else options.gamma
+        super().__init__(task, dataclasses.replace(options, gamma=gamma))
+
+    @property
+    def name(self) -> str:
+        return self.task
+
+    def build(self, own: Own, progress: bool) -> None:
+        if own != Own():
+            raise UserError(
+                "policy, critic and engine are for other worlds: an exact one has its own tables; leave them out"
+            )
+        states, actions = self.world.reward.shape
+        self.table = SoftmaxPolicy(tabular(states, actions))
+        critic = TabularCritic(torch.zeros(states)) if has_critic(self.options) else None
+        rows, seed = self.options.num_envs, self.options.seed
+        if self.tokens is None:
+            self.policy, self.critic = self.table, critic
+            horizon = self.options.episode_steps or self.world.time_limit or HORIZON
+            self.sample: Any = EpisodeSampler(self.world, rows, horizon, seed)
+            return
+        if rows % COMPLETIONS:
+            raise UserError(
+                f"num_envs is {rows}: {self.name} answers each prompt {COMPLETIONS} times; give a multiple of it"
+            )
+        self.policy = OnPrefixes(self.tokens, self.table)
+        self.critic = None if critic is None else OnPrefixes(self.tokens, critic)
+        self.sample = CompletionSampler(self.tokens, rows // COMPLETIONS, COMPLETIONS, seed)
+
+    def load(self, directory: Path) -> None:
+        self.build(Own(), progress=False)
+        load_tensors(directory / "policy.safetensors", self.modules())
+
+    def save(self, directory: Path) -> None:
+        save_tensors(directory / "policy.safetensors", self.modules())
+
+    def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
+        """J of the policy with its noise, exactly. `count` and `greedy` have no meaning here, and are refused."""
+        if count is not None or greedy is not None:
+            raise UserError(
+                f"{self.name} is evaluated exactly, not by samples: leave the number of them and greedy out"
+            )
+        with torch.no_grad():
+            found = [
+                expected_return(self.world, probs) for probs in (probabilities(self.table), optimal_probs(self.world))
+            ]
+        return Evaluation(*map(float, found))
+
+    def decisions(self) -> int:
+        return self.sample.steps
+
+    def status(self, row: Row) -> list[str]:
+        return [f"return {row['return']:,.3f}", f"{row['steps_per_second']:,.0f} steps/s"]
+
+    def curve(self) -> Curve:
+        return Curve(y=("return", "mean return of a rollout, undiscounted"), points=("expected_return", "J, exact"))
+
+    def summary(self, rows: list[Row]) -> dict[str, Any]:
+        return {"return_mean": rows[-1].get("return") if rows else None}
+
+    def result(self, rows: list[Row], seconds: float) -> str:
+        return f"return {rows[-1]['return']:.3f} in the last rollout, {rows[-1]['steps']:,.0f} steps in {seconds:.1f} s"

@@ -1,0 +1,273 @@
+"""Language: Hugging Face causal language models on prompts that something judges."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from policygrad.errors import UserError
+from policygrad.language import arithmetic, data, models
+from policygrad.language.evaluation import Evaluation, evaluate_policy
+from policygrad.language.generation import Request, generate
+from policygrad.language.policies import LanguagePolicy, reference_of
+from policygrad.language.sampler import CompletionSampler
+from policygrad.language.tasks import Task, critic_of, reward_functions, task_of
+from policygrad.language.warmup import warmed_up
+from policygrad.train.methods import METHODS
+from policygrad.train.options import OptionError, has_critic
+from policygrad.train.reports import Curve, Row, progress_bar
+from policygrad.train.samples import write_samples
+from policygrad.train.worlds.world import Own, World
+
+ARITHMETIC = "arithmetic"
+TRAINED_ON = 8000  # arithmetic problems, in the demonstrations and in training
+
+
+class LanguageWorld(World):
+    """The task `arithmetic`, which needs nothing else, or a data set of prompts with a model and rewards."""
+
+    kind = "language"
+    policy: LanguagePolicy
+    prompts: Task
+    last: Evaluation | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.task or self.options.dataset or ARITHMETIC).stem
+
+    @property
+    def judged(self) -> str | None:  # type: ignore[override]
+        """The mean reward on held-out prompts, if there are any."""
+        return None if self.prompts.held_out is None else "held_out"
+
+    def build(self, own: Own, progress: bool) -> None:
+        if own.policy is not None or own.critic is not None:
+            raise UserError(
+                "modules of your own are for control: give model, and critic as copy, shared or a directory"
+            )
+        options = self.options
+        with models.quiet():
+            self.prompts = self._task(progress)
+            self.policy, device = self.prompts.policy, options.device
+            stop = models.stop_tokens(self.policy.model, self.prompts.tokenizer)
+            self.sample = CompletionSampler(
+                self.prompts.train,
+                self.prompts.tokenizer,
+                self.prompts.judge,
+                Request(options.completions, options.max_tokens, stop, int(self.prompts.tokenizer.pad_token_id)),
+                prompts_per_rollout=options.prompts_per_rollout,
+                cut=options.cut,
+                cut_penalty=options.cut_penalty,
+                engine=own.engine or generate,
+                seed=options.seed,
+                device=device,
+            )
+            if has_critic(options):
+                self.critic = self._critic()
+
+    def _task(self, progress: bool) -> Task:
+        options = self.options
+        arithmetics = self.task == ARITHMETIC or (self.task is None and options.dataset is None)
+        if arithmetics and options.dataset is not None:
+            raise OptionError("dataset", "arithmetic makes its own problems: leave dataset out")
+        source = options.dataset or self.task
+        if not arithmetics and options.model is None:
+            raise OptionError("model", f"there is no model to train on {source}: give model, a directory or a hub id")
+        if not arithmetics and not options.reward:
+            raise OptionError(
+                "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
+            )
+        if arithmetics:
+            train, held_out = arithmetic.splits(TRAINED_ON, options.held_out, seed=0)
+        else:
+            examples = data.load_examples(source, split=options.split)
+            train, held_out = data.hold_out(examples, options.held_out, seed=0)
+        functions: list[Any] = [arithmetic.right] if arithmetics else []
+        if options.reward:
+            trust = options.trust_remote_code
+            functions = reward_functions(options.reward, device=options.device, trust_remote_code=trust)
+        model, tokenizer = self._model(progress)
+        names = ["max_tokens", "max_prompt_tokens", "reward_weight", "reward_time_limit", "overlong_fraction"]
+        names += ["device", "temperature", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing"]
+        given: dict[str, Any] = {name: getattr(options, name) for name in names}
+        if self._natural():
+            given["chunk"] = 2**40  # logits in pieces have no second derivative
+        return task_of(self.name, model, tokenizer, train, held_out, functions, autocast=self._autocast(), **given)
+
+    def _model(self, progress: bool) -> tuple[nn.Module, Any]:
+        options = self.options
+        if options.model is None:
+            with progress_bar("learning from demonstrations", 600, progress) as advance:
+                model: Any = warmed_up(progress=lambda done, total, status: advance(status), device=options.device)
+            if self._natural():
+                model.set_attn_implementation("eager")
+            return model, arithmetic.tokenizer()
+        trust, attention = options.trust_remote_code, options.attention
+        if self._natural():
+            if attention not in (None, "eager"):
+                raise OptionError(
+                    "attention",
+                    f"attention is {attention}, which has no second derivative: {options.method} needs eager",
+                )
+            attention = "eager"
+        tokenizer = models.load_tokenizer(options.tokenizer or options.model, trust_remote_code=trust)
+        model = models.load_model(options.model, dtype=options.dtype, attention=attention, trust_remote_code=trust)
+        return model, tokenizer
+
+    def _critic(self) -> nn.Module:
+        options = self.options
+        return critic_of(
+            self.policy,
+            options.critic,
+            dtype=options.dtype,
+            attention=options.attention,
+            trust_remote_code=options.trust_remote_code,
+            autocast=self._autocast(),
+            device=options.device,
+        )
+
+    def _natural(self) -> bool:
+        """Is the gradient differentiated once more?"""
+        return METHODS[self.options.method].update != "ascend"
+
+    def _autocast(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.options.autocast == "bfloat16" else None
+
+    def load(self, directory: Path) -> None:
+        adapter = self.options.lora_rank > 0
+        if not adapter:
+            self.options = dataclasses.replace(self.options, model=str(directory / "model"), tokenizer=None)
+        with models.quiet():
+            self.prompts = self._task(progress=False)
+            self.policy = self.prompts.policy
+            if adapter:
+                self.policy.model.load_adapter(str(directory / "model"), adapter_name="default")  # type: ignore[operator]
+            if (directory / "critic.safetensors").is_file():
+                self.critic = self._critic()
+                models.load_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
+
+    def save(self, directory: Path) -> None:
+        """model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""
+        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model")
+        if self.critic is not None:
+            models.save_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
+        if self.last is not None:
+            write_samples(directory / "samples.jsonl", self.last.rows)
+
+    def reference(self) -> nn.Module:
+        return reference_of(self.policy)
+
+    def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
+        """Answer the held-out prompts, each `count` times, sampled unless `greedy`."""
+        completions = self.options.evaluation_completions if count is None else count
+        if completions < 1:
+            raise UserError(f"completions is {completions}: it must be at least 1")
+        if self.prompts.held_out is None:
+            raise UserError("there are no held-out examples to evaluate on: train with held_out above 0")
+        self.last = evaluate_policy(
+            self.policy,
+            self.prompts.held_out,
+            self.prompts.tokenizer,
+            self.prompts.judge_held_out,
+            completions=completions,
+            max_tokens=self.options.max_tokens,
+            seed=seed,
+            greedy=bool(greedy),
+        )
+        return self.last
+
+    def decisions(self) -> int:
+        return self.sample.steps
+
+    def speeds(self, row: Row, before: Row, seconds: float) -> Row:
+        """Tokens per second of sampling and of learning, of this iteration."""
+        tokens, sampling = (
+            row["steps"] - before.get("steps", 0.0),
+            row["sampling_seconds"] * row.get("sampling_rounds", 1.0),
+        )
+        return {
+            "iteration_seconds": seconds,
+            "sampling_tokens_per_second": tokens / max(sampling, 1e-9),
+            "learning_tokens_per_second": tokens / max(seconds - sampling, 1e-9),
+        }
+
+    def status(self, row: Row) -> list[str]:
+        """A rollout that teaches nothing says so, since its objective of 0 would not."""
+        parts = [f"reward {row['reward']:.3f}"]
+        parts += [f"held-out {row['held_out']:.3f}"] if "held_out" in row else []
+        parts += [f"KL(ref) {row['kl_ref']:.4f}"] if "kl_ref" in row else []
+        parts += [f"length {row['length']:.0f}"]
+        return parts + (["all groups flat: nothing to learn"] if row.get("flat_groups") == 1 else [])
+
+    def curve(self) -> Curve:
+        return Curve(
+            x=("completions", "completions"),
+            y=("reward", "mean reward of a rollout"),
+            points=("held_out", "held-out"),
+            length_of="completion",
+        )
+
+    def summary(self, rows: list[Row]) -> dict[str, Any]:
+        last = rows[-1] if rows else {}
+        return {
+            "completions": int(last.get("completions", 0)),
+            "tokens": int(last.get("steps", 0)),
+            "reward": last.get("reward"),
+        }
+
+    def result(self, rows: list[Row], seconds: float) -> str:
+        last, found = rows[-1], self.summary(rows)
+        return (
+            f"reward {last['reward']:.3f} in the last rollout, {found['completions']:,} completions, "
+            f"{found['tokens']:,} tokens in {seconds:.1f} s ({last['sampling_tokens_per_second']:,.0f} tokens/s "
+            f"sampling, {last['learning_tokens_per_second']:,.0f} learning)"
+        )
+
+    def notes(self, run: Any) -> list[str]:
+        rows = run.metrics
+        flat = [row["flat_groups"] for row in rows if "flat_groups" in row]
+        if flat and sum(flat) / len(flat) > 0.9:
+            return [
+                f"{sum(flat) / len(flat):.0%} of the groups were flat: all completions of a prompt had the same "
+                "reward, and such a group has no gradient. Easier or harder prompts, more completions or a finer "
+                "reward would help"
+            ]
+        if rows and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
+            return [
+                "the objective is near 0 at every step because advantages are centered and the ratio starts at 1: look "
+                "at reward and gradient_norm"
+            ]
+        return []
+
+    def versions(self) -> dict[str, str]:
+        return {**super().versions(), "transformers": transformers.__version__}
+
+
+def card(run: Any) -> str:
+    """The model card: what it is, how it was made, what it scored."""
+    options = run.configuration()["options"]
+    base = options["model"] or f"the small model of the task {run.world.name}"
+    judged = (("before", run.before), ("after", run.after))
+    scores = [f"- {when}: {x.line()}" for when, x in judged if x is not None]
+    lines = [
+        "---",
+        "library_name: " + ("peft" if options["lora_rank"] else "transformers"),
+        *([f"base_model: {options['model']}"] if options["model"] else []),
+        "tags: [policygrad, reinforcement-learning]",
+        "---",
+        "",
+        f"# {run.method} on {run.world.name}",
+        "",
+        f"Trained by `{run.method}` with policygrad, from {base}.",
+        *(["", "On held-out prompts:", "", *scores] if scores else []),
+        "",
+        "```json",
+        json.dumps({k: v for k, v in options.items() if v not in (None, [], ())}, indent=2),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

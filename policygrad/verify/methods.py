@@ -1,0 +1,134 @@
+"""Every line of the table of methods: its gradient on and off policy, and one step of its own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.optim import SGD
+
+from policygrad.exact.policies import SoftmaxPolicy
+from policygrad.rollout import Rollout
+from policygrad.train.compose import WEIGHTS, Learner, compose
+from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
+from policygrad.updates import ascend
+from policygrad.verify.settings import GROUP, Setting, of_size
+from policygrad.verify.statistics import Experience, Moments, Row, Section
+from policygrad.verify.written_out import NoClosedForm, expectation
+
+ONE_STEP = {"epochs": 1, "minibatch_size": None, "sampling_rounds": 1}  # on the whole rollout, as it was sampled
+
+
+def method_section(at: Setting) -> Section:
+    """The table of them; on control without those that compare the completions of a prompt."""
+    rows = []
+    for name in METHODS:
+        options = options_at(name, at)
+        if options.credit != "group" or at.tokens is not None:
+            rows += method_rows(at, options)
+    return Section(f"{at.name}, methods", rows, at.on_policy, at.gradient)
+
+
+def options_at(name: str, at: Setting) -> Any:
+    """The method's own options, for one step and with the discount of the world."""
+    options = options_of(name, "exact")()
+    known = {f.name for f in fields(options)}
+    return replace(options, gamma=at.world.gamma, **{name: x for name, x in ONE_STEP.items() if name in known})
+
+
+def method_rows(at: Setting, options: Any) -> list[Row]:
+    """On policy; off policy, if the method reads the ratio; and as it runs. The critic is wrong."""
+    reads_ratio = options.credit == "vtrace" or METHODS[options.method].objective not in ("reinforce", "actor_critic")
+    size, rows = _size(options), []
+    for off in (False, True) if reads_ratio else (False,):
+        experience = of_size(at, options, off, size)
+        learner = _composed(at, options, at.table, experience.rollout)
+        row = Row(
+            f"{options.method}, {'off' if off else 'on'} policy",
+            learner.credit,
+            learner.objective,
+            WEIGHTS[options.weights],
+            size,
+            experience=replace(experience, rollout=learner.sample(learner.objective.policy)),
+        )
+        rows.append(_expecting(row, options, at, experience, off))
+    return [*rows, as_it_runs(at, options)]
+
+
+def as_it_runs(at: Setting, options: Any) -> Row:
+    """What one iteration of the composed method adds to theta, with all batches as its one rollout and a rate of 1.
+
+    Each batch is weighted by its probability, so that the step is the expected step. The update is plain `ascend`.
+    """
+    size, off = (2 if options.credit == "group" else 1), options.credit == "vtrace"
+    experience = at.off_policy if off else at.on_policy
+    index, probability = experience.batches(size)
+    group = torch.arange(len(index)).repeat_interleave(size)
+    table = deepcopy(at.table)
+    learner = _composed(at, options, table, replace(experience.rollout.rows(index.flatten()), group=group))
+
+    def weights(mask: Tensor) -> Tensor:
+        each = vmap(WEIGHTS[options.weights])(mask.view(*index.shape, -1))
+        return (probability[:, None, None] * each).view(mask.shape)
+
+    update = ascend(SGD([table.theta], lr=1.0))
+    next(iter(learner.loop(learner.sample, learner.credit, learner.objective, update, weights=weights)))
+    step = (table.theta - at.table.theta).detach()
+    measured = Moments(step, torch.full((len(step),) * 2, torch.nan))
+    row = Row(f"{options.method}, as it runs", learner.credit, learner.objective, weights, size, measured=measured)
+    return _expecting(row, options, at, experience, off, together=True)
+
+
+def _composed(at: Setting, options: Any, table: SoftmaxPolicy, rollout: Rollout) -> Learner:
+    """The method on this policy, with a sampler that returns this rollout."""
+    anchor = at.table_ref or at.table_old
+    return compose(options, at.seen(table), at.critic(at.wrong_value), lambda _: rollout, lambda: at.seen(anchor))
+
+
+def _expecting(row: Row, options: Any, at: Setting, experience: Experience, off: bool, together: bool = False) -> Row:
+    """The row with what it expects, and why; or as one of which nothing here knows it."""
+    why = ", ".join(words for words, holds in _REASONS.items() if holds(options, off, together))
+    try:
+        expected = expectation(options, at, experience, row.size, at.wrong_value, off_policy=off, together=together)
+    except NoClosedForm:
+        return replace(row, known=False)
+    return replace(row, expected=expected, reason=why)
+
+
+def _size(options: Any) -> int:
+    """Rows of a batch: the fewest in which the method's credit means something."""
+    if options.credit == "group":
+        return GROUP
+    others = options.credit in ("reward_to_go", "trajectory_return") and options.baseline not in ("none", "value")
+    return 2 if others or options.normalize_advantages == "batch" else 1
+
+
+def _bounds(options: Any) -> tuple[str, ...]:
+    """The options that bound the method's ratios."""
+    return ("rho_bar",) if options.credit == "vtrace" else ("clip_low", "clip_high")
+
+
+# Why a method does not expect grad J: what is true of its options.
+_REASONS: dict[str, Callable[[Any, bool, bool], bool]] = {
+    "no gamma^t": lambda o, off, together: (
+        o.gamma < 1 and o.credit != "trajectory_return" and not getattr(o, "discounted", False)
+    ),
+    "wrong V": lambda o, off, together: o.credit in ("n_step", "gae", "vtrace") and getattr(o, "lam", 0.0) < 1,
+    "own return in b": lambda o, off, together: o.credit == "group" and o.group_baseline == "mean",
+    "1/std": lambda o, off, together: (
+        o.normalize_advantages == "batch"
+        or (together and o.normalize_advantages == "minibatch")
+        or (o.credit == "group" and o.group_scale == "std")
+    ),
+    "by token": lambda o, off, together: o.weights == "token",
+    "1/|y|": lambda o, off, together: o.weights == "row" or getattr(o, "ratio", "token") == "sequence",
+    "1/T": lambda o, off, together: o.weights == "budget",
+    "old states": lambda o, off, together: off,
+    "clipped": lambda o, off, together: off and any(getattr(o, name, torch.inf) < torch.inf for name in _bounds(o)),
+}

@@ -1,0 +1,27 @@
+"""What a run came to, in a form that two runs can be compared by."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def strict(text: str) -> Any:
+    """JSON as the standard has it: no NaN, no Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def parameters(run: Any) -> Tensor:
+    """All that was trained, policy and critic, as one vector."""
+    modules = [module for module in (run.policy, run.critic) if module is not None]
+    return torch.cat([p.detach().flatten().float() for module in modules for p in module.parameters()])
+
+
+def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Rows of metrics without what a clock measured."""
+    return [{name: x for name, x in row.items() if "second" not in name} for row in rows]

@@ -1,0 +1,238 @@
+"""A policy on disk is the policy that was saved, or one line that says what is wrong with the files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+import policygrad as pg
+from policygrad.errors import UserError
+from policygrad.train.checkpoints import load_tensors, save_policy, save_tensors, write_json
+
+SMALL: dict[str, Any] = {
+    "hidden": (8,),
+    "num_envs": 4,
+    "num_steps": 16,
+    "steps": 64,
+    "minibatch_size": 16,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "it"
+    pg.train("ppo", "probes:Known-v0", out=directory, **SMALL)
+    return directory
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"squash": True}, {"state_dependent_std": True, "activation": "gelu"}], ids=str
+)
+def test_the_rebuilt_policy_does_what_the_saved_one_does(options: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train("ppo", "probes:Known-v0", out=tmp_path, **SMALL, **options)
+    policy, normalizer = pg.load_policy(tmp_path)
+    assert normalizer is None
+    obs = torch.randn(5, 3, 3)
+    a, b = run.policy(obs), policy(obs)
+    assert torch.equal(a.mode, b.mode)
+    assert torch.equal(a.log_prob(a.mode), b.log_prob(a.mode))
+    np.testing.assert_array_equal(run.policy.to_environment(a.mode[:, 0]), policy.to_environment(b.mode[:, 0]))
+    assert run.evaluate(5) == pg.Run.load(tmp_path).evaluate(5)
+    assert run.evaluate(5, greedy=False) == pg.Run.load(tmp_path).evaluate(5, greedy=False)
+
+
+def test_a_policy_of_ones_own_is_filled(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, obs: Tensor) -> Independent:
+            return Independent(Normal(self.layer(obs), 1.0), 1)
+
+    run = pg.train("ppo", "probes:Known-v0", policy=Own(), out=tmp_path, **SMALL)
+    with pytest.raises(UserError, match=r"Own.*load_policy\(directory, policy\)"):
+        pg.load_policy(tmp_path)
+    policy, _ = pg.load_policy(tmp_path, Own())
+    obs = torch.randn(5, 1, 3)
+    assert torch.equal(policy(obs).mean, run.policy(obs).mean)
+
+
+def test_the_description_is_json_that_anything_can_read(saved: Path) -> None:
+    description = json.loads((saved / "policy.json").read_text())
+    assert description["format"] == 1
+    assert description["policy"]["action_space"]["kind"] == "Box"
+    assert description["policy"]["observation_space"]["low"] == [None] * 3
+
+
+def test_shared_weights_are_saved_once_for_each(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 2)
+    save_policy(tmp_path, nn.Sequential(layer), nn.Sequential(layer, nn.Linear(2, 1)), None)
+    policy = nn.Sequential(nn.Linear(2, 2))
+    pg.load_policy(tmp_path, policy)
+    assert torch.equal(policy[0].weight, layer.weight)
+
+
+def test_a_crash_while_writing_leaves_the_one_before(
+    saved: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*arguments: Any) -> None:
+        raise OSError("no space left")
+
+    before = (copied / "policy.safetensors").read_bytes(), (copied / "config.json").read_text()
+    monkeypatch.setattr("policygrad.train.checkpoints.os.replace", crash)
+    with pytest.raises(OSError, match="no space"):
+        save_policy(copied, nn.Linear(1, 1), nn.Linear(1, 1), None)
+    with pytest.raises(OSError, match="no space"):
+        write_json(copied / "config.json", {})
+    assert before == ((copied / "policy.safetensors").read_bytes(), (copied / "config.json").read_text())
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="run"):
+            pg.Run.load(directory)
+        with pytest.raises(UserError, match="run"):
+            pg.load_policy(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "policy.json", "policy.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "nonsense", "a folder"])
+def test_damaged_files_are_one_line(name: str, damage: str, copied: Path) -> None:
+    path = copied / name
+    content = path.read_bytes()
+    path.unlink()
+    match damage:
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(content[: len(content) // 2])
+        case "nonsense":
+            path.write_bytes(b"[1, 2]" if name.endswith("json") else b"\x00" * 64)
+        case "a folder":
+            path.mkdir()
+    with pytest.raises(UserError) as raised:
+        pg.Run.load(copied).evaluate(1)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) <= 200
+    assert str(copied)[:60] in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"policy": {"hidden": [4]}}, "policy.json"),
+    ],
+    ids=["format", "description"],
+)
+def test_a_description_of_another_kind_is_one_line(change: dict[str, Any], said: str, copied: Path) -> None:
+    path = copied / "policy.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        pg.load_policy(copied)
+
+
+@pytest.mark.parametrize("name", ["policy", "class", "normalizes_observations"])
+def test_a_description_that_lacks_something_is_damaged(name: str, copied: Path) -> None:
+    path = copied / "policy.json"
+    description = json.loads(path.read_text())
+    del description[name]
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=rf"policy\.json is damaged: {name} is missing"):
+        pg.load_policy(copied)
+
+
+@pytest.mark.parametrize(
+    "hidden", [[-1], [8, -1], [10**12], [10**400], [5000, 5000], [8.5], ["8"], 8, None], ids=lambda x: str(x)[:12]
+)
+def test_a_description_of_impossible_layers_is_damaged(hidden: Any, copied: Path) -> None:
+    path = copied / "policy.json"
+    description = json.loads(path.read_text())
+    description["policy"]["hidden"] = hidden
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"policy\.json is damaged") as raised:
+        pg.load_policy(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_statistics_that_are_not_there_are_damage(copied: Path) -> None:
+    path = copied / "policy.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizes_observations": True}))
+    with pytest.raises(UserError, match=r"policy\.safetensors is damaged: .*observations\.mean is missing"):
+        pg.load_policy(copied)
+
+
+def test_a_directory_may_be_text(saved: Path, tmp_path: Path) -> None:
+    run = pg.train("ppo", "probes:Known-v0", **SMALL)
+    run.save(str(tmp_path / "run"))
+    for directory in (str(tmp_path / "run"), tmp_path / "run"):
+        policy, _ = pg.load_policy(directory)
+        assert all((a == b).all() for a, b in zip(policy.parameters(), run.policy.parameters(), strict=True))
+        assert pg.Run.load(directory).evaluate(2) == run.evaluate(2)
+    with pytest.raises(UserError, match="nowhere holds no policy"):
+        pg.load_policy("nowhere")
+    with pytest.raises(UserError, match="nowhere is no run directory"):
+        pg.Run.load("nowhere")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_the_files_are_readable_as_the_umask_says(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_policy(tmp_path, nn.Linear(1, 1), nn.Linear(1, 1), None)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "policy.json": 0o666 & ~mask,
+        "policy.safetensors": 0o666 & ~mask,
+    }
+
+
+def test_weights_that_do_not_fit_are_one_line(copied: Path) -> None:
+    path = copied / "policy.json"
+    description = json.loads(path.read_text())
+    description["policy"]["hidden"] = [9]
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="do not fit") as raised:
+        pg.load_policy(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_environment_without_an_id_is_evaluated_from_python(tmp_path: Path) -> None:
+    from probes import Known, limited
+
+    pg.train("ppo", limited(Known, 8), out=tmp_path, **SMALL)
+    with pytest.raises(UserError, match=r"load_policy"):
+        pg.Run.load(tmp_path).evaluate(1)
+    policy, _ = pg.load_policy(tmp_path)
+    returns, lengths = pg.evaluate(policy, pg.make_environments(limited(Known, 8), 2), 4)
+    assert len(returns) == len(lengths) == 4
+
+
+def test_a_module_without_a_description_is_kept_by_its_tensors(tmp_path: Path) -> None:
+    path, module, other = tmp_path / "policy.safetensors", nn.Linear(2, 3), nn.Linear(2, 3)
+    save_tensors(path, module)
+    load_tensors(path, other)
+    assert torch.equal(other.weight, module.weight)
+    with pytest.raises(UserError, match="of another policy"):
+        load_tensors(path, nn.Linear(3, 3))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="damaged"):
+        load_tensors(path, other)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tensors(path, other)

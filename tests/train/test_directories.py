@@ -1,0 +1,45 @@
+"""Where a run goes: a directory of its own, made when it begins, gone again if nothing was written."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from policygrad.errors import UserError
+from policygrad.train.directories import file_name, free_directory, run_directory
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("ALE/Pong-v5", "ALE-Pong-v5"), ("a:b c", "a-b-c"), ("exact:chain", "exact-chain"), ("x_1.y", "x_1.y")],
+)
+def test_a_file_name_has_nothing_in_it_that_a_file_system_minds(name: str, said: str) -> None:
+    assert file_name(name) == said
+
+
+def test_no_two_runs_are_given_the_same_directory(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(free_directory, [tmp_path / "runs" / "it"] * 24))
+    assert {path.name for path in given} == {"it", *(f"it-{n}" for n in range(2, 25))}
+    assert all(path.is_dir() for path in given)
+
+
+def test_a_directory_that_nothing_was_written_to_is_gone_again(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with run_directory(None, tmp_path / "a" / "b" / "c") as directory:
+        assert directory.is_dir()
+    assert list((tmp_path / "a").iterdir()) == []
+    with pytest.raises(UserError), run_directory(None, tmp_path / "a" / "b" / "c") as directory:  # noqa: PT012
+        (directory / "kept").touch()
+        raise UserError("stopped")
+    assert (tmp_path / "a" / "b" / "c" / "kept").exists()
+    with run_directory(tmp_path / "mine", tmp_path / "a") as directory:
+        assert directory == tmp_path / "mine"
+
+
+def test_a_place_where_no_directory_can_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in (tmp_path / "file" / "a" / "b", tmp_path / "link" / "a", tmp_path / ("x" * 400)):
+        with pytest.raises(UserError, match="cannot be written"):
+            free_directory(place)

@@ -1,0 +1,90 @@
+"""What each algorithm reports: the names, finite numbers, and that they mean what they say."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from policygrad.runs.options import ALGORITHMS
+from policygrad.runs.training import Run
+
+from policygrad import train
+
+ALWAYS = {"steps", "episodes", "return", "length", "entropy", "kl", "gradient_norm", "effective_sample_size"}
+ALWAYS |= {"seconds", "steps_per_second"}
+CRITIC = {"value_loss", "explained_variance"}
+# What an algorithm reports beyond that.
+OWN = {
+    "reinforce": CRITIC,
+    "actor_critic": CRITIC,
+    "off_policy_actor_critic": CRITIC,
+    "npg": CRITIC | {"step_size", "improvement"},
+    "trpo": CRITIC | {"accepted", "step_fraction", "improvement"},
+    "ppo": CRITIC | {"clip_fraction"},
+}
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+def run(algorithm: str, **options: Any) -> Run:
+    small: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "num_steps": 16, "steps": 180, "learning_rate": 0.01}
+    if algorithm == "ppo":
+        small |= {"minibatch_size": 16, "epochs": 4}
+    return train(algorithm, "probes:Known-v0", **(small | options))
+
+
+@every_algorithm
+def test_the_metrics_a_practitioner_looks_at_are_there_and_finite(algorithm: str) -> None:
+    rows = run(algorithm).metrics
+    assert len(rows) >= 3
+    for row in rows:
+        assert row.keys() >= ALWAYS | OWN[algorithm], (ALWAYS | OWN[algorithm]) - row.keys()
+        assert all(math.isfinite(x) for x in row.values())
+        json.dumps(row, allow_nan=False)
+    assert len({tuple(row) for row in rows}) == 1, "the same columns in every row"
+
+
+@every_algorithm
+def test_steps_count_decisions_and_grow(algorithm: str) -> None:
+    steps = [row["steps"] for row in run(algorithm).metrics]
+    assert steps == sorted(set(steps))
+    assert steps[-1] >= 180 > steps[-2]
+
+
+@every_algorithm
+def test_the_update_moves_the_policy_and_kl_says_how_far(algorithm: str) -> None:
+    rows = run(algorithm).metrics
+    assert all(row["kl"] >= 0 for row in rows)
+    assert any(row["kl"] > 1e-7 for row in rows)
+    assert all(0 < row["effective_sample_size"] <= 1 + 1e-6 for row in rows)
+    assert any(row["effective_sample_size"] < 1 - 1e-7 for row in rows)
+    assert all(row["gradient_norm"] > 0 for row in rows)
+
+
+def test_reinforce_without_a_critic_reports_none() -> None:
+    for row in run("reinforce", baseline="mean").metrics:
+        assert not row.keys() & {"value_loss", "explained_variance"}
+
+
+def test_trpo_stays_inside_its_radius() -> None:
+    for row in run("trpo", delta=0.005, steps=600).metrics:
+        assert row["kl"] <= 0.005
+        assert row["accepted"] in (0, 1)
+        assert (row["improvement"] > 0) == bool(row["accepted"])
+
+
+def test_trpo_that_may_try_no_shorter_step_is_refused_and_stays() -> None:
+    """With a huge radius the first try oversteps; with one try only, nothing is accepted and nothing moves."""
+    rows = run("trpo", delta=50.0, backtracks=1).metrics
+    refused = [row for row in rows if row["accepted"] == 0]
+    assert refused
+    assert all(row["kl"] == row["improvement"] == row["step_fraction"] == 0 for row in refused)
+
+
+def test_the_clip_fraction_is_the_share_of_clipped_ratios() -> None:
+    assert any(row["clip_fraction"] > 0 for row in run("ppo", clip=0.01).metrics)
+    assert all(row["clip_fraction"] == 0 for row in run("ppo", clip=math.inf).metrics)
+
+
+def test_the_entropy_is_the_policys() -> None:
+    first = run("ppo", epochs=1, minibatch_size=64, steps=1, initial_log_std=-1.0).metrics[0]["entropy"]
+    assert first == pytest.approx(2 * (0.5 * math.log(2 * math.pi * math.e) - 1.0), rel=1e-4)

@@ -1,0 +1,119 @@
+"""Presets: every file fits its methodss and its environment, and the right one is taken."""
+
+import gymnasium
+import pytest
+
+import policygrad as pg
+from policygrad.errors import UserError
+from policygrad.train import presets
+from policygrad.train.methods import METHODS
+from policygrad.train.options import OptionError, options_of, validate, with_values
+
+PROMISED = {
+    "CartPole-v1",
+    "Acrobot-v1",
+    "Pendulum-v1",
+    "MountainCarContinuous-v0",
+    "LunarLander-v3",
+    "LunarLanderContinuous-v3",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Walker2d-v5",
+    "Ant-v5",
+    "Swimmer-v5",
+    "InvertedPendulum-v5",
+}
+
+
+TASKS = {"arithmetic"}  # of language models
+
+
+def test_the_promised_presets_are_there() -> None:
+    assert set(presets.names()) >= PROMISED | TASKS
+    assert all("ppo" in presets.load(name) for name in PROMISED)
+    of_groups = {name for name, method in METHODS.items() if method.objective == "grpo"}
+    assert set(presets.load("arithmetic")) >= of_groups | {"ppo"}
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_it_is_named_for_an_environment_or_a_task(name: str) -> None:
+    assert name in {*gymnasium.registry, *TASKS}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name in presets.names() for method in presets.load(name)]
+)
+def test_every_setting_is_a_possible_option_of_its_method(name: str, method: str) -> None:
+    tuned = presets.load(name)[method]
+    defaults = options_of(method, "language" if name in TASKS else "control")()
+    validate(with_values(defaults, tuned), defaults)
+    assert not {"seed", "device", "threads", "steps"} & set(tuned), "these are the user's"
+
+
+def test_the_environments_own_is_taken_by_default() -> None:
+    assert presets.choose(None, "ppo", "CartPole-v1", {}) == ("CartPole-v1", presets.load("CartPole-v1")["ppo"])
+    assert presets.choose(None, "ppo", "somewhere:CartPole-v1", {})[0] == "CartPole-v1"
+
+
+@pytest.mark.parametrize("task", ["probes:Known-v0", "CartPole-v0", "exact:chain", gymnasium.make, None])
+def test_there_is_none_by_default_for_other_tasks(task: object) -> None:
+    assert presets.choose(None, "ppo", task, {}) == (None, {})
+
+
+def test_none_takes_none() -> None:
+    assert presets.choose("none", "ppo", "CartPole-v1", {}) == (None, {})
+
+
+def test_another_environments_can_be_taken_by_name() -> None:
+    assert presets.choose("CartPole-v1", "ppo", "Acrobot-v1", {}) == presets.choose(None, "ppo", "CartPole-v1", {})
+
+
+def test_an_unknown_one_gives_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'CartPole-v2': did you mean CartPole-v1"):
+        presets.load("CartPole-v2")
+
+
+def test_one_without_the_algorithm_says_which_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "load", lambda name: {"ppo": {}, "trpo": {}})
+    with pytest.raises(UserError, match=r"no settings for npg, only for ppo, trpo"):
+        presets.choose("CartPole-v1", "npg", "CartPole-v1", {})
+
+
+def test_the_arithmetic_tasks_is_for_its_own_model() -> None:
+    assert presets.choose(None, "grpo", "arithmetic", {})[0] == "arithmetic"
+    assert presets.choose(None, "grpo", "arithmetic", {"model": "of-mine"}) == (None, {})
+
+
+def test_what_is_given_goes_before_the_preset() -> None:
+    run = pg.train("ppo", "CartPole-v1", iterations=1, num_envs=2, minibatch_size=64, epochs=1, progress=False)
+    tuned = presets.load("CartPole-v1")["ppo"]
+    assert run.preset == "CartPole-v1"
+    assert run.options.num_envs == 2
+    assert run.options.gamma == tuned["gamma"]
+
+
+def test_without_a_preset_the_defaults_are_the_methods() -> None:
+    run = pg.train("actor_critic", "CartPole-v1", preset="none", iterations=1, progress=False)
+    assert run.preset is None
+    assert run.options == with_values(options_of("actor_critic", "control")(), {"iterations": 1})
+
+
+def test_a_preset_for_another_world_is_refused_by_its_name() -> None:
+    with pytest.raises(
+        OptionError, match="preset arithmetic: grpo has no option 'prompts_per_rollout' on exact"
+    ) as raised:
+        pg.train("grpo", "exact:chain", preset="arithmetic", progress=False)
+    assert raised.value.option == "prompts_per_rollout"
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:
+    error, tuned = OptionError("lam", "lam is 2.5"), {"lam": 2.5, "n": 2}
+    assert presets.blamed(error, "P", tuned, {"n"}) == " (preset P sets lam=2.5; --preset none leaves it)"
+    for nobody in (
+        presets.blamed(error, "P", tuned, {"lam"}),
+        presets.blamed(error, None, {}, {}),
+        presets.blamed(OptionError("gamma", "gamma is 2"), "P", tuned, {}),
+        presets.blamed(UserError("lam is 2.5"), "P", tuned, {}),
+    ):
+        assert nobody == ""

@@ -1,0 +1,165 @@
+"""A run is found again as it was, and judged on its own task or refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from outcomes import parameters, strict
+from probes import Known, limited
+
+import policygrad as pg
+from policygrad.errors import UserError
+
+SMALL: dict[str, Any] = {
+    "hidden": (8,),
+    "num_envs": 4,
+    "num_steps": 16,
+    "steps": 64,
+    "minibatch_size": 16,
+    "progress": False,
+}
+
+
+class Variant(Known):
+    """Known with other spaces."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        match what:
+            case "observations":
+                self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float32)
+            case "observations of another kind":
+                self.observation_space = spaces.Discrete(3)
+            case "actions":
+                self.action_space = spaces.Discrete(2)
+            case "bounds of actions":
+                self.action_space = spaces.Box(-2.0, 1.0, (2,), np.float32)
+            case "bounds of observations":
+                self.observation_space = spaces.Box(-100.0, 100.0, (3,), np.float32)
+
+
+def variant(what: str) -> str:
+    name = f"Variant-{what.replace(' ', '-')}-v0"
+    if name not in gymnasium.registry:
+        gymnasium.register(name, lambda: Variant(what), max_episode_steps=8)
+    return name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "it"
+    pg.train("ppo", "probes:Known-v0", out=directory, **SMALL)
+    return directory
+
+
+def on(environment: str, directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"task": environment}))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("observations", r"the observation space of \S+ is Box\(-inf, inf, \(4,\), float32\), and the policy's is "),
+        ("observations of another kind", r"is Discrete\(3\), and the policy's is Box\(-inf, inf, \(3,\), float32\)"),
+        ("actions", r"the action space of \S+ is Discrete\(2\), and the policy's is Box\(-1.0, 1.0, \(2,\), float32\)"),
+        ("bounds of actions", r"is Box\(-2.0, 1.0, \(2,\), float32\), and the policy's is Box\(-1.0, 1.0, "),
+    ],
+)
+def test_an_environment_of_other_spaces_is_refused_by_name(saved: Path, what: str, said: str) -> None:
+    on(variant(what), saved)
+    with pytest.raises(UserError, match=said) as raised:
+        pg.Run.load(saved).evaluate(2)
+    assert variant(what) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_bounds_of_observations_that_no_policy_looks_at_are_no_matter(saved: Path) -> None:
+    on("probes:Known-v0", saved)
+    before = pg.Run.load(saved).evaluate(2)
+    on(variant("bounds of observations"), saved)
+    assert pg.Run.load(saved).evaluate(2) == before
+
+
+# Runs of every world
+
+
+@pytest.mark.parametrize(
+    ("method", "task"), [("ppo", "exact:chain"), ("dapo", "exact:tokens"), ("trpo", "exact:bandit")]
+)
+def test_an_exact_run_is_found_again_as_it_was(method: str, task: str, tmp_path: Path) -> None:
+    run = pg.train(method, task, out=tmp_path / "run", iterations=2, progress=False)
+    again = pg.Run.load(tmp_path / "run")
+    assert (again.method, again.options, again.world.name) == (run.method, run.options, task)
+    assert again.evaluate() == run.evaluate() == run.after != run.before
+    assert torch.equal(parameters(again), parameters(run))
+
+
+def test_a_language_run_is_found_again_as_it_was(language: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train("grpo", out=tmp_path / "run", **language, learning_rate=1e-2)
+    again = pg.Run.load(str(tmp_path / "run"))
+    assert run.before is not None
+    assert run.after is not None
+    assert again.evaluate().rows == run.after.rows != run.before.rows
+    assert again.evaluate(seed=5).rows != run.after.rows
+    assert again.evaluate(2).completions == 2
+
+
+def test_infinite_options_come_back(tmp_path: Path) -> None:
+    run = pg.train("cispo", "exact:tokens", out=tmp_path / "run", iterations=1, progress=False)
+    stored = strict((tmp_path / "run" / "config.json").read_text())
+    assert stored["options"]["clip_low"] == "inf"
+    assert pg.Run.load(tmp_path / "run").options == run.options
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "dqn"}, "there is no dqn on control"),
+        ({"world": "mars"}, "there is no ppo on mars"),
+        ({"options": {"num_envs": "many"}}, "num_envs is 'many'"),
+        ({"options": {"nonsense": 1}}, "no option 'nonsense'"),
+        ({"options": 3}, "damaged"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_one_line(
+    change: dict[str, Any], said: str, saved: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=said) as raised:
+        pg.Run.load(copy)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_cannot_be_meant_is_refused(seed: int, saved: Path) -> None:
+    on("probes:Known-v0", saved)
+    with pytest.raises(UserError, match=f"seed is {seed}"):
+        pg.Run.load(saved).evaluate(2, seed=seed)
+
+
+def test_a_run_on_an_environment_without_an_id_says_so(tmp_path: Path) -> None:
+    run = pg.train("ppo", limited(Known, 8), out=tmp_path / "run", **SMALL)
+    assert run.configuration()["task"] is None
+    with pytest.raises(UserError, match="load_policy"):
+        pg.Run.load(tmp_path / "run").evaluate(2)
+
+
+def test_the_summary_is_the_worlds_after_what_all_have(tmp_path: Path) -> None:
+    common = ["run", "method", "world", "task", "preset", "steps", "seconds", "steps_per_second"]
+    control = pg.train("ppo", "probes:Known-v0", **SMALL).summary()
+    exact = pg.train("ppo", "exact:bandit", iterations=1, progress=False).summary()
+    assert list(control) == [*common, "episodes", "return_mean", "return_std"]
+    assert list(exact) == [*common, "return_mean", "before", "after"]
+    for summary in (control, exact):
+        strict(json.dumps(summary))
