@@ -1,7 +1,7 @@
-"""policygrad: the policy-gradient family of reinforcement learning, whole, in one PyTorch library.
+"""policygrad: the policy-gradient family of reinforcement learning in one PyTorch library.
 
-The public names below are imported when they are first used: `import policygrad` is instant. A method that has no
-file of its own, such as `dapo`, is its line in the table of methods, put together by `assemble`.
+Public names are imported at first use, so `import policygrad` is instant. A method without a file of its own, such as
+`dapo`, is a line in the table of methods, built by `assemble`.
 """
 
 import importlib
@@ -42,6 +42,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"policygrad.{name}")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("policygrad")
     from policygrad.train.methods import METHODS
 
     if name in METHODS:

@@ -1,4 +1,4 @@
-"""return -> advantage: how much better than expected. Baselines, group statistics, GAE, standardization."""
+"""return -> advantage. Baselines, group statistics, GAE, standardization."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -7,9 +7,8 @@ from torch import Tensor
 from policygrad.returns import lambda_return, n_step
 from policygrad.rollout import Rollout, holes_last
 
-# Baselines of a batch: (rollout, returns [B, T]) -> [B, T]. Each leaves the row's own return out, because a baseline
-# that depends on the action it judges biases the gradient. The baselines that need a policy or a critic are in
-# critics.py.
+# Baselines: (rollout, returns [B, T]) -> [B, T]. Each leaves out the row's own return, because a baseline that depends
+# on the action biases the gradient. critics.py has the baselines that need a policy or a critic.
 
 
 def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -25,7 +24,7 @@ def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tens
 
 
 def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """b_it = mean of the other rows' returns at their step t, holes not counted; 0 where no other row got that far."""
+    """b_it = mean of the other rows' returns at step t, not counting holes; 0 if no other row has a step t."""
     order = holes_last(rollout.mask, rollout.ended)
     mask = rollout.mask.gather(1, order)
     returns = returns.gather(1, order).where(mask, 0.0)
@@ -38,11 +37,11 @@ def optimal_constant_baseline(
 ) -> Float[Tensor, " B"]:
     """b_i = sum_{j!=i} X_j.Z_j / sum_{j!=i} |Z_j|^2: the constant that minimizes the variance of X - b Z.
 
-    Z_j = sum_t grad log pi(a_t|s_t) is a row's score and X_j = sum_t grad log pi(a_t|s_t) G_t its gradient without a
-    baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
-    Schaal 2008, eq. 13). `returns_score` holds X_j.Z_j and `score_score` |Z_j|^2.
+    Z_j = sum_t grad log pi(a_t|s_t) is row j's score, and X_j = sum_t grad log pi(a_t|s_t) G_t is its gradient without
+    a baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
+    Schaal 2008, eq. 13). `returns_score` holds X_j.Z_j, and `score_score` holds |Z_j|^2.
     """
-    # Summed without the row, not subtracted from the sum: a row with a large score would cancel the others.
+    # Sum the other rows directly: subtracting a row with a large score from the total loses the others to rounding.
     others = ~torch.eye(len(score_score), dtype=torch.bool, device=score_score.device)
     squares = _sum(others, score_score)
     return torch.where(squares > 0, _sum(others, returns_score) / squares, 0.0)
@@ -58,7 +57,7 @@ def gae(
 ) -> Float[Tensor, "B T"]:
     """A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Schulman et al. 2016, eq. 16).
 
-    delta uses `terminated` (no value beyond an end), the sum stops at `ended` (a time limit too). It is the
+    delta drops V(s_{t+1}) at `terminated`; the sum stops at `ended`, which includes time limits. A_t is the
     lambda-return minus the value.
     """
     return lambda_return(reward, value, terminated, ended, gamma, lam) - value[:, :-1]
@@ -83,18 +82,18 @@ def monte_carlo_advantage(
     ended: Bool[Tensor, "B T"],
     gamma: float,
 ) -> Float[Tensor, "B T"]:
-    """A_t = G_t - V(s_t), the TD(1) advantage: GAE with lam = 1. V enters G only where the row or a time limit cuts."""
+    """A_t = G_t - V(s_t), the TD(1) advantage: GAE with lam = 1. G adds V only where the row or a limit cuts it off."""
     return gae(reward, value, terminated, ended, gamma, 1.0)
 
 
 def group_mean(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean return of each row's group, exact if all are equal (GRPO, arXiv 2402.03300, section 4.1.1)."""
+    """Mean return of each row's group, exact if all returns are equal (GRPO, arXiv 2402.03300, section 4.1.1)."""
     same, origin = _same(returns, group)
     return origin + _sum(same, returns - origin) / same.sum(1)
 
 
 def leave_one_out(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Mean return of the others in the group; 0 for a row alone (Kool et al. 2019; RLOO, arXiv 2402.14740)."""
+    """Mean return of the group's other rows; 0 for a group of one (Kool et al. 2019; RLOO, arXiv 2402.14740)."""
     same, origin = _same(returns, group)
     others = same.sum(1) - 1
     mean = origin + (_sum(same, returns - origin) - (returns - origin)) / others.clamp(min=1)
@@ -102,14 +101,14 @@ def leave_one_out(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Flo
 
 
 def group_std(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Sample standard deviation (n - 1) of each row's group, in two passes; 0 for a row alone."""
+    """Sample standard deviation (n - 1) of each row's group, in two passes; 0 for a group of one."""
     same, _ = _same(returns, group)
     squares = _sum(same, (returns - group_mean(returns, group)) ** 2)
     return (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
 
 
 def group_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """std of the group + 1e-4, GRPO's divisor: it gives most weight to prompts nearly always or nearly never solved."""
+    """GRPO's divisor, group std + 1e-4: prompts that are almost always or almost never solved get the most weight."""
     return group_std(returns, group) + 1e-4
 
 
@@ -119,8 +118,8 @@ def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
 
 
 def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
-    """(x - mean) / (std + epsilon) over the mask. Exactly 0 if all are equal, or there is but one."""
-    # Measured from the smallest, equal numbers are equal to 0 to the last bit, and so is what is left of them.
+    """(x - mean) / (std + epsilon) over the mask. Exactly 0 if all numbers are equal, or if there is only one."""
+    # Subtract the smallest first: equal numbers become exactly 0, so the result is exactly 0.
     smallest = x.where(mask, torch.inf).amin()
     x = (x - smallest).where(mask, 0.0)
     count = mask.sum()
@@ -130,12 +129,12 @@ def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: flo
 
 
 def unnormalized(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """x as it is, in the place of `standardize`."""
+    """x unchanged: the alternative to `standardize`."""
     return x
 
 
 def _same(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows share a group [B, B], and the return of each group's first row, the origin of the others [B]."""
+    """Which rows share a group [B, B], and the return of each group's first row [B], which is subtracted first."""
     same = group.unsqueeze(1) == group.unsqueeze(0)
     return same, returns[same.int().argmax(1)]
 

@@ -1,6 +1,7 @@
-"""The command line: parse, call, print. It imports torch only once there is work to do."""
+"""The command line: parse, call, print. It imports torch only when there is work to do."""
 
 import contextlib
+import difflib
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ from policygrad.errors import UserError
 from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
 from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named
-from policygrad.train.options import for_command_line, options_of, with_values
+from policygrad.train.options import Options, for_command_line, options_of, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.worlds import kind_of
 from policygrad.verify.options import VerifyOptions
@@ -53,33 +54,31 @@ for example:
 
 @dataclass
 class Eval:
-    """Play whole episodes with a trained policy, or answer held-out prompts, and report what it scored."""
+    """Play whole episodes with a trained policy, or answer held-out prompts, and report the score."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
-    """The directory that train wrote."""
+    """Directory of a run, as written by train."""
     episodes: int | None = None
-    """Control: how many; 10 by default."""
+    """Number of episodes (control); 10 by default."""
     completions: int | None = None
-    """Language models: of each prompt; by default as in training. pass@k is known up to it."""
+    """Completions per prompt (language models), and the largest k of pass@k; by default as in training."""
     greedy: FlagCreatePairsOff[bool] = False
-    """The likeliest action each time: the default in control."""
+    """Take the most likely action; the default in control."""
     sampled: FlagCreatePairsOff[bool] = False
-    """Actions drawn from the policy: the default for language models."""
+    """Sample actions from the policy; the default for language models."""
     seed: int = 1000
-    """Of the environments, and of what is drawn."""
+    """Random seed of the environments and of sampling."""
     samples: int = 4
-    """Language models: completions to show."""
+    """Number of completions to show (language models)."""
     json: FlagCreatePairsOff[bool] = False
-    """Print one JSON object, and nothing else."""
+    """Print one JSON object and nothing else."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `policygrad`. Exit code 2 for what the user can change, which is said in one line."""
+    """The command `policygrad`. An error that the user can fix is printed as one line, with exit code 2."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
     rest = [x for x in rest if x != "--debug"]
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module of the user's own is found where the command is run
     try:
         sys.exit(_dispatch(rest))
     except (Exception, KeyboardInterrupt) as error:
@@ -94,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _ending(error: BaseException) -> tuple[int | None, str | None]:
-    """The exit code of an error that ends the command, and its line; no code if it is a fault of ours."""
-    chain = [error]  # closing what was open when it came may raise again, on top of it
+    """The exit code and the message of an error; no exit code if the error is a bug."""
+    chain = [error]  # cleanup after the first error may raise another one
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
     if any(isinstance(x, KeyboardInterrupt) for x in chain):
@@ -103,7 +102,7 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
     told = [x for x in chain if isinstance(x, UserError)]
     if told and isinstance(error, UserError | OSError | EOFError):
         return 2, str(told[0])
-    if isinstance(error, BrokenPipeError):  # who reads has seen enough, as `head` does
+    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141, None
@@ -118,9 +117,9 @@ def _dispatch(rest: list[str]) -> int:
         print(USAGE, end="")
         return 0
     if rest[0] == "--version":
-        from importlib.metadata import version
+        from policygrad import __version__
 
-        print(version("policygrad"))
+        print(__version__)
         return 0
     if rest[0] not in commands:
         raise UserError(f"unknown command {rest[0]!r}: there are {', '.join(commands)}")
@@ -136,22 +135,24 @@ def _train(rest: list[str]) -> int:
     name, rest = method_named(rest[0]).name, rest[1:]
     asked = {"-h", "--help"} & set(rest)
     task = rest[0] if rest and not rest[0].startswith("-") else None
-    named = {x.split("=")[0].removeprefix("--") for x in rest if x.startswith("--")}
+    named = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}
     kind = (
         "control"
         if asked and task is None and not named & {"model", "dataset"}
         else kind_of(task, dict.fromkeys(named, True))
     )
     options = options_of(name, kind)()
-    preset = None
+    elsewhere = {f.name for f in fields(Options)} - {f.name for f in fields(options)}
+    with_values(options, dict.fromkeys(elsewhere & named))  # raises an error that says where it applies
+    preset, repeatable = None, (UseAppendAction,) if kind == "language" else ()  # not hidden: it would be appended to
     if not asked:
-        first = _parse(_command(options), rest, f"train {name}", UseAppendAction)
+        first = _parse(_command(options), rest, f"train {name}", *repeatable)
         task, preset = first.task, first.preset
         if kind == "language" and task is None and first.options.dataset is None:
             task = "arithmetic"
     preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
     options = with_values(options, tuned, f"preset {preset}: ")
-    command = _parse(_command(options), rest, f"train {name}", UseAppendAction)
+    command = _parse(_command(options), rest, f"train {name}", *repeatable)
     values = {f.name: getattr(command.options, f.name) for f in fields(command.options)}
     given = {name for name, x in values.items() if x != getattr(options, name)}
     label = Path(task or values.get("dataset") or "").stem if kind == "language" else task
@@ -159,6 +160,7 @@ def _train(rest: list[str]) -> int:
     if kind == "language":
         _language_installed()
     try:
+        validate(with_values(options, values), options)
         with _aside(command.json), run_directory(command.out, default) as out:
             _quiet()
             run = _run(name, task, out, preset, tuned, command, values)
@@ -178,7 +180,7 @@ def _train(rest: list[str]) -> int:
 
 
 def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, command: Any, values: dict[str, Any]) -> Any:
-    """Train, and say on the way what there is to say."""
+    """Train, and print the preset and the evaluations before and after."""
     from policygrad.train.samples import samples_table
     from policygrad.train.training import Training, complete
 
@@ -198,17 +200,17 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
 
 
 def _command(options: Any) -> Any:
-    """The dataclass of `policygrad train` with these options, and its defaults."""
+    """The dataclass of `policygrad train` with these options as defaults."""
     kind = for_command_line(type(options))
     default = kind(**{f.name: getattr(options, f.name) for f in fields(options)})
     task = "A Gymnasium id (`module:Id-v0` imports the module first), arithmetic, a file of prompts, or exact:chain."
     made: list[Any] = [
         ("task", Annotated[str | None, Positional, arg(metavar="TASK", help=task)], field(default=None)),
         ("options", _flat[kind], field(default=default)),
-        ("out", Annotated[Path | None, arg(help="Directory of the run; by default runs/TASK/METHOD-seedSEED.")],
+        ("out", Annotated[Path | None, arg(help="Directory for the run; by default runs/TASK/METHOD-seedSEED.")],
          field(default=None)),
         ("preset", Annotated[str | None, arg(help="Tuned settings by name, or none; by default the task's own. "
-         "Options given here go before them.")], field(default=None)),
+         "Options given here override them.")], field(default=None)),
         ("json", Annotated[FlagCreatePairsOff[bool], arg(help="Print one JSON object at the end, and nothing else.")],
          field(default=False)),
     ]  # fmt: skip
@@ -226,7 +228,7 @@ def _command(options: Any) -> Any:
 
 
 def _language_installed() -> None:
-    """Raise UserError where the packages of language models are missing."""
+    """Raise UserError if a package for language models is missing."""
     from importlib.util import find_spec
 
     missing = [name for name in ("transformers", "datasets", "peft", "math_verify") if find_spec(name) is None]
@@ -334,7 +336,7 @@ def _environments() -> list[str]:
 
 
 def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
-    """tyro's parse, with its framed error as one line."""
+    """Parse with tyro, and turn its framed error message into one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -343,23 +345,24 @@ def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
         if not stop.code:
             raise
         lines = [re.sub(r"[\s\u2500-\u257f]+", " ", line).strip() for line in said.getvalue().splitlines()]
-        # without its frame, which where there is no Unicode is of dashes
+        # drop the frame, which is made of dashes without Unicode
         title, *lines = [line for line in lines if line.strip("-")] or ["bad arguments"]
         if title == "Required options":
             raise UserError(f"{lines[1].split()[0]} is missing: see policygrad {name} --help") from None
         meant = [line.split()[0] for line in lines if line.startswith("--")]
-        hint = f"did you mean {meant[0]}? " if "Perhaps you meant:" in lines and meant else ""
+        near = difflib.get_close_matches(lines[0].split(": ")[-1].split(",")[0], meant, n=1, cutoff=0) if meant else []
+        hint = f"did you mean {near[0]}? " if "Perhaps you meant:" in lines and near else ""
         raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None
 
 
 @contextlib.contextmanager
 def _aside(asked: bool) -> Iterator[None]:
-    """With --json: standard output becomes standard error, for Python, for C and for processes started meanwhile."""
+    """With --json, send standard output to standard error: Python's, C's and that of child processes."""
     if not asked:
         yield
         return
     saved = None
-    if sys.stdout is not None and sys.stderr is not None:  # neither is closed
+    if sys.stdout is not None and sys.stderr is not None:  # both are open
         sys.stdout.flush()
         with contextlib.suppress(OSError):
             saved = os.dup(1)
@@ -375,7 +378,7 @@ def _aside(asked: bool) -> Iterator[None]:
 
 
 def _flush() -> None:
-    """What Python and C hold back of standard output goes to where it leads now."""
+    """Flush standard output's buffers in Python and C to its current destination."""
     import ctypes
 
     with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -386,7 +389,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def _last_line_alone(asked: bool) -> Iterator[None]:
-    """As `_aside`, around a command that prints its JSON itself, as the last line."""
+    """Like `_aside`, for a command that prints its own JSON as the last line."""
     if not asked:
         yield
         return
@@ -403,7 +406,7 @@ def _last_line_alone(asked: bool) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Gymnasium's own warnings are for those who write environments."""
+    """Silence Gymnasium's warnings, which are for authors of environments."""
     import gymnasium
 
     gymnasium.logger.min_level = logging.CRITICAL

@@ -1,7 +1,7 @@
-"""(rollout) -> Credit: what each decision is held responsible for, and what a critic is to predict.
+"""(rollout) -> Credit: the advantage of each decision, and the target of the critic.
 
-What estimates over time sees decisions only: a step in the middle of an episode that no policy chose (a hole in the
-mask) is moved out of the way before and put back after, so that no value or discount can come from it.
+Estimates over time see decisions only. A hole in the mask (a step inside an episode that no policy chose) is moved out
+of the way first and put back afterwards, so that it adds no value and no discount.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from policygrad.score import log_probabilities, token_ratio
 
 
 class Credit(NamedTuple):
-    """All [B, T]. The advantage of each decision, the value that a critic is to predict there, and the one it did."""
+    """The advantage of each decision, the critic's target, and the critic's prediction, all [B, T]."""
 
     advantage: Float[Tensor, "B T"]
-    target: Float[Tensor, "B T"]  # 0 if there is nothing to predict
-    value: Float[Tensor, "B T"]  # 0 if there is no critic
+    target: Float[Tensor, "B T"]  # 0 without a target
+    value: Float[Tensor, "B T"]  # 0 without a critic
 
 
 Assign = Callable[[Rollout], Credit]
@@ -38,7 +38,7 @@ def baselined(
     """A = G - b, target = G, value = b (Williams 1992).
 
     returns: (reward, ended) -> [B, T], a partial of reward_to_go or trajectory_return. baseline: (rollout, returns) ->
-    [B, T], one of advantages.py or critics.py.
+    [B, T], from advantages.py or critics.py.
     """
 
     def assign(rollout: Rollout) -> Credit:
@@ -53,8 +53,8 @@ def baselined(
 def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: int | None = None) -> Assign:
     """A = estimate(reward, value, terminated, ended), target = A + V, value = V.
 
-    estimate: a partial of gae, n_step_advantage or monte_carlo_advantage, with everything but these four arrays. The
-    value is [B, T + 1], the others [B, T]. micro_batch: rows that the critic computes at a time.
+    estimate: a partial of gae, n_step_advantage or monte_carlo_advantage that takes these four arrays. The value is
+    [B, T + 1], the others are [B, T]. micro_batch: rows that the critic computes at a time.
     """
 
     def assign(rollout: Rollout) -> Credit:
@@ -76,7 +76,7 @@ def vtrace(
     c_bar: float = 1.0,
     micro_batch: int | None = None,
 ) -> Assign:
-    """V-trace (IMPALA, Espeholt et al. 2018, eq. 1): credit for the policy of now from the steps of an older one."""
+    """V-trace (IMPALA, Espeholt et al. 2018, eq. 1): credit for the current policy from an older policy's steps."""
 
     def assign(rollout: Rollout) -> Credit:
         value = bootstrap_values(critic, rollout, micro_batch)
@@ -93,10 +93,10 @@ def vtrace(
 def grouped(
     baseline: Callable[[Tensor, Tensor], Tensor] = group_mean, scale: Callable[[Tensor, Tensor], Tensor] = group_scale
 ) -> Assign:
-    """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards: the same for all decisions of a row.
+    """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards. All decisions of a row have the same advantage.
 
-    baseline and scale: (returns [B], group [B]) -> [B]. With group_mean and group_scale it is GRPO's (arXiv
-    2402.03300, section 4.1.2); with leave_one_out and unit_scale RLOO's (arXiv 2402.14740, eq. 8).
+    baseline and scale: (returns [B], group [B]) -> [B]. group_mean and group_scale give GRPO (arXiv 2402.03300,
+    section 4.1.2); leave_one_out and unit_scale give RLOO (arXiv 2402.14740, eq. 8).
     """
 
     def assign(rollout: Rollout) -> Credit:
@@ -109,7 +109,7 @@ def grouped(
 
 
 def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] = standardize) -> Assign:
-    """The same credit with the advantage standardized over all decisions of the rollout (REINFORCE++: of G)."""
+    """The same credit, its advantage standardized over all decisions of the rollout (REINFORCE++ standardizes G)."""
 
     def normalized(rollout: Rollout) -> Credit:
         credit = assign(rollout)
@@ -119,7 +119,7 @@ def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] =
 
 
 def discounted(assign: Assign, gamma: float) -> Assign:
-    """The same credit times gamma^t, which every library leaves out (see returns.discount)."""
+    """The same credit, its advantage multiplied by gamma^t, a factor that is usually dropped (see returns.discount)."""
 
     def weighed(rollout: Rollout) -> Credit:
         credit = assign(rollout)
@@ -129,20 +129,20 @@ def discounted(assign: Assign, gamma: float) -> Assign:
 
 
 class _Decisions:
-    """A rollout's arrays with the holes of each row moved to its end, and the way back."""
+    """A rollout's arrays with each row's holes moved to its end, and the way to put them back."""
 
     def __init__(self, rollout: Rollout) -> None:
         self.order = holes_last(rollout.mask, rollout.ended)
         self.of = partial(torch.gather, dim=1, index=self.order)
         self.reward, self.terminated, ended = map(self.of, (rollout.reward, rollout.terminated, rollout.ended))
         self.hole = self.of(~(rollout.mask | rollout.ended))
-        # The row stops before its holes, which are at its end now.
+        # The holes are now at the row's end, so the row ends before them.
         self.ended = ended | torch.cat([self.hole[:, 1:], torch.zeros_like(self.hole[:, :1])], 1)
 
     def values(self, value: Float[Tensor, "B steps"]) -> Float[Tensor, "B steps"]:
-        """V of each step left, then of where the row stops: the successor of its last decision."""
+        """V of each remaining step, then V of the state after the row's last decision."""
         return torch.cat([self.of(value[:, :-1]).where(~self.hole, value[:, -1:]), value[:, -1:]], 1)
 
     def back(self, x: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Each step's number where the step was; what a hole gets is behind the mask."""
+        """Each step's number at its original place. A hole's number is masked."""
         return torch.zeros_like(x).scatter(1, self.order, x)

@@ -1,4 +1,4 @@
-"""Critics: the values that bootstrap an advantage, fitting them to targets, and the baselines that need a module."""
+"""Critics: bootstrap values, fitting a critic to targets, and baselines that need a policy or a critic."""
 
 from collections.abc import Callable
 
@@ -17,15 +17,15 @@ from policygrad.rollout import Batch, Rollout, minibatches
 from policygrad.updates import Metrics, Objective, ascend
 from policygrad.weights import average, normalized
 
-# How a critic is fitted between updates: (batch with targets) -> metrics, e.g. partial(fit_critic, critic=..., ...).
+# Fits a critic between updates: (batch with targets) -> metrics, e.g. partial(fit_critic, critic=..., ...).
 Fit = Callable[[Batch], Metrics]
 
 
 @torch.no_grad()
 def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | None = None) -> Float[Tensor, "B steps"]:
-    """V(s_0), ..., V(s_T): of every step, and of where each row stops (0 if every row terminates).
+    """V(s_0), ..., V(s_T): V of every step, then of the state where each row stops (0 if every row terminates).
 
-    micro_batch: rows computed at a time. Raises UserError for a critic that returns another shape.
+    micro_batch: rows computed at a time. Raises UserError if the critic returns the wrong shape.
     """
     parts = list(rollout.split(micro_batch or len(rollout.mask)))
     value = _of_every_step(torch.cat([critic(part.obs) for part in parts]), rollout)
@@ -57,10 +57,10 @@ def fit_critic(
     max_grad_norm: float = torch.inf,
     micro_batch: int | None = None,
 ) -> Metrics:
-    """Regress V(s) on batch.target: minimize the mean of (V(s) - target)^2 by minibatches.
+    """Regress V(s) on batch.target: minimize the mean of (V(s) - target)^2 in minibatches.
 
-    Returns value_loss and critic_gradient_norm, means over all minibatches, and explained_variance of batch.value,
-    the critic's predictions before it saw the targets.
+    Returns value_loss and critic_gradient_norm (means over all minibatches), and the explained_variance of
+    batch.value, the critic's predictions before the fit.
     """
     share = normalized(batch.weight)
     objective, update = ValueObjective(critic), ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch)
@@ -72,7 +72,7 @@ def fit_critic(
 
 
 def no_fit(batch: Batch) -> Metrics:
-    """There is no critic to fit."""
+    """Fit nothing: there is no critic."""
     return {}
 
 
@@ -83,13 +83,13 @@ def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: n
 
 
 def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
-    """b = the constant that minimizes the variance of the gradient, estimated from the other rows."""
+    """b_i = the constant that minimizes the variance of the gradient, estimated from the other rows."""
     returns_score, score_score = score_products(policy, rollout.obs, rollout.action, returns, rollout.mask)
     return optimal_constant_baseline(returns_score, score_score).unsqueeze(1).expand_as(returns)
 
 
 def _of_every_step(value: Tensor, rollout: Rollout) -> Float[Tensor, "B T"]:
-    """The values, if they are one for each step: [B, T, 1] would be broadcast against [B, T], and learn nothing."""
+    """Check that there is one value for each step: [B, T, 1] would broadcast against [B, T] and learn nothing."""
     if value.shape != rollout.mask.shape:
         raise UserError(
             f"the critic returned values of shape {tuple(value.shape)} for {tuple(rollout.mask.shape)} steps: "

@@ -1,4 +1,4 @@
-"""What a practitioner looks at during training. Nothing here has a gradient."""
+"""Diagnostics of training. Nothing here has a gradient."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ def ratio_metrics(
     mask: Bool[Tensor, "B T"],
     weight: Float[Tensor, "B T"],
 ) -> dict[str, Tensor]:
-    """How far the new policy is from the old one, on the old one's decisions.
+    """The distance from the old policy to the new one, on the old policy's decisions.
 
     kl_old: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
     (Kong 1992).
     """
     share = normalized(weight)
-    # Of the logarithm, not log(exp(it)): that is infinite where a ratio is too small for a float.
+    # Use the log-ratio itself: log(ratio) is infinite if the ratio underflows to 0.
     difference = log_ratio(logp, logp_old, mask)
     ratio = difference.exp()
     return {
@@ -35,10 +35,10 @@ def ratio_metrics(
 
 
 def after_update(objective: Any, batch: Batch, *, micro_batch: int | None = None) -> dict[str, Tensor]:
-    """How far an update went: ratio_metrics of the policy as it is now, against the one that sampled the batch.
+    """The size of an update: ratio_metrics of the current policy against the policy that sampled the batch.
 
-    Where the objective has a critic, also the explained_variance of what it predicted before the update. It costs a
-    forward pass of the policy, `micro_batch` rows at a time.
+    With a critic, also the explained_variance of its predictions before the update. Costs one forward pass of the
+    policy, `micro_batch` rows at a time.
     """
     logp = log_probabilities(objective.policy, batch, micro_batch)
     metrics = ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
@@ -51,7 +51,7 @@ def after_update(objective: Any, batch: Batch, *, micro_batch: int | None = None
 def clip_fraction(
     ratio: Float[Tensor, "B #T"], weight: Float[Tensor, "B T"], low: float, high: float
 ) -> Float[Tensor, ""]:
-    """The share of decisions whose ratio is outside [1 - low, 1 + high]."""
+    """The share of decisions with a ratio outside [1 - low, 1 + high]."""
     outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype)
     return average(outside.expand_as(weight), normalized(weight))
 
@@ -64,7 +64,7 @@ def clip_fraction_by_side(
     low: float,
     high: float,
 ) -> dict[str, Tensor]:
-    """The shares of decisions that clipping leaves no gradient: bad ones below 1 - low, good ones above 1 + high."""
+    """The shares of decisions whose gradient is clipped away: A < 0 below 1 - low, and A > 0 above 1 + high."""
     share = normalized(weight)
     below = (ratio < 1 - low) & (advantage < 0)
     above = (ratio > 1 + high) & (advantage > 0)
@@ -78,9 +78,9 @@ def clip_fraction_by_side(
 def explained_variance(
     value: Float[Tensor, "B T"], target: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant (or equal targets)."""
+    """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant one or for equal targets."""
     share = normalized(weight)
-    first = share.argmax()  # measured from one of them, equal targets are equal to 0 to the last bit
+    first = share.argmax()  # subtract one target from all: equal targets become exactly 0
     target, value = target - target.flatten()[first], value - target.flatten()[first]
 
     def variance(x: Tensor) -> Tensor:
@@ -91,5 +91,5 @@ def explained_variance(
 
 
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each metric over the minibatches of an update."""
+    """The mean of each metric over an update's minibatches."""
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}

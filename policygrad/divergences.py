@@ -1,4 +1,4 @@
-"""KL(p, q): exact, the estimates k1, k2, k3 from samples of p, and an adaptive coefficient."""
+"""KL(p, q): the exact value, the estimates k1, k2 and k3 from samples of p, and an adaptive coefficient."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def kl(p: Any, q: Any) -> Float[Tensor, "B T"]:
 
 
 def k1(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """log p - log q: unbiased for KL(p, q) under samples of p, of either sign (Schulman 2020, Approximating KL)."""
+    """log p - log q: unbiased for KL(p, q) under samples of p; may be negative (Schulman 2020, Approximating KL)."""
     return logp - logp_ref
 
 
@@ -33,21 +33,20 @@ def k2(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tens
 def k3(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """q/p - 1 - log(q/p): unbiased for KL(p, q) under samples of p, never negative (Schulman 2020).
 
-    As a loss its gradient depends on which side is trained. With p the fixed policy that sampled and q the one in
-    training (PPO's KL(old, new)) its expected gradient is that of KL(p, q). With p in training it is not: it is the
-    gradient of KL(q, p).
+    Its gradient as a loss depends on which side is trained. If p is the fixed sampling policy and q is trained (PPO's
+    KL(old, new)), its expected gradient is the gradient of KL(p, q). If p is trained, it is the gradient of KL(q, p).
     """
     log_ratio = logp_ref - logp
     return torch.expm1(log_ratio) - log_ratio
 
 
 def straight_through(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """sg(k3) + k2 - sg(k2): k3 as a number, and the gradient of k2, which on-policy is that of KL(p, q)."""
+    """sg(k3) + k2 - sg(k2): the value of k3 and the gradient of k2, which on-policy is the gradient of KL(p, q)."""
     square = k2(logp, logp_ref)
     return k3(logp, logp_ref).detach() + square - square.detach()
 
 
-# KL(p, q) at each decision of a batch that `p` or an older policy sampled, as an objective uses it:
+# KL(p, q) at each decision of a batch sampled by `p` or by an older policy:
 # (p, q, batch, ratio [B, T] of p to the policy that sampled) -> [B, T].
 Divergence = Callable[[Any, Any, Batch, Tensor], Tensor]
 
@@ -55,9 +54,9 @@ Divergence = Callable[[Any, Any, Batch, Tensor], Tensor]
 def at_action(
     p: Any, q: Any, batch: Batch, ratio: Float[Tensor, "B T"], *, estimate: Callable[[Tensor, Tensor], Tensor]
 ) -> Float[Tensor, "B T"]:
-    """k1, k2, k3 or straight_through of the actions taken, as GRPO was published (with k3).
+    """k1, k2, k3 or straight_through at the actions taken. GRPO as published uses k3.
 
-    The estimates are of KL under samples of p: right only as long as p is the policy that sampled.
+    The estimate is correct only while p is the policy that sampled.
     """
     return estimate(*_of_actions(p, q, batch))
 
@@ -70,7 +69,7 @@ def reweighted(
     *,
     estimate: Callable[[Tensor, Tensor], Tensor] = straight_through,
 ) -> Float[Tensor, "B T"]:
-    """sg(ratio) times the estimate: with straight_through its gradient follows KL(p, q), off the old policy too.
+    """sg(ratio) times the estimate. With straight_through its gradient is that of KL(p, q), off-policy too.
 
     E_old[sg(r) log(p/q) grad log p] = E_p[log(p/q) grad log p] = grad KL(p, q), at every prefix.
     """
@@ -78,17 +77,17 @@ def reweighted(
 
 
 def over_actions(p: Any, q: Any, batch: Batch, ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The exact KL(p, q), a sum over all actions (the whole vocabulary): without noise, at more work."""
+    """The exact KL(p, q), summed over all actions (the whole vocabulary): no noise, more computation."""
     return kl(p, q)
 
 
 def to_reference(
     p: Any, batch: Batch, ratio: Float[Tensor, "B T"], *, reference: Callable[[Any], Any], divergence: Divergence
 ) -> Float[Tensor, "B T"]:
-    """KL(pi, pi_ref) at each decision, from the reference policy; 0 behind the mask.
+    """KL(pi, pi_ref) at each decision; 0 behind the mask.
 
-    Each decision is charged with its own KL alone. What it does to the KL of later tokens is left out (only KL in the
-    reward has that; see docs/theory.md).
+    Each decision is charged only with its own KL, not with its effect on the KL of later tokens. Only KL in the reward
+    includes that effect (see docs/theory.md).
     """
     with torch.no_grad():
         q = reference(batch.obs)
@@ -96,7 +95,7 @@ def to_reference(
 
 
 def _of_actions(p: Any, q: Any, batch: Batch) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """log p and log q of what was done, 0 behind the mask: an estimate that is infinite there has a gradient of NaN."""
+    """log p and log q of the actions taken; 0 behind the mask, where an infinite estimate would give a NaN gradient."""
     logp, logp_ref = (x.log_prob(batch.action).where(batch.mask, 0.0) for x in (p, q))
     return logp, logp_ref
 
@@ -104,8 +103,8 @@ def _of_actions(p: Any, q: Any, batch: Batch) -> tuple[Float[Tensor, "B T"], Flo
 class AdaptiveCoefficient:
     """The adaptive KL coefficient: halved below target / 1.5, doubled above 1.5 target (Schulman et al. 2017, sec. 4).
 
-    `value` is a tensor changed in place, so that an objective that reads it needs no new graph. Without a target it
-    is constant. Raises ValueError for a negative value or a target that is not positive.
+    `value` is a tensor that changes in place, so a compiled objective can keep its graph. It is constant without a
+    target. Raises ValueError for a negative value or a target that is not positive.
     """
 
     def __init__(self, value: float, target: float = math.inf) -> None:
@@ -116,11 +115,11 @@ class AdaptiveCoefficient:
 
     @property
     def adapts(self) -> bool:
-        """Does anything read the KL?"""
+        """Whether the coefficient depends on the KL."""
         return math.isfinite(self.target)
 
     def update(self, kl: float | Tensor) -> None:
-        """Move the coefficient after an update whose KL was `kl`, which is read only if there is a target."""
+        """Adapt the coefficient to the KL of an update. `kl` is read only if there is a target."""
         if self.adapts:
             kl = float(kl)
             if kl < self.target / 1.5:

@@ -1,9 +1,9 @@
-"""Exceptions that a user can act on. The command line prints them as one line, exit code 2."""
+"""Errors that a user can fix. The command line prints them as one line and exits with code 2."""
 
 
 class UserError(ValueError):
-    """Something that a user asked for cannot be done. The message says in one line what, and how to change it."""
+    """A request cannot be fulfilled. The message says in one line what is wrong and how to fix it."""
 
 
 class NonFiniteError(UserError):
-    """A gradient is NaN or infinite. It is raised before the parameters change."""
+    """A gradient is NaN or infinite. Raised before the parameters change."""

@@ -1,4 +1,4 @@
-"""Users' functions, loaded by name. Nothing else in the library imports users' code."""
+"""Load a user's function by name. Nothing else in the library imports users' code."""
 
 import contextlib
 import difflib
@@ -22,10 +22,10 @@ LONGEST = 200  # characters of a message
 def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
     """The function that `module:function` or `path/file.py:function` names.
 
-    A file is executed anew at every call, since it may have changed. A module is imported as usual; the working
-    directory is searched last. what: the name of such a function in messages.
+    A file is executed again at every call, since it may have changed. A module is imported as usual; the working
+    directory is searched last. what: what error messages call the function.
 
-    Raises UserError if there is no such module, file or function, and if an import raises or exits.
+    Raises UserError if the module, file or function does not exist, or if the import raises or exits.
     """
     if spec.endswith(".py"):
         raise UserError(f"{what} {_end(spec)!r} is a file: add the function's name, as in file.py:function")
@@ -34,7 +34,7 @@ def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
     if not name.isidentifier() or not (of_a_file or all(part.isidentifier() for part in place.split("."))):
         raise UserError(f"{what} {_end(spec)!r} names no function: write module:function or path/file.py:function")
     with _errors_in_one_line(place):
-        module = _executed(Path(place), what) if of_a_file else _imported(place, what)
+        module = _executed(Path(place), what) if of_a_file else load_module(place, what=what)
     function = getattr(module, name, None)
     if not callable(function):
         known = [other for other, x in vars(module).items() if inspect.isfunction(x) and not other.startswith("_")]
@@ -43,7 +43,7 @@ def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
 
 
 def _executed(path: Path, what: str) -> ModuleType:
-    """A file as a module of its own name, which hides no other module."""
+    """A file executed as a module, under a name that hides no other module."""
     if not path.is_file():
         known = [x.stem for x in path.parent.glob("*.py")] if path.parent.is_dir() else []
         found = [_end(f"{x}.py") for x in difflib.get_close_matches(path.stem, known, n=2)]
@@ -54,7 +54,7 @@ def _executed(path: Path, what: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module here
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -63,15 +63,16 @@ def _executed(path: Path, what: str) -> ModuleType:
     return module
 
 
-def _imported(place: str, what: str) -> ModuleType:
-    """A module by name."""
-    with _working_directory_last():
-        importlib.invalidate_caches()  # a file may be newer than the directory's listing
+def load_module(place: str, *, what: str = "function") -> ModuleType:
+    """A module by name; the working directory is searched last. Raises UserError as load_function does."""
+    _search_here()
+    importlib.invalidate_caches()  # a file may be newer than the directory's listing
+    with _errors_in_one_line(place):
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:
             if not f"{place}.".startswith(f"{error.name}."):
-                raise  # the module exists and imports another one, which does not
+                raise  # the module exists, but imports one that does not
             parent = place.rpartition(".")[0]
             folders = getattr(sys.modules.get(parent), "__path__", [os.getcwd()])
             prefix = f"{parent}." if parent in sys.modules else ""
@@ -81,24 +82,19 @@ def _imported(place: str, what: str) -> ModuleType:
             raise UserError(f"there is no module {_end(place)!r} for the {what}: {advice}") from error
 
 
-@contextlib.contextmanager
-def _working_directory_last() -> Iterator[None]:
-    """The working directory at the end of the search path, so that no module in it hides an installed one."""
+def _search_here() -> None:
+    """Add the working directory to the end of the search path, so that it hides no installed module.
+
+    It stays there, because the imported code may import its neighbors later.
+    """
     here = os.getcwd()
-    if here in sys.path:
-        yield
-        return
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the module may have changed the path itself
-            sys.path.remove(here)
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 @contextlib.contextmanager
 def _errors_in_one_line(place: str) -> Iterator[None]:
-    """Whatever an import raises, as one line."""
+    """Turn anything that an import raises into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -111,7 +107,7 @@ def _errors_in_one_line(place: str) -> Iterator[None]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """Advice on which of the known names was meant."""
+    """The closest known names, as the end of an error message."""
     found = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     if found:
         return f"did you mean {' or '.join(map(_end, found))}?"
@@ -122,5 +118,5 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _end(text: str) -> str:
-    """A text, or the last 40 characters of a long one."""
+    """The text, or its last 40 characters if it is long."""
     return text if len(text) <= 40 else "..." + text[-37:]

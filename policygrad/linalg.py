@@ -1,4 +1,4 @@
-"""Solving with a matrix that is never formed: conjugate gradient, Fisher-vector product, per-row gradients."""
+"""Linear algebra without forming a matrix: conjugate gradient, Fisher-vector product, per-row gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_map
 def conjugate_gradient(
     matvec: Callable[[Tensor], Tensor], b: Float[Tensor, " N"], iters: int = 10, tol: float = 1e-10
 ) -> Float[Tensor, " N"]:
-    """Solve F x = b for a symmetric positive definite F known by its products (Hestenes & Stiefel 1952).
+    """Solve F x = b for a symmetric positive definite F, given only v -> F v (Hestenes & Stiefel 1952).
 
-    Stops after `iters` products, or once |b - F x| <= tol |b|, or as near as the precision goes. Where it stops early,
-    x still satisfies x.b = x.F x, so the KL of a step along x is known without another product.
+    Stops after `iters` products, once |b - F x| <= tol |b|, or at the limit of the precision. x satisfies x.b = x.F x
+    even if it stops early, so the KL of a step along x needs no further product.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
-    limit = max(tol, 10 * torch.finfo(b.dtype).eps) ** 2 * square  # beyond it a singular F has noise for directions
+    limit = max(tol, 10 * torch.finfo(b.dtype).eps) ** 2 * square  # below it, directions of a singular F are noise
     for _ in range(iters):
         if square <= limit:  # also b = 0
             break
@@ -36,7 +36,7 @@ def conjugate_gradient(
 def flat_gradient(
     scalar: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
 ) -> Float[Tensor, " N"]:
-    """d scalar / d parameters as one vector; 0 for a parameter it does not depend on."""
+    """d scalar / d parameters as one vector; 0 for a parameter that the scalar does not depend on."""
     gradients = torch.autograd.grad(
         scalar, parameters, create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
     )
@@ -48,8 +48,8 @@ def fisher_vector_product(
 ) -> Callable[[Tensor], Tensor]:
     """v -> (F + damping I) v, with F the Hessian of KL(old, new) at new = old (Schulman et al. 2015, appendix C).
 
-    `divergence` is evaluated once, here: a mean KL(old, new) as a function of the parameters, with the old policy
-    constant. Its gradient is kept, and each product is one more backward pass through it.
+    `divergence` returns the mean KL(old, new) with the old policy constant. It is evaluated once, here. Each product
+    is one more backward pass through its gradient.
     """
     gradient = flat_gradient(divergence(), parameters, create_graph=True)
 
@@ -78,7 +78,7 @@ def score_products(
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """X.Z and |Z|^2 of each row, with Z = sum_t grad log pi(a_t|s_t) and X = sum_t grad log pi(a_t|s_t) G_t.
 
-    Sums over the steps in the mask. Rows are differentiated `chunk_size` at a time (torch.func.vmap).
+    The sums run over the steps in the mask. Rows are differentiated `chunk_size` at a time (torch.func.vmap).
     """
     parameters = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
     buffers = dict(policy.named_buffers())

@@ -1,4 +1,4 @@
-"""What happened: trajectories as [B, T] arrays with a mask, and minibatches of their decisions."""
+"""Trajectories as [B, T] arrays with a mask, and minibatches of their decisions."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ from torch.utils._pytree import tree_map
 class Rollout:
     """B rows of T steps, sampled from one policy.
 
-    A row is a stretch of experience: one episode, or a segment that several episodes share, one after the other.
-    `terminated` and `ended` are two arrays because a time limit is not an end of value: `terminated` cuts the
-    bootstrap, `ended` (terminated or truncated) cuts the trace. `mask` is the one notion of 'counts'.
+    A row is one episode, or a segment that holds parts of several consecutive episodes. `terminated` cuts the
+    bootstrap; `ended` (terminated or truncated) cuts the trace. They differ because the value continues past a time
+    limit. Only the `mask` says which steps count.
 
-    reward and logp are set to 0 where the mask is False, so that whatever stood there (NaN and inf too) changes
-    nothing; obs and action must be finite there too, since a network sees them. With Gymnasium's next-step auto-reset
-    the observation of the masked step after an end is the true final observation, so that V(obs[:, t + 1]) is the value
-    of the successor of step t everywhere.
+    reward and logp are set to 0 where the mask is False, so that nothing there (not even NaN or inf) has an effect. obs
+    and action must be finite there too, since a network sees them. With Gymnasium's next-step auto-reset, the masked
+    step after an end holds the true final observation, so V(obs[:, t + 1]) is always the value of step t's successor.
     """
 
-    obs: Any  # [B, T, ...] opaque: only a policy or a critic looks inside
+    obs: Any  # [B, T, ...] opaque: only a policy or a critic reads it
     action: Tensor  # [B, T, ...]
-    logp: Float[Tensor, "B T"]  # under the policy that sampled
+    logp: Float[Tensor, "B T"]  # log-probability under the policy that sampled
     reward: Float[Tensor, "B T"]
     terminated: Bool[Tensor, "B T"]  # no value beyond this step
-    ended: Bool[Tensor, "B T"]  # terminated or truncated; or an auto-reset, over which nothing is carried either
+    ended: Bool[Tensor, "B T"]  # terminated or truncated, or the auto-reset step after an end
     mask: Bool[Tensor, "B T"]  # the policy chose this action
-    group: Int[Tensor, " B"]  # rows that answer the same prompt or start state share a number
-    final_obs: Any | None = None  # [B, ...] where each row stops; None if every row terminates
-    memoryless: bool = False  # may a step be taken out of its row?
-    metrics: dict[str, float] = field(default_factory=dict)  # what the sampler measured: return, steps, ...
-    importance: Float[Tensor, "B T"] | None = None  # pi_old / what really sampled, truncated; None: they are the same
+    group: Int[Tensor, " B"]  # rows with the same prompt or start state share a number
+    final_obs: Any | None = None  # [B, ...] the state where each row stops; None if every row terminates
+    memoryless: bool = False  # whether a step can stand alone, outside its row
+    metrics: dict[str, float] = field(default_factory=dict)  # the sampler's metrics: return, steps, ...
+    importance: Float[Tensor, "B T"] | None = None  # truncated pi_old / sampling policy; None: they agree
 
     def __post_init__(self) -> None:
         for name in ("reward", "logp", "importance"):
@@ -46,7 +45,7 @@ class Rollout:
                 object.__setattr__(self, name, torch.where(self.mask, getattr(self, name), 0.0))
 
     def rows(self, index: Tensor | slice) -> Rollout:
-        """Some of the rows, in the order of `index`, as often as it names them."""
+        """The rows that `index` names, in its order; a row may repeat."""
         return _each(lambda x: x[index], self)
 
     def split(self, size: int) -> Iterator[Rollout]:
@@ -65,10 +64,10 @@ class Rollout:
 
 
 class Batch(NamedTuple):
-    """The decisions of a rollout with their credit: what an objective sees. All [B, T], or [N, 1] if memoryless.
+    """The decisions of a rollout with their credit: an objective's input. All [B, T], or [N, 1] if memoryless.
 
-    A NamedTuple, so that it passes through torch.func and torch.compile as it is. `weight` says how decisions are
-    averaged (see weights.py); it is computed on the whole rollout, so that any split adds up to the same gradient.
+    A NamedTuple passes through torch.func and torch.compile unchanged. `weight` sets how decisions are averaged (see
+    weights.py); it is computed on the whole rollout, so that any split adds up to the same gradient.
     """
 
     obs: Any
@@ -77,8 +76,8 @@ class Batch(NamedTuple):
     mask: Tensor
     weight: Tensor
     advantage: Tensor
-    target: Tensor  # what a critic is to predict; 0 if nothing
-    value: Tensor  # what it predicted when the rollout was scored; 0 if there is none
+    target: Tensor  # the critic's target; 0 if there is none
+    value: Tensor  # the critic's prediction when credit was assigned; 0 without a critic
 
 
 def decisions(
@@ -88,14 +87,14 @@ def decisions(
     target: Float[Tensor, "B T"] | None = None,
     value: Float[Tensor, "B T"] | None = None,
 ) -> Batch:
-    """Join a rollout with its credit. Behind the mask every column is 0.
+    """Join a rollout with its credit. Every column is 0 behind the mask.
 
-    Where the rollout has importance weights the decisions' weights are multiplied by them: every mean over the batch
-    is then one over actions of the policy whose log-probabilities the rollout has, not of the engine that sampled. What
-    came before a decision and what it led to stay the engine's.
+    Importance weights multiply the decisions' weights: every mean over the batch is then over actions of the policy
+    that logp belongs to, not of the engine that sampled. The prefix and the continuation of each decision remain the
+    engine's.
 
-    The steps of a memoryless rollout become rows of one step each; the rows of any other stay whole, since a step
-    of a sequence model that loses its prefix is another state.
+    A memoryless rollout's steps become rows of one step. Other rows stay whole, since a sequence model's step needs its
+    prefix.
     """
     zero = torch.zeros_like(advantage)
     if rollout.importance is not None:
@@ -107,10 +106,10 @@ def decisions(
 
 
 def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
-    """Epoch after epoch, the rows of a batch in random order, `size` at a time, every minibatch of the same shape.
+    """Shuffle the rows of a batch in each epoch and yield them `size` at a time. All minibatches have the same shape.
 
-    If `size` does not divide the rows, the last minibatch is filled up with rows of weight 0. Weights are scaled by
-    the number of minibatches, so that the mean of the minibatches' objectives is the objective of the batch.
+    If `size` does not divide the rows, rows of weight 0 fill the last minibatch. Weights are multiplied by the number
+    of minibatches, so that the mean of the minibatches' objectives is the objective of the batch.
     """
     rows = batch.mask.shape[0]
     size = min(size, rows)
@@ -129,12 +128,12 @@ def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
 
 
 def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
-    """The batch in order, at most `rows` rows at a time, each with its share of the batch's weight.
+    """Split the batch in order into parts of at most `rows` rows, each with its share of the batch's weight.
 
-    The weights of a part are scaled up to those of the whole, so that the mean of any objective or metric over the
-    parts, taken with the shares, is that of the batch: also of one that divides by the sum of the weights. (What is
-    a ratio of two means, as the effective sample size, is not linear in them: its mean is over the parts.) Parts
-    without weight are left out; where nothing counts at all, the first stays.
+    Each part's weights are divided by its share, so the share-weighted mean of an objective or metric over the parts is
+    its value on the batch, even if it divides by the sum of the weights. (A ratio of two means, such as the effective
+    sample size, is not linear in them, so its mean is only over the parts.) Parts without weight are skipped; if the
+    whole batch has none, the first part is kept.
     """
     total = float(batch.weight.sum())
     for start in range(0, batch.mask.shape[0], rows):
@@ -145,22 +144,22 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
 
 
 def at_last_decision(reward: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The reward of each row at its last decision, 0 elsewhere; lost only in a row without a decision."""
+    """Each row's reward at its last decision, 0 elsewhere. A row without a decision loses its reward."""
     later = mask.flip(1).cumsum(1).flip(1)  # decisions from here on
     return reward.unsqueeze(1) * (mask & (later == 1))
 
 
 def holes_last(mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The order of each row's steps that moves its holes to the end and changes nothing else.
+    """An index [B, T] that moves each row's holes to its end and keeps the order of all other steps.
 
-    A hole is a step that no policy chose and over which the episode goes on, such as tool output between two tokens of
-    a model. A masked step that `ended` marks is none: it cuts the trace, and its observation is a true final one.
+    A hole is a masked step inside an episode, such as tool output between two tokens of a model. A masked step that
+    `ended` marks is not a hole: it cuts the trace and holds a true final observation.
     """
     return (~(mask | ended)).int().argsort(dim=1, stable=True)
 
 
 def _each(function: Callable[..., Tensor], *rollouts: Rollout) -> Rollout:
-    """A rollout whose columns are the function of the given rollouts' columns."""
+    """Apply the function to each column of the given rollouts."""
     names = [f.name for f in fields(Rollout) if f.name not in ("memoryless", "metrics")]
     columns = {name: [getattr(x, name) for x in rollouts] for name in names}
     for name, found in columns.items():

@@ -1,4 +1,4 @@
-"""Wrappers: a sampler in, a sampler out. Each changes one thing in the rollout that a method learns from."""
+"""Wrappers around samplers. Each changes one thing about the rollout."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,14 +20,14 @@ Sample = Callable[[nn.Module], Rollout]
 
 
 class Wrapper(ABC):
-    """A sampler around another. Its state is that of the sampler inside and its own."""
+    """A sampler around another sampler. Its state includes the inner sampler's state."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
 
     @abstractmethod
     def __call__(self, policy: nn.Module) -> Rollout:
-        """Sample with the policy as it is now."""
+        """Sample with the current policy."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"sample": self.sample.state_dict()}  # type: ignore[attr-defined]
@@ -37,18 +37,18 @@ class Wrapper(ABC):
 
 
 class WholeRows(Wrapper):
-    """Keep the rows of a memoryless policy whole: a ratio of whole rows needs them."""
+    """Keep the rows of a memoryless policy whole, as a sequence ratio requires."""
 
     def __call__(self, policy: nn.Module) -> Rollout:
         return replace(self.sample(policy), memoryless=False)
 
 
 class KLCharged(Wrapper):
-    """The reward of every decision minus beta log(pi / pi_ref) (returns.kl_in_reward; Ziegler et al. 2019, eq. 2).
+    """Subtract beta log(pi / pi_ref) from every decision's reward (returns.kl_in_reward; Ziegler et al. 2019, eq. 2).
 
-    Its expected return is J - beta KL(pi, pi_ref) of whole rows, so that any method ascends the right gradient; k1 is
-    the only estimate for which that holds. The coefficient adapts to the KL of each rollout, if it has a target. Adds
-    to the metrics kl_ref, by decision (k3), and kl_ref_coefficient.
+    The expected return is then J - beta KL(pi, pi_ref) of whole rows, so any method follows its gradient. This holds
+    only for the estimate k1. With a target, the coefficient adapts to the KL of each rollout. Adds the metrics kl_ref
+    (per decision, by k3) and kl_ref_coefficient.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class KLCharged(Wrapper):
 
 
 class Rescored(Wrapper):
-    """Replace the sampler's log-probabilities, which another engine or precision produced, with the learner's.
+    """Replace the log-probabilities of the sampling engine mu with the learner's pi_old.
 
-    The weights pi_old / mu, at most `bound`, then correct for the engine mu (truncated importance sampling, Yao et al.
-    2025; Espeholt et al. 2018). They stand in rollout.importance, by token, and enter every mean once. They correct
-    each decision alone, at the prefixes and with the continuations of mu. The ratio in the objective stays
-    pi / pi_old. bound = 0: no correction. Adds to the metrics mismatch_kl, KL(mu, pi_old) by decision, mismatch_ratio
-    and mismatch_largest, the mean and largest pi_old / mu, and importance_cut, the share of weights at the bound.
+    The weights pi_old / mu, at most `bound`, then correct for mu (truncated importance sampling, Yao et al. 2025;
+    Espeholt et al. 2018). rollout.importance holds them by token, and every mean uses them once. They correct each
+    decision alone; its prefix and continuation remain mu's. The ratio in the objective stays pi / pi_old. bound = 0:
+    no correction. Adds the metrics mismatch_kl (KL(mu, pi_old) per decision), mismatch_ratio and mismatch_largest (the
+    mean and the largest pi_old / mu), and importance_cut (the share of weights at the bound).
     """
 
     def __init__(self, sample: Sample, bound: float = 2.0, micro_batch: int | None = None) -> None:
@@ -107,13 +107,12 @@ class Rescored(Wrapper):
 
 
 class WithoutFlatGroups(Wrapper):
-    """Sample until a rollout's rows are filled with groups whose returns differ (DAPO's dynamic sampling, eq. 11).
+    """Sample until groups with unequal returns fill the rollout's rows (DAPO's dynamic sampling, eq. 11).
 
-    A group of equal returns has no gradient. After `rounds` rollouts the remaining rows take the flat groups there are.
-    The sampler inside must give rows of the same shape every time. Rewards must not have KL charged to them yet:
-    KLCharged goes around this wrapper, not into it. Groups stay whole; a group that the rows have no room for is
-    masked. The metrics are means over the rounds, so that the reward is that of all prompts, except `counters`, which
-    are the last round's. Adds sampling_rounds.
+    A flat group (equal returns) has no gradient. After `rounds` rollouts, flat groups fill the remaining rows. A group
+    that does not fit in whole is masked. The inner sampler must return rows of the same shape every time. Its rewards
+    must not include KL yet, so KLCharged goes outside this wrapper. Metrics are means over the rounds, so the reward
+    covers all prompts; `counters` come from the last round. Adds sampling_rounds.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class WithoutFlatGroups(Wrapper):
             rows, groups = len(group), int(group.max()) + 1
             lively += int((~_flat(rollout)).sum())
         drawn = Rollout.join(rollouts)
-        order = (drawn.group + groups * _flat(drawn)).argsort(stable=True)  # each group together, flat ones last
+        order = (drawn.group + groups * _flat(drawn)).argsort(stable=True)  # sorted by group, flat groups last
         filled = drawn.rows(order[:rows])
         cut = torch.isin(filled.group, drawn.group[order[rows:]])
         return replace(filled, mask=filled.mask & ~cut.unsqueeze(1), metrics=self._metrics(rollouts))
@@ -146,5 +145,5 @@ class WithoutFlatGroups(Wrapper):
 
 
 def _flat(rollout: Rollout) -> Bool[Tensor, " B"]:
-    """Do all rows of a row's group have the same return?"""
+    """Whether all rows of each row's group have the same return."""
     return group_std(rollout.reward.sum(1), rollout.group) == 0

@@ -1,4 +1,4 @@
-"""log pi: the score term, ratios by token and by sequence, and log pi of a whole rollout in pieces."""
+"""log pi: the score term, the ratios by token and by sequence, and log pi of a rollout in micro-batches."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +13,7 @@ def score(
 ) -> Float[Tensor, "B T"]:
     """log pi(a|s) A: its gradient, grad log pi A, is the policy gradient (Williams 1992, theorem 1).
 
-    Its value means nothing; only its gradient does. The ratio is not read: the actions are the policy's own.
+    Only its gradient has a meaning, not its value. It ignores the ratio, because the actions are the policy's own.
     """
     return logp * advantage.detach()
 
@@ -23,7 +23,7 @@ def log_ratio(
 ) -> Float[Tensor, "B T"]:
     """log r = log pi(a|s) - log pi_old(a|s), at most 20, and 0 behind the mask.
 
-    Without the bound a ratio could be infinite, and would have a gradient of NaN even where it is clipped.
+    Without the bound, the ratio could be infinite and have a NaN gradient even if it is clipped.
     """
     return (logp - logp_old).where(mask, 0.0).clamp(max=20)
 
@@ -38,7 +38,7 @@ def token_ratio(
 def sequence_ratio(
     logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B 1"]:
-    """s = (pi(y|x) / pi_old(y|x))^(1/|y|), one ratio a row (GSPO, arXiv 2507.18071, eq. 7); at most e^20."""
+    """s = (pi(y|x) / pi_old(y|x))^(1/|y|), at most e^20: one ratio for each row (GSPO, arXiv 2507.18071, eq. 7)."""
     total = (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=20).exp()
 

@@ -1,4 +1,4 @@
-"""What is done with the gradient: follow it, take the natural step, or search along it inside a trust region.
+"""Updates: gradient ascent, the natural step, and a line search inside a trust region.
 
 An update is (objective, batch) -> metrics, and changes the objective's parameters.
 """
@@ -21,16 +21,16 @@ Metrics = dict[str, Tensor]
 
 
 class Objective(nn.Module, ABC):
-    """What a method maximizes, as a function of a batch. Its parameters are what it learns."""
+    """The function of a batch that a method maximizes. Its parameters are the parameters to train."""
 
-    policy: nn.Module  # and `critic`, where the objective has a value loss
+    policy: nn.Module  # and `critic`, if the objective has a value loss
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The scalar to maximize, and what to report of it."""
+        """The scalar to maximize, and its metrics."""
 
     def adapt(self, metrics: Metrics) -> Metrics:
-        """Move the adaptive coefficients after an update with these metrics. Returns the ones it was made with."""
+        """Adapt the coefficients after an update with these metrics. Returns the coefficients that the update used."""
         return {}
 
 
@@ -39,22 +39,21 @@ class Measured(Objective):
 
     @abstractmethod
     def divergence(self, batch: Batch) -> Callable[[], Tensor]:
-        """The mean KL(old, new) as a function of the parameters, the old policy being the one of this call."""
+        """The mean KL(old, new) as a function of the parameters; old is the policy at the time of this call."""
 
 
 Scalar = Callable[[Batch], tuple[Tensor, Metrics]]  # an objective, or any function of this form
 Update = Callable[[Any, Batch], Metrics]  # (objective, batch) -> metrics
-# How far to go along x = F^-1 g: (g.x) -> alpha.
+# The step size along x = F^-1 g: (g.x) -> alpha.
 StepSize = Callable[[Tensor], Tensor]
 
 
 def ascend(optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None) -> Update:
-    """theta <- theta + step(grad objective): one step of a torch optimizer, uphill.
+    """theta <- theta + step(grad objective): one ascent step of a torch optimizer.
 
-    The gradient is scaled down to `max_grad_norm` where its norm is larger. micro_batch: the rows that the objective
-    sees at a time, gradients adding up; it changes the memory and nothing else. The update returns the objective's
-    metrics and gradient_norm, the norm before scaling. It raises NonFiniteError, before the step, for a gradient that
-    is NaN or infinite.
+    A gradient with a norm above `max_grad_norm` is scaled down to it. micro_batch: rows that the objective sees at a
+    time while gradients accumulate; it changes only the memory. The update returns the objective's metrics and
+    gradient_norm, the norm before scaling. It raises NonFiniteError before the step if the gradient is NaN or infinite.
     """
 
     def update(objective: Scalar, batch: Batch) -> Metrics:
@@ -76,21 +75,21 @@ def ascend(optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch
 
 
 def kl_radius(slope: Tensor, *, delta: float) -> Tensor:
-    """sqrt(2 delta / g.F^-1 g): the step along F^-1 g of KL delta, to second order (Peters & Schaal 2008; TRPO)."""
+    """sqrt(2 delta / g.F^-1 g): the step along F^-1 g with KL delta to second order (Peters & Schaal 2008; TRPO)."""
     return (2 * delta / slope).sqrt()
 
 
 def learning_rate(slope: Tensor, *, rate: float) -> Tensor:
-    """A plain learning rate along F^-1 g (Kakade 2001)."""
+    """alpha = rate: a fixed learning rate along F^-1 g (Kakade 2001)."""
     return torch.full_like(slope, rate)
 
 
 def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 10) -> Update:
     """theta <- theta + alpha F^-1 g (Kakade 2001), F the Fisher matrix, alpha = step_size(g.F^-1 g).
 
-    F^-1 g is found by conjugate gradient on Fisher-vector products with `damping` added to F's diagonal. The update
-    returns the objective's metrics, gradient_norm, step_size, kl_old (of the step taken) and improvement (of the
-    objective). It raises NonFiniteError for a gradient that is NaN or infinite.
+    Conjugate gradient on Fisher-vector products finds F^-1 g, with `damping` added to F's diagonal. The update returns
+    the objective's metrics, gradient_norm, step_size, kl_old (of the step) and improvement (of the objective). It
+    raises NonFiniteError if the gradient is NaN or infinite.
     """
 
     def update(objective: Measured, batch: Batch) -> Metrics:
@@ -111,8 +110,8 @@ def trust_region_step(
 ) -> Update:
     """Maximize the objective inside KL(old, new) <= delta (TRPO, Schulman et al. 2015, eq. 12 and appendix C).
 
-    The natural step of KL delta, shrunk by `shrink` until the objective has grown and the KL is within delta, at most
-    `backtracks` times. If no step is accepted the parameters are what they were, bit for bit. The update returns the
+    Tries the natural step of KL delta times 1, shrink, shrink^2, ... until the objective has grown and the KL is at
+    most delta. If none of `backtracks` trials succeeds, the parameters are restored bit for bit. The update returns the
     objective's metrics, gradient_norm, kl_old and improvement (of the accepted step, else 0), accepted (0 or 1) and
     step_fraction (the share of the full step that was taken). It raises NonFiniteError as natural_step does.
     """
@@ -147,7 +146,7 @@ def trust_region_step(
 
 
 class _Natural:
-    """The objective where the step starts, its gradient g, the direction x = F^-1 g, and the slope g.x = x.F x."""
+    """The objective before the step, its gradient g, the direction x = F^-1 g, and the slope g.x = x.F x."""
 
     def __init__(self, objective: Measured, batch: Batch, damping: float, cg_iters: int) -> None:
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -162,6 +161,6 @@ class _Natural:
 
 
 def _check_finite(norm: Tensor) -> None:
-    """Stop before a gradient that is not finite reaches the parameters."""
+    """Raise NonFiniteError before a non-finite gradient changes the parameters."""
     if not norm.isfinite():
         raise NonFiniteError(f"the gradient's norm is {norm.item()}: a lower learning rate or smaller rewards may help")

@@ -1,8 +1,10 @@
 """The command line: one line and exit code 2 for what the user can mend, one JSON object where it is asked for."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +15,14 @@ from typing import Any, NamedTuple
 
 import pytest
 from probes import BROKEN
+from tiny_files import write_model, write_prompts, write_rewards
 
-from policygrad import cli
+from policygrad import cli, load_policy, train
 from policygrad.errors import UserError
-from policygrad.runs import presets
-from policygrad.runs.options import ALGORITHMS
+from policygrad.language import warmup
+from policygrad.train import presets
+from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
 
 HERE = Path(__file__).parent
 SMALL = ("--num-envs", "4", "--num-steps", "16", "--hidden", "8")
@@ -64,18 +69,21 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 # Training
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "a2c", "off-policy-actor-critic"])
-def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, algorithm: str) -> None:
-    said = policygrad("train", algorithm, "probes:Known-v0", "--num-envs", 4, "--steps", 60, "--hidden", 8, "--json")
+@pytest.mark.parametrize("method", [*METHODS, "a2c", "off-policy-actor-critic", "PPO", "Dr-GRPO", "REINFORCE++"])
+def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, method: str) -> None:
+    """A method goes by its name in any case, with dashes too, or by its alias."""
+    said = policygrad("train", method, "probes:Known-v0", "--num-envs", 4, "--steps", 60, "--hidden", 8, "--json")
     assert said.code == 0
     assert said.err == ""
     assert said.out.count("\n") == 1
     result = strict(said.out)
-    keys = {"run", "algorithm", "environment", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
+    keys = {"run", "method", "world", "task", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
     assert set(result) == keys | {"episodes", "preset"}
     assert result["preset"] is None
-    assert result["algorithm"] == {"a2c": "actor_critic"}.get(algorithm, algorithm.replace("-", "_"))
-    assert result["environment"] == "probes:Known-v0"
+    full = {"a2c": "actor_critic", "REINFORCE++": "reinforce_plus_plus"}
+    assert result["method"] == full.get(method, method.lower().replace("-", "_"))
+    assert result["world"] == "control"
+    assert result["task"] == "probes:Known-v0"
     assert result["steps"] >= 60
     assert Path(result["run"], "policy.safetensors").exists()
 
@@ -127,16 +135,54 @@ for command in {commands!r}:
     assert all(what in done.stderr for what in ("imported", "made", "reset", "stepped"))
 
 
-LANGUAGE = "policygrad.runs.language"
+SENTENCES = [
+    ("grpo CartPole-v1", ("--iterations", 2, "--num-envs", 2, "--hidden", 8), {"method": "grpo", "world": "control"}),
+    ("ppo exact:chain", ("--steps", 200, "--num-envs", 4), {"method": "ppo", "world": "exact"}),
+    ("trpo exact:chain", ("--steps", 200, "--num-envs", 4), {"method": "trpo", "world": "exact"}),
+    ("a2c exact:chain", ("--steps", 200, "--num-envs", 4), {"method": "actor_critic", "world": "exact"}),
+    (
+        "trpo arithmetic",
+        ("--iterations", 1, "--prompts-per-rollout", 2, "--completions", 2, "--max-tokens", 6, "--held-out", 2),
+        {"method": "trpo", "world": "language", "preset": "arithmetic"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "more", "expected"), SENTENCES, ids=[case[0] for case in SENTENCES])
+def test_any_method_trains_on_any_world_and_leaves_a_run_that_eval_judges(
+    policygrad: Any, sentence: str, more: tuple[Any, ...], expected: dict[str, str], hardly_warmed_up: None
+) -> None:
+    method, task = sentence.split()
+    said = policygrad("train", method, task, *more)
+    assert said.code == 0, said.err
+    run = f"runs/{task.replace(':', '-')}/{expected['method']}-seed0"
+    assert said.out.splitlines()[-1] == f"run: {run} (evaluate: policygrad eval {run})"
+    assert f"{expected['method']} on {task}: " in said.out
+    assert ("before: " in said.out) == ("after:  " in said.out) == (expected["world"] != "control")
+    config = strict(Path(run, "config.json").read_text())
+    assert {name: config[name] for name in expected} == expected
+    words, judged = policygrad("eval", run), policygrad("eval", run, "--json")
+    assert (words.code, judged.code) == (0, 0)
+    assert strict(judged.out)
+    if expected["world"] == "exact":
+        assert f"after:  {words.out}" in said.out
+
+
+@pytest.fixture
+def hardly_warmed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The arithmetic task's own model, after a few steps, in a cache of its own."""
+    monkeypatch.setitem(warmup.RECIPE, "steps", 3)
+    monkeypatch.setitem(warmup.RECIPE, "rows", 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [
-        (("train", "grpo", "arithmetic"), f"{LANGUAGE}.training.train_language"),
-        (("eval", "run"), f"{LANGUAGE}.run.evaluate_language_run"),
-        (("reward-model",), f"{LANGUAGE}.reward_model.run"),
-        (("verify",), "policygrad.runs.verify.command.run"),
+        (("train", "grpo", "arithmetic"), "policygrad.cli._run"),
+        (("eval", "run"), "policygrad.train.run.Run.load"),
+        (("reward-model",), "policygrad.train.reward_model.train_reward_model"),
+        (("verify",), "policygrad.verify.command.run"),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
 )
@@ -145,33 +191,34 @@ def test_json_is_alone_in_every_other_command_too(
     arguments: tuple[str, ...],
     command: str,
     capture: str,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
+    arguments_of_command = arguments
+
     def loud(*arguments: Any, **options: Any) -> Any:
         print("hello")
         os.write(1, b"hello from C\n")
-        if not command.endswith(".run"):
-            return SimpleNamespace(summary=lambda: {"a": 1}, preset="arithmetic")
+        if arguments_of_command[0] != "verify":
+            result = SimpleNamespace(summary=lambda: {"a": 1}, world=SimpleNamespace(kind="language"))
+            result.evaluate = lambda *_, **__: result
+            return result
         print(json.dumps({"a": 1}))
         return 0
 
     monkeypatch.setattr(command, loud)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"kind": "language"}')
     captured = request.getfixturevalue(capture)
     with pytest.raises(SystemExit) as stop:
         cli.main([*arguments, "--json"])
     said = captured.readouterr()
     assert not stop.value.code
-    assert strict(said.out) == ({"a": 1} | ({"preset": "arithmetic"} if arguments[0] == "train" else {}))
+    assert strict(said.out) == {"a": 1}
     assert "hello\n" in said.err
 
 
 def test_an_error_under_json_is_one_line_and_standard_output_is_what_it_was(policygrad: Any) -> None:
     assert_one_line(policygrad("train", "ppo", "CartPole-v1", "--gamma", "1.2", "--json"), "gamma is 1.2")
-    assert policygrad("list").out.startswith("algorithms:")
+    assert policygrad("list").out.startswith("methods:")
 
 
 def test_train_says_what_came_out_and_where_it_is(policygrad: Any, tmp_path: Path) -> None:
@@ -199,10 +246,11 @@ def test_a_directory_that_holds_something_is_refused_and_left_alone(policygrad: 
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes"]
 
 
-def test_every_flag_reaches_the_algorithm(policygrad: Any, tmp_path: Path) -> None:
-    policygrad(*PPO, "--gamma", 0.9, "--clip", "inf", "--squash", "--activation", "relu", "--out", tmp_path / "run")
+def test_every_flag_reaches_the_method(policygrad: Any, tmp_path: Path) -> None:
+    policygrad(*PPO, "--gamma", 0.9, "--clip-low", "inf", "--squash", "--activation", "relu", "--out", tmp_path / "run")
     options = strict((tmp_path / "run" / "config.json").read_text())["options"]
-    assert (options["gamma"], options["clip"], options["squash"], options["activation"]) == (0.9, "inf", True, "relu")
+    assert (options["gamma"], options["clip_low"], options["squash"]) == (0.9, "inf", True)
+    assert options["activation"] == "relu"
     assert (options["num_envs"], options["hidden"], options["minibatch_size"]) == (4, [8], 16)
 
 
@@ -220,7 +268,7 @@ def test_the_preset_is_printed_and_flags_go_before_it(policygrad: Any, tmp_path:
     assert not said.out.startswith("preset")
     config = strict((tmp_path / "b" / "config.json").read_text())
     assert config["preset"] is None
-    assert config["options"]["lam"] == ALGORITHMS["ppo"]().lam  # type: ignore[attr-defined]
+    assert config["options"]["lam"] == options_of("ppo", "control")().lam
 
 
 def test_json_names_the_preset(policygrad: Any) -> None:
@@ -251,8 +299,6 @@ def test_a_run_that_is_refused_leaves_no_directory_behind(policygrad: Any, tmp_p
 
 
 def test_the_command_and_python_train_the_same(policygrad: Any, tmp_path: Path) -> None:
-    from policygrad import load_policy, train
-
     policygrad(*PPO, "--seed", 5, "--out", tmp_path / "run")
     run = train("ppo", "probes:Known-v0", num_envs=4, num_steps=16, hidden=(8,), minibatch_size=16, steps=100, seed=5)
     policy, _ = load_policy(tmp_path / "run")
@@ -272,7 +318,7 @@ def test_eval_prints_one_json_object_and_nothing_else(policygrad: Any, run: Path
     said = policygrad("eval", run, "--episodes", 5, "--json")
     assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
     result = strict(said.out)
-    assert set(result) == {"return_mean", "return_std", "length_mean", "episodes", "returns"}
+    assert set(result) == {"return_mean", "return_std", "length_mean", "episodes", "returns", "lengths"}
     assert result["episodes"] == len(result["returns"]) == 5
     assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 5)
     assert 1 <= result["length_mean"] <= 8
@@ -282,9 +328,10 @@ def test_eval_repeats_itself_and_its_seed_and_noise_change_it(policygrad: Any, r
     few = ("eval", run, "--episodes", 4, "--json")
     plain = policygrad(*few).out
     assert policygrad(*few).out == plain
-    others = [policygrad(*few, *more).out for more in (("--seed", 7), ("--stochastic",), ("--stochastic", "--seed", 7))]
+    others = [policygrad(*few, *more).out for more in (("--seed", 7), ("--sampled",), ("--sampled", "--seed", 7))]
     assert len({plain, *others}) == 4
-    assert policygrad(*few, "--stochastic").out == others[1]
+    assert policygrad(*few, "--sampled").out == others[1]
+    assert policygrad(*few, "--greedy").out == plain
 
 
 def test_eval_says_it_in_words(policygrad: Any, run: Path) -> None:
@@ -296,11 +343,15 @@ def test_eval_says_it_in_words(policygrad: Any, run: Path) -> None:
 # Help and lists
 
 
+TASKS = {"control": "CartPole-v1", "language": "arithmetic", "exact": "exact:chain"}
+
+
 def test_help_is_everywhere_and_imports_no_torch() -> None:
     """What makes it slow is torch, matplotlib and the environments; so: none of them."""
     commands = [[], ["--help"], ["train", "--help"], ["eval", "--help"], ["list", "--help"], ["list"], ["--version"]]
-    commands += [["train", name, "--help"] for name in (*ALGORITHMS, "a2c")]
-    commands += [["train", "ppo", "CartPole-v1", "--help"]]
+    commands += [["reward-model", "--help"], ["verify", "--help"], ["train", "a2c", "--help"]]
+    commands += [["train", "grpo", "--model", "m", "--help"], ["train", "grpo", "prompts.jsonl", "--help"]]
+    commands += [["train", name, "--help"] for name in METHODS]
     script = f"""
 import contextlib, io, sys
 from policygrad.cli import main
@@ -312,31 +363,45 @@ for command in {commands!r}:
         except SystemExit as stop:
             assert not stop.code, (command, stop.code)
     assert len(out.getvalue()) > 4, command
-heavy = {{"torch", "gymnasium", "matplotlib", "tensorboard", "numpy"}} & set(sys.modules)
+heavy = {{"torch", "transformers", "gymnasium", "matplotlib", "tensorboard", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
 """
     done = process("-c", script)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_help_has_every_option_with_its_meaning_and_default(policygrad: Any, algorithm: str) -> None:
-    text = policygrad("train", algorithm, "--help").out
-    for name in vars(ALGORITHMS[algorithm]()):
-        assert f"--{name.replace('_', '-')}" in text
-    for name in ("out", "preset", "json"):
-        assert f"--{name}" in text
+@pytest.mark.parametrize("world", TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_help_has_exactly_the_options_of_the_method_on_the_world(policygrad: Any, method: str, world: str) -> None:
+    said = policygrad("train", method, TASKS[world], "--help")
+    assert (said.code, said.err) == (0, "")
+    shown = re.findall(r"^\W*(?:-h, )?--([\w-]+)", said.out, re.MULTILINE)
+    own = {"out", "preset", "json", "help"} | ({"samples"} if world == "language" else set())
+    names = {f.name for f in dataclasses.fields(options_of(method, world))} | own
+    assert sorted(shown) == sorted(name.replace("_", "-") for name in names)
 
 
-def test_help_shows_the_presets_defaults_where_the_environment_is_named(policygrad: Any) -> None:
-    plain, tuned = (policygrad("train", "ppo", *more, "--help").out for more in ((), ("CartPole-v1",)))
-    assert plain != tuned
+def test_help_says_what_an_option_means(policygrad: Any) -> None:
+    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", policygrad("train", "ppo", "exact:chain", "--help").out).split())
+    for f in dataclasses.fields(options_of("ppo", "exact")):
+        assert f.metadata["help"].split(".")[0].split(" --")[0] in text, f.name
 
 
-def test_list_names_the_algorithms_the_variants_and_the_presets(policygrad: Any) -> None:
+@pytest.mark.parametrize(("method", "task"), [("ppo", "CartPole-v1"), ("npg", "CartPole-v1"), ("trpo", "arithmetic")])
+def test_help_shows_the_presets_defaults_where_the_task_is_named(policygrad: Any, method: str, task: str) -> None:
+    said = policygrad("train", method, task, "--help").out
+    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", said).split())
+    _, tuned = presets.choose(None, method, task, {})
+    assert tuned
+    for name, x in tuned.items():
+        after = text.split(f" --{name.replace('_', '-')} ", 1)[1].split(" --", 1)[0]
+        assert f"(default: {x})" in after, name
+
+
+def test_list_names_the_methods_the_variants_and_the_presets(policygrad: Any) -> None:
     text = policygrad("list").out
     lines = [line.strip() for line in text.splitlines()]
-    for name in (*ALGORITHMS, *presets.names()):
+    for name in (*METHODS, *presets.names()):
         assert any(line.startswith(name) and len(line) > len(name) + 2 for line in lines), name
     assert "a2c" in text
     assert "variants" in text
@@ -350,16 +415,44 @@ def test_list_environments_names_gymnasiums(policygrad: Any) -> None:
 
 BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("unknown command", ("trian",), "train"),
-    ("unknown algorithm", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
+    ("unknown method", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
     ("unknown environment", ("train", "ppo", "CartPol-v1"), "did you mean CartPole-v1"),
     ("unknown version", ("train", "ppo", "CartPole-v7"), "CartPole-v1"),
     ("unknown module", ("train", "ppo", "no_such:Env-v0"), "no_such"),
     ("unknown preset", ("train", "ppo", "CartPole-v1", "--preset", "CartPole-v2"), "did you mean CartPole-v1"),
     ("unknown option", ("train", "ppo", "CartPole-v1", "--learning-rat", "1"), "did you mean --learning-rate"),
-    ("an option of another algorithm", ("train", "trpo", "CartPole-v1", "--clip", "0.2"), "--clip"),
-    ("no algorithm's environment", ("train", "ppo"), "ENVIRONMENT is missing"),
+    ("a command's old option", ("train", "ppo", "CartPole-v1", "--clip", "0.2"), "--clip"),
+    (
+        "an option of another method",
+        ("train", "trpo", "CartPole-v1", "--clip-low", "0.2"),
+        "trpo has no option 'clip_low': it is for ppo, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_plus_plus;",
+    ),
+    ("of the other update", ("train", "ppo", "exact:chain", "--delta=0.1"), "ppo has no option 'delta': it is for npg"),
+    (
+        "an option of language",
+        ("train", "ppo", "CartPole-v1", "--max-tokens", "4"),
+        "ppo has no option 'max_tokens' on control: it is for language; leave it out",
+    ),
+    (
+        "an option of control",
+        ("train", "trpo", "arithmetic", "--num-steps", "4"),
+        "trpo has no option 'num_steps' on language: it is for control; leave it out",
+    ),
+    (
+        "of another world, without a value",
+        ("train", "ppo", "exact:chain", "--squash"),
+        "ppo has no option 'squash' on exact: it is for control; leave it out",
+    ),
+    (
+        "an option that another choice leaves unread",
+        ("train", "ppo", "CartPole-v1", "--group-size", "2"),
+        "group_size is read only where credit is group",
+    ),
+    ("no task", ("train", "ppo"), "there is no task"),
+    ("unknown exact world", ("train", "ppo", "exact:chian"), "did you mean chain"),
+    ("greedy and sampled", ("eval", "run", "--greedy", "--sampled"), "exclude each other"),
     ("no run", ("eval",), "RUN is missing"),
-    ("not a number", ("train", "ppo", "CartPole-v1", "--steps", "many"), "many"),
+    ("not a number", ("train", "ppo", "CartPole-v1", "--steps", "many"), "--steps"),
     ("not one of them", ("train", "ppo", "CartPole-v1", "--activation", "sine"), "sine"),
     ("gamma of 1.2", ("train", "ppo", "CartPole-v1", "--gamma", "1.2"), "gamma is 1.2"),
     ("gamma of nan", ("train", "ppo", "CartPole-v1", "--gamma", "nan"), "gamma is nan"),
@@ -370,12 +463,12 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("a seed too large", ("train", "ppo", "CartPole-v1", "--seed", "1" + "0" * 30), "seed"),
     ("a device that is not there", ("train", "ppo", "CartPole-v1", "--device", "abacus"), "abacus"),
     ("squash without a Box", ("train", "ppo", "CartPole-v1", "--squash"), "squash is for Box"),
-    ("normalised state numbers", ("train", "ppo", "CliffWalking-v1", "--normalize-observations"), "Discrete"),
+    ("normalized state numbers", ("train", "ppo", "CliffWalking-v1", "--normalize-observations"), "Discrete"),
     ("a missing package", ("train", "ppo", "probes:Missing-v0"), "not installed"),
-    ("no time limit", ("train", "reinforce", "probes:Endless-v0"), "num_steps"),
+    ("no time limit", ("train", "reinforce", "probes:Endless-v0"), "episode_steps"),
     ("not a run", ("eval", "."), "run"),
     ("not there", ("eval", "nowhere"), "nowhere"),
-    ("nothing to list", ("list", "algorithm"), "algorithms"),
+    ("nothing to list", ("list", "method"), "methods"),
     ("a file in the way", (*PPO, "--out", __file__), "cannot be written"),
     ("below a file", (*PPO, "--out", __file__ + "/run"), "cannot be written"),
 ]
@@ -418,7 +511,8 @@ def test_eval_refuses_what_cannot_be_meant(policygrad: Any, run: Path, flag: tup
 def test_training_that_explodes_is_one_line_and_exit_code_2(policygrad: Any, tmp_path: Path) -> None:
     said = policygrad(*PPO, "--steps", 5000, "--learning-rate", 1e30, "--out", tmp_path / "run")
     assert_one_line(said, "training stopped")
-    assert policygrad("eval", tmp_path / "run", "--episodes", 2).code == 0
+    policy, _ = load_policy(tmp_path / "run")
+    assert all(p.isfinite().all() for p in policy.parameters())
 
 
 def test_debug_shows_the_traceback(policygrad: Any) -> None:
@@ -514,7 +608,7 @@ def test_train_without_arguments_says_how_and_is_an_error(policygrad: Any) -> No
     assert (said.code, said.out) == (2, "")
     assert (asked.code, asked.err) == (0, "")
     assert said.err == asked.out
-    assert said.err.startswith("usage: policygrad train ALGORITHM")
+    assert said.err.startswith("usage: policygrad train METHOD TASK")
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
@@ -534,3 +628,122 @@ def test_as_a_process_it_behaves_the_same(tmp_path: Path) -> None:
     bad = process("-c", script, "train", "ppo", "mine:Min-v0", cwd=tmp_path)
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1), bad.stderr
     assert "Mine-v0" in bad.stderr
+
+
+# Language models
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a user of a language model gives: a model, prompts and a reward of his own."""
+    place = tmp_path_factory.mktemp("language")
+    model, prompts, rewards = write_model(place / "model"), write_prompts(place), write_rewards(place)
+    return ["--model", str(model), "--dataset", str(prompts), "--reward", f"{rewards}:sevens"]
+
+
+SMALL_LANGUAGE = ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "4"]
+SMALL_LANGUAGE += ["--max-tokens", "6", "--held-out", "4"]
+
+
+def test_training_shows_samples_before_and_after_and_a_second_run_goes_beside_the_first(
+    policygrad: Any, files: list[str]
+) -> None:
+    said = policygrad("train", "grpo", *files, *SMALL_LANGUAGE).out
+    before, after = said.index("before: reward"), said.index("after:  reward")
+    assert said.count("completion", before, after) >= 1
+    assert "tokens/s sampling" in said
+    assert "run: runs/sums/grpo-seed0 (evaluate: policygrad eval runs/sums/grpo-seed0)" in said
+    assert Path("runs/sums/grpo-seed0/model/model.safetensors").is_file()
+    assert Path("runs/sums/grpo-seed0/samples.jsonl").is_file()
+    said = policygrad("train", "grpo", *files, *SMALL_LANGUAGE, "--samples", 0).out
+    assert "completion" not in said[said.index("before: reward") : said.index("after:  reward")]
+    assert Path("runs/sums/grpo-seed0-2").is_dir()
+
+
+def test_json_of_a_language_run_is_all_that_is_printed(policygrad: Any, files: list[str]) -> None:
+    said = policygrad("train", "rloo", *files, *SMALL_LANGUAGE, "--json", "--out", "run")
+    assert said.out.count("\n") == 1
+    summary = strict(said.out)
+    assert (summary["method"], summary["world"], summary["task"]) == ("rloo", "language", "sums")
+    assert summary["completions"] == 16
+    assert set(summary["after"]) >= {"reward", "pass_at_k", "length", "cut_fraction"}
+    assert strict(policygrad("eval", "run", "--json", "--completions", 2).out)["completions"] == 2
+
+
+def test_a_language_run_is_evaluated(policygrad: Any, files: list[str]) -> None:
+    right = [*files[:-1], files[-1].replace(":sevens", ":right")]
+    assert policygrad("train", "grpo", *right, *SMALL_LANGUAGE, "--out", "run").code == 0
+    said = policygrad("eval", "run", "--completions", 4, "--samples", 2).out
+    assert said.startswith("accuracy 0.")
+    assert "pass@4" in said
+    assert "pass@" not in policygrad("eval", "run", "--greedy", "--completions", 1).out
+    assert_one_line(policygrad("eval", "run", "--episodes", 3), "--episodes is for control")
+    assert_one_line(policygrad("eval", "run", "--completions", 0), "completions is 0")
+
+
+def test_ppo_is_of_language_where_a_model_is_named(policygrad: Any, files: list[str]) -> None:
+    said = policygrad("train", "ppo", *files, *SMALL_LANGUAGE, "--minibatch-size", 8, "--json", "--out", "run")
+    assert strict(said.out)["task"] == "sums"
+    prompts = files[3]
+    without = [*files[:2], *files[4:]]
+    said = policygrad("train", "ppo", prompts, *without, *SMALL_LANGUAGE, "--minibatch-size", 8, "--json")
+    assert strict(said.out)["run"] == "runs/sums/ppo-seed0"
+
+
+def test_rewards_are_repeatable_with_a_weight_each(policygrad: Any, files: list[str]) -> None:
+    other = files[-1].replace(":sevens", ":short")
+    more = ["--reward", other, "--reward-weight", "1", "--reward-weight", "0.5"]
+    assert policygrad("train", "grpo", *files, *more, *SMALL_LANGUAGE, "--out", "run").code == 0
+    options = strict(Path("run/config.json").read_text())["options"]
+    assert options["reward"] == [files[-1], other]
+    assert options["reward_weight"] == [1.0, 0.5]
+
+
+def test_arithmetic_needs_nothing_else_and_is_warmed_up_once(
+    policygrad: Any, tmp_path: Path, hardly_warmed_up: None
+) -> None:
+    some = ["--iterations", "1", "--prompts-per-rollout", "2", "--held-out", "2", "--evaluate-every", "0"]
+    first = policygrad("train", "grpo", "arithmetic", *some)
+    assert first.code == 0
+    assert "preset arithmetic: iterations=1" in first.out
+    (cached,) = (tmp_path / "cache" / "policygrad").iterdir()
+    written = (cached / "model.safetensors").stat().st_mtime_ns
+    assert policygrad("train", "ppo", "arithmetic", *some, "--minibatch-size", "2").code == 0
+    assert (cached / "model.safetensors").stat().st_mtime_ns == written
+
+
+LANGUAGE_BAD: list[tuple[list[str], str]] = [
+    (["grpp", "arithmetic"], "unknown method 'grpp': did you mean grpo"),
+    (["grpo", "--model", "/nowhere", "--dataset", "x.jsonl", "--reward", "exact_match"], "x.jsonl"),
+    (["grpo", "prompts.jsonl"], "no model to train on prompts.jsonl"),
+    (["grpo", "arithmetic", "--preset", "none", "--dataset", "x.jsonl"], "leave dataset out"),
+    (["grpo", "arithmetic", "--clip", "0.1"], "--clip"),
+    (["dapo", "arithmetic", "--temperature", "-1"], "temperature is -1.0"),
+    (
+        ["grpo", "arithmetic", "--preset", "CartPole-v1"],
+        "CartPole-v1: grpo has no option 'num_envs' on language",
+    ),
+    (["gspo", "arithmetic", "--preset", "CartPole-v1"], "preset CartPole-v1 has no settings for gspo"),
+    (["trpo", "arithmetic", "--critic", "shared"], "critic is a critic's, and credit group has none"),
+    (["grpo", "arithmetic", "--completions", "1"], "compares the completions of a prompt"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), LANGUAGE_BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_mistakes_with_language_models_are_one_line(policygrad: Any, arguments: list[str], expected: str) -> None:
+    assert_one_line(policygrad("train", *arguments), expected)
+
+
+@pytest.mark.parametrize("flag", [("--completions", 2), ("--greedy", "--sampled")], ids=str)
+def test_eval_refuses_what_is_not_for_the_run(policygrad: Any, run: Path, flag: tuple[Any, ...]) -> None:
+    said = policygrad("eval", run, *flag)
+    assert_one_line(said, "--completions is for language" if flag[0] == "--completions" else "exclude each other")
+
+
+def test_eval_of_an_exact_run_takes_neither_a_count_nor_greedy(policygrad: Any) -> None:
+    policygrad("train", "ppo", "exact:bandit", "--iterations", 1, "--out", "run")
+    assert_one_line(policygrad("eval", "run", "--greedy"), "evaluated exactly")
+    assert_one_line(policygrad("eval", "run", "--episodes", 3), "--episodes is for control")
+    assert_one_line(policygrad("eval", "run", "--completions", 3), "--completions is for language")

@@ -10,11 +10,12 @@ from tyro.conf import UseAppendAction
 
 import policygrad
 from policygrad import cli
-from policygrad.runs import presets
-from policygrad.runs.language import warmup
-from policygrad.runs.language.options import LANGUAGE, RewardModelOptions
+from policygrad.language import warmup
+from policygrad.train import presets
+from policygrad.train.methods import METHODS, TABLE, method_named
+from policygrad.train.options import for_command_line, options_of, validate, with_values
+from policygrad.train.reward_options import RewardModelOptions
 
-APPEND = (UseAppendAction,)
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -27,8 +28,12 @@ def blocks(document: Path, *languages: str) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The lines of its shell blocks, in words, with continuations joined and comments and prompts left out."""
-    text = "\n".join(blocks(document, "sh", "bash", "console", "shell")).replace("\\\n", " ")
+    """The lines of its shell blocks, in words, with continuations joined and comments and prompts left out.
+
+    A block is fenced, or of indented lines that begin with a command.
+    """
+    indented = re.findall(r"^    ((?:policygrad|python|make) .*)$", document.read_text(), re.MULTILINE)
+    text = "\n".join([*blocks(document, "sh", "bash", "console", "shell"), *indented]).replace("\\\n", " ")
     lines = [shlex.split(line.removeprefix("$ "), comments=True) for line in text.splitlines()]
     return [line for line in lines if line]
 
@@ -36,6 +41,7 @@ def commands(document: Path) -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def hardly_warmed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(warmup.RECIPE, "steps", 5)
+    monkeypatch.setitem(warmup.RECIPE, "rows", 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -46,7 +52,7 @@ def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest
     names: dict[str, object] = {}
     for source in blocks(document, "python"):
         short = re.sub(r"\b\d{1,3}(?:_?\d{3}){1,2}\b", "400", source)
-        short = re.sub(r"iterations=\d+", "iterations=1", short)
+        short = re.sub(r"iterations=\d+", "iterations=1, prompts_per_rollout=4, held_out=2", short)
         exec(compile(short, f"{document.name}: {source[:40]}", "exec"), names)
 
 
@@ -55,29 +61,39 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """In their order, in one directory, each training for a single iteration."""
     monkeypatch.chdir(tmp_path)
     for _, name, *rest in (line for line in commands(document) if line[0] == "policygrad"):
+        if name == "train" and "--model" in rest:  # a model and files that are the reader's
+            defaults = options_of(method_named(rest[0]).name, "language")()
+            given = cli._parse(cli._command(defaults), rest[1:], "train", UseAppendAction).options
+            validate(with_values(defaults, vars(given)), defaults)
+            continue
         if any(word.isupper() and len(word) > 2 for word in rest):
             continue  # a form, not an example
         if name == "verify":
-            cli._parse(cli.VerifyOptions, rest, "verify", None)
+            cli._parse(cli.VerifyOptions, rest, "verify")
             continue
         if name == "reward-model":
-            cli._parse(RewardModelOptions, rest, "reward-model", None)
+            cli._parse(for_command_line(RewardModelOptions), rest, "reward-model")
             continue
-        if name == "train" and "--model" in rest:  # a model and files that are the reader's
-            options = LANGUAGE[rest[0]]()
-            cli._parse(cli.TrainLanguage[type(options)], rest[1:], "train", cli.TrainLanguage(options), APPEND)
+        task = rest[1] if name == "train" and len(rest) > 1 else ""
+        if task.endswith("-v5") and find_spec("mujoco") is None:
             continue
-        if name == "train" and rest[1:2] == ["arithmetic"]:
-            rest += ["--iterations", "1", "--held-out", "2"]
-        elif name == "train":
-            environment = rest[1] if len(rest) > 1 else ""
-            if "--help" not in rest:
-                rest += ["--steps", "1"]
-            if environment.endswith("-v5") and find_spec("mujoco") is None:
-                continue
+        if task == "arithmetic":
+            rest += ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "2", "--held-out", "2"]
+            rest += ["--minibatch-size", "4"] if rest[0] == "ppo" else []
+        elif name == "train" and "--help" not in rest:
+            rest += ["--steps", "1"]
         with pytest.raises(SystemExit) as stop:
             cli.main([name, *rest])
         assert not stop.value.code, f"{document.name}: policygrad {name} {' '.join(rest)}"
+
+
+def test_the_table_of_methods_is_what_its_generator_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    document = ROOT / "docs" / "methods.md"
+    source, *_ = blocks(document, "python")
+    exec(compile(source, "the generator", "exec"), {})
+    made = capsys.readouterr().out
+    assert made.count("\n") == len(TABLE) + 2
+    assert f"\n{made}\n" in document.read_text()
 
 
 @every_document
@@ -116,11 +132,9 @@ def test_the_tree_of_the_readme_has_one_line_for_each_file() -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
-def test_the_readme_names_every_algorithm_by_the_name_it_has() -> None:
-    from policygrad.runs.options import ALGORITHMS
-
+def test_the_readme_names_every_method_by_the_name_it_has() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert [name for name in ALGORITHMS if f"`{name}`" not in readme] == []
+    assert [name for name in METHODS if f"`{name}`" not in readme] == []
 
 
 def test_presets_begin_with_a_word_on_their_environment() -> None:
@@ -138,6 +152,11 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
     thing = getattr(policygrad, name)
     assert thing.__doc__
     assert name in dir(policygrad)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_public_function(name: str) -> None:
+    assert callable(getattr(policygrad, name))
 
 
 def test_there_is_nothing_by_any_other_name() -> None:

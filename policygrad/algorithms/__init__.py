@@ -1,1 +1,1 @@
-"""The algorithms: each one explicit generator of metrics, in the order of its theory."""
+"""The algorithms. Each is one explicit generator of metrics, in the order sample, credit, update."""

@@ -1,9 +1,9 @@
 """Advantage actor-critic (A2C; Mnih et al. 2016, arXiv 1602.01783), and its off-policy correction by V-trace.
 
 sample    a few steps of many environments
-credit    A = GAE(lam), n-step or Monte-Carlo return - V; or V-trace where the steps are an older policy's
+credit    A = GAE(lam), n-step or Monte Carlo return - V; or V-trace if an older policy took the steps
 objective E[log pi A] + c_H H(pi) - c_V E[(V - target)^2]
-update    one step of gradient ascent (V-trace: several on the same steps)
+update    one step of gradient ascent (V-trace: several steps on one rollout)
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from policygrad.weights import average, per_token
 
 
 class ActorCriticObjective(Objective):
-    """E[log pi A] + c_H H(pi) - c_V E[(V - target)^2]; without a critic, without the last term."""
+    """E[log pi A] + c_H H(pi) - c_V E[(V - target)^2]. Without a critic, the last term is omitted."""
 
     def __init__(
         self,
@@ -48,5 +48,5 @@ class ActorCriticObjective(Objective):
 
 actor_critic = partial(reinforce, weights=per_token)
 
-# IMPALA (Espeholt et al. 2018), with credit.vtrace: the steps may be stale, and they are used several times.
+# IMPALA (Espeholt et al. 2018), with credit.vtrace: the steps may be stale, and each rollout is used several times.
 off_policy_actor_critic = partial(reinforce, weights=per_token, epochs=4)

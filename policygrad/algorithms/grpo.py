@@ -1,4 +1,4 @@
-"""Group-relative policy optimization (GRPO; Shao et al. 2024, arXiv 2402.03300), and all that is one exchange away.
+"""Group-relative policy optimization (GRPO; Shao et al. 2024, arXiv 2402.03300) and its variants.
 
 sample    several rows of each prompt (or start state), from pi_old
 credit    A_i = (R_i - mean of the group) / std of the group, the same for all decisions of a row
@@ -6,7 +6,7 @@ objective mean over rows of the mean over decisions of min(r A, clip(r, 1 - eps,
 update    gradient ascent, in one or more epochs of minibatches
 
 There is no critic: the other answers to the same prompt are the baseline. Dr. GRPO, DAPO, GSPO, CISPO, RLOO and
-REINFORCE++ exchange the credit, the ratio, the gain or the weights; the table of methods has a line for each.
+REINFORCE++ change the credit, the ratio, the gain or the weights; the table of methods has a line for each.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ class GRPOObjective(Objective):
     """E[min(r A, clip(r) A)] - beta KL(pi, pi_ref) + c_H H(pi).
 
     ratio: token_ratio or sequence_ratio. gain: clipped_surrogate, or clipped_weight (CISPO). clip: (low, high) of the
-    gain. anchor: a partial of divergences.to_reference, charged with the coefficient.
+    gain. anchor: a partial of divergences.to_reference; the coefficient is its beta.
 
-    Where the weights match the centering (by row, or rows of equal length) the objective is 0 at ratio 1, whatever is
-    learned: look at reward, group_std, flat_groups and gradient_norm instead. Of clipped_weight, which keeps every
-    gradient, clip_fraction_low and _high are the shares that clipping would have silenced.
+    If the weights match the centering (by row, or rows of equal length), the objective is always 0 at ratio 1: watch
+    reward, group_std, flat_groups and gradient_norm instead. clipped_weight keeps every gradient; for it,
+    clip_fraction_low and _high are the shares that clipping the surrogate would have cut off.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class GRPOObjective(Objective):
 
 
 def measured_in_steps(objective: Objective, batch: Batch) -> Metrics:
-    """Nothing more to report of an update than its steps did: another forward pass of a large model is dear.
+    """No metrics beyond the steps' own: another forward pass of a large model is expensive.
 
-    What the steps report of KL(old, new) is from before each of them: an adaptive penalty needs after_update instead.
+    The steps measure KL(old, new) before they change the policy, so an adaptive penalty needs after_update instead.
     """
     return {}
 

@@ -1,11 +1,11 @@
-"""Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347), and the loop of every method of minibatches.
+"""Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347), and the loop of all methods with minibatches.
 
     sample    rows from pi_old
     credit    A = GAE(lam), target = A + V
     objective E[min(r A, clip(r, 1 - eps, 1 + eps) A)] - beta KL(old, new) + c_H H(pi) - c_V E[(V - target)^2]
-    update    several epochs of minibatches, gradient ascent
+    update    gradient ascent, in several epochs of minibatches
 
-Without a clip and with an adaptive coefficient it is the KL-penalty form of section 4; both may act at once.
+With an adaptive coefficient and no clip, it is the KL-penalty form of section 4. The two can be combined.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,12 +92,11 @@ def ppo(
     weights: Callable[[Tensor], Tensor] = per_token,
     diagnose: Callable[[Objective, Batch], Metrics] = after_update,
 ) -> Iterator[dict[str, Tensor | float]]:
-    """Train without end; yields the metrics of each iteration, means over the minibatches of the last epoch.
+    """Train forever; yield the metrics of each iteration, means over the minibatches of the last epoch.
 
-    minibatch_size: decisions of a gradient step, or whole rows where the policy has memory; None: all. normalize:
-    (advantage, mask) -> advantage of each minibatch, before the objective sees it, so that micro-batches change
-    nothing. target_kl: an iteration ends once a minibatch's KL exceeds 1.5 target_kl. fit, weights, diagnose: see
-    reinforce.
+    minibatch_size: decisions in a gradient step, or whole rows if the policy has memory; None: all. normalize:
+    (advantage, mask) -> advantage, applied to each minibatch before it is split into micro-batches. target_kl: an
+    iteration ends once a minibatch's KL exceeds 1.5 target_kl. fit, weights, diagnose: see reinforce.
     """
     while True:
         rollout = sample(objective.policy)  # Sample
@@ -108,6 +107,6 @@ def ppo(
             steps.append(update(objective, part))
             if target_kl < torch.inf and steps[-1]["kl_old"] > 1.5 * target_kl:
                 break
-        # The steps measured the policy as it was before each of them; `diagnose` says how far they went in all.
+        # Each step measured the policy before its change; `diagnose` measures the whole update.
         metrics = {**mean_metrics(steps[-len(batch.mask) // size :]), **diagnose(objective, batch)}
         yield {**metrics, **objective.adapt(metrics), **fit(batch), "updates": len(steps), **rollout.metrics}

@@ -1,9 +1,9 @@
-"""REINFORCE (Williams 1992), and the loop of every method that takes one step on a whole rollout.
+"""REINFORCE (Williams 1992), and the loop of all methods that take a step on a whole rollout.
 
 sample    whole episodes from pi
 credit    A_t = G_t - b, G_t the episode's return or the reward-to-go
 objective E[sum_t log pi(a_t|s_t) A_t] + c_H H(pi)
-update    one step of gradient ascent; then the baseline learns
+update    one step of gradient ascent; then the critic, if any, is fitted
 """
 
 from collections.abc import Callable, Iterator
@@ -46,12 +46,12 @@ def reinforce(
     epochs: int = 1,
     diagnose: Callable[[Objective, Batch], Metrics] = after_update,
 ) -> Iterator[dict[str, Tensor | float]]:
-    """Train without end; yields the metrics of each iteration.
+    """Train forever; yield the metrics of each iteration.
 
-    sample: rows that are whole episodes for REINFORCE, any rows where a critic bootstraps. fit: teaches a critic its
-    targets, after the policy's steps (a critic that has seen the rollout's returns would bias their advantages).
-    weights: how decisions are averaged. epochs: steps on one rollout, credit assigned afresh before each, for credit
-    that follows the policy (V-trace). diagnose: what to report of the update as a whole.
+    sample: REINFORCE needs rows of whole episodes; with a bootstrapping critic, any rows will do. fit: fits a critic
+    after the policy's steps (a critic fitted to the rollout's returns first would bias their advantages). weights: how
+    decisions are averaged. epochs: steps on one rollout, with credit recomputed before each, for credit that depends on
+    the policy (V-trace). diagnose: measures the whole update.
     """
     while True:
         rollout = sample(objective.policy)  # Sample

@@ -2,8 +2,8 @@
 
 sample    rows from pi_old
 credit    A = GAE(lam), target = A + V
-objective E[r A], with KL(pi_old, pi) as the measure of distance: from the old policy to the new, as in the paper
-update    the natural step F^-1 g, inside KL <= delta with a line search (TRPO) or as it is (NPG); then the critic
+objective E[r A], with KL(pi_old, pi) as the distance, in the paper's direction
+update    the natural step F^-1 g, with a line search inside KL <= delta (TRPO) or without one (NPG); then the critic
 """
 
 from collections.abc import Callable
@@ -43,9 +43,9 @@ class SurrogateObjective(Measured):
 
     def divergence(self, batch: Batch) -> Callable[[], Tensor]:
         with torch.no_grad():
-            # A copy: a distribution that holds a parameter itself, not a function of it, would move with the policy.
+            # Copy it: a distribution that holds a parameter itself would change with the policy.
             old = deepcopy(self.policy(batch.obs))
         return lambda: average(kl(old, self.policy(batch.obs)), normalized(batch.weight))
 
 
-trpo = npg = partial(reinforce, weights=per_token)  # what differs is the update: trust_region_step or natural_step
+trpo = npg = partial(reinforce, weights=per_token)  # they differ in the update: trust_region_step or natural_step

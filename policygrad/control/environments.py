@@ -1,7 +1,6 @@
 """Vector environments from a Gymnasium id, an environment, or a callable that makes one."""
 
 import difflib
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObserva
 
 from policygrad.control.spaces import one_line
 from policygrad.errors import UserError
+from policygrad.functions import load_module
 
 Environment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
 
@@ -90,12 +90,10 @@ def _letters(word: Any) -> str:
 def find(name: str) -> gymnasium.envs.registration.EnvSpec:
     """The specification of an id. Raises UserError with similar ids if Gymnasium does not know it."""
     module, _, name = name.rpartition(":")
+    if module:
+        load_module(module, what="environment")
     try:
-        if module:
-            importlib.import_module(module)
         return gymnasium.spec(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"environment {name!r}: the module {error.name!r} is not installed: install it") from error
     except (gymnasium.error.Error, ValueError) as error:
         known = {key.lower(): key for key in gymnasium.registry}
         near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]

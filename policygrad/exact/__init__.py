@@ -1,1 +1,1 @@
-"""Small worlds in closed form: the oracle that every estimator is held against."""
+"""Small worlds in closed form: the ground truth for every estimator."""

@@ -1,4 +1,4 @@
-"""A world solved: V, Q, A, visitation, J, its gradient, Fisher matrix, natural gradient, and the bounds of TRPO.
+"""Exact V, Q, A, visitation, J, policy gradient, Fisher matrix, natural gradient, and the bounds of TRPO.
 
 `probs` is the policy as a table pi(a|s) [S, A], differentiable; `score` is the table grad log pi(a|s) [S, A, N].
 """
@@ -16,7 +16,7 @@ def transition_under(world: World, probs: Float[Tensor, "S A"]) -> Float[Tensor,
 
 
 def state_value(world: World, probs: Float[Tensor, "S A"]) -> Float[Tensor, " S"]:
-    """V = (I - gamma P_pi)^-1 r_pi: the Bellman equation solved (Sutton & Barto 2018, eq. 4.4)."""
+    """V = (I - gamma P_pi)^-1 r_pi: the solution of the Bellman equation (Sutton & Barto 2018, eq. 4.4)."""
     reward = (probs * world.reward).sum(-1)
     return torch.linalg.solve(
         torch.eye(len(reward), dtype=reward.dtype) - world.gamma * transition_under(world, probs), reward
@@ -39,9 +39,9 @@ def expected_return(world: World, probs: Float[Tensor, "S A"]) -> Float[Tensor, 
 
 
 def optimal_probs(world: World) -> Float[Tensor, "S A"]:
-    """The greedy policy of its own Q, by policy iteration (Sutton & Barto 2018, section 4.3).
+    """The policy that is greedy for its own Q, by policy iteration (Sutton & Barto 2018, section 4.3).
 
-    For gamma < 1, or a world whose episodes end whatever one does.
+    Requires gamma < 1, or a world whose episodes end under any policy.
     """
     states, actions = world.reward.shape
     probs = torch.full_like(world.reward, 1 / actions)
@@ -54,7 +54,7 @@ def optimal_probs(world: World) -> Float[Tensor, "S A"]:
 
 
 def optimal_return(world: World) -> Float[Tensor, ""]:
-    """max_pi J(pi), of the policy that `optimal_probs` finds."""
+    """max_pi J(pi): J of the policy from `optimal_probs`."""
     return expected_return(world, optimal_probs(world))
 
 
@@ -63,8 +63,8 @@ def visitation(
 ) -> Float[Tensor, " S"]:
     """eta(s) = sum_t gamma^t P(s_t = s), over all t, or over t < horizon (Sutton et al. 2000, theorem 1).
 
-    gamma = the world's: the discounted visitation of the policy-gradient theorem. gamma = 1: the expected number of
-    visits, finite only if every episode ends.
+    With the world's gamma it is the discounted visitation of the policy-gradient theorem. With gamma = 1 it is the
+    expected number of visits, finite only if every episode ends.
     """
     backward = transition_under(world, probs).T
     if horizon is None:
@@ -82,7 +82,7 @@ def weighted_gradient(
     credit: Float[Tensor, "S A"],
     score: Float[Tensor, "S A N"],
 ) -> Float[Tensor, " N"]:
-    """sum_s eta(s) sum_a pi(a|s) grad log pi(a|s) C(s, a): what every policy-gradient estimator expects, for its C."""
+    """sum_s eta(s) sum_a pi(a|s) grad log pi(a|s) C(s, a): the expectation of any estimator with expected credit C."""
     return torch.einsum("s,sa,sa,san->n", visits, probs, credit, score)
 
 
@@ -99,7 +99,7 @@ def fisher(
 
 
 def natural_gradient(fisher: Float[Tensor, "N N"], gradient: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """F^+ g (Kakade 2001, eq. 3). A softmax has directions that change nothing, so F has no inverse but this one."""
+    """F^+ g (Kakade 2001, eq. 3). F is singular for a softmax, because some directions change nothing."""
     return torch.linalg.pinv(fisher, hermitian=True) @ gradient
 
 
@@ -111,7 +111,7 @@ def kl_by_state(probs: Float[Tensor, "S A"], probs_ref: Float[Tensor, "S A"]) ->
 def mean_kl(
     visits: Float[Tensor, " S"], probs: Float[Tensor, "S A"], probs_ref: Float[Tensor, "S A"]
 ) -> Float[Tensor, ""]:
-    """sum_s d(s) KL(pi, pi_ref)(s), d the visits divided by their sum (Schulman et al. 2015, eq. 12)."""
+    """sum_s d(s) KL(pi, pi_ref)(s), d = visits / sum(visits) (Schulman et al. 2015, eq. 12)."""
     return visits / visits.sum() @ kl_by_state(probs, probs_ref)
 
 
@@ -132,7 +132,7 @@ def surrogate_return(world: World, probs: Float[Tensor, "S A"], probs_old: Float
 def lower_bound(world: World, probs: Float[Tensor, "S A"], probs_old: Float[Tensor, "S A"]) -> Float[Tensor, ""]:
     """L_old(pi) - C max_s KL(pi_old, pi)(s) <= J(pi), C = 4 epsilon gamma / (1 - gamma)^2, epsilon = max |A_old|.
 
-    Schulman et al. 2015, theorem 1. For gamma < 1.
+    Schulman et al. 2015, theorem 1. Requires gamma < 1.
     """
     epsilon = advantage(world, probs_old).abs().max()
     penalty = 4 * epsilon * world.gamma / (1 - world.gamma) ** 2

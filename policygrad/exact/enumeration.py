@@ -1,6 +1,6 @@
 """Every trajectory of a small world, as one Rollout with the probability of each row; and every batch of them.
 
-The expectation of any estimator is then a finite sum: of its value on each batch, times the batch's probability.
+The expectation of any estimator is then a finite sum over batches of its value times the batch's probability.
 """
 
 from dataclasses import replace
@@ -22,15 +22,14 @@ def trajectories(
 ) -> tuple[Rollout, Float[Tensor, " B"]]:
     """All trajectories of at most `horizon` steps, with P(row) = P(s_0) prod_t pi(a_t|s_t) P(s_{t+1}|s_t, a_t).
 
-    A row that terminates early is padded behind its mask; one that does not is truncated. States where nothing
-    happens any more are 0, a state like any other: who looks at them gets a wrong value.
-    Raises UserError if there are more than `limit`.
+    A row that terminates early is padded behind its mask; a row that does not terminate is truncated. Padded states are
+    0, a valid state, so code that reads them gets a wrong value. Raises UserError if there are more than `limit`.
     """
     probs = probs.detach()
     states = world.start.shape[0]
     outcome = torch.cat([world.transition, termination(world).unsqueeze(-1)], -1)  # [S, A, S + 1]: the last is the end
     step = probs.unsqueeze(-1) * outcome
-    step = torch.cat([step, torch.zeros_like(step[:1])])  # the end leads, surely and by action 0, to the end
+    step = torch.cat([step, torch.zeros_like(step[:1])])  # the end always leads to itself, by action 0
     step[states, 0, states] = 1.0
     state = world.start.nonzero()[:, 0].unsqueeze(1)
     action, probability = state.new_zeros(len(state), 0), world.start[state[:, 0]]
@@ -49,7 +48,7 @@ def trajectories(
 def batches(
     probability: Float[Tensor, " B"], size: int, limit: int = LIMIT
 ) -> tuple[Int[Tensor, "K size"], Float[Tensor, " K"]]:
-    """All ordered batches of `size` independent rows: the rows of each, and P(batch) = prod_i P(row_i).
+    """All ordered batches of `size` independent rows: the row indices, and P(batch) = prod_i P(row_i).
 
     Raises UserError if there are more than `limit`.
     """
@@ -61,11 +60,11 @@ def batches(
 
 
 def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
-    """Rows of two episodes, one after the other, with a step between that no policy chose.
+    """Rows of two consecutive episodes, separated by one step that no policy chose.
 
-    That step is what Gymnasium's next-step auto-reset makes: its observation is where the first episode stopped, its
-    action is ignored, it is masked, nothing is carried over it, and here its reward and log-probability are NaN, so
-    that who counts it is found out. An episode that terminates early is filled up with masked steps.
+    This is the extra step of Gymnasium's next-step auto-reset. It is masked and ended; its observation is the state
+    where the first episode stopped, and its action is ignored. Its reward and log-probability are NaN, which exposes
+    code that counts it. An episode that terminates early is padded with masked steps.
     """
     first, second = rollout.rows(index[:, 0]), rollout.rows(index[:, 1])
     pad = first.mask[:, :1]
@@ -90,16 +89,16 @@ def in_succession(rollout: Rollout, index: Int[Tensor, "K 2"]) -> Rollout:
 
 
 def with_holes(rollout: Rollout, holes: int = 3, hole: int | None = None, seed: int = 0) -> Rollout:
-    """The same trajectories with `holes` more steps in each row that no policy chose: what a decision expects stays.
+    """The same trajectories with `holes` holes in each row. Every decision's expected credit is unchanged.
 
-    They stand before the first decision, between decisions and after the last one, at most 2 in one place, each row's
-    elsewhere. A hole is masked and ends nothing; its action, reward and log-probability (NaN) mean nothing, and its
-    observation is any state (`hole`: always this one), so that a critic is wrong there.
+    Holes are inserted at random before, between and after the decisions, at most 2 in one place. A hole is masked and
+    ends nothing. Its reward and log-probability are NaN, its action is meaningless, and its observation is a random
+    state (or the state `hole`), so the critic's value there is wrong.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, steps = rollout.mask.shape
     decided = (rollout.mask * torch.arange(1, steps + 1)).amax(1, keepdim=True)  # steps up to the last decision
-    # Two seats in each gap: before each of these steps, and after the last one.
+    # Each gap has two seats: before each of these steps, and after the last one.
     gap = torch.arange(steps + 1).repeat_interleave(2).expand(rows, -1)
     seat = torch.rand(rows, 2 * (steps + 1), generator=generator).where(gap <= decided, 2.0)
     place = gap.gather(1, seat.argsort(1)[:, :holes]) - 0.5  # before step `gap`
@@ -121,9 +120,9 @@ def with_holes(rollout: Rollout, holes: int = 3, hole: int | None = None, seed: 
 def as_rollout(
     world: World, state: Int[Tensor, "B _"], action: Int[Tensor, "B T"], logp: Float[Tensor, "B T"]
 ) -> Rollout:
-    """The rollout of visited states and actions, one episode a row; state S is the end, from which nothing leads out.
+    """The rollout of the given states and actions, one episode in each row. State S marks the end.
 
-    What has not terminated by the last step is truncated there.
+    An episode that has not terminated by the last step is truncated there.
     """
     end = state == len(world.start)
     mask, over, state = ~end[:, :-1], end[:, 1:], state.where(~end, 0)

@@ -1,9 +1,9 @@
-"""Tabular worlds as Gymnasium environments, registered when this module is imported.
+"""Tabular worlds as Gymnasium environments. Importing this module registers them.
 
     gymnasium.make("policygrad.exact.environment:policygrad/Chain-v0")
 
-`policygrad/Tabular-v0` takes any `world=World(...)`. Observations and actions are numbers; the step that terminates
-returns the state it left, which has no value beyond it.
+`policygrad/Tabular-v0` takes any `world=World(...)`. Observations and actions are numbers. A step that terminates
+returns the state it left.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from policygrad.exact.worlds import World, bandit, chain, cliff, garnet, termina
 
 
 class TabularEnv(gymnasium.Env[np.int64, np.int64]):
-    """A World to step through: s' ~ P(.|s, a), or the end with what P lacks to 1.
+    """A World as an environment: s' ~ P(.|s, a), or termination with probability 1 - sum_s' P(s'|s, a).
 
-    The world's time limit is not counted here: it is Gymnasium's, `max_episode_steps` in `make`.
+    Gymnasium applies the time limit: pass `max_episode_steps` to `make`.
     """
 
     def __init__(self, world: World) -> None:
@@ -38,7 +38,7 @@ class TabularEnv(gymnasium.Env[np.int64, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.int64, dict[str, Any]]:
-        """s_0 ~ the world's start."""
+        """s_0 ~ world.start."""
         super().reset(seed=seed)
         self._state = self._draw(self._start)
         return np.int64(self._state), {}

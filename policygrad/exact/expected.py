@@ -1,7 +1,7 @@
-"""What a biased estimator expects, in closed form: its credit C(s, a) = E[A_t | s_t = s, a_t = a] as a table [S, A].
+"""The expected credit of biased estimators in closed form: C(s, a) = E[A_t | s_t = s, a_t = a] as a table [S, A].
 
-With `weighted_gradient` it becomes the gradient that the estimator follows. Values are any critic's, right or wrong;
-no value stands beyond a termination. None of these look at a trajectory: each is solved on the world's tables.
+`weighted_gradient` turns it into the gradient that the estimator follows. The values may come from any critic, right or
+wrong; the value after termination is 0. All functions work on the world's tables, not on trajectories.
 """
 
 import torch
@@ -30,7 +30,7 @@ def gae_credit(
 def n_step_credit(
     world: World, probs: Float[Tensor, "S A"], value: Float[Tensor, " S"], n: int
 ) -> Float[Tensor, "S A"]:
-    """C_1 = delta; C_n = r + gamma P (T_pi^(n-1) V) - V, T_pi the Bellman operator (Sutton & Barto 2018, eq. 7.1)."""
+    """C_1 = delta, C_n = r + gamma P (T_pi^(n-1) V) - V, T_pi the Bellman operator (Sutton & Barto 2018, eq. 7.1)."""
     onward = value
     for _ in range(n - 1):
         onward = (probs * (world.reward + world.gamma * world.transition @ onward)).sum(-1)

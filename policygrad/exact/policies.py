@@ -1,4 +1,4 @@
-"""Softmax policies and tabular critics of a small world: the Policy and Critic interfaces, with their tables open."""
+"""Softmax policies and tabular critics of a small world: policies and critics with accessible tables."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,7 @@ from torch.distributions import Categorical
 class SoftmaxPolicy(nn.Module):
     """pi(a|s) = exp(theta.phi(s, a)) / sum_b exp(theta.phi(s, b)); obs [B, T] of state numbers -> Categorical [B, T].
 
-    With one feature for each (s, a) it is the tabular policy; with shared features, states share parameters.
+    One feature for each (s, a) makes the policy tabular. With shared features, states share parameters.
     """
 
     def __init__(self, features: Float[Tensor, "S A N"], theta: Float[Tensor, " N"] | None = None) -> None:
@@ -24,9 +24,9 @@ class SoftmaxPolicy(nn.Module):
 
 
 class BlindPolicy(SoftmaxPolicy):
-    """The same policy at every time of a world `with_clock`: it does not see the clock.
+    """A policy on a world `with_clock` that cannot see the clock: it is the same at every time.
 
-    `features` are of the world without one; the policy's own are of all its states.
+    `features` are those of the world without a clock; they are repeated for every time.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class TabularCritic(nn.Module):
 
 
 def tabular(states: int, actions: int) -> Float[Tensor, "S A N"]:
-    """phi(s, a) = the unit vector of (s, a): one logit for each."""
+    """phi(s, a) = the unit vector of (s, a): one logit for each pair."""
     return torch.eye(states * actions, dtype=torch.float64).view(states, actions, states * actions)
 
 
 def blind_to_time(features: Float[Tensor, "S A N"], horizon: int) -> Float[Tensor, "_ A N"]:
-    """The same features at every time of a world `with_clock`: the policy does not see the clock."""
+    """Repeat the features for every time of a world `with_clock`, so that the policy cannot see the clock."""
     return features.repeat(horizon, 1, 1)
 
 

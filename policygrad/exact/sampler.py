@@ -1,4 +1,4 @@
-"""Samplers of small worlds: (policy) -> Rollout, with their own random generator, so that they resume bit for bit."""
+"""Samplers of small worlds: (policy) -> Rollout. Their own random generator lets them resume bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +16,10 @@ from policygrad.rollout import Rollout
 
 
 class EpisodeSampler:
-    """Each call plays `rows` episodes, one a row, of at most `horizon` steps (by default the world's time limit).
+    """Each call plays `rows` episodes, one per row, of at most `horizon` steps (by default the world's time limit).
 
-    An episode that goes on beyond is truncated. Rows that start in the same state are a group. The policy is any whose
-    distribution has `probs`. Raises UserError without a row, or without a horizon or a time limit.
+    Longer episodes are truncated. Rows with the same start state form a group. The policy's distribution must have
+    `probs`. Raises UserError if rows < 1, or if there is neither a horizon nor a time limit.
     """
 
     def __init__(self, world: World, rows: int, horizon: int | None = None, seed: int = 0) -> None:
@@ -31,7 +31,7 @@ class EpisodeSampler:
         self.steps = self.episodes = 0  # so far
 
     def __call__(self, policy: nn.Module) -> Rollout:
-        """Play with the policy as it is now."""
+        """Play with the current policy."""
         start = _draw(self.world.start.expand(self.rows, -1), self.generator)
         rollout = play(self.world, policy, start, self.horizon, self.generator)
         return replace(rollout, group=start, metrics=_counted(self, rollout))
@@ -45,7 +45,7 @@ class EpisodeSampler:
 
 
 class CompletionSampler:
-    """Each call draws `prompts` prompts and answers each `completions` times; a draw's rows are a group."""
+    """Each call draws `prompts` prompts and answers each `completions` times; one prompt's rows form a group."""
 
     def __init__(self, world: TokenWorld, prompts: int, completions: int, seed: int = 0) -> None:
         self.world, self.prompts, self.completions = world, prompts, completions
@@ -54,7 +54,7 @@ class CompletionSampler:
         self.steps = self.episodes = 0  # so far
 
     def __call__(self, policy: nn.Module) -> Rollout:
-        """Answer with the policy as it is now."""
+        """Answer with the current policy."""
         drawn = torch.randint(self.world.prompts, (self.prompts,), generator=self.generator)
         start = drawn.repeat_interleave(self.completions)
 
@@ -78,7 +78,7 @@ class CompletionSampler:
 
 
 def _newest(state: Tensor, action: Tensor) -> Tensor:
-    """What a memoryless policy sees of the states and actions so far: the state it is in."""
+    """The observation of a memoryless policy: the current state."""
     return state[:, -1:]
 
 
@@ -91,9 +91,9 @@ def play(
     generator: torch.Generator,
     see: Callable[[Tensor, Tensor], Tensor] = _newest,
 ) -> Rollout:
-    """Follow the policy from the given states: a_t ~ pi(.|what it sees), s_{t+1} ~ P(.|s_t, a_t).
+    """Follow the policy from the given states: a_t ~ pi(.|o_t), s_{t+1} ~ P(.|s_t, a_t).
 
-    `see` turns the states [B, t + 1] and actions [B, t] so far into the observation of the policy [B, *].
+    `see` turns the states [B, t + 1] and actions [B, t] so far into the policy's observation o_t [B, *].
     """
     end = len(world.start)
     outcome = torch.cat([world.transition, termination(world).unsqueeze(-1)], -1)
@@ -115,7 +115,7 @@ def _draw(probs: Float[Tensor, "B K"], generator: torch.Generator) -> Int[Tensor
 
 
 def _counted(sampler: EpisodeSampler | CompletionSampler, rollout: Rollout) -> dict[str, float]:
-    """Means over the rollout's episodes, and what the sampler has played so far, this rollout among it."""
+    """Means over the rollout's episodes, and the sampler's total steps and episodes including this rollout."""
     sampler.steps += int(rollout.mask.sum())
     sampler.episodes += len(rollout.mask)
     return {

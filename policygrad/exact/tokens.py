@@ -1,7 +1,7 @@
-"""Token sequences, small enough to list: prompts, completions of at most L tokens, any reward, a reference policy.
+"""Token sequences small enough to enumerate: prompts, completions of at most L tokens, and any reward.
 
-The sequences are a tree, and a tree is a world: its states are the prefixes, its actions the next tokens. So all of
-closed_form.py holds for language too; only what a policy sees differs, the row of tokens so far.
+The sequences form a tree, and the tree is a world: its states are prefixes and its actions are next tokens. So
+closed_form.py applies to language too; only the observation differs: it is the row of tokens so far.
 """
 
 from collections.abc import Callable
@@ -21,27 +21,27 @@ END = 0  # the end-of-sequence token; token `vocabulary + p` stands for prompt p
 
 @dataclass(frozen=True)
 class TokenWorld:
-    """Prompts of one token each, equally likely, and a reward for whatever is answered.
+    """Equally likely prompts of one token each, and a reward for every completion.
 
-    A completion ends with END, or is cut after `length` tokens: a cut one has no END in it, and its last token is
-    rewarded as it is.
+    A completion ends with END or is cut after `length` tokens. A cut completion has no END, and its reward comes at its
+    last token.
     """
 
     prompts: int
-    vocabulary: int  # END among them
+    vocabulary: int  # number of tokens, including END
     length: int
     reward: Callable[[int, tuple[int, ...]], float]  # (prompt, completion) -> reward
 
 
 def token_world() -> TokenWorld:
-    """Two prompts, answers of at most 4 of 3 tokens: 1 for the prompt's own token first, 1/2 for ending on time."""
+    """Two prompts, 3 tokens, at most 4 per answer: reward 1 if the prompt's own token comes first, 1/2 for an END."""
     return TokenWorld(2, 3, 4, lambda prompt, answer: (answer[0] == prompt + 1) + 0.5 * (answer[-1] == END))
 
 
 def tree(world: TokenWorld) -> World:
-    """The world of prefixes: state 0 .. P - 1 are the prompts, and `successor` numbers the rest, level by level.
+    """The world of prefixes: states 0 .. P - 1 are the prompts, and `successor` numbers the rest, level by level.
 
-    The reward comes with the token that completes. gamma = 1. Raises UserError if there are too many prefixes.
+    The reward comes with the last token of a completion. gamma = 1. Raises UserError if there are too many prefixes.
     """
     size = offset(world, world.length)
     if size**2 * world.vocabulary > 10_000_000:
@@ -67,12 +67,12 @@ def tree(world: TokenWorld) -> World:
 
 
 def offset(world: TokenWorld, depth: int) -> int:
-    """P (1 + V + ... + V^(depth - 1)): how many prefixes are shorter than `depth` tokens (those after END counted)."""
+    """P (1 + V + ... + V^(depth - 1)): the number of prefixes shorter than `depth` tokens, even those after END."""
     return world.prompts * sum(world.vocabulary**t for t in range(depth))
 
 
 def prefix_state(world: TokenWorld, obs: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The state of the tree for every prefix of a row of tokens: the prompt, then the completion so far."""
+    """The tree's state for every prefix of a row of tokens (the prompt, then the completion so far)."""
     at = obs[:, 0] - world.vocabulary
     states = [at]
     for t in range(1, obs.shape[1]):
@@ -82,7 +82,7 @@ def prefix_state(world: TokenWorld, obs: Int[Tensor, "B T"]) -> Int[Tensor, "B T
 
 
 class OnPrefixes(nn.Module):
-    """A policy or critic of the tree as a causal model of tokens: obs [B, T] -> what it says of each prefix."""
+    """A policy or critic of the tree as a causal model of tokens: obs [B, T] -> its output at each prefix."""
 
     def __init__(self, world: TokenWorld, module: nn.Module) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class OnPrefixes(nn.Module):
 
 
 def as_tokens(world: TokenWorld, rollout: Rollout) -> Rollout:
-    """A rollout of the tree as language sees it: obs are tokens, no step may leave its row, a prompt is a group."""
+    """A rollout of the tree in the form of language: obs are tokens, rows stay whole, and a prompt is a group."""
     prompt = rollout.obs[:, 0]
     obs = token_row(world, prompt, rollout.action[:, :-1])
     return replace(rollout, obs=obs, group=prompt, final_obs=None, memoryless=False)
@@ -109,7 +109,7 @@ def token_row(world: TokenWorld, prompt: Int[Tensor, " B"], completion: Int[Tens
 def completions(
     world: TokenWorld, probs: Float[Tensor, "S A"], limit: int = LIMIT
 ) -> tuple[Rollout, Float[Tensor, " B"]]:
-    """Every completion of every prompt, and its probability, the prompt's among it. Raises UserError above `limit`."""
+    """Every completion y of every prompt x, and P(x) P(y|x). Raises UserError if there are more than `limit`."""
     rollout, probability = trajectories(tree(world), probs, world.length, limit)
     return as_tokens(world, rollout), probability
 
@@ -117,7 +117,7 @@ def completions(
 def groups(
     rollout: Rollout, probability: Float[Tensor, " B"], size: int, limit: int = LIMIT
 ) -> tuple[Int[Tensor, "K size"], Float[Tensor, " K"]]:
-    """All groups of `size` independent completions of one prompt, and P(group), the prompt's probability among it.
+    """All groups of `size` independent completions of one prompt, and P(group), including the prompt's probability.
 
     Raises UserError if there are more than `limit`.
     """
@@ -133,7 +133,7 @@ def groups(
 
 
 def log_likelihood(rollout: Rollout, probs: Float[Tensor, "S A"], states: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-    """log P(y|x) = sum_t log pi(y_t|x, y_<t), from the table of the tree; differentiable in it."""
+    """log P(y|x) = sum_t log pi(y_t|x, y_<t), from the table `probs`; differentiable in it."""
     return probs.log()[states, rollout.action].where(rollout.mask, 0.0).sum(1)
 
 
@@ -147,5 +147,5 @@ def expected_reward(
 def sequence_kl(
     log_p: Float[Tensor, " B"], log_p_ref: Float[Tensor, " B"], prompt: Float[Tensor, " B"]
 ) -> Float[Tensor, ""]:
-    """KL(pi, pi_ref) = sum_y P(x) P(y|x) (log P(y|x) - log P_ref(y|x)): of whole completions, mean over prompts."""
+    """KL(pi, pi_ref) = sum_y P(x) P(y|x) (log P(y|x) - log P_ref(y|x)) of whole completions, the mean over prompts."""
     return (prompt * log_p.exp() * (log_p - log_p_ref)).sum()

@@ -1,4 +1,4 @@
-"""Tabular Markov decision processes, small enough to solve: bandit, chain, cliff, Garnet, two states; and a clock."""
+"""Tabular Markov decision processes small enough to solve: bandit, chain, cliff, Garnet, two states; and a clock."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DTYPE = torch.float64
 
 @dataclass(frozen=True)
 class World:
-    """S states, A actions. What a row of `transition` lacks to 1 is the probability that the episode terminates.
+    """S states, A actions. The episode terminates with probability 1 - sum_s' transition[s, a, s'].
 
-    A time limit truncates: it is not part of the world's value, only of what is seen of it. For a horizon at which
-    the world itself ends, see `with_clock`. Raises UserError if the numbers are no probabilities.
+    A time limit truncates episodes and does not change the value. For a horizon that terminates them, see `with_clock`.
+    Raises UserError if the numbers are not probabilities, or gamma is not in [0, 1].
     """
 
     transition: Float[Tensor, "S A S"]  # P(s'|s, a)
@@ -37,13 +37,13 @@ class World:
 
 
 def termination(world: World) -> Float[Tensor, "S A"]:
-    """1 - sum_s' P(s'|s, a): the probability that the episode ends with this step; exactly 0 where it is rounding."""
+    """1 - sum_s' P(s'|s, a): the probability that this step ends the episode. Rounding errors become exactly 0."""
     missing = 1 - world.transition.sum(-1)
     return missing.where(missing > 1e-12, 0.0)
 
 
 def bandit(rewards: Float[Tensor, "S A"]) -> World:
-    """One decision in one of S equally likely contexts, and the end (Sutton & Barto 2018, section 2.9)."""
+    """One decision in one of S equally likely contexts, then the end (Sutton & Barto 2018, section 2.9)."""
     states, actions = rewards.shape
     return World(
         torch.zeros(states, actions, states, dtype=DTYPE),
@@ -54,10 +54,10 @@ def bandit(rewards: Float[Tensor, "S A"]) -> World:
 
 
 def chain(length: int = 5, gamma: float = 0.9, slip: float = 0.1) -> World:
-    """States in a line; actions left and right, exchanged with probability `slip`.
+    """States in a line; actions left and right, swapped with probability `slip`.
 
-    Leaving on the right pays 1 and ends; a step left from the first state pays 0.1 and stays: the near reward
-    distracts from the far one (after Strens 2000, figure 1).
+    Leaving on the right pays 1 and ends the episode. Moving left in the first state pays 0.1 and stays there: the near
+    reward distracts from the far one (after Strens 2000, figure 1).
     """
     walk = torch.zeros(length, 2, length, dtype=DTYPE)
     reward = torch.zeros(length, 2, dtype=DTYPE)
@@ -73,9 +73,10 @@ def chain(length: int = 5, gamma: float = 0.9, slip: float = 0.1) -> World:
 
 
 def cliff(height: int = 4, width: int = 12, gamma: float = 0.95, fall: float = -100.0) -> World:
-    """A grid whose lowest row between start and goal is a cliff (Sutton & Barto 2018, example 6.6).
+    """A grid with a cliff in its bottom row, between start and goal (Sutton & Barto 2018, example 6.6).
 
-    Actions up, right, down, left; every step pays -1, a fall pays `fall` and leads back to the start, the goal ends.
+    Actions up, right, down, left. Each step pays -1; a fall pays `fall` and leads back to the start; the goal ends the
+    episode.
     """
     cells = height * width
     start_cell, goal = cells - width, cells - 1
@@ -103,8 +104,8 @@ def garnet(
 ) -> World:
     """A random world: each (s, a) leads to `branching` random states, with random probabilities and rewards.
 
-    Generic Average Reward Non-stationary Environment Test-bench (Archibald, McKinnon & Thomas 1995), stationary; each
-    step ends the episode with probability `termination`.
+    Generic Average Reward Non-stationary Environment Test-bench (Archibald, McKinnon & Thomas 1995), here stationary.
+    Each step ends the episode with probability `termination`.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(states, actions, states, generator=generator, dtype=DTYPE).argsort(-1)[..., :branching]
@@ -117,9 +118,9 @@ def garnet(
 
 
 def two_states(gamma: float = 0.95) -> World:
-    """Stay or go, in two states: staying in the first pays 1, in the second 2 (Kakade 2001, section 4, figure 2).
+    """Two states, actions stay and go: staying pays 1 in the first, 2 in the second (Kakade 2001, section 4, figure 2).
 
-    Most episodes start in the first, whose near reward teaches a plain gradient to stay away from the better one.
+    Most episodes start in the first state, where the near reward keeps a plain gradient from the better second state.
     """
     stay_go = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]], dtype=DTYPE)
     reward = torch.tensor([[1.0, 0.0], [2.0, 0.0]], dtype=DTYPE)
@@ -127,9 +128,9 @@ def two_states(gamma: float = 0.95) -> World:
 
 
 def with_clock(world: World, horizon: int) -> World:
-    """The world that ends after `horizon` steps, and whose states know the time: state t S + s is s at time t.
+    """The same world, terminating after `horizon` steps, with the time in the state: state t S + s is s at time t.
 
-    So a finite horizon is part of the value, and V, Q and the visitation keep their stationary equations.
+    The horizon is then part of the value, and V, Q and the visitation keep their stationary equations.
     """
     states, actions = world.reward.shape
     transition = torch.zeros(horizon, states, actions, horizon, states, dtype=DTYPE)
@@ -147,13 +148,13 @@ def with_clock(world: World, horizon: int) -> World:
     )
 
 
-# Small worlds by name, each with a time limit, so that any method can be trained on them. `tokens` is a world of
-# completions: tokens.token_world makes it.
+# Small worlds by name. Each has a time limit, so any method can be trained on it. `tokens` is a world of completions,
+# made by tokens.token_world.
 NAMES = ("bandit", "chain", "cliff", "garnet", "two_states", "tokens")
 
 
 def world_named(name: str) -> World:
-    """The world of that name, with its usual sizes. Raises UserError with the nearest names."""
+    """The world of that name, with its usual sizes. Raises UserError with the nearest names for an unknown name."""
     match name:
         case "bandit":
             return replace(bandit(torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])), time_limit=1)

@@ -1,4 +1,4 @@
-"""Training by any method on any world. The package is the function too: `policygrad.train(...)` trains."""
+"""Training by any method on any world. The package is callable: `policygrad.train(...)` trains."""
 
 import sys
 from types import ModuleType
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class _Train(ModuleType):
-    """The import system puts this package where the function of the same name is looked for, so it is callable."""
+    """A callable module: importing the package binds it to the name of the function `policygrad.train`."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         from policygrad.train.training import train

@@ -1,4 +1,4 @@
-"""Policies on disk: policy.safetensors, and policy.json, from which one is rebuilt. Nothing is ever unpickled."""
+"""Save and load policies: tensors in policy.safetensors, the architecture in policy.json. Nothing is unpickled."""
 
 import json
 import os
@@ -20,9 +20,9 @@ FORMAT = 1
 def save_policy(
     directory: Path | str, policy: nn.Module, critic: nn.Module | None, normalizer: ObservationNormalizer | None
 ) -> None:
-    """Write the policy, its critic if it has one, and the statistics that its observations are normalized by.
+    """Write the policy, its critic if it has one, and the statistics that normalize its observations.
 
-    Each file is written beside its place and moved there, so that a crash leaves the one before.
+    Each file is written under a temporary name and then renamed, so that a crash leaves the old file.
     """
     directory = Path(directory)
     tensors = {f"policy.{name}": x for name, x in policy.state_dict().items()}
@@ -41,23 +41,24 @@ def save_policy(
 
 
 def save_tensors(path: Path, module: nn.Module) -> None:
-    """Write a module's tensors, whole or not at all."""
+    """Write a module's tensors atomically."""
     _write_tensors(path, module.state_dict())
 
 
 def load_tensors(path: Path, module: nn.Module) -> None:
-    """Read what save_tensors wrote into a module of the same kind. Raises UserError."""
+    """Load the tensors of save_tensors into a module of the same architecture. Raises UserError if that fails."""
     try:
         module.load_state_dict(load_file(path))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): give the directory of a run") from error
-    except Exception as error:  # safetensors raises its own, for a file that is cut short
-        raise UserError(f"{path} is damaged or of another policy: {' '.join(str(error).split())[:80]}") from error
+        said = "No such file or directory" if isinstance(error, FileNotFoundError) else _one_line(error)
+        raise UserError(f"{path} cannot be read ({said}): give a run's directory"[:200]) from error
+    except Exception as error:  # safetensors has its own exception for a truncated file
+        raise UserError(f"{path} is damaged or of another policy: {_one_line(error)}"[:200]) from error
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(path.name + ".new")
-    # save_file would leave it to the owner alone, whatever the umask says
+    # save_file would make the file readable by its owner only, whatever the umask
     temporary.write_bytes(save({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}))
     os.replace(temporary, path)
 
@@ -65,20 +66,21 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def load_policy(
     directory: Path | str, policy: nn.Module | None = None
 ) -> tuple[nn.Module, ObservationNormalizer | None]:
-    """The policy of a run directory, and its normalizer, frozen. A policy of one's own is handed in to be filled.
+    """Load the policy of a run directory, and its frozen normalizer. policy: your own module to load the weights into.
 
-    Raises UserError for a directory that has none, or one that does not fit.
+    Raises UserError if the directory has no policy, or one that does not fit.
     """
     directory = Path(directory)
     try:
         description = json.loads((directory / "policy.json").read_text())
         tensors = load_file(directory / "policy.safetensors")
     except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or _one_line(error)
         raise UserError(
-            f"{directory} holds no policy that can be read ({error}): give the directory of a run"
+            f"{directory} holds no policy that can be read ({said}): give a run's directory"[:200]
         ) from error
-    except Exception as error:  # safetensors raises its own, for a file that is cut short
-        raise UserError(f"{directory}/policy.safetensors is damaged: {error}") from error
+    except Exception as error:  # safetensors has its own exception for a truncated file
+        raise UserError(f"{directory}/policy.safetensors is damaged: {_one_line(error)}"[:200]) from error
     if not isinstance(description, dict):
         raise UserError(f"{directory}/policy.json is damaged: it describes no policy")
     if description.get("format") != FORMAT:
@@ -95,13 +97,14 @@ def load_policy(
         try:
             _check_size(description["policy"]["hidden"], tensors)
             policy = Policy.from_description(description["policy"])
-        except Exception as error:  # whatever Gymnasium, numpy and torch make of the numbers in it
-            said = " ".join(str(error).split())
-            raise UserError(f"{directory}/policy.json is damaged: {type(error).__name__}: {said}") from error
+        except Exception as error:  # Gymnasium, numpy and torch may raise anything here
+            raise UserError(
+                f"{directory}/policy.json is damaged: {type(error).__name__}: {_one_line(error)}"[:200]
+            ) from error
     try:
         policy.load_state_dict(_part(tensors, "policy."))
     except RuntimeError as error:
-        raise UserError(f"the weights in {directory} do not fit the policy: {' '.join(str(error).split())}") from error
+        raise UserError(f"the weights in {directory} do not fit the policy: {_one_line(error)}"[:200]) from error
     normalizer = None
     if description["normalizes_observations"]:
         statistics = {name: x.numpy() for name, x in _part(tensors, "observations.").items()}
@@ -118,17 +121,21 @@ def load_policy(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside its place and move it there."""
+    """Write JSON to a temporary file and rename it."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
 
 
 def _check_size(hidden: list[int], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for layers that are larger than all that was saved, before there is memory taken for them."""
+    """Raise ValueError if the layers are larger than the saved tensors, before memory is allocated for them."""
     saved = sum(x.numel() for x in tensors.values())
     if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *hidden])):
         raise ValueError(f"hidden is {hidden}, and policy.safetensors has {saved:,} numbers in all")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""From options to the pieces of a method, and to the method running: what a line of the table means.
+"""Build the pieces of a method from its options, and put them together.
 
 Each function here reads like the line of Python that a user would write.
 """
@@ -77,13 +77,13 @@ LOOPS: dict[str, Callable[..., Iterator[Any]]] = {
 
 @dataclass
 class Learner:
-    """A method, composed: what it is made of, and the objects besides modules and sampler that change as it runs."""
+    """The pieces of a method, with the optimizers and coefficients that change as it runs."""
 
     sample: Sample
     credit: Assign
     objective: Objective
     update: Update
-    loop: Callable[..., Iterator[dict[str, Tensor | float]]]  # of these four
+    loop: Callable[..., Iterator[dict[str, Tensor | float]]]  # takes the four pieces above
     optimizers: list[Adam]
     coefficients: dict[str, AdaptiveCoefficient]
 
@@ -99,10 +99,10 @@ def compose(
     reference: Callable[[], nn.Module] | None = None,
     due: Callable[[], bool] = lambda: True,
 ) -> Learner:
-    """The method that the options describe, on a policy, a critic and a sampler.
+    """Compose the method that the options describe, for a policy, a critic and a sampler.
 
-    reference: makes the frozen starting policy, where KL to it is charged. due: does anything read what the next
-    iteration reports? If not, what only the report needs is not computed.
+    reference: makes the frozen starting policy, if KL to it is charged. due: whether the metrics of the next iteration
+    will be read; if not, metrics that cost extra are skipped.
     """
     coefficients: dict[str, AdaptiveCoefficient] = {}
     anchor, anchored = None, None
@@ -145,22 +145,24 @@ def assemble(
     world: str = "control",
     **values: Any,
 ) -> Learner:
-    """A line of the table on modules of one's own: `pg.dapo(policy, sample)` is `assemble("dapo", policy, sample)`.
+    """Build a method for your own modules: `pg.dapo(policy, sample)` is `assemble("dapo", policy, sample)`.
 
-    Iterating the result trains, and yields metrics. world: whose defaults the options have (control, language, exact).
-    critic: where the credit needs one. reference: the policy that KL is charged to, by default a copy of `policy` as it
-    is now. values: any option of the method. Raises UserError for a value that cannot be meant, or a missing critic.
+    Iterating the result trains and yields metrics. world: the source of the default options (control, language, exact).
+    critic: required if the credit needs one. reference: the reference policy of the KL penalty, by default a copy of
+    `policy`. values: any option of the method. Raises UserError for an invalid value or a missing critic.
     """
     defaults = options_of(method_named(method).name, world)()
     options = with_values(defaults, values)
     validate(options, defaults)
     if has_critic(options) and critic is None:
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
+    if options.gamma is None and (options.credit != "group" or options.discounted):
+        raise UserError("gamma is None, which is for train on an exact world: give the discount factor")
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
 
 
 def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
-    """The credit that the options name."""
+    """The credit from the options."""
     gamma, micro_batch = options.gamma, getattr(options, "micro_batch", None)
     if options.credit == "group":
         credit = grouped(GROUP_BASELINES[options.group_baseline], GROUP_SCALES[options.group_scale])
@@ -195,7 +197,7 @@ def objective_of(
     coefficients: dict[str, AdaptiveCoefficient] | None = None,
     anchor: Anchor | None = None,
 ) -> Objective:
-    """The objective that the options name."""
+    """The objective from the options."""
     coefficients = coefficients or {}
     critic = critic if has_critic(options) else None
     match METHODS[options.method].objective:
@@ -234,7 +236,7 @@ def objective_of(
 
 
 def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Adam]]:
-    """The update that the options name, and its optimizers. critic: one that shares the policy's optimizer."""
+    """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer."""
     if METHODS[options.method].update == "trust_region":
         names = ("delta", "damping", "cg_iters", "backtracks", "shrink")
         return trust_region_step(**{name: getattr(options, name) for name in names}), []
@@ -251,7 +253,7 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
 
 
 def loop_of(options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics]) -> Callable[..., Iterator[Any]]:
-    """The loop of the method, with all but its four arguments."""
+    """The method's loop, a partial that still takes sample, credit, objective and update."""
     named = METHODS[options.method].objective
     loop = partial(LOOPS[named], weights=WEIGHTS[options.weights], fit=fit, diagnose=diagnose)
     if named not in ("ppo", "grpo"):
@@ -266,7 +268,7 @@ def loop_of(options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metri
 
 
 def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Callable[[Objective, Batch], Metrics]:
-    """What to report of an update, and what an adaptive penalty reads."""
+    """The function that measures an update, for metrics and for an adaptive penalty."""
     if METHODS[options.method].objective == "grpo":
         return measured_in_steps
     report = partial(after_update, micro_batch=getattr(options, "micro_batch", None))
@@ -278,7 +280,7 @@ def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Ca
 def wrapped(
     options: Any, sample: Sample, reference: nn.Module | None, coefficients: dict[str, AdaptiveCoefficient]
 ) -> Sample:
-    """The sampler inside the wrappers that the options ask for, in the order in which they must stand."""
+    """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = getattr(options, "micro_batch", None)
     if getattr(options, "ratio", "token") == "sequence":
         sample = WholeRows(sample)
@@ -298,7 +300,7 @@ def critic_rate(options: Any) -> float:
 
 
 def _adam(options: Any, parts: list[tuple[nn.Module, float]]) -> Adam:
-    """Adam with a rate for each module; what two of them share is trained at the rate of the first."""
+    """Adam with a learning rate for each module. Parameters shared by two modules use the first one's rate."""
     groups: list[dict[str, Any]] = []
     taken = set[nn.Parameter]()
     for module, rate in parts:

@@ -1,4 +1,4 @@
-"""Where runs go. No torch here: the command line names a directory before there is work to do."""
+"""Run directories. No torch here: the command line names a directory before there is work to do."""
 
 import re
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from policygrad.errors import UserError
 
 
 def file_name(name: str) -> str:
-    """A name with nothing in it that a file system could mind."""
+    """The name with only characters that are safe in a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def free_directory(directory: Path) -> Path:
-    """A new directory of that name, or with -2, -3, ... where there is one. It is made here, so no other run takes it.
+    """Create a new directory of that name, or with -2, -3, ... if it exists, so that no other run can take it.
 
-    Raises UserError where none can be made.
+    Raises UserError if the directory cannot be created.
     """
     number, candidate = 1, directory
     try:
@@ -33,7 +33,7 @@ def free_directory(directory: Path) -> Path:
 
 @contextmanager
 def run_directory(given: Path | None, default: Path) -> Iterator[Path]:
-    """The directory of a run: the one given, or a new one that is gone again if nothing was written to it."""
+    """The directory of a run: the given one, or a new one, which is removed again if it stays empty."""
     if given is not None:
         yield given
         return
@@ -42,6 +42,6 @@ def run_directory(given: Path | None, default: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        with suppress(OSError):  # where something is in it
+        with suppress(OSError):  # not empty
             for path in (directory, *above):
                 path.rmdir()

@@ -1,6 +1,6 @@
-"""The one table of methods: a variant is one line, its objective, its update and the defaults that make it what it is.
+"""The table of methods. Each method or variant is one line: its objective, its update and its default options.
 
-No torch here. `compose.py` makes the pieces that a line names; `verify` holds every line against the exact gradient.
+No torch here. `compose.py` builds the pieces of a line; `verify` tests every line against the exact gradient.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from policygrad.errors import UserError
 
 @dataclass(frozen=True)
 class Method:
-    """A method: which objective and which update, and its own defaults of the options, on any world or on one."""
+    """A method: its objective, its update, and its own default options, on all worlds or on one."""
 
     name: str
     summary: str
@@ -105,7 +105,7 @@ TABLE = (
 METHODS: dict[str, Method] = {method.name: method for method in TABLE}
 ALIASES = {"a2c": "actor_critic", "impala": "off_policy_actor_critic", "reinforce++": "reinforce_plus_plus"}
 
-# What else the options make of the methods: (name, how, what it is).
+# Further variants, made by options: (name, command, description).
 VARIANTS = (
     ("a2c", "actor_critic", "synchronous advantage actor-critic, by its usual name"),
     ("PPO with a KL penalty", "ppo --clip-low inf --clip-high inf --kl-old-coefficient 1 --kl-old-target 0.01",
@@ -121,7 +121,7 @@ VARIANTS = (
 
 
 def method_named(name: str) -> Method:
-    """The method of a name, in any case and with dashes too. Raises UserError with the nearest names."""
+    """The method of a name, in any case, with dashes or underscores. Raises UserError with the nearest names."""
     full = name.lower().replace("-", "_")
     full = ALIASES.get(full, full)
     if full not in METHODS:
@@ -130,6 +130,6 @@ def method_named(name: str) -> Method:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of an error message: the names that were perhaps meant, or all there are."""
+    """The end of an error message: the closest known names, or all names."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"

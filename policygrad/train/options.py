@@ -1,7 +1,7 @@
-"""Every option: one field with its default, its meaning, its bounds and the condition under which it is read.
+"""All options: each is a field with its default, help text, bounds and the condition for reading it.
 
-`options_of(method, world)` is the dataclass of those that apply to a method on a world, with the defaults that it has
-there. No torch here: --help must be instant.
+`options_of(method, world)` is the dataclass of the options that apply to a method on a world, with its defaults there.
+No torch here: --help must be instant.
 """
 
 import math
@@ -19,7 +19,7 @@ from policygrad.train.methods import METHODS, Method, nearest
 
 
 class OptionError(UserError):
-    """An option has a value that cannot be meant. `option` is its name."""
+    """An option has an invalid value. `option` is its name."""
 
     def __init__(self, option: str, message: str) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class OptionError(UserError):
 
 
 class Bound(NamedTuple):
-    """What a number must be, as a test and in words."""
+    """A condition on a number, as a test and in words."""
 
     holds: Callable[[Any], bool]
     said: str
@@ -47,7 +47,7 @@ SEED = Bound(lambda x: 0 <= x < 2**63, "0 or more and less than 2**63")
 THREADS = Bound(lambda x: 1 <= x <= 1024, "between 1 and 1024")
 SIZES = Bound(lambda x: all(size >= 1 for size in x), "at least 1 unit in every layer")
 
-When = dict[str, tuple[Any, ...]]  # what must have one of these values: `world`, a field of the method, or an option
+When = dict[str, tuple[Any, ...]]  # `world`, a field of the method, or an option -> its allowed values
 CONTROL: When = {"world": ("control",)}
 LANGUAGE: When = {"world": ("language",)}
 EPISODES: When = {"world": ("control", "exact")}
@@ -55,284 +55,223 @@ ASCEND: When = {"update": ("ascend",)}
 NATURAL: When = {"update": ("natural", "trust_region")}
 MINIBATCHES: When = {"objective": ("ppo", "grpo")}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
-EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit for which a row must be a whole episode
+EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
 
 
 def option(default: Any, help: str, bound: Any = None, **when: Any) -> Any:
-    """A field of Options. `when`: it is read only where each of these has one of the values."""
+    """A field of Options. `when`: the option is read only if each of these has one of the given values."""
     return field(default=default, metadata={"help": help, "bound": bound, "when": when})
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of all methods and worlds. The defaults of a method or a world are in methods.py."""
+    """All options of all methods and worlds. methods.py has the defaults of methods, WORLDS those of worlds."""
 
     # The run
     steps: int | None = option(None, "Decisions to train on; the iteration that reaches them is the last.", COUNT)
-    iterations: int | None = option(None, "Rollouts to train on, whichever of the two comes first.", COUNT)
-    seed: int = option(0, "Of everything that is random.", SEED)
-    device: str = option("cpu", "Where policy and critic live: cpu, cuda, cuda:1, mps.")
-    threads: int | None = option(None, "Of torch on the CPU: small networks are fastest with one; None: all.", THREADS)
-    stop_at_return: float = option(
-        math.inf, "Stop once the mean return of the last 100 episodes reaches this.", **CONTROL
-    )
-    evaluate_every: int = option(
-        0, "Evaluate every so many iterations, on held-out prompts or exactly; 0: only before and after.", NOT_NEGATIVE,
-        world=("language", "exact"),
-    )  # fmt: skip
-    evaluation_completions: int = option(4, "Of each held-out prompt.", COUNT, **LANGUAGE)
+    iterations: int | None = option(None, "Rollouts to train on, if steps does not end training first.", COUNT)
+    seed: int = option(0, "Random seed of the whole run.", SEED)
+    device: str = option("cpu", "Device of policy and critic: cpu, cuda, cuda:1, mps.")
+    threads: int | None = option(None, "CPU threads of torch; one is fastest for small networks. None: all.", THREADS)
+    stop_at_return: float = option(math.inf,
+        "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
+    evaluate_every: int = option(0,
+        "Iterations between evaluations, on held-out prompts or exactly; 0: evaluate only before and after training.",
+        NOT_NEGATIVE, world=("language", "exact"))
+    evaluation_completions: int = option(4, "Completions per held-out prompt in an evaluation.", COUNT, **LANGUAGE)
 
     # What is sampled: episodes
-    num_envs: int = option(8, "Environments stepped together; rows of a rollout.", COUNT, **EPISODES)
-    num_steps: int = option(128, "Steps of each environment in one rollout.", COUNT, **CONTROL, credit=BOOTSTRAPPED)
-    episode_steps: int | None = option(
-        None, "Longest episode, where rows are whole episodes; None: the task's own time limit.", COUNT, **EPISODES
-    )
-    group_size: int | None = option(
-        None, "Episodes from the same start that are compared; None: all of the rollout.", TWO,
-        **CONTROL, credit=("group",),
-    )  # fmt: skip
-    vectorization: Literal["auto", "sync", "async"] = option(
-        "auto", "auto: the environment's own vectorized form, else sync; async: a process for each.", **CONTROL
-    )
-    normalize_observations: bool = option(
-        False, "By running mean and standard deviation, saved with the policy.", **CONTROL
-    )
-    scale_rewards: bool = option(False, "By the running standard deviation of the discounted return.", **CONTROL)
-    hidden: tuple[int, ...] = option(
-        (64, 64), "Sizes of the hidden layers, of policy and critic alike.", SIZES, **CONTROL
-    )
-    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh", "Between the layers.", **CONTROL)
-    orthogonal: bool = option(
-        True, "Orthogonal initialization, the policy's last layer small; else torch's own.", **CONTROL
-    )
-    squash: bool = option(False, "Squash Box actions onto their bounds by tanh; else clip them there.", **CONTROL)
-    state_dependent_std: bool = option(
-        False, "The Gaussian's standard deviation is an output of the network; else a parameter.", **CONTROL
-    )
-    initial_log_std: float = option(0.0, "The Gaussian's first log standard deviation.", FINITE, **CONTROL)
+    num_envs: int = option(8, "Parallel environments, which are the rows of a rollout.", COUNT, **EPISODES)
+    num_steps: int = option(128, "Steps per environment in a rollout.", COUNT, **CONTROL, credit=BOOTSTRAPPED)
+    episode_steps: int | None = option(None,
+        "Maximum episode length if rows are whole episodes; None: the task's time limit.", COUNT, **EPISODES)
+    group_size: int | None = option(None,
+        "Episodes in a group, all from the same start; None: the whole rollout is one group.",
+        TWO, **CONTROL, credit=("group",))
+    vectorization: Literal["auto", "sync", "async"] = option("auto",
+        "auto: the environment's own vectorized version, else sync; async: one process per environment.", **CONTROL)
+    normalize_observations: bool = option(False,
+        "Normalize observations by their running mean and standard deviation, saved with the policy.", **CONTROL)
+    scale_rewards: bool = option(False,
+        "Divide rewards by the running standard deviation of the discounted return.", **CONTROL)
+    hidden: tuple[int, ...] = option((64, 64),
+        "Sizes of the hidden layers of both policy and critic.", SIZES, **CONTROL)
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh",
+        "Activation function of the hidden layers.", **CONTROL)
+    orthogonal: bool = option(True,
+        "Use orthogonal initialization with a small last layer of the policy; else torch's default.", **CONTROL)
+    squash: bool = option(False, "Squash Box actions into their bounds with tanh; else clip them.", **CONTROL)
+    state_dependent_std: bool = option(False,
+        "Compute the Gaussian's standard deviation by the network; else it is a parameter.", **CONTROL)
+    initial_log_std: float = option(0.0, "Initial log standard deviation of the Gaussian.", FINITE, **CONTROL)
 
     # What is sampled: completions
-    model: str | None = option(
-        None, "Any Hugging Face causal language model: a directory or a hub id; by default the task's own.", **LANGUAGE
-    )
-    tokenizer: str | None = option(None, "A directory or hub id; by default the model's.", **LANGUAGE)
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
-        "float32", "Of the weights; auto: that of the file.", **LANGUAGE
-    )
-    attention: str | None = option(
-        None, "sdpa, eager, flash_attention_2, ...; by default the model's own choice.", **LANGUAGE
-    )
+    model: str | None = option(None,
+        "Hugging Face causal language model, a directory or hub id; by default the task's own.", **LANGUAGE)
+    tokenizer: str | None = option(None, "Tokenizer, a directory or hub id; by default the model's.", **LANGUAGE)
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32",
+        "Type of the weights; auto: the type in the file.", **LANGUAGE)
+    attention: str | None = option(None,
+        "Attention: sdpa, eager, flash_attention_2, ...; by default the model's choice.", **LANGUAGE)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", **LANGUAGE)
-    lora_rank: int = option(
-        0, "Train only a LoRA adapter of this rank; the reference is then the model without it. 0: all weights.",
-        NOT_NEGATIVE, **LANGUAGE,
-    )  # fmt: skip
-    lora_alpha: float | None = option(
-        None, "The adapter's output is scaled by alpha / rank; 2 rank by default.", POSITIVE, **LANGUAGE
-    )
-    lora_targets: tuple[str, ...] = option(
-        (), "Layers that get an adapter; by default all linear ones but the head. Repeatable.", **LANGUAGE
-    )
-    gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.", **LANGUAGE)
-    autocast: Literal["none", "bfloat16"] = option(
-        "none", "Type of the arithmetic; weights stay as they are, log-probabilities are in float32.", **LANGUAGE
-    )
-    dataset: str | None = option(
-        None, "Prompts: a JSON, JSONL, CSV or Parquet file, or a hub id, with a column `prompt`; the other columns go "
-        "to the rewards.", **LANGUAGE,
-    )  # fmt: skip
-    split: str = option("train", "Of a data set that has several.", **LANGUAGE)
-    held_out: int = option(128, "Examples kept from training to evaluate on; 0: none.", NOT_NEGATIVE, **LANGUAGE)
-    max_prompt_tokens: int | None = option(None, "A longer prompt is refused.", COUNT, **LANGUAGE)
-    reward: tuple[str, ...] = option(
-        (), "exact_match, math_equal, format:REGEX, overlong:MAX,BUFFER, module:function, file.py:function, or a "
-        "reward model's directory or hub id. Repeatable: the weighted sum.", **LANGUAGE,
-    )  # fmt: skip
-    reward_weight: tuple[float, ...] = option(
-        (), "One for each reward, in the same order; 1 by default. Repeatable.", **LANGUAGE
-    )
-    reward_time_limit: float = option(
-        60.0, "Seconds that a reward function may take for one batch.", POSITIVE, **LANGUAGE
-    )
-    overlong_fraction: float = option(
-        0.0,
-        "Soft overlong penalty: over this last share of max_tokens the reward sinks linearly by 1.",
-        SHARE,
-        **LANGUAGE,
-    )
-    prompts_per_rollout: int = option(16, "Different prompts in a rollout.", COUNT, **LANGUAGE)
-    completions: int = option(8, "Of each prompt: its group.", COUNT, **LANGUAGE)
-    max_tokens: int = option(256, "Of a completion; a longer one is cut.", COUNT, **LANGUAGE)
-    temperature: float = option(1.0, "Part of the policy: it is sampled from and scored at this.", RATE, **LANGUAGE)
-    cut: Literal["kept", "masked", "penalized"] = option(
-        "kept",
-        "Completions cut at max_tokens: rewarded as they are, left out of the update, or rewarded less.",
-        **LANGUAGE,
-    )
-    cut_penalty: float = option(
-        1.0, "Taken from the reward of a cut completion.", NOT_NEGATIVE, **LANGUAGE, cut=("penalized",)
-    )
-    old_logp: Literal["sampled", "recomputed"] = option(
-        "sampled", "Log-probabilities of the old policy: as sampled, or computed again by the learner.", **LANGUAGE
-    )
-    importance_bound: float = option(
-        2.0, "Weights old / sampled, truncated here, correct for the difference; 0: no correction.", NOT_NEGATIVE,
-        **LANGUAGE, old_logp=("recomputed",),
-    )  # fmt: skip
-    sampling_rounds: int = option(
-        1, "Dynamic sampling: up to so many rollouts to fill one with groups whose returns differ. 1: none.", COUNT,
-        credit=("group",),
-    )  # fmt: skip
+    lora_rank: int = option(0,
+        "Train only a LoRA adapter of this rank; the reference is the model without it. 0: train all weights.",
+        NOT_NEGATIVE, **LANGUAGE)
+    lora_alpha: float | None = option(None,
+        "LoRA scale: the adapter's output is multiplied by alpha / rank. By default 2 rank.", POSITIVE, **LANGUAGE)
+    lora_targets: tuple[str, ...] = option((),
+        "Layers with an adapter; by default all linear layers except the head. Repeatable.", **LANGUAGE)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
+    autocast: Literal["none", "bfloat16"] = option("none",
+        "Type of the computation; weights keep their type, and log-probabilities are float32.", **LANGUAGE)
+    dataset: str | None = option(None,
+        "Prompts: a JSON, JSONL, CSV or Parquet file, or a hub id, with a column `prompt`; the rewards receive the "
+        "other columns.", **LANGUAGE)
+    split: str = option("train", "Split of the data set.", **LANGUAGE)
+    held_out: int = option(128, "Examples held out from training for evaluation; 0: none.", NOT_NEGATIVE, **LANGUAGE)
+    max_prompt_tokens: int | None = option(None,
+        "Maximum tokens in a prompt; longer prompts are an error.", COUNT, **LANGUAGE)
+    reward: tuple[str, ...] = option((),
+        "Reward: exact_match, math_equal, format:REGEX, overlong:MAX,BUFFER, module:function, file.py:function, or a "
+        "reward model's directory or hub id. Repeatable: rewards add up with their weights.", **LANGUAGE)
+    reward_weight: tuple[float, ...] = option((),
+        "Weight of each reward, in the same order; 1 by default. Repeatable.", **LANGUAGE)
+    reward_time_limit: float = option(60.0,
+        "Time limit in seconds for a reward function on one batch.", POSITIVE, **LANGUAGE)
+    overlong_fraction: float = option(0.0,
+        "Soft overlong penalty: the reward falls linearly by 1 over this last share of max_tokens.", SHARE, **LANGUAGE)
+    prompts_per_rollout: int = option(16, "Number of prompts in a rollout.", COUNT, **LANGUAGE)
+    completions: int = option(8, "Completions per prompt, which form a group.", COUNT, **LANGUAGE)
+    max_tokens: int = option(256, "Maximum tokens in a completion; longer completions are cut.", COUNT, **LANGUAGE)
+    temperature: float = option(1.0, "Temperature of the policy, in sampling and log-probabilities.", RATE, **LANGUAGE)
+    cut: Literal["kept", "masked", "penalized"] = option("kept",
+        "Completions cut at max_tokens: kept as they are, masked out of the update, or penalized by cut_penalty.",
+        **LANGUAGE)
+    cut_penalty: float = option(1.0,
+        "Subtracted from the reward of a cut completion.", NOT_NEGATIVE, **LANGUAGE, cut=("penalized",))
+    old_logp: Literal["sampled", "recomputed"] = option("sampled",
+        "Log-probabilities of the old policy: from sampling, or recomputed by the learner.", **LANGUAGE)
+    importance_bound: float = option(2.0,
+        "Upper bound of the importance weights pi_old / sampling policy; 0: no correction.",
+        NOT_NEGATIVE, **LANGUAGE, old_logp=("recomputed",))
+    sampling_rounds: int = option(1,
+        "Dynamic sampling: maximum rollouts to fill one with groups of unequal returns. 1: no dynamic sampling.",
+        COUNT, credit=("group",))
 
     # Credit
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"] = option(
-        "gae", "What a decision is credited with: a critic's GAE, n-step, TD(1) or V-trace advantage; the return from "
-        "it on or of its whole episode, minus a baseline; or its episode's return against its group's.",
-    )  # fmt: skip
-    gamma: float | None = option(0.99, "Discount factor; None: that of an exact world.", UNIT)
-    lam: float = option(
-        0.95, "Lambda of GAE and V-trace: 0 is the TD error, 1 is Monte Carlo.", UNIT, credit=("gae", "vtrace")
-    )
-    n: int = option(5, "Rewards counted before the critic takes over.", COUNT, credit=("n_step",))
-    rho_bar: float = option(
-        1.0,
-        "Bound of the ratio in V-trace's TD error: which policy's values are learned.",
-        POSITIVE,
-        credit=("vtrace",),
-    )
-    c_bar: float = option(1.0, "Bound of the ratio in V-trace's traces: how fast.", POSITIVE, credit=("vtrace",))
-    baseline: Literal["none", "mean", "time_mean", "optimal", "value"] = option(
-        "value", "Subtracted from the return: nothing, the other episodes' mean, their mean at that step, the constant "
-        "of least variance, or a learned value.", **RETURNS,
-    )  # fmt: skip
-    discounted: bool = option(
-        False, "Weigh step t by gamma^t: the true gradient of the discounted return.",
-        credit=("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "group"),
-    )  # fmt: skip
-    group_baseline: Literal["mean", "leave_one_out"] = option(
-        "mean", "Of a group: the mean of all its returns, or of the others'.", credit=("group",)
-    )
-    group_scale: Literal["std", "none"] = option(
-        "std", "What the group's advantages are divided by.", credit=("group",)
-    )
-    normalize_advantages: Literal["none", "batch", "minibatch"] = option("none", "Where advantages are standardized.")
-    weights: Literal["token", "row", "episode", "budget"] = option(
-        "token", "How decisions are averaged: all alike; by row first; summed in a row; over a row's longest length."
-    )
+        "gae",
+        "Advantage: from a critic (GAE, n-step, TD(1) or V-trace); the reward-to-go or the whole episode's return, "
+        "minus a baseline; or the episode's return relative to its group.")
+    gamma: float | None = option(0.99, "Discount factor; None: the exact world's own.", UNIT)
+    lam: float = option(0.95,
+        "Lambda of GAE and V-trace: 0 gives the TD error, 1 gives Monte Carlo.", UNIT, credit=("gae", "vtrace"))
+    n: int = option(5, "Rewards in the n-step return before it bootstraps from the critic.", COUNT, credit=("n_step",))
+    rho_bar: float = option(1.0,
+        "Bound of the ratio in V-trace's TD error; it sets the policy whose value is learned.",
+        POSITIVE, credit=("vtrace",))
+    c_bar: float = option(1.0, "Bound of the ratio in V-trace's traces.", POSITIVE, credit=("vtrace",))
+    baseline: Literal["none", "mean", "time_mean", "optimal", "value"] = option("value",
+        "Baseline of the return: none, the other episodes' mean, their mean at the same step, the constant of least "
+        "variance, or a learned value.", **RETURNS)
+    discounted: bool = option(False,
+        "Multiply the advantage at step t by gamma^t, for the true gradient of the discounted return.",
+        credit=("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "group"))
+    group_baseline: Literal["mean", "leave_one_out"] = option("mean",
+        "Baseline of a group: the mean of all its returns, or of the other returns.", credit=("group",))
+    group_scale: Literal["std", "none"] = option("std",
+        "Divisor of a group's advantages: its standard deviation, or none.", credit=("group",))
+    normalize_advantages: Literal["none", "batch", "minibatch"] = option("none",
+        "Standardize advantages over the batch or over each minibatch.")
+    weights: Literal["token", "row", "episode", "budget"] = option("token",
+        "Average over decisions: all equally; mean per row; sum per row; or sum per row / maximum row length.")
 
     # Objective
-    entropy_coefficient: float = option(
-        0.0, "Of the entropy in the objective.", NOT_NEGATIVE, objective=("reinforce", "actor_critic", "ppo", "grpo")
-    )
-    value_coefficient: float = option(
-        0.5, "Of the critic's squared error in the objective.", NOT_NEGATIVE, objective=("actor_critic", "ppo"),
-        credit=BOOTSTRAPPED,
-    )  # fmt: skip
-    value_clip: float = option(
-        math.inf,
-        "Clip the critic's change to this; inf: not at all.",
-        POSITIVE,
-        objective=("ppo",),
-        credit=BOOTSTRAPPED,
-    )
-    ratio: Literal["token", "sequence"] = option(
-        "token", "Of the new policy to the old: of each decision, or of the whole row.", objective=("grpo", "surrogate")
-    )
-    gain: Literal["surrogate", "weight"] = option(
-        "surrogate",
-        "Clip the surrogate, as PPO does, or only its weight, which keeps every gradient.",
-        objective=("grpo",),
-    )
-    clip_low: float = option(
-        0.2, "The ratio is clipped to [1 - clip_low, 1 + clip_high]; inf clips nothing.", POSITIVE, **MINIBATCHES
-    )
-    clip_high: float = option(0.2, "See clip_low.", POSITIVE, **MINIBATCHES)
-    dual_clip: float = option(
-        math.inf, "Floor of the objective for bad actions, as a multiple of the advantage; inf: none.", ABOVE_1,
-        objective=("ppo",),
-    )  # fmt: skip
-    kl_old_coefficient: float = option(
-        0.0, "First beta of the penalty beta KL(old, new); 0: no penalty.", NOT_NEGATIVE, objective=("ppo",)
-    )
-    kl_old_target: float = option(
-        math.inf, "KL(old, new) of an update that beta adapts to; inf: beta stays.", POSITIVE, objective=("ppo",)
-    )
-    target_kl: float = option(
-        math.inf,
-        "The epochs end early once a minibatch's KL(old, new) exceeds 1.5 times this.",
-        POSITIVE,
-        **MINIBATCHES,
-    )
-    kl_ref: Literal["none", "reward", "loss"] = option(
-        "none", "Where KL(pi, pi_ref) to the starting policy is charged; the loss is grpo's family's."
-    )
-    kl_ref_coefficient: float = option(0.04, "Its weight.", NOT_NEGATIVE, kl_ref=("reward", "loss"))
-    kl_ref_target: float = option(
-        math.inf,
-        "KL(pi, pi_ref) by decision that the weight adapts to; inf: it stays.",
-        POSITIVE,
-        kl_ref=("reward", "loss"),
-    )
-    kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"] = option(
-        "straight_through",
-        "In the loss. straight_through and exact have the right gradient, k3 is as published, k1 has none.",
-        objective=("grpo",), kl_ref=("loss",),
-    )  # fmt: skip
+    entropy_coefficient: float = option(0.0,
+        "Coefficient of the entropy in the objective.",
+        NOT_NEGATIVE, objective=("reinforce", "actor_critic", "ppo", "grpo"))
+    value_coefficient: float = option(0.5,
+        "Coefficient of the critic's squared error in the objective.",
+        NOT_NEGATIVE, objective=("actor_critic", "ppo"), credit=BOOTSTRAPPED)
+    value_clip: float = option(math.inf,
+        "Clip the change of the critic's value to this; inf: no clipping.",
+        POSITIVE, objective=("ppo",), credit=BOOTSTRAPPED)
+    ratio: Literal["token", "sequence"] = option("token",
+        "Ratio of the new policy to the old, by token or by whole sequence.", objective=("grpo", "surrogate"))
+    gain: Literal["surrogate", "weight"] = option("surrogate",
+        "Clip the surrogate (as PPO), or only the importance weight, which keeps every gradient.", objective=("grpo",))
+    clip_low: float = option(0.2,
+        "Clip the ratio to [1 - clip_low, 1 + clip_high]; inf: no clipping.", POSITIVE, **MINIBATCHES)
+    clip_high: float = option(0.2, "Clip the ratio to at most 1 + clip_high; see clip_low.", POSITIVE, **MINIBATCHES)
+    dual_clip: float = option(math.inf,
+        "Floor of the objective for negative advantages, as a multiple of the advantage; inf: none.",
+        ABOVE_1, objective=("ppo",))
+    kl_old_coefficient: float = option(0.0,
+        "Initial beta of the penalty beta KL(old, new); 0: no penalty.", NOT_NEGATIVE, objective=("ppo",))
+    kl_old_target: float = option(math.inf,
+        "Target KL(old, new) of an update, to which beta adapts; inf: beta is constant.", POSITIVE, objective=("ppo",))
+    target_kl: float = option(math.inf,
+        "End the epochs early if a minibatch's KL(old, new) exceeds 1.5 times this value.", POSITIVE, **MINIBATCHES)
+    kl_ref: Literal["none", "reward", "loss"] = option("none",
+        "Penalize KL(pi, pi_ref) to the starting policy in the reward or, for grpo and its variants, in the loss.")
+    kl_ref_coefficient: float = option(0.04,
+        "Coefficient of KL(pi, pi_ref).", NOT_NEGATIVE, kl_ref=("reward", "loss"))
+    kl_ref_target: float = option(math.inf,
+        "Target KL(pi, pi_ref) per decision, to which the coefficient adapts; inf: it is constant.",
+        POSITIVE, kl_ref=("reward", "loss"))
+    kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"] = option("straight_through",
+        "Estimate in the loss: straight_through and exact have the correct gradient, k3 is GRPO's, k1 has none.",
+        objective=("grpo",), kl_ref=("loss",))
 
     # Update
-    learning_rate: float = option(
-        3e-4, "Of the policy's Adam, and of the critic's where they share it.", RATE, **ASCEND
-    )
-    learning_rate_schedule: Literal["constant", "linear"] = option("constant", "linear: down to 0 at the end.")
-    adam_epsilon: float = option(1e-5, "Added to Adam's denominator.", RATE)
-    epochs: int = option(
-        1, "Passes over a rollout, or steps on it with credit assigned afresh before each.", COUNT, **ASCEND,
-    )  # fmt: skip
-    minibatch_size: int | None = option(
-        64, "Decisions of a gradient step; rows (completions) where the policy has memory. None: the whole rollout.",
-        COUNT, **MINIBATCHES,
-    )  # fmt: skip
-    micro_batch: int | None = option(None, "Rows computed at a time: less memory, the same gradient.", COUNT, **ASCEND)
-    max_grad_norm: float = option(math.inf, "The gradient is scaled down to this norm.", POSITIVE, **ASCEND)
-    delta: float = option(
-        0.01, "Radius of the trust region: KL(old, new) of a step.", RATE, **NATURAL, step_rule=("kl_radius",)
-    )
+    learning_rate: float = option(0.0003,
+        "Adam learning rate of the policy; also of the critic if they share the optimizer.", RATE, **ASCEND)
+    learning_rate_schedule: Literal["constant", "linear"] = option("constant",
+        "Learning rate schedule: constant, or linear decay to 0.")
+    adam_epsilon: float = option(1e-05, "Epsilon of Adam, added to the denominator.", RATE)
+    epochs: int = option(1,
+        "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.", COUNT, **ASCEND)
+    minibatch_size: int | None = option(64,
+        "Decisions in a gradient step, or rows (completions) if the policy has memory. None: the whole rollout.",
+        COUNT, **MINIBATCHES)
+    micro_batch: int | None = option(None,
+        "Rows computed at a time: smaller saves memory; the gradient is the same.", COUNT, **ASCEND)
+    max_grad_norm: float = option(math.inf, "Gradient clipping: maximum norm of the gradient.", POSITIVE, **ASCEND)
+    delta: float = option(0.01,
+        "Radius of the trust region: the KL(old, new) of a step.", RATE, **NATURAL, step_rule=("kl_radius",))
     damping: float = option(0.1, "Added to the diagonal of the Fisher matrix.", NOT_NEGATIVE, **NATURAL)
-    cg_iters: int = option(10, "Fisher-vector products of the conjugate gradient.", COUNT, **NATURAL)
-    backtracks: int = option(10, "Steps tried before the policy is left as it was.", COUNT, update=("trust_region",))
-    shrink: float = option(0.8, "Factor from one try to the next.", FRACTION, update=("trust_region",))
-    step_rule: Literal["kl_radius", "learning_rate"] = option(
-        "kl_radius", "kl_radius: alpha = sqrt(2 delta / g.F^-1 g); learning_rate: a plain alpha.", update=("natural",)
-    )
-    natural_learning_rate: float = option(
-        0.1, "alpha of the step rule learning_rate.", RATE, update=("natural",), step_rule=("learning_rate",)
-    )
-    critic: str = option(
-        "copy", "copy: the model's own copy with a value head; shared: a head on the policy's trunk; or a directory or "
-        "hub id of another model with the same tokenizer.", **LANGUAGE,
-    )  # fmt: skip
-    critic_learning_rate: float | None = option(
-        None, "Of the critic's Adam, of a shared trunk only the head's; None: the policy's.", RATE
-    )
-    critic_epochs: int = option(
-        10,
-        "Passes over the rollout for a critic that is fitted alone.",
-        COUNT,
-        objective=("reinforce", "surrogate", "grpo"),
-    )
-    critic_minibatch_size: int = option(128, "Its minibatches.", COUNT, objective=("reinforce", "surrogate", "grpo"))
+    cg_iters: int = option(10, "Maximum iterations of conjugate gradient.", COUNT, **NATURAL)
+    backtracks: int = option(10,
+        "Maximum trials in the line search; if all fail, the policy stays unchanged.", COUNT, update=("trust_region",))
+    shrink: float = option(0.8,
+        "Factor that shrinks the step from one trial to the next.", FRACTION, update=("trust_region",))
+    step_rule: Literal["kl_radius", "learning_rate"] = option("kl_radius",
+        "Step size: kl_radius is alpha = sqrt(2 delta / g.F^-1 g), learning_rate a fixed alpha.", update=("natural",))
+    natural_learning_rate: float = option(0.1,
+        "The fixed alpha of the step rule learning_rate.", RATE, update=("natural",), step_rule=("learning_rate",))
+    critic: str = option("copy",
+        "copy: a copy of the model with a value head; shared: a value head on the policy's trunk; or the directory or "
+        "hub id of another model with the same tokenizer.", **LANGUAGE)
+    critic_learning_rate: float | None = option(None,
+        "Adam learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE)
+    critic_epochs: int = option(10,
+        "Passes over the rollout to fit a critic with its own optimizer.",
+        COUNT, objective=("reinforce", "surrogate", "grpo"))
+    critic_minibatch_size: int = option(128,
+        "Minibatch size of the fit of such a critic.", COUNT, objective=("reinforce", "surrogate", "grpo"))
+# fmt: on
 
 
 def has_critic(options: Any) -> bool:
-    """Does the credit need a critic?"""
+    """Whether the credit needs a critic."""
     return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline == "value")
 
 
 @cache
 def options_of(method: str, world: str) -> type:
-    """The dataclass of a method's options on a world, with the defaults that they have there."""
+    """The dataclass of a method's options on a world, with their defaults there."""
     named, hints = METHODS[method], get_type_hints(Options)
     given = defaults_of(named, world)
     made: list[tuple[str, Any, Field]] = []
@@ -349,18 +288,19 @@ def options_of(method: str, world: str) -> type:
 
 
 def defaults_of(method: Method, world: str) -> dict[str, Any]:
-    """A method's defaults on a world where they are not the field's: the world's, then the method's."""
+    """A method's defaults on a world that override the fields' defaults: the world's, then the method's."""
     known = {f.name for f in fields(Options) if _applies(f, method, world)}
     given = {**WORLDS[world], **method.defaults, **method.on.get(world, {})}
     return {name: x for name, x in given.items() if name in known}
 
 
-# The defaults of a world, where they differ from the field's.
+# Each world's defaults that differ from the fields' defaults.
 WORLDS: dict[str, dict[str, Any]] = {
     "control": {"steps": 1_000_000, "threads": 1},
     "exact": {
         "steps": 20_000,
         "gamma": None,
+        "evaluate_every": 1,
         "threads": 1,
         "num_envs": 32,
         "learning_rate": 0.05,
@@ -381,13 +321,13 @@ WORLDS: dict[str, dict[str, Any]] = {
 
 
 def for_command_line(kind: type) -> type:
-    """The same dataclass with its help where tyro looks for it."""
+    """The same dataclass, with the help texts in tyro's form."""
     made = [(f.name, Annotated[f.type, arg(help=f.metadata["help"])], field(default=f.default)) for f in fields(kind)]
     return make_dataclass(kind.__name__, made, frozen=True, kw_only=True)
 
 
 def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> Any:
-    """The options with some of them set. Raises UserError for an unknown one, and for a value of another type."""
+    """The options with the given values. Raises OptionError for an unknown name or a value of the wrong type."""
     kinds: dict[str, Any] = {f.name: f.type for f in fields(options)}
     given: dict[str, Any] = {}
     for name, x in values.items():
@@ -401,7 +341,7 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
 
 
 def check_bounds(options: Any) -> None:
-    """Raise OptionError for a value out of bounds."""
+    """Raise OptionError if a value is out of bounds."""
     for f in fields(options):
         x, bound = getattr(options, f.name), f.metadata["bound"]
         if isinstance(x, float) and math.isnan(x):
@@ -411,9 +351,9 @@ def check_bounds(options: Any) -> None:
 
 
 def validate(options: Any, defaults: Any) -> None:
-    """Raise OptionError for a value out of bounds, one that nothing reads, and ones that do not go together.
+    """Raise OptionError for values that are out of bounds, are never read, or conflict with each other.
 
-    defaults: what the options are where the user says nothing, a preset's values among them.
+    defaults: the options without the user's values, including the preset's values.
     """
     check_bounds(options)
     for f in fields(options):
@@ -424,7 +364,7 @@ def validate(options: Any, defaults: Any) -> None:
 
 
 def _check_read(f: Field, options: Any) -> None:
-    """Raise OptionError for an option that was set where another choice leaves it unread."""
+    """Raise OptionError if an option was set but the other options mean that it is not read."""
     for other, values in f.metadata["when"].items():
         if hasattr(options, other) and other not in ("world", "method") and getattr(options, other) not in values:
             raise OptionError(
@@ -446,7 +386,7 @@ def _check_read(f: Field, options: Any) -> None:
 
 
 def _conflicts(o: Any) -> Any:
-    """(option, message) of values that do not go together."""
+    """(option, message) for each conflict between values."""
     method, world = METHODS[o.method], o.world
     if o.steps is None and o.iterations is None:
         yield "steps", "steps and iterations are both None: say how long to train"
@@ -509,14 +449,14 @@ def _language_conflicts(o: Any) -> Any:
 
 
 def _sizes(o: Any) -> Any:
-    """Minibatches larger than a rollout of segments; the length of whole episodes is not known yet."""
+    """Conflicts of minibatches larger than a rollout of segments. The length of whole episodes is not known yet."""
     if o.credit in EPISODIC or o.world == "exact":
         return
     decisions = o.num_envs * o.num_steps
     size = getattr(o, "minibatch_size", None) or 0
     default = {f.name: f.default for f in fields(o)}
     for name, x in (("minibatch_size", size), ("critic_minibatch_size", getattr(o, "critic_minibatch_size", 0))):
-        # A critic's default is for rollouts of the usual size; of a smaller one it takes the whole.
+        # The critic's default may exceed a small rollout: the fit then uses the whole rollout.
         if x > decisions and not (name.startswith("critic") and x == default[name]):
             yield (
                 name,
@@ -528,13 +468,13 @@ def _sizes(o: Any) -> Any:
 
 
 def _applies(f: Field, method: Method, world: str) -> bool:
-    """Can the option be read on this world and by this method, whatever the other options are?"""
+    """Whether the method can read the option on this world, for some values of the other options."""
     known = {"world": world, "objective": method.objective, "update": method.update}
     return all(known[name] in values for name, values in f.metadata["when"].items() if name in known)
 
 
 def _why_not(name: str, options: Any, known: Mapping[str, Any]) -> str:
-    """The end of a message about an option that does not apply here, or of a name that there is none of."""
+    """The end of a message about an option that does not apply here or does not exist."""
     for f in fields(Options):
         if f.name == name and options.method in METHODS:
             when = f.metadata["when"]
@@ -546,7 +486,7 @@ def _why_not(name: str, options: Any, known: Mapping[str, Any]) -> str:
 
 
 def _plain(x: Any, kind: Any) -> Any:
-    """As JSON and torch know it: numpy's whole numbers and fractions become Python's."""
+    """Convert numpy's integers and floats to Python's, for JSON and torch."""
     if isinstance(x, tuple):
         return tuple(_plain(item, get_args(kind)[0]) for item in x)
     if isinstance(x, bool) or not isinstance(x, Real):
@@ -556,7 +496,7 @@ def _plain(x: Any, kind: Any) -> Any:
 
 
 def _fits(x: Any, kind: Any) -> bool:
-    """Is x of the type that an option is annotated with? A whole number is a number, and True is neither."""
+    """Whether x fits the option's type. An integer fits a float, and a bool fits neither."""
     if get_origin(kind) is Annotated:
         return _fits(x, get_args(kind)[0])
     if get_origin(kind) is Literal:
@@ -571,13 +511,13 @@ def _fits(x: Any, kind: Any) -> bool:
 
 
 def _brief(x: Any) -> str:
-    """A value in a message of one line."""
+    """A value, shortened for a message of one line."""
     said = repr(x)
     return said if len(said) <= 60 else f"{said[:57]}..."
 
 
 def _said(kind: Any) -> str:
-    """The type of an option, in words."""
+    """The type of an option in words."""
     if get_origin(kind) is Annotated:
         return _said(get_args(kind)[0])
     if get_origin(kind) is Literal:

@@ -1,4 +1,4 @@
-"""Tuned settings, one file a task: a table of options for each method."""
+"""Tuned settings: one file for each task, with a table of options for each method."""
 
 import tomllib
 from collections.abc import Collection, Mapping
@@ -12,26 +12,26 @@ from policygrad.train.options import options_of
 from policygrad.train.worlds import kind_of
 
 FOLDER = files("policygrad") / "presets"
-ANY = "any"  # the table of what is set for every method
+ANY = "any"  # the table of settings for every method
 
 
 def names() -> list[str]:
-    """The presets there are."""
+    """The names of all presets."""
     return sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
 
 
 def load(name: str) -> dict[str, dict[str, Any]]:
-    """A preset: method -> option -> value. Raises UserError with the nearest names if there is none."""
+    """A preset: method -> option -> value. Raises UserError with the nearest names for an unknown name."""
     if name not in names():
         raise UserError(f"unknown preset {name!r}: {nearest(name, names())} (or none)")
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())
 
 
 def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The preset that a run takes, and its values: the one named, none, or by default the task's own.
+    """The preset of a run and its values: the named preset, none, or by default the preset of the task.
 
-    values: the options that are set. The arithmetic task's preset is for its own model alone. Raises UserError for a
-    named preset that does not exist or has nothing for the method.
+    values: the options that are set. The arithmetic task's preset applies only to its own model. Raises UserError if
+    the named preset does not exist or has nothing for the method.
     """
     if preset == "none":
         return None, {}
@@ -47,15 +47,15 @@ def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]
 
 
 def settings(table: dict[str, dict[str, Any]], method: str, kind: str) -> dict[str, Any]:
-    """What a preset sets for a method: what it sets for any, as far as the method has the option, and for this one."""
+    """A preset's values for a method: those for any method (if this one has the option), then those for this method."""
     known = {f.name for f in fields(options_of(method, kind))}
     return {name: x for name, x in table.get(ANY, {}).items() if name in known} | table.get(method, {})
 
 
 def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given: Collection[str]) -> str:
-    """The end of an error message about a value that is the preset's and not the user's; else nothing.
+    """The end of an error message if the bad value comes from the preset and not from the user; else nothing.
 
-    tuned: what the preset sets. given: the options that the user sets.
+    tuned: the preset's values. given: the options that the user sets.
     """
     name: str = getattr(error, "option", "")
     if preset is None or name not in tuned or name in given:

@@ -1,4 +1,4 @@
-"""What a run shows as it goes: metrics.jsonl, TensorBoard events, a line on the terminal, and the learning curve."""
+"""Reports of a run: metrics.jsonl, TensorBoard events, the progress line, and the learning curve."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, float]
 
-# TensorBoard's folders, by what a practitioner looks for; all others go to `update`.
+# The TensorBoard folder of each metric; other metrics go to `update`.
 GROUPS = {
     "return": "episodes",
     "length": "episodes",
@@ -48,7 +48,7 @@ class Log:
         self.tensorboard = SummaryWriter(str(directory / "tensorboard"))
 
     def write(self, row: Row) -> None:
-        """One line, and one point of each curve."""
+        """Write one line of metrics.jsonl and one point of each TensorBoard curve."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for name, value in row.items():
@@ -65,7 +65,7 @@ class Log:
 
 @contextmanager
 def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error, where that is a terminal; what it yields moves it on by one and says how it stands."""
+    """A progress bar on standard error, if that is a terminal. Yields a function that adds a step with a status."""
     console = _terminal()
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -80,13 +80,13 @@ def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Ca
 
 
 class ProgressLine:
-    """One line on standard error, where that is a terminal: how far a run is, its newest numbers, the time left."""
+    """A progress line on standard error, if that is a terminal: progress, the newest numbers, the time left."""
 
     def __init__(self, description: str, total: int, show: bool = True) -> None:
         console = _terminal()
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
-            *([BarColumn(bar_width=24)] if console.width >= 110 else []),  # the numbers first
+            *([BarColumn(bar_width=24)] if console.width >= 110 else []),  # the numbers take precedence
             TextColumn("{task.fields[count]}"),
             TextColumn("[cyan]{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
@@ -98,7 +98,7 @@ class ProgressLine:
         self.task = self.progress.add_task(description, total=total, count="", status="")
 
     def update(self, done: float, parts: list[str]) -> None:
-        """Show that `done` of the total are done, and the newest numbers."""
+        """Show that `done` of the total is complete, and the newest numbers."""
         count = f"{_short(done)}/{_short(self.total)}"
         self.progress.update(self.task, completed=done, count=count, status="  ".join(parts))
 
@@ -111,7 +111,7 @@ class ProgressLine:
 
 
 def _terminal() -> Console:
-    """Standard error; a terminal only if it is one, whatever FORCE_COLOR says of colors."""
+    """A console on standard error. FORCE_COLOR does not make it a terminal."""
     return Console(stderr=True, force_terminal=sys.stderr is not None and sys.stderr.isatty())
 
 
@@ -125,7 +125,7 @@ def _short(count: int | float) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a learning curve shows, each as (metric, label). points: dots over the curve, such as evaluations."""
+    """The axes of a learning curve, each a (metric, label). points: dots over the curve, such as evaluations."""
 
     x: tuple[str, str] = ("steps", "environment steps")
     y: tuple[str, str] = ("return", "mean return of the last 100 episodes")
@@ -133,7 +133,7 @@ class Curve:
     length_of: str = "episode"
 
 
-# The panels beside the learning curve, where a run has them: (metric, title).
+# Small panels below the learning curve, for metrics that a run has: (metric, title).
 PANELS = (
     ("entropy", "entropy"),
     ("kl_old", "KL(old, new)"),
@@ -147,14 +147,14 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#777777"
 
 
 def draw_curve(rows: list[Row], title: str, path: Path, curve: Curve | None = None) -> None:
-    """The learning curve as a picture, and small panels beside it."""
+    """Draw the learning curve, with small panels for other metrics."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     curve = curve or Curve()
     x, y, points = curve.x, curve.y, curve.points
     figure = Figure(figsize=(10, 4.8), layout="constrained", dpi=150)
-    # What is there and is more than rounding: the KL to the old policy is 0 where every rollout has one update.
+    # Only metrics above rounding error: the KL to the old policy is 0 if every rollout has one update.
     panels = [(name, label) for name, label in PANELS if any(abs(row.get(name, 0.0)) > 1e-9 for row in rows)][:5]
     left, right = list(np.asarray(figure.subfigures(1, 2, width_ratios=(2.0, 1.0))))
     main = left.subplots()
@@ -163,7 +163,7 @@ def draw_curve(rows: list[Row], title: str, path: Path, curve: Curve | None = No
     curves += [(axes, name, GREY, 1.0) for axes, (name, _) in zip(small, panels, strict=True)]
     for axes, name, color, width in curves:
         at, values = _series(rows, x[0], name)
-        single = "o" if len(at) == 1 else None  # no line to be seen
+        single = "o" if len(at) == 1 else None  # one point draws no line
         axes.plot(
             at,
             values,
@@ -195,7 +195,7 @@ def draw_curve(rows: list[Row], title: str, path: Path, curve: Curve | None = No
         last = values[-1:]
     if last:
         color = BLUE if points is None else ORANGE
-        shown = f"{last[0]:,.1f}" if points is None else f"{last[0]:.3f}"
+        shown = f"{last[0]:,.1f}" if abs(last[0]) >= 10 else f"{last[0]:.3f}"
         main.set_title(shown, loc="right", fontsize=12, fontweight="bold", color=color)
     for axes, (_, label) in zip(small, panels, strict=True):
         axes.set_title(label.format(of=curve.length_of), loc="left", fontsize=9, color="#444444")
@@ -204,6 +204,6 @@ def draw_curve(rows: list[Row], title: str, path: Path, curve: Curve | None = No
 
 
 def _series(rows: list[Row], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Where a metric is known and finite."""
+    """x and y of the rows where the metric y is present and finite."""
     known = [(row[x], row[y]) for row in rows if y in row and math.isfinite(row[y])]
     return [a for a, _ in known], [b for _, b in known]

@@ -1,4 +1,4 @@
-"""`policygrad reward-model`: learn a reward from preferences, judge it on held-out pairs, save it."""
+"""`policygrad reward-model`: learn a reward from preferences, evaluate it on held-out pairs, save it."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import torch
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from policygrad.errors import UserError
+from policygrad.errors import NonFiniteError, UserError
 from policygrad.language import arithmetic, data, models
 from policygrad.language.policies import evaluating, without_dropout
 from policygrad.language.reward_models import (
@@ -39,13 +39,13 @@ from policygrad.updates import ascend
 from policygrad.weights import normalized
 
 ARITHMETIC = "arithmetic"
-PROBLEMS, KEPT_PROBLEMS = 48_000, 512  # of arithmetic; policies are judged on some of the latter, so none is compared
-OWN_LEARNING_RATE, LEARNING_RATE = 5e-4, 1e-5  # of the arithmetic task's own model, and of any other
+PROBLEMS, KEPT_PROBLEMS = 48_000, 512  # arithmetic problems; the kept ones evaluate policies, so no pair uses them
+OWN_LEARNING_RATE, LEARNING_RATE = 5e-4, 1e-5  # for the arithmetic task's own model, and for any other
 
 
 @dataclass
 class PairEvaluation:
-    """How a reward model judges pairs."""
+    """Scores of a reward model on pairs."""
 
     accuracy: float  # how often the chosen completion scores higher
     margin: float  # E[r_chosen - r_rejected]
@@ -53,13 +53,13 @@ class PairEvaluation:
     pairs: int
 
     def line(self) -> str:
-        """In a line."""
+        """The scores as one line."""
         return f"accuracy {self.accuracy:.3f}, margin {self.margin:+.3f}, {self.pairs:,} held-out pairs"
 
 
 @dataclass
 class RewardModelRun:
-    """A reward model that was trained, with how it judged held-out pairs before and after."""
+    """A trained reward model, with its scores on held-out pairs before and after training."""
 
     model: RewardModel
     options: RewardModelOptions
@@ -71,13 +71,13 @@ class RewardModelRun:
     after: PairEvaluation | None = None
 
     def save(self, directory: Path) -> None:
-        """Write the model and its tokenizer in the Hugging Face layout, with a card."""
+        """Write the model and its tokenizer in the Hugging Face layout, with a model card."""
         make_directory(directory)
         models.save_model(self.model.model, self.model.tokenizer, directory)
         (directory / "README.md").write_text(self.card())
 
     def card(self) -> str:
-        """The model card: what it is, how it was made, how well it judges."""
+        """The model card: what the model is, how it was trained, and its scores."""
         base = self.options.model or f"the small model of the task {ARITHMETIC}"
         judged = [f"- {when}: {x.line()}" for when, x in (("before", self.before), ("after", self.after)) if x]
         options = {name: x for name, x in dataclasses.asdict(self.options).items() if x is not None}
@@ -104,7 +104,7 @@ class RewardModelRun:
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
-        """What `policygrad reward-model --json` prints."""
+        """The JSON that `policygrad reward-model --json` prints."""
         return {
             "model": None if self.directory is None else str(self.directory),
             "dataset": self.options.dataset,
@@ -126,11 +126,11 @@ def train_reward_model(
 ) -> RewardModelRun:
     """Train a Bradley-Terry reward model on preferences.
 
-    dataset: arithmetic, which makes its own and needs no model, or a data set with the columns prompt, chosen and
-    rejected. out: a directory to save the model to; None saves nothing. values: any other of RewardModelOptions.
+    dataset: arithmetic, which makes its own preferences and needs no model, or a data set with the columns prompt,
+    chosen and rejected. out: a directory to save the model to; None saves nothing. values: any other field of
+    RewardModelOptions. announce: receives a line about the scores on held-out pairs, before and after training.
 
-    announce: is told how the model judges held-out pairs before and after. Raises UserError for whatever the caller
-    can change, and when training turns NaN or infinite.
+    Raises UserError for every error that the caller can fix, and if training produces NaN or infinity.
     """
     options = with_values(RewardModelOptions(dataset=dataset), values)
     check_bounds(options)
@@ -162,7 +162,7 @@ def train_reward_model(
 
 @contextmanager
 def _seeded(seed: int, threads: int | None) -> Iterator[None]:
-    """torch with a seed and a number of threads (None: as it is); afterwards both are what they were."""
+    """Set torch's seed and number of threads (None: unchanged), and restore both afterwards."""
     before = torch.get_num_threads()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -174,7 +174,7 @@ def _seeded(seed: int, threads: int | None) -> Iterator[None]:
 
 
 def preferences_of(options: RewardModelOptions) -> list[dict[str, Any]]:
-    """The preferences that the options name."""
+    """The preferences from the options."""
     if options.dataset != ARITHMETIC:
         return data.load_preferences(options.dataset, split=options.split)
     problems, _ = arithmetic.splits(PROBLEMS, KEPT_PROBLEMS, seed=0)
@@ -182,7 +182,7 @@ def preferences_of(options: RewardModelOptions) -> list[dict[str, Any]]:
 
 
 def starting_model(options: RewardModelOptions, progress: bool) -> RewardModel:
-    """The model that the options name, under a new head if it has none of its own."""
+    """The model from the options, with a new head if it has none."""
     if options.model is None and options.dataset != ARITHMETIC:
         raise UserError(f"there is no model to train on {options.dataset}: give --model, a directory or a hub id")
     name = options.model
@@ -201,7 +201,7 @@ def starting_model(options: RewardModelOptions, progress: bool) -> RewardModel:
 
 
 def limit_of(model: RewardModel, options: RewardModelOptions) -> int | None:
-    """The most tokens of a prompt and its completion."""
+    """The maximum number of tokens in a prompt and its completion together."""
     context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     return min((x for x in (options.max_length, context) if x is not None), default=None)
 
@@ -209,7 +209,7 @@ def limit_of(model: RewardModel, options: RewardModelOptions) -> int | None:
 def fit_preferences(
     model: RewardModel, pairs: list[Pair], options: RewardModelOptions, *, progress: bool = False
 ) -> list[Row]:
-    """Maximize the likelihood of the preferences by Adam, its rate falling to 0. The metrics of every update."""
+    """Maximize the likelihood of the preferences with Adam, its rate decaying to 0. Returns each update's metrics."""
     rate = options.learning_rate or (LEARNING_RATE if options.model else OWN_LEARNING_RATE)
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     optimizer = Adam(model.model.parameters(), lr=rate, fused=True)
@@ -220,7 +220,10 @@ def fit_preferences(
     with progress_bar("reward model", steps, progress) as advance:
         for part in minibatches(as_batch(len(pairs), options.device), options.batch_size, options.epochs):
             part = part._replace(weight=normalized(part.weight))
-            metrics = update(objective, part)
+            try:
+                metrics = update(objective, part)
+            except NonFiniteError as error:
+                raise UserError(f"training stopped in update {len(rows) + 1}: {error}") from error
             rows.append({name: float(x) for name, x in metrics.items()})
             bad = [f"{name} is {x}" for name, x in rows[-1].items() if not math.isfinite(x)]
             if bad:
@@ -234,7 +237,7 @@ def fit_preferences(
 
 @torch.no_grad()
 def judge(model: RewardModel, pairs: list[Pair], options: RewardModelOptions) -> PairEvaluation | None:
-    """How the model judges pairs; None if there are none."""
+    """The model's scores on the pairs; None if there are no pairs."""
     if not pairs:
         return None
     rows = options.micro_batch or options.batch_size

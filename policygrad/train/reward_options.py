@@ -8,7 +8,7 @@ from policygrad.train.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, SEED, 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelOptions:
-    """Train a Bradley-Terry reward model on preferences: of two answers to a prompt, the chosen is to score higher."""
+    """Train a Bradley-Terry reward model on preferences: the chosen answer should score above the rejected one."""
 
     method: ClassVar[str] = "reward-model"
     world: ClassVar[str] = "language"
@@ -18,30 +18,36 @@ class RewardModelOptions:
         "Preferences: a JSON, JSONL, CSV or Parquet file, or a hub id, with the columns prompt, chosen and rejected; "
         "arithmetic makes its own.",
     )
-    split: str = option("train", "Of a data set that has several.")
+    split: str = option("train", "Split of the data set.")
     model: str | None = option(
-        None, "Any Hugging Face model: a directory or a hub id; by default the arithmetic task's own small one."
+        None, "Hugging Face model, a directory or hub id; by default the arithmetic task's own small one."
     )
-    tokenizer: str | None = option(None, "A directory or hub id; by default the model's.")
+    tokenizer: str | None = option(None, "Tokenizer, a directory or hub id; by default the model's.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
-        "float32", "Of the weights; auto: that of the file."
+        "float32", "Type of the weights; auto: the type in the file."
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
-    held_out: int = option(256, "Pairs kept from training to judge it by.", NOT_NEGATIVE)
+    held_out: int = option(256, "Pairs held out from training for evaluation.", NOT_NEGATIVE)
     max_length: int | None = option(
-        None, "Tokens of a prompt and its answer; a longer pair is refused. By default the model's context.", COUNT
+        None,
+        "Maximum tokens in a prompt and its answer; longer pairs are an error. By default the model's context.",
+        COUNT,
     )
     epochs: int = option(1, "Passes over the pairs.", COUNT)
     batch_size: int = option(64, "Pairs in a gradient step.", COUNT)
-    micro_batch: int | None = option(None, "Pairs computed at a time: less memory, the same gradient.", COUNT)
-    learning_rate: float | None = option(
-        None, "Of Adam; down to 0 linearly. By default 1e-5, and 5e-4 for the arithmetic task's own model.", RATE
+    micro_batch: int | None = option(
+        None, "Pairs computed at a time: smaller saves memory; the gradient is the same.", COUNT
     )
-    max_grad_norm: float = option(1.0, "The gradient is scaled down to this norm.", POSITIVE)
+    learning_rate: float | None = option(
+        None,
+        "Adam learning rate, decaying linearly to 0. By default 1e-5; 5e-4 for the arithmetic task's own model.",
+        RATE,
+    )
+    max_grad_norm: float = option(1.0, "Gradient clipping: maximum norm of the gradient.", POSITIVE)
     center_coefficient: float = option(
-        0.01, "Of (r_chosen + r_rejected)^2: preferences leave the rewards' zero open (Eisenstein et al. 2023).",
+        0.01, "Weight of (r_chosen + r_rejected)^2, which centers the rewards at 0 (Eisenstein et al. 2023).",
         NOT_NEGATIVE,
     )  # fmt: skip
-    seed: int = option(0, "Of the head's first weights and the order of the pairs.", SEED)
-    device: str = option("cpu", "Where the model lives: cpu, cuda, cuda:1, mps.")
-    threads: int | None = option(None, "Of torch on the CPU; by default all.", THREADS)
+    seed: int = option(0, "Random seed of the head's initial weights and of the order of the pairs.", SEED)
+    device: str = option("cpu", "Device of the model: cpu, cuda, cuda:1, mps.")
+    threads: int | None = option(None, "CPU threads of torch; by default all.", THREADS)

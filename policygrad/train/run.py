@@ -1,4 +1,4 @@
-"""A trained policy with its run: judged, saved, and found again, in whatever world."""
+"""A run: a trained policy to evaluate, save and load, on any world."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from policygrad.train.worlds.world import Evaluation, World
 
 @dataclass
 class Run:
-    """A policy that was trained, with what is needed to use it, judge it and save it."""
+    """A trained policy, with everything needed to use, evaluate and save it."""
 
     method: str
     options: Any
@@ -32,12 +32,12 @@ class Run:
     directory: Path | None = None
     metrics: list[Row] = field(default_factory=list)
     seconds: float = 0.0
-    before: Evaluation | None = None  # what the policy scored before and after training, where the world judges it
+    before: Evaluation | None = None  # scores before and after training, if the world evaluates
     after: Evaluation | None = None
 
     @property
     def policy(self) -> Any:
-        """The policy, as it is now."""
+        """The current policy."""
         return self.world.policy
 
     @property
@@ -46,10 +46,10 @@ class Run:
         return self.world.critic
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
-        """Judge the policy as it is.
+        """Evaluate the current policy.
 
-        count: episodes (control; 10), or completions of each held-out prompt (language; as in training). greedy: the
-        mode of the policy instead of samples; by default in control, not in language. On `exact:` worlds J is exact.
+        count: episodes (control; 10), or completions of each held-out prompt (language; as in training). greedy: take
+        the policy's mode instead of samples; the default in control, not in language. On `exact:` worlds J is exact.
         """
         if not 0 <= seed < 2**63:
             raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
@@ -57,7 +57,7 @@ class Run:
             return self.world.evaluate(count, seed=seed, greedy=greedy)
 
     def save(self, directory: Path | str) -> None:
-        """Write the run directory: config.json, what the world keeps of policy and critic, and curve.png."""
+        """Write the run directory: config.json, the world's files of policy and critic, and curve.png."""
         directory = Path(directory)
         make_directory(directory)
         write_json(directory / "config.json", self.configuration())
@@ -71,7 +71,7 @@ class Run:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Run":
-        """The run in a directory, to be used and judged. Raises UserError for a directory without one, or damaged."""
+        """Load the run in a directory, for use and evaluation. Raises UserError if the run is missing or damaged."""
         directory = Path(directory)
         try:
             config = json.loads((directory / "config.json").read_text())
@@ -94,7 +94,7 @@ class Run:
         return run
 
     def configuration(self) -> dict[str, Any]:
-        """All that the run was started with."""
+        """Everything that the run was started with."""
         return {
             "method": self.method,
             "world": self.world.kind,
@@ -105,7 +105,7 @@ class Run:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What `policygrad train --json` prints."""
+        """The JSON that `policygrad train --json` prints."""
         steps = int(self.metrics[-1]["steps"]) if self.metrics else 0
         judged = {"before": self.before, "after": self.after} if self.world.judged else {}
         return {
@@ -124,7 +124,7 @@ class Run:
 
 @contextmanager
 def arithmetic(world: World, threads: int | None) -> Iterator[None]:
-    """torch with the world's precision and a number of threads (None: as it is); afterwards both are what they were."""
+    """Set torch's precision to the world's, and the number of threads (None: unchanged); restore both afterwards."""
     before, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(threads or before)
     torch.set_default_dtype(world.dtype or dtype)
@@ -136,7 +136,7 @@ def arithmetic(world: World, threads: int | None) -> Iterator[None]:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory that can be written. Raises UserError."""
+    """Create a writable directory. Raises UserError if that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").touch()
@@ -146,5 +146,5 @@ def make_directory(directory: Path) -> None:
 
 
 def json_number(x: Any) -> Any:
-    """JSON has no infinity."""
+    """The number, or text if it is infinite or NaN, which JSON does not have."""
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

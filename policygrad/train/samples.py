@@ -1,4 +1,4 @@
-"""Samples of a language model for people: a table to read and a file of all of them."""
+"""Samples of a language model: a table to read, and a file with all of them."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ from policygrad.errors import UserError
 from policygrad.language.rewards import text_of
 
 Row = dict[str, Any]  # prompt, completion, reward, cut, and the data set's columns
-TABLE_TEXT = 240  # characters shown of a prompt or a completion
+TABLE_TEXT = 240  # maximum characters shown of a prompt or a completion
 
 
 def samples_table(rows: Sequence[Row], *, limit: int, console: Console | None = None) -> None:
-    """Print the first `limit` samples. Long texts lose their middle, and a newline is shown as ⏎."""
+    """Print the first `limit` samples. Long texts lose their middle; a newline appears as ⏎."""
     shown = list(rows[: max(limit, 0)])
     if not shown:
         return
@@ -38,9 +38,9 @@ def samples_table(rows: Sequence[Row], *, limit: int, console: Console | None = 
 
 
 def write_samples(path: Path | str, rows: Sequence[Row]) -> None:
-    """Write samples as JSON, one a line. A crash leaves the file as it was: the new one is written beside it first.
+    """Write samples as JSON, one per line. The file is replaced in one step, so a crash leaves the old one.
 
-    JSON has no NaN and no infinity; both are written as null.
+    NaN and infinity become null, since JSON has neither.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".new")
@@ -60,7 +60,7 @@ def write_samples(path: Path | str, rows: Sequence[Row]) -> None:
 
 
 def _shown(said: Any) -> str:
-    """A text or a conversation on one line, without control characters, and without its middle if it is long."""
+    """A text or a conversation as one line, without control characters, and without its middle if it is long."""
     if not isinstance(said, str) and len(said) > 1:
         said = "\n".join(f"{message['role']}: {message['content']}" for message in said)
     text = text_of(said).replace("\n", "⏎").replace("\t", " ")
@@ -74,7 +74,7 @@ def _number(reward: float | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value in terms of JSON: tensors and arrays as lists, and anything that JSON cannot hold as text."""
+    """A value for JSON: tensors and arrays become lists, and anything that JSON cannot hold becomes text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

@@ -24,30 +24,30 @@ from policygrad.train.run import Run, arithmetic, make_directory
 from policygrad.train.worlds import kind_of, world_of
 from policygrad.train.worlds.world import Own
 
-SAVE_SECONDS = 30.0  # between one save of the policy and the next
-ROWS = 1000  # of the metrics that a run keeps, at most
+SAVE_SECONDS = 30.0  # between two saves of the policy
+ROWS = 1000  # maximum rows of metrics in a run
 
 
 class Training:
-    """A run in the making: iterating it trains, and yields the metrics of each iteration.
+    """A training run. Iterating it trains and yields the metrics of each iteration.
 
         training = Training("ppo", "CartPole-v1", steps=100_000)
         for row in training:
             print(row["return"])
         training.run.evaluate()
 
-    method: a name of the table (policygrad.train.methods). task: a Gymnasium id, an environment, a callable that makes
-    one, or a vector environment; arithmetic, or a data set of prompts with `model` and `reward`; exact:chain and its
-    like. out: a directory to write the run to; None writes nothing. preset: the name of tuned settings, "none", or by
-    default the task's own if there are any. policy, critic: modules of one's own for control, or callables that make
-    them of (observation_space, action_space) and (observation_space); of a language model the critic is an option, a
-    text. engine: what samples completions. values: any
-    option of the method (see policygrad.train.options), over the preset's.
+    method: a name from the table of methods (policygrad.train.methods). task: a Gymnasium id, an environment, a
+    callable that makes one, or a vector environment; arithmetic, or a data set of prompts with `model` and `reward`;
+    exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
+    settings, or "none"; by default the task's preset if it has one. policy, critic: for control, your own modules, or
+    callables that make them from (observation_space, action_space) and (observation_space); for language, critic is a
+    text, the option of that name. engine: the function that samples completions. values: any option of the method (see
+    policygrad.train.options); they override the preset.
 
-    The seed decides everything that is random: the same seed gives the same parameters, bit for bit, on the same
-    machine with the same number of threads. torch's global generator is left as it was.
+    The seed determines all random numbers: the same seed gives the same parameters, bit for bit, on the same machine
+    with the same number of threads. torch's global generator is left unchanged.
 
-    Raises UserError for whatever the caller can change, and when training turns NaN or infinite.
+    Raises UserError for every error that the caller can fix, and if training produces NaN or infinity.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Training:
         name = method_named(method).name
         if isinstance(task, Path):
             task = str(task)
-        if isinstance(critic, str):  # of a language model: an option
+        if isinstance(critic, str):  # for a language model, critic is an option
             values["critic"], critic = critic, None
         kind = kind_of(task, values)
         _check_count(task, values)
@@ -83,9 +83,9 @@ class Training:
         self.options = options = self.world.options
         self.run = Run(name, options, self.preset, self.world, directory)
         self.tuned = {option: getattr(options, option) for option in tuned}
-        self.iteration, self.next_row, self.done, self.sound = 0, 0.0, False, True
+        self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = _own_random(options.seed)
-        self.clock, self.last = 0.0, Row()  # seconds in the loop so far, and the newest row
+        self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         try:
             with self._inside():
                 self.world.build(Own(policy, critic, engine), progress)
@@ -96,7 +96,7 @@ class Training:
                 if directory is not None:
                     make_directory(directory)
                     write_json(directory / "config.json", self.run.configuration())
-                    if kind != "language":  # a language model as it was is where it came from
+                    if kind != "language":  # the starting language model is already at its source
                         self.world.save(directory)
                 if self.world.judged:
                     self.run.before = self.world.evaluate()
@@ -109,7 +109,7 @@ class Training:
         return self
 
     def __next__(self) -> Row:
-        """Train for one iteration. Raises StopIteration at the end, and UserError for what is not finite."""
+        """Train for one iteration. Raises StopIteration at the end, and UserError if a number is not finite."""
         if self.done:
             self.close()
             raise StopIteration
@@ -117,7 +117,7 @@ class Training:
         try:
             return self._advance(start)
         except BaseException:
-            self.done = True  # the method has stopped in the middle of an iteration
+            self.done = True  # the method stopped in the middle of an iteration
             raise
 
     def _advance(self, start: float) -> Row:
@@ -140,7 +140,7 @@ class Training:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes as the run goes on."""
+        """Everything that changes during the run."""
         return {
             "iteration": self.iteration,
             "next_row": self.next_row,
@@ -154,7 +154,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What state_dict gave, of a run with the same options."""
+        """Restore the state_dict of a run with the same options."""
         for name in ("iteration", "next_row", "done", "clock"):
             setattr(self, name, state[name])
         self.random = dict(state["random"])
@@ -166,7 +166,7 @@ class Training:
         self.learner.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Give back the environments; the policy stays."""
+        """Close the environments; the policy stays usable."""
         self.world.close()
 
     def __enter__(self) -> "Training":
@@ -176,16 +176,16 @@ class Training:
         self.close()
 
     def _share(self, steps: float, iteration: int) -> float:
-        """How much of the run is done."""
+        """The completed share of the run."""
         shares = [iteration / self.options.iterations] if self.options.iterations else []
         return max([*shares, *([steps / self.options.steps] if self.options.steps else [])])
 
     def _due(self) -> bool:
-        """Will the row of the iteration that is at work be kept?"""
+        """Whether the current iteration's row will be kept."""
         return self._share(float(self.world.decisions()), self.iteration + 1) >= min(self.next_row, 1.0)
 
     def _judge(self, row: Row) -> None:
-        """Evaluate where it is due, into the row."""
+        """Evaluate if it is due, and add the score to the row."""
         name = self.world.judged
         if name is None or self.run.before is None:
             return
@@ -206,19 +206,22 @@ class Training:
         return [group for optimizer in self.learner.optimizers for group in optimizer.param_groups]
 
     def _check(self, row: Row) -> None:
-        """Raise UserError for a metric or a parameter that is not finite; the parameters in one look."""
-        largest = torch._foreach_norm([p.detach() for p in self.world.modules().parameters()], math.inf)
-        self.sound = bool(torch.stack([x.float() for x in largest]).isfinite().all())
+        """Raise UserError for a metric or a parameter that is not finite."""
         at = f"training stopped in iteration {self.iteration}, after {row['steps']:,.0f} steps, because"
-        if not self.sound:
+        if not self.sound():
             raise UserError(f"{at} a parameter is not finite: what was saved before stays; lower the learning rate")
         for name, x in row.items():
             if not math.isfinite(x):
                 raise UserError(f"{at} {name} is {x}: a lower learning_rate or scale_rewards may help")
 
+    def sound(self) -> bool:
+        """Are all parameters finite? In one look."""
+        largest = torch._foreach_norm([p.detach() for p in self.world.modules().parameters()], math.inf)
+        return bool(torch.stack([x.float() for x in largest]).isfinite().all())
+
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """The run's own random numbers, precision and threads; the caller's are left as they were."""
+        """Use the run's own random state, precision and threads; restore the caller's afterwards."""
         cuda = self.options.device.startswith("cuda")
         with torch.random.fork_rng([self.options.device] if cuda else []), arithmetic(self.world, self.options.threads):
             torch.set_rng_state(self.random["cpu"])
@@ -235,14 +238,14 @@ class Training:
 
 
 def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Any) -> Run:
-    """Train a policy to the end. The arguments are those of Training; progress: show a line on the terminal."""
+    """Train a policy to the end. The arguments are those of Training. progress: show a line on the terminal."""
     with Training(method, task, progress=progress, **arguments) as training:
         complete(training, progress)
     return training.run
 
 
 def complete(training: Training, progress: bool = True) -> None:
-    """Train to the end, with rows and policy written to the run's directory, and a line on the terminal."""
+    """Train to the end. Write rows and policy to the run's directory, and show a line on the terminal."""
     run, options = training.run, training.options
     total = options.steps if options.steps and not options.iterations else options.iterations
     description = f"{run.method} {run.world.name}"
@@ -253,7 +256,7 @@ def complete(training: Training, progress: bool = True) -> None:
 
 
 class Recorder:
-    """Writes a run to its directory: the rows that it keeps, the policy every 30 seconds, everything at the end."""
+    """Writes a run to its directory: its rows, the policy every 30 seconds, and everything at the end."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.next_save = training, SAVE_SECONDS
@@ -265,7 +268,7 @@ class Recorder:
             return
         if run.metrics and run.metrics[-1] is row:
             self.log.write(row)
-        if row["seconds"] >= self.next_save:  # what even a killed process leaves
+        if row["seconds"] >= self.next_save:  # so that a killed process leaves a policy
             run.world.save(run.directory)
             self.next_save = row["seconds"] + SAVE_SECONDS
 
@@ -277,12 +280,12 @@ class Recorder:
         if self.log is None or run.directory is None:
             return
         self.log.__exit__(*error)
-        if self.training.sound:
+        if self.training.sound():  # also where it stopped in the middle of an iteration
             run.save(run.directory)
 
 
 def _as_row(metrics: dict[str, Tensor | float]) -> Row:
-    """Numbers, read from each device at once."""
+    """The metrics as numbers, with one transfer per device."""
     row = {name: float(x) for name, x in metrics.items() if not isinstance(x, Tensor)}
     tensors = {name: x.detach() for name, x in metrics.items() if isinstance(x, Tensor)}
     for device in {x.device for x in tensors.values()}:
@@ -292,7 +295,7 @@ def _as_row(metrics: dict[str, Tensor | float]) -> Row:
 
 
 def _worded(iterations: Any, iteration: int) -> Iterator[Any]:
-    """The next iteration, with a NaN inside torch or a gradient as one line for the user."""
+    """The next iteration. A NaN in torch or in a gradient becomes a UserError of one line."""
     try:
         yield next(iterations)
     except NonFiniteError as error:
@@ -307,12 +310,12 @@ def _worded(iterations: Any, iteration: int) -> Iterator[Any]:
 
 
 def _own_random(seed: int) -> dict[str, Tensor]:
-    """The state of torch's generator after a seed, without setting it."""
+    """The state of torch's generator after seeding, without changing the global one."""
     return {"cpu": torch.Generator().manual_seed(seed).get_state()}
 
 
 def _check_count(task: Any, values: dict[str, Any]) -> None:
-    """Environments that are handed in say how many they are."""
+    """Set num_envs from the given environments. Raises OptionError if the option contradicts them."""
     if isinstance(task, gymnasium.Env | VectorEnv):
         count = getattr(task, "num_envs", 1)
         if values.setdefault("num_envs", count) != count:
@@ -322,7 +325,7 @@ def _check_count(task: Any, values: dict[str, Any]) -> None:
 
 
 def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> None:
-    """Raise UserError for an option of the networks made here where the user's own take their place."""
+    """Raise UserError for an option of the default networks if the user's own modules replace them."""
     own_policy = policy is not None
     both = own_policy and (critic is not None or not has_critic(options))
     unread = {"squash": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
@@ -333,7 +336,7 @@ def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> 
 
 
 def check_device(name: str) -> None:
-    """Raise UserError for a device that cannot be used here."""
+    """Raise UserError for a device that cannot be used."""
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -341,6 +344,6 @@ def check_device(name: str) -> None:
 
 
 def check_empty(directory: Path | None) -> None:
-    """Raise UserError for a directory that holds something."""
+    """Raise UserError for a directory that is not empty."""
     if directory is not None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty, and nothing is overwritten: choose another directory")

@@ -49,7 +49,7 @@ def test_the_rebuilt_policy_does_what_the_saved_one_does(options: dict[str, Any]
     a, b = run.policy(obs), policy(obs)
     assert torch.equal(a.mode, b.mode)
     assert torch.equal(a.log_prob(a.mode), b.log_prob(a.mode))
-    np.testing.assert_array_equal(run.policy.to_environment(a.mode[:, 0]), policy.to_environment(b.mode[:, 0]))
+    np.testing.assert_array_equal(a.to_environment(a.mode), b.to_environment(b.mode))
     assert run.evaluate(5) == pg.Run.load(tmp_path).evaluate(5)
     assert run.evaluate(5, greedy=False) == pg.Run.load(tmp_path).evaluate(5, greedy=False)
 
@@ -219,8 +219,8 @@ def test_an_environment_without_an_id_is_evaluated_from_python(tmp_path: Path) -
     with pytest.raises(UserError, match=r"load_policy"):
         pg.Run.load(tmp_path).evaluate(1)
     policy, _ = pg.load_policy(tmp_path)
-    returns, lengths = pg.evaluate(policy, pg.make_environments(limited(Known, 8), 2), 4)
-    assert len(returns) == len(lengths) == 4
+    found = pg.evaluate(policy, pg.make_environments(limited(Known, 8), 2), 4)
+    assert found.episodes == len(found.returns) == len(found.lengths) == 4
 
 
 def test_a_module_without_a_description_is_kept_by_its_tensors(tmp_path: Path) -> None:

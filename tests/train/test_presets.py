@@ -1,4 +1,4 @@
-"""Presets: every file fits its methodss and its environment, and the right one is taken."""
+"""Presets: every file fits its methods and its environment, and the right one is taken."""
 
 import gymnasium
 import pytest
@@ -31,8 +31,7 @@ TASKS = {"arithmetic"}  # of language models
 def test_the_promised_presets_are_there() -> None:
     assert set(presets.names()) >= PROMISED | TASKS
     assert all("ppo" in presets.load(name) for name in PROMISED)
-    of_groups = {name for name, method in METHODS.items() if method.objective == "grpo"}
-    assert set(presets.load("arithmetic")) >= of_groups | {"ppo"}
+    assert all(presets.choose(None, method, "arithmetic", {})[0] == "arithmetic" for method in METHODS)
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -40,13 +39,19 @@ def test_it_is_named_for_an_environment_or_a_task(name: str) -> None:
     assert name in {*gymnasium.registry, *TASKS}
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name in presets.names() for method in presets.load(name)]
-)
+def settings(name: str) -> list[str]:
+    """The methods that a preset is for."""
+    return list(METHODS) if presets.ANY in presets.load(name) else list(presets.load(name))
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in presets.names() for method in settings(name)])
 def test_every_setting_is_a_possible_option_of_its_method(name: str, method: str) -> None:
-    tuned = presets.load(name)[method]
+    chosen, tuned = presets.choose(name, method, name, {})
+    assert chosen == name
+    assert tuned.items() >= presets.load(name).get(method, {}).items()
     defaults = options_of(method, "language" if name in TASKS else "control")()
-    validate(with_values(defaults, tuned), defaults)
+    for_any = {option: x for option, x in tuned.items() if option not in presets.load(name).get(method, {})}
+    validate(with_values(defaults, tuned), with_values(defaults, for_any))
     assert not {"seed", "device", "threads", "steps"} & set(tuned), "these are the user's"
 
 
@@ -73,7 +78,7 @@ def test_an_unknown_one_gives_the_nearest() -> None:
         presets.load("CartPole-v2")
 
 
-def test_one_without_the_algorithm_says_which_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_without_the_method_says_which_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "load", lambda name: {"ppo": {}, "trpo": {}})
     with pytest.raises(UserError, match=r"no settings for npg, only for ppo, trpo"):
         presets.choose("CartPole-v1", "npg", "CartPole-v1", {})
@@ -99,12 +104,17 @@ def test_without_a_preset_the_defaults_are_the_methods() -> None:
 
 
 def test_a_preset_for_another_world_is_refused_by_its_name() -> None:
-    with pytest.raises(
-        OptionError, match="preset arithmetic: grpo has no option 'prompts_per_rollout' on exact"
-    ) as raised:
-        pg.train("grpo", "exact:chain", preset="arithmetic", progress=False)
-    assert raised.value.option == "prompts_per_rollout"
+    said = "preset CartPole-v1: ppo has no option 'num_steps' on exact"
+    with pytest.raises(OptionError, match=said) as raised:
+        pg.train("ppo", "exact:chain", preset="CartPole-v1", progress=False)
+    assert raised.value.option == "num_steps"
     assert len(str(raised.value)) <= 200
+
+
+def test_what_is_set_for_any_method_is_set_where_a_method_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "load", lambda name: {"any": {"epochs": 2, "num_envs": 4}, "ppo": {"epochs": 3}})
+    found = {m: presets.choose("CartPole-v1", m, "CartPole-v1", {})[1] for m in ("ppo", "grpo", "trpo")}
+    assert found == {"ppo": {"epochs": 3, "num_envs": 4}, "grpo": {"epochs": 2, "num_envs": 4}, "trpo": {"num_envs": 4}}
 
 
 def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:

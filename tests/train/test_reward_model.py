@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from policygrad.runs.language import reward_model
-from policygrad.runs.language.reward_model import RewardModelRun, train_reward_model
-from policygrad.runs.language.training import train_language
 from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import policygrad as pg
 from policygrad.cli import main
 from policygrad.errors import UserError
 from policygrad.language import arithmetic, models
 from policygrad.language.reward_models import RewardModel
+from policygrad.train import reward_model
+from policygrad.train.reward_model import RewardModelRun, train_reward_model
 from policygrad.updates import ascend
 
 
@@ -88,9 +88,9 @@ def start(small: dict) -> torch.Tensor:
 def test_the_learning_rate_falls_to_nothing(small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
-    def watched(objective: Any, batch: Any, optimizer: Any, **options: Any) -> Any:
-        rates.append(optimizer.param_groups[0]["lr"])
-        return ascend(objective, batch, optimizer, **options)
+    def watched(optimizer: Any, **options: Any) -> Any:
+        update = ascend(optimizer, **options)
+        return lambda *step: rates.append(optimizer.param_groups[0]["lr"]) or update(*step)
 
     monkeypatch.setattr(reward_model, "ascend", watched)
     train_reward_model(**small | {"learning_rate": 1e-3})
@@ -116,7 +116,7 @@ def test_training_goes_on_from_a_reward_model(small: dict, tmp_path: Path) -> No
 def test_a_policy_is_trained_on_it(small: dict, prompts: Path, tmp_path: Path) -> None:
     """The whole of RLHF: preferences, reward model, PPO with its KL penalty."""
     train_reward_model(**small | {"learning_rate": 1e-2}, epochs=3, out=tmp_path / "sevens")
-    run = train_language(
+    run = pg.train(
         "ppo",
         model=small["model"],
         dataset=str(prompts),
@@ -129,7 +129,7 @@ def test_a_policy_is_trained_on_it(small: dict, prompts: Path, tmp_path: Path) -
         held_out=8,
         learning_rate=1e-2,
         critic_learning_rate=1e-2,
-        kl_coefficient=0.01,
+        kl_ref_coefficient=0.01,
         threads=1,
         progress=False,
     )
@@ -137,7 +137,7 @@ def test_a_policy_is_trained_on_it(small: dict, prompts: Path, tmp_path: Path) -
     assert run.after is not None
     assert run.after.reward > run.before.reward + 0.3
     assert list(run.after.parts) == ["sevens"]
-    assert run.metrics[-1]["kl_reference"] > run.metrics[1]["kl_reference"]
+    assert run.metrics[-1]["kl_ref"] > run.metrics[1]["kl_ref"]
 
 
 # The arithmetic task's own.
@@ -209,7 +209,7 @@ def test_the_command_says_what_it_did(small: dict, tmp_path: Path, capsys: Any) 
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be more than 0"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
-        ({"centre_coefficient": -1.0}, "centre_coefficient is -1.0: it must be 0 or more"),
+        ({"center_coefficient": -1.0}, "center_coefficient is -1.0: it must be 0 or more"),
         ({"held_out": 40}, "40 of 40 examples cannot be held out: leave at least one to train on"),
         ({"max_length": 5}, "the pair of row 0 has 7 tokens and the limit is 5: raise max_length or leave the row out"),
         ({"model": None}, "there is no model to train on DATA: give --model, a directory or a hub id"),
@@ -217,7 +217,7 @@ def test_the_command_says_what_it_did(small: dict, tmp_path: Path, capsys: Any) 
         ({"dataset": "/nowhere.jsonl"}, "there is no file /nowhere.jsonl: check the path"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used: "),
         ({"learning_rate": 1e30}, "training stopped in update "),
-        ({"shuffle": True}, "RewardModelOptions has no option 'shuffle': "),
+        ({"shuffle": True}, "reward-model has no option 'shuffle': "),
     ],
 )
 def test_mistakes_are_said_in_one_line(small: dict, change: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The worlds: control, language and exact, behind one interface. No torch here: a task is named before work starts."""
+"""The worlds control, language and exact, behind one interface. No torch here: naming a world must be instant."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ PROMPTS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def kind_of(task: Any, values: Any) -> str:
-    """Which world a task is of: `exact:NAME` exact, arithmetic or a data set of prompts language, all else control.
+    """The world of a task: exact for `exact:NAME`, language for arithmetic or a data set of prompts, else control.
 
-    values: the options set, by name; --model or --dataset mean language. Raises UserError if nothing names a task.
+    values: the given options, by name; model or dataset means language. Raises UserError if nothing names a task.
     """
     if isinstance(task, str) and task.startswith("exact:"):
         return "exact"
@@ -24,7 +24,7 @@ def kind_of(task: Any, values: Any) -> str:
 
 
 def world_of(kind: str) -> Any:
-    """The class of a world, imported when it is needed."""
+    """The class of a world, imported on demand."""
     if kind == "exact":
         from policygrad.train.worlds.exact import ExactWorld
 

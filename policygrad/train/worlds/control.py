@@ -55,7 +55,7 @@ class ControlWorld(World):
         if own.critic is None:
             self.critic = Critic(observation_space, **shape)
         else:
-            # A critic that shares the policy's optimizer may be left as it is.
+            # A critic without a fit of its own may be frozen.
             learns = hasattr(options, "critic_epochs")
             self.critic = own_module("critic", own.critic, observation_space, learns=learns)
         self.critic.to(options.device)
@@ -92,7 +92,7 @@ class ControlWorld(World):
         save_policy(directory, self.policy, self.critic, self.normalizer)
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
-        """Play `count` whole episodes, 10 by default: the mode of the policy, or with its noise if not `greedy`."""
+        """Play `count` whole episodes (10 by default) with the policy's mode, or with samples if not `greedy`."""
         if self.task is None:
             raise UserError(
                 "this run was trained on an environment without an id: load the policy with policygrad.load_policy, "
@@ -123,7 +123,7 @@ class ControlWorld(World):
         return Curve()
 
     def summary(self, rows: list[Row]) -> dict[str, Any]:
-        """return_mean and return_std are of the last 100 training episodes."""
+        """return_mean and return_std cover the last 100 training episodes."""
         recent = np.array(self._recent())
         return {
             "episodes": int(rows[-1]["episodes"]) if rows else 0,
@@ -153,7 +153,7 @@ class ControlWorld(World):
 
 
 def own_module(name: str, module: Any, *spaces: gymnasium.Space, learns: bool = True) -> nn.Module:
-    """A module of the user's own. Raises UserError for what is none, or has nothing to learn."""
+    """The user's own module. Raises UserError if it is not a module or has nothing to learn."""
     made = module if isinstance(module, nn.Module) or not callable(module) else module(*spaces)
     if not isinstance(made, nn.Module):
         takes = "(observation_space, action_space)" if name == "policy" else "(observation_space)"
@@ -164,7 +164,7 @@ def own_module(name: str, module: Any, *spaces: gymnasium.Space, learns: bool = 
 
 
 def observations(space: gymnasium.Space, rows: int = 4, steps: int = 4) -> Tensor:
-    """Random observations [rows, steps, ...] of a space, its own generator left as it is."""
+    """Random observations [rows, steps, ...] of a space. The space's own generator is left unchanged."""
     generator = np.random.default_rng(0)
     shape = (rows, steps, *(space.shape or ()))
     if isinstance(space, gymnasium.spaces.Discrete):

@@ -1,4 +1,4 @@
-"""Small worlds in closed form: what a policy is worth is a number, not an estimate."""
+"""Small worlds in closed form: a policy's return is computed exactly."""
 
 import dataclasses
 from dataclasses import asdict, dataclass
@@ -18,28 +18,28 @@ from policygrad.train.options import has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
 
-HORIZON = 100  # of a world without a time limit
-COMPLETIONS = 4  # of each prompt of `exact:tokens`
+HORIZON = 100  # steps, for a world without a time limit
+COMPLETIONS = 4  # for each prompt of `exact:tokens`
 
 
 @dataclass
 class Evaluation:
-    """The discounted return J of a policy from the world's start, in closed form, and the best there is."""
+    """The discounted return J of a policy in closed form, and the optimal J."""
 
     score: float
     best: float
 
     def line(self) -> str:
-        """In a line."""
+        """The result as one line."""
         return f"J = {self.score:.4f} of at most {self.best:.4f}, exactly"
 
     def summary(self) -> dict[str, Any]:
-        """In terms of JSON."""
+        """The result for JSON."""
         return asdict(self)
 
 
 class ExactWorld(World):
-    """`exact:chain`, bandit, cliff, garnet, two_states, or tokens; tabular policy and critic, in float64."""
+    """`exact:` chain, bandit, cliff, garnet, two_states or tokens, with a tabular policy and critic in float64."""
 
     kind = "exact"
     dtype = torch.float64
@@ -85,7 +85,7 @@ class ExactWorld(World):
         save_tensors(directory / "policy.safetensors", self.modules())
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
-        """J of the policy with its noise, exactly. `count` and `greedy` have no meaning here, and are refused."""
+        """The exact J of the stochastic policy. Raises UserError for `count` and `greedy`, which do not apply."""
         if count is not None or greedy is not None:
             raise UserError(
                 f"{self.name} is evaluated exactly, not by samples: leave the number of them and greedy out"
@@ -100,10 +100,11 @@ class ExactWorld(World):
         return self.sample.steps
 
     def status(self, row: Row) -> list[str]:
-        return [f"return {row['return']:,.3f}", f"{row['steps_per_second']:,.0f} steps/s"]
+        known = [f"J {row['expected_return']:.4f}"] if "expected_return" in row else []
+        return [*known, f"return {row['return']:,.3f}", f"{row['steps_per_second']:,.0f} steps/s"]
 
     def curve(self) -> Curve:
-        return Curve(y=("return", "mean return of a rollout, undiscounted"), points=("expected_return", "J, exact"))
+        return Curve(y=("expected_return", "J of the policy, in closed form"))
 
     def summary(self, rows: list[Row]) -> dict[str, Any]:
         return {"return_mean": rows[-1].get("return") if rows else None}

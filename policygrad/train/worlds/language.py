@@ -1,4 +1,4 @@
-"""Language: Hugging Face causal language models on prompts that something judges."""
+"""Language: Hugging Face causal language models on prompts with rewards."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ from policygrad.train.samples import write_samples
 from policygrad.train.worlds.world import Own, World
 
 ARITHMETIC = "arithmetic"
-TRAINED_ON = 8000  # arithmetic problems, in the demonstrations and in training
+TRAINED_ON = 8000  # arithmetic problems for the demonstrations and for training
 
 
 class LanguageWorld(World):
-    """The task `arithmetic`, which needs nothing else, or a data set of prompts with a model and rewards."""
+    """The task `arithmetic`, which needs no files, or a data set of prompts with a model and rewards."""
 
     kind = "language"
     policy: LanguagePolicy
@@ -41,7 +41,7 @@ class LanguageWorld(World):
 
     @property
     def judged(self) -> str | None:  # type: ignore[override]
-        """The mean reward on held-out prompts, if there are any."""
+        """The metric of evaluation, the mean reward on held-out prompts, if there are any."""
         return None if self.prompts.held_out is None else "held_out"
 
     def build(self, own: Own, progress: bool) -> None:
@@ -95,7 +95,7 @@ class LanguageWorld(World):
         names += ["device", "temperature", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing"]
         given: dict[str, Any] = {name: getattr(options, name) for name in names}
         if self._natural():
-            given["chunk"] = 2**40  # logits in pieces have no second derivative
+            given["chunk"] = 2**40  # chunked logits have no second derivative
         return task_of(self.name, model, tokenizer, train, held_out, functions, autocast=self._autocast(), **given)
 
     def _model(self, progress: bool) -> tuple[nn.Module, Any]:
@@ -131,7 +131,7 @@ class LanguageWorld(World):
         )
 
     def _natural(self) -> bool:
-        """Is the gradient differentiated once more?"""
+        """Whether the update needs second derivatives."""
         return METHODS[self.options.method].update != "ascend"
 
     def _autocast(self) -> torch.dtype | None:
@@ -151,7 +151,7 @@ class LanguageWorld(World):
                 models.load_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
 
     def save(self, directory: Path) -> None:
-        """model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""
+        """Write model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""
         models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model")
         if self.critic is not None:
             models.save_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ class LanguageWorld(World):
         return reference_of(self.policy)
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
-        """Answer the held-out prompts, each `count` times, sampled unless `greedy`."""
+        """Answer each held-out prompt `count` times, with samples unless `greedy`."""
         completions = self.options.evaluation_completions if count is None else count
         if completions < 1:
             raise UserError(f"completions is {completions}: it must be at least 1")
@@ -184,7 +184,7 @@ class LanguageWorld(World):
         return self.sample.steps
 
     def speeds(self, row: Row, before: Row, seconds: float) -> Row:
-        """Tokens per second of sampling and of learning, of this iteration."""
+        """Tokens per second of sampling and of learning in this iteration."""
         tokens, sampling = (
             row["steps"] - before.get("steps", 0.0),
             row["sampling_seconds"] * row.get("sampling_rounds", 1.0),
@@ -196,7 +196,7 @@ class LanguageWorld(World):
         }
 
     def status(self, row: Row) -> list[str]:
-        """A rollout that teaches nothing says so, since its objective of 0 would not."""
+        """The newest numbers, with a note if all groups are flat, because the objective would not show it."""
         parts = [f"reward {row['reward']:.3f}"]
         parts += [f"held-out {row['held_out']:.3f}"] if "held_out" in row else []
         parts += [f"KL(ref) {row['kl_ref']:.4f}"] if "kl_ref" in row else []
@@ -248,7 +248,7 @@ class LanguageWorld(World):
 
 
 def card(run: Any) -> str:
-    """The model card: what it is, how it was made, what it scored."""
+    """The model card: what the model is, how it was trained, and its scores."""
     options = run.configuration()["options"]
     base = options["model"] or f"the small model of the task {run.world.name}"
     judged = (("before", run.before), ("after", run.after))

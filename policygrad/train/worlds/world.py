@@ -1,4 +1,4 @@
-"""What training needs to know of a world: its policy, critic and sampler, and how to judge, keep and describe them."""
+"""The interface of a world: its policy, critic and sampler, and how to evaluate, save and describe them."""
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
@@ -14,34 +14,34 @@ from policygrad.train.reports import Curve, Row
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """What a policy scored."""
+    """The result of evaluating a policy."""
 
     @property
     def score(self) -> float:
-        """The one number: mean return, or mean reward."""
+        """The main number: mean return, or mean reward."""
 
     def line(self) -> str:
-        """In a line."""
+        """The result as one line."""
 
     def summary(self) -> dict[str, Any]:
-        """In terms of JSON."""
+        """The result for JSON."""
 
 
 @dataclass
 class Own:
-    """What a user hands in instead of what the world would make."""
+    """The user's own objects, which replace the world's defaults."""
 
     policy: Any = None  # a module, or a function that makes one
     critic: Any = None
-    engine: Any = None  # what samples completions
+    engine: Any = None  # the function that samples completions
 
 
 class World(ABC):
-    """A task with its options. `build` makes what is to be trained, or `load` what was; then it can be judged."""
+    """A task with its options. Call `build` to make new modules or `load` to read trained ones, then `evaluate`."""
 
     kind: ClassVar[str]
-    dtype: ClassVar[torch.dtype | None] = None  # of whatever is made without one; None: torch's default
-    judged: str | None = None  # what the score before, during and after training is called; None: it is not judged
+    dtype: ClassVar[torch.dtype | None] = None  # default dtype of new tensors; None: torch's default
+    judged: str | None = None  # the metric name of the evaluation score in training; None: no evaluation in training
     policy: nn.Module
     critic: nn.Module | None = None
     sample: Any  # the sampler, with `steps` (decisions so far) and a state_dict
@@ -52,43 +52,43 @@ class World(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the task is called."""
+        """The name of the task."""
 
     @abstractmethod
     def build(self, own: Own, progress: bool) -> None:
-        """Make policy, critic and sampler as the options say; random numbers come from torch's global generator."""
+        """Make policy, critic and sampler from the options. Random numbers come from torch's global generator."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Take policy, critic and what belongs to them from a run directory. Raises UserError."""
+        """Load policy, critic and their state from a run directory. Raises UserError if that fails."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write them to a run directory, each file whole or not at all."""
+        """Write policy, critic and their state to a run directory, each file atomically."""
 
     @abstractmethod
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
-        """Judge the policy as it is, on `count` episodes or completions a prompt, with random numbers of its own."""
+        """Evaluate the current policy on `count` episodes, or completions per prompt, with its own random numbers."""
 
     @abstractmethod
     def decisions(self) -> int:
-        """How many the sampler has taken so far."""
+        """The number of decisions that the sampler has taken so far."""
 
     def reference(self) -> nn.Module:
-        """The policy as it is now, frozen."""
+        """A frozen copy of the current policy."""
         return deepcopy(self.policy).requires_grad_(False)
 
     def modules(self) -> nn.ModuleDict:
-        """What is trained."""
+        """The modules to train."""
         critic = {} if self.critic is None else {"critic": self.critic}
         return nn.ModuleDict({"policy": self.policy, **critic})
 
     def solved(self, row: Row) -> bool:
-        """May training stop early?"""
+        """Whether training can stop early."""
         return False
 
     def speeds(self, row: Row, before: Row, seconds: float) -> Row:
-        """How fast the iteration was. seconds: what it took; row["seconds"]: since training began."""
+        """The speed of the iteration. seconds: its duration; row["seconds"]: the time since training began."""
         return {"steps_per_second": row["steps"] / max(row["seconds"], 1e-9)}
 
     @abstractmethod
@@ -97,28 +97,28 @@ class World(ABC):
 
     @abstractmethod
     def curve(self) -> Curve:
-        """What the learning curve shows."""
+        """The axes of the learning curve."""
 
     @abstractmethod
     def summary(self, rows: list[Row]) -> dict[str, Any]:
-        """What `policygrad train --json` says of this world."""
+        """This world's part of the JSON of `policygrad train --json`."""
 
     @abstractmethod
     def result(self, rows: list[Row], seconds: float) -> str:
-        """What training came to, in a line."""
+        """The result of training as one line."""
 
     def notes(self, run: Any) -> list[str]:
-        """What a reader of the result should know."""
+        """Notes to print below the result."""
         return []
 
     def stored(self) -> str | None:
-        """The task as config.json keeps it; None if it has no name to find it by."""
+        """The task as config.json stores it; None if it has no name."""
         return self.task if isinstance(self.task, str) else None
 
     def versions(self) -> dict[str, str]:
-        """Of the packages that decide the numbers."""
+        """Versions of the packages that affect the results."""
         return {"torch": torch.__version__}
 
     def close(self) -> None:
-        """Give back what was opened."""
+        """Release open resources."""
         return

@@ -1,0 +1,179 @@
+"""What the options of a method do to it, by their own definition."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from outcomes import parameters
+
+import policygrad as pg
+from policygrad.errors import UserError
+from policygrad.train.options import EPISODIC, options_of
+from policygrad.train.run import Run
+
+
+def small(method: str, **options: Any) -> dict[str, Any]:
+    """Options of a run that takes a fraction of a second, as far as the method has them."""
+    size = {"hidden": (8,), "num_envs": 4, "num_steps": 16, "steps": 128, "minibatch_size": 16, "epochs": 4}
+    rate = {"learning_rate": 0.01, "critic_learning_rate": 0.01}
+    kind = options_of(method, "control")
+    known = {f.name for f in dataclasses.fields(kind)}
+    if options.get("credit", kind().credit) in EPISODIC:
+        known.remove("num_steps")
+    if not (options.get("baseline", "value") == "value" and kind().credit != "group"):
+        known.remove("critic_learning_rate")
+    if "minibatch_size" not in known:
+        size.pop("epochs")
+    return {name: x for name, x in {**size, **rate}.items() if name in known} | {"progress": False} | options
+
+
+def run(method: str, **options: Any) -> Run:
+    return pg.train(method, "probes:Known-v0", **small(method, **options))
+
+
+def column(run: Run, name: str) -> list[float]:
+    return [row[name] for row in run.metrics]
+
+
+def test_the_penalty_doubles_while_kl_is_above_its_target() -> None:
+    beta = column(run("ppo", kl_old_coefficient=0.1, kl_old_target=1e-9), "kl_old_coefficient")
+    assert beta == pytest.approx([0.1 * 2**k for k in range(len(beta))])
+
+
+def test_the_penalty_halves_while_kl_is_below_its_target() -> None:
+    beta = column(run("ppo", kl_old_coefficient=0.1, kl_old_target=1e9), "kl_old_coefficient")
+    assert beta == pytest.approx([0.1 / 2**k for k in range(len(beta))])
+
+
+def test_the_penalty_follows_the_kl_of_the_whole_update() -> None:
+    """With one minibatch the KL measured in the step is 0, whatever the step does (Schulman et al. 2017, section 4)."""
+    one = {"epochs": 1, "minibatch_size": 64}
+    rows = run("ppo", **one, kl_old_coefficient=0.1, kl_old_target=1e-9).metrics
+    assert all(row["kl_old"] > 1e-6 and row["effective_sample_size"] < 1 for row in rows)
+    assert [row["kl_old_coefficient"] for row in rows] == pytest.approx([0.1 * 2**k for k in range(len(rows))])
+
+
+def test_the_penalty_stays_without_a_target() -> None:
+    assert set(column(run("ppo", kl_old_coefficient=0.5), "kl_old_coefficient")) == {0.5}
+
+
+def test_a_strong_penalty_keeps_the_policy_near() -> None:
+    free, held = (run("ppo", clip_low=math.inf, clip_high=math.inf, kl_old_coefficient=beta) for beta in (1e-9, 100.0))
+    assert max(column(held, "kl_old")) < 0.2 * max(column(free, "kl_old"))
+
+
+def test_a_target_kl_ends_the_epochs_early() -> None:
+    full = column(run("ppo"), "updates")
+    assert set(full) == {4 * 4}
+    assert set(column(run("ppo", target_kl=1e-9), "updates")) <= {2, 3, 4}, "the first minibatch is at the old policy"
+
+
+def test_clipping_nothing_is_a_very_wide_clip() -> None:
+    assert torch.equal(
+        parameters(run("ppo", clip_low=math.inf, clip_high=math.inf)),
+        parameters(run("ppo", clip_low=1e9, clip_high=1e9)),
+    )
+
+
+def test_bounds_of_infinity_are_bounds_that_are_never_reached() -> None:
+    plain = parameters(run("ppo"))
+    for option in ("value_clip", "dual_clip", "max_grad_norm"):
+        infinite, wide = parameters(run("ppo", **{option: math.inf})), parameters(run("ppo", **{option: 1e9}))
+        assert torch.equal(infinite, wide), option
+        assert torch.equal(infinite, plain) == (option != "max_grad_norm"), option
+
+
+def test_each_normalize_advantages_is_its_own() -> None:
+    results = [parameters(run("ppo", normalize_advantages=x)) for x in ("minibatch", "batch", "none")]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(results[i], results[j])
+
+
+def test_over_one_minibatch_that_is_the_batch_both_normalizations_agree() -> None:
+    one = {"minibatch_size": 64, "epochs": 1, "steps": 1}
+    a, b = (parameters(run("ppo", normalize_advantages=x, **one)) for x in ("minibatch", "batch"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_normalized_advantages_do_not_care_for_the_scale_of_the_objective() -> None:
+    for method, off in (("trpo", {"normalize_advantages": "none"}), ("npg", {"normalize_advantages": "none"})):
+        a, b = run(method, steps=1), run(method, steps=1, **off)
+        assert not torch.equal(parameters(a), parameters(b))
+        assert column(a, "improvement")[0] < column(b, "improvement")[0], "these rewards spread by more than 1"
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce", "actor_critic", "off_policy_actor_critic", "trpo", "dr_grpo"])
+def test_the_linear_schedule_ends_at_0(method: str) -> None:
+    """The rate of each iteration is what is left of the steps when it begins."""
+
+    def rates(**schedule: Any) -> list[list[float]]:
+        training = pg.Training(method, "probes:Known-v0", **small(method, steps=300, **schedule))
+        groups = [group for optimizer in training.learner.optimizers for group in optimizer.param_groups]
+        found = [[group["lr"] for group in groups]]
+        for row in training:
+            steps.append(row["steps"])
+            found.append([group["lr"] for group in groups])
+        return found
+
+    steps = [0.0]
+    linear = rates(learning_rate_schedule="linear")
+    assert len(linear) > 3
+    for rate, done in zip(linear, steps, strict=True):
+        assert rate == pytest.approx([x * max(0.0, 1 - done / 300) for x in linear[0]])
+    assert set(linear[-1]) == {0.0}
+    assert all(rate == linear[0] for rate in rates())
+
+
+def test_the_gradient_is_scaled_down_to_its_bound() -> None:
+    a, b = run("actor_critic", max_grad_norm=1e-4, steps=1), run("actor_critic", max_grad_norm=1e9, steps=1)
+    assert column(a, "gradient_norm") == column(b, "gradient_norm"), "it is reported as it was"
+    assert not torch.equal(parameters(a), parameters(b))
+
+
+def test_an_entropy_bonus_keeps_the_policy_random() -> None:
+    for method in ("ppo", "actor_critic", "off_policy_actor_critic", "reinforce"):
+        plain, bonus = (run(method, entropy_coefficient=c) for c in (0.0, 10.0))
+        assert column(bonus, "entropy")[-1] > column(plain, "entropy")[-1]
+
+
+def test_reinforce_with_the_factor_gamma_to_the_t_is_the_same_only_if_gamma_is_1() -> None:
+    for gamma in (1.0, 0.5):
+        a, b = (run("reinforce", gamma=gamma, discounted=x, baseline="none") for x in (False, True))
+        assert torch.equal(parameters(a), parameters(b)) == (gamma == 1.0)
+
+
+def test_a_trajectory_return_is_not_discounted_twice() -> None:
+    with pytest.raises(UserError, match="discounted"):
+        run("reinforce", discounted=True, credit="trajectory_return")
+
+
+def test_n_step_with_n_beyond_the_row_is_monte_carlo() -> None:
+    a = run("actor_critic", credit="n_step", n=99)
+    b = run("actor_critic", credit="monte_carlo")
+    c = run("actor_critic", credit="gae", lam=1.0)
+    torch.testing.assert_close(parameters(a), parameters(b), rtol=1e-4, atol=1e-5)
+    assert torch.equal(parameters(b), parameters(c))
+
+
+def test_n_step_of_1_is_gae_with_lambda_0() -> None:
+    a, b = run("actor_critic", credit="n_step", n=1), run("actor_critic", credit="gae", lam=0.0)
+    torch.testing.assert_close(parameters(a), parameters(b), rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_rules_of_the_natural_gradient_meet_where_their_steps_are_equal() -> None:
+    radius = run("npg", steps=1)
+    alpha = column(radius, "step_size")[0]
+    plain = run("npg", steps=1, step_rule="learning_rate", natural_learning_rate=alpha)
+    torch.testing.assert_close(parameters(radius), parameters(plain), rtol=1e-5, atol=1e-6)
+    assert column(radius, "kl_old")[0] == pytest.approx(0.01, rel=0.5), "KL is delta to second order, less the damping"
+    assert set(column(run("npg", step_rule="learning_rate", natural_learning_rate=0.125), "step_size")) == {0.125}
+
+
+def test_off_policy_credit_with_one_epoch_is_on_policy() -> None:
+    """The ratio is 1 then, and V-trace with bounds of 1 is the lambda-return."""
+    a = run("off_policy_actor_critic", epochs=1, steps=1)
+    b = run("actor_critic", lam=1.0, steps=1)
+    torch.testing.assert_close(column(a, "value_loss"), column(b, "value_loss"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(column(a, "entropy"), column(b, "entropy"), rtol=1e-6, atol=1e-6)

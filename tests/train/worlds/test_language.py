@@ -1,0 +1,136 @@
+"""Language: every method on a tiny model, its critic, and what a run directory holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import policygrad as pg
+from policygrad.errors import UserError
+from policygrad.language import models
+from policygrad.language.policies import trunk
+from policygrad.train.options import OptionError
+from policygrad.train.run import Run
+
+
+@pytest.mark.parametrize("method", ["reinforce", "a2c", "npg", "trpo", "ppo", "grpo", "gspo", "reinforce++"])
+def test_every_kind_of_method_trains_a_model(method: str, language: dict[str, Any]) -> None:
+    options = language | {"learning_rate": 1e-2} if method not in ("npg", "trpo") else language
+    options = options | ({"minibatch_size": 8, "epochs": 1} if method == "ppo" else {})
+    run = pg.train(method, **options)
+    start = models.load_model(language["model"])
+    ours = run.policy.model.state_dict()
+    assert any(not torch.equal(x, ours[name]) for name, x in start.state_dict().items())
+    assert run.before is not None
+    assert run.evaluate().score == run.evaluate().score
+    assert run.metrics[-1]["completions"] == 2 * 4 * options["completions"]
+
+
+def critic_state(run: Run) -> dict[str, torch.Tensor]:
+    assert run.critic is not None
+    return run.critic.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["copy", "shared"])
+@pytest.mark.parametrize("method", ["ppo", "a2c"])
+def test_the_critic_is_saved_and_loaded(kind: str, method: str, language: dict[str, Any], tmp_path: Path) -> None:
+    more = {"minibatch_size": 8} if method == "ppo" else {}
+    run = pg.train(method, **language, **more, critic=kind, learning_rate=1e-2, out=tmp_path / "run")
+    loaded = Run.load(tmp_path / "run")
+    ours, theirs = critic_state(run), critic_state(loaded)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for one in (run, loaded):
+        assert (one.critic.trunk is trunk(one.policy.model)) == (kind == "shared")  # type: ignore[union-attr]
+    assert loaded.evaluate() == run.evaluate()
+    assert (tmp_path / "run" / "critic.safetensors").is_file()
+
+
+def test_a_run_without_a_critic_has_none(language: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train("grpo", **language, out=tmp_path / "run")
+    assert run.critic is None
+    assert Run.load(tmp_path / "run").critic is None
+    assert not (tmp_path / "run" / "critic.safetensors").exists()
+
+
+def test_a_critic_that_is_fitted_alone_does_not_share_the_policys_trunk(language: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="critic is shared, and trpo fits its critic alone"):
+        pg.train("trpo", **language, critic="shared")
+    assert critic_state(pg.train("trpo", **language | {"iterations": 1}))
+    with pytest.raises(OptionError, match="critic is a critic's, and credit group has none"):
+        pg.train("ppo", **language, critic="shared", credit="group")
+
+
+def test_a_critic_may_be_another_model_and_a_module_of_ones_own_is_refused(language: dict[str, Any]) -> None:
+    run = pg.train("ppo", **language | {"iterations": 1}, minibatch_size=8, critic=language["model"])
+    assert run.options.critic == language["model"]
+    for own in ({"policy": torch.nn.Identity()}, {"critic": torch.nn.Identity()}):
+        with pytest.raises(UserError, match="modules of your own are for control"):
+            pg.train("ppo", **language, minibatch_size=8, **own)
+
+
+def test_a_run_directory_is_a_hugging_face_model_with_a_card(language: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train("grpo", **language, out=tmp_path / "run")
+    model = models.load_model(str(tmp_path / "run" / "model"))
+    ours = run.policy.model.state_dict()
+    assert all(torch.equal(x, ours[name]) for name, x in model.state_dict().items())
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "# grpo on sums" in card
+    assert "- before: " in card
+    assert "- after: " in card
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "completion", "reward", "cut"} <= set(rows[0])
+    loaded = Run.load(tmp_path / "run")
+    assert loaded.evaluate() == run.evaluate()
+    assert loaded.evaluate(2, greedy=True).completions == 2
+
+
+def test_an_adapter_is_saved_and_loaded(language: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train("grpo", **language, lora_rank=2, learning_rate=1e-2, out=tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
+    assert Run.load(tmp_path / "run").evaluate() == run.evaluate()
+
+
+def test_the_gradient_is_differentiated_again_only_with_eager_attention(language: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="attention is sdpa, which has no second derivative: trpo needs eager"):
+        pg.train("trpo", **language, attention="sdpa")
+
+
+def test_an_engine_of_ones_own_samples(language: dict[str, Any]) -> None:
+    from policygrad.language.generation import generate
+
+    asked = []
+
+    def engine(*arguments: Any, **options: Any) -> Any:
+        asked.append(len(arguments))
+        return generate(*arguments, **options)
+
+    pg.train("grpo", **language, engine=engine)
+    assert len(asked) >= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "option", "said"),
+    [
+        ({"model": None}, "model", "there is no model to train on"),
+        ({"reward": ()}, "reward", "nothing judges the completions"),
+        ({"task": "arithmetic", "dataset": "x.jsonl"}, "dataset", "arithmetic makes its own problems"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_is_missing_is_said(language: dict[str, Any], change: dict[str, Any], option: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said) as raised:
+        pg.train("grpo", **language | change)
+    assert raised.value.option == option
+    assert len(str(raised.value)) <= 200
+
+
+def test_without_held_out_examples_there_is_nothing_to_judge(language: dict[str, Any]) -> None:
+    run = pg.train("grpo", **language | {"held_out": 0})
+    assert run.before is run.after is None
+    with pytest.raises(UserError, match="no held-out examples to evaluate on"):
+        run.evaluate()
+    with pytest.raises(UserError, match="completions is 0"):
+        run.evaluate(0)
