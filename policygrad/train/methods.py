@@ -132,4 +132,7 @@ def method_named(name: str) -> Method:
 def nearest(name: str, known: Sequence[str]) -> str:
     """The end of an error message: the closest known names, or all names."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    listed = ", ".join(known)
+    return f"there are {listed if len(listed) <= 110 else listed[:107] + '...'}"

@@ -133,7 +133,7 @@ class Training:
             row |= self.world.speeds(row, self.last, seconds)
             self.last = row
             share = self._share(row["steps"], self.iteration)
-            if share >= self.next_row or self.done:
+            if share >= self.next_row or self.done or self.world.judged in row:
                 self.run.metrics.append(row)
                 self.next_row = share + 1 / ROWS
             self._schedule(share)

@@ -225,7 +225,6 @@ def test_a_damaged_language_run_is_one_line(
     refused(copy)
 
 
-@pytest.mark.xfail(strict=True, reason="LanguageWorld.load hands on what PEFT raises")
 @pytest.mark.parametrize("how", ["missing", "cut short", "empty", "garbage"])
 def test_a_damaged_adapter_is_one_line(how: str, completions: tuple[Path, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(completions[1], tmp_path / "copy"))

@@ -19,7 +19,10 @@ def kind_of(task: Any, values: Any) -> str:
     if of_prompts or values.get("model") is not None or values.get("dataset") is not None:
         return "language"
     if task is None:
-        raise UserError("there is no task: name an environment, exact:chain, arithmetic, or give --model and --dataset")
+        raise UserError(
+            "there is no task: name one right after the method (CartPole-v1, arithmetic, exact:chain), or give model "
+            "and dataset"
+        )
     return "control"
 
 

@@ -13,6 +13,7 @@ from policygrad.errors import UserError
 from policygrad.language import arithmetic, data, models
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import Request, generate
+from policygrad.language.messages import ending
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.sampler import CompletionSampler
 from policygrad.language.tasks import Task, critic_of, reward_functions, task_of
@@ -145,10 +146,21 @@ class LanguageWorld(World):
             self.prompts = self._task(progress=False)
             self.policy = self.prompts.policy
             if adapter:
-                self.policy.model.load_adapter(str(directory / "model"), adapter_name="default")  # type: ignore[operator]
+                self._load_adapter(directory / "model")
             if (directory / "critic.safetensors").is_file():
                 self.critic = self._critic()
                 models.load_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
+
+    def _load_adapter(self, folder: Path) -> None:
+        if not (folder / "adapter_model.safetensors").is_file():  # peft would take a pickle instead
+            raise UserError(f"{ending(str(folder))} holds no adapter_model.safetensors: give the directory of a run")
+        try:
+            self.policy.model.load_adapter(str(folder), adapter_name="default")  # type: ignore[operator]
+        except Exception as error:  # of many kinds: of a file that is damaged, or of another model
+            said = " ".join(str(error).split())[:80]
+            raise UserError(
+                f"{ending(str(folder))} holds no adapter that can be read ({said}): give a run's directory"
+            ) from error
 
     def save(self, directory: Path) -> None:
         """Write model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""
