@@ -6,6 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policygrad.train.methods import TABLE
+
+# One line of the table for each set of pieces: objective, update and credit.
+DISTINCT = list({(x.objective, x.update, x.defaults.get("credit")): x.name for x in reversed(TABLE)}.values())[::-1]
+
 
 def strict(text: str) -> Any:
     """JSON as the standard has it: no NaN, no Infinity."""

@@ -69,7 +69,7 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 # Training
 
 
-@pytest.mark.parametrize("method", [*METHODS, "a2c", "off-policy-actor-critic", "PPO", "Dr-GRPO", "REINFORCE++"])
+@pytest.mark.parametrize("method", ["reinforce", "trpo", "off-policy-actor-critic", "PPO", "Dr-GRPO", "REINFORCE++"])
 def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, method: str) -> None:
     """A method goes by its name in any case, with dashes too, or by its alias."""
     said = policygrad("train", method, "probes:Known-v0", "--num-envs", 4, "--steps", 60, "--hidden", 8, "--json")

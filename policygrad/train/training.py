@@ -182,7 +182,13 @@ class Training:
 
     def _due(self) -> bool:
         """Whether the current iteration's row will be kept."""
-        return self._share(float(self.world.decisions()), self.iteration + 1) >= min(self.next_row, 1.0)
+        share = self._share(float(self.world.decisions()), self.iteration + 1)
+        return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
+
+    def _judged(self, iteration: int) -> bool:
+        """Whether an iteration ends with an evaluation, by the options."""
+        every = self.options.evaluate_every if self.world.judged else 0
+        return every > 0 and iteration % every == 0
 
     def _judge(self, row: Row) -> None:
         """Evaluate if it is due, and add the score to the row."""
@@ -191,8 +197,7 @@ class Training:
             return
         if self.iteration == 1:
             self.run.metrics.append({"completions": 0.0, "steps": 0.0, name: self.run.before.score})
-        every = self.options.evaluate_every
-        if self.done or (every > 0 and self.iteration % every == 0):
+        if self.done or self._judged(self.iteration):
             self.run.after = self.world.evaluate()
             row[name] = self.run.after.score
 

@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from outcomes import parameters, untimed
+from outcomes import DISTINCT, parameters, untimed
 from torch import Tensor, nn
 
 import policygrad as pg
-from policygrad.train.methods import METHODS
 from policygrad.train.options import EPISODIC, options_of
 from policygrad.train.run import Run
 
 SMALL: dict[str, Any] = {"hidden": (8,), "num_envs": 3, "num_steps": 8}
-every_method = pytest.mark.parametrize("method", METHODS)
+every_method = pytest.mark.parametrize("method", DISTINCT)
 
 
 def short(method: str, **options: Any) -> Run:

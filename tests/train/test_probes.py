@@ -27,8 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 GROUP = {"learning_rate": 0.03, "num_envs": 64, "epochs": 4}
 SETTINGS |= {name: GROUP for name, method in METHODS.items() if method.objective == "grpo"}
-# Of grpo's family the first and the last, whose credit is another; on tokens all are tried (test_methods.py).
-every_method = pytest.mark.parametrize("method", [*list(SETTINGS)[:7], "reinforce_plus_plus"])
+# Of grpo's family the first; on tokens all are tried (test_methods.py).
+every_method = pytest.mark.parametrize("method", list(SETTINGS)[:7])
 with_a_critic = pytest.mark.parametrize(
     "method", [name for name in METHODS if has_critic(options_of(name, "control")())]
 )

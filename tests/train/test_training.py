@@ -449,12 +449,12 @@ def test_a_diagnosis_is_computed_only_for_a_row_that_is_kept(monkeypatch: pytest
     for rows in (4, 1000):
         monkeypatch.setattr(training, "ROWS", rows)
         for method, options in (("ppo", {"epochs": 1}), ("trpo", {}), ("reinforce", {}), ("actor_critic", {})):
-            calls.clear()
-            run = pg.train(method, "exact:bandit", num_envs=8, iterations=8, progress=False, **options)
-            kept = run.metrics[1:]
-            assert len(kept) == (8 if rows == 1000 else 5)
-            assert len(calls) == len(kept)
-            assert all("kl_old" in row for row in kept)
+            for every, expected in ((0, 8 if rows == 1000 else 5), (1, 8)):  # what is judged is kept too
+                calls.clear()
+                settings = {"num_envs": 8, "iterations": 8, "evaluate_every": every, **options}
+                kept = pg.train(method, "exact:bandit", progress=False, **settings).metrics[1:]
+                assert len(calls) == len(kept) == expected
+                assert all("kl_old" in row for row in kept)
 
 
 def test_a_penalty_that_adapts_reads_the_diagnosis_of_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
