@@ -58,6 +58,11 @@ class Sampler:
             reward_scaler=reward_scaler,
         )
 
+    @property
+    def steps(self) -> int:
+        """The number of decisions so far."""
+        return self.stepping.steps
+
     @torch.no_grad()
     def __call__(self, policy: nn.Module) -> Rollout:
         """Sample one rollout."""

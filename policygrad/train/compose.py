@@ -296,7 +296,7 @@ def wrapped(
 def critic_rate(options: Any) -> float:
     """The learning rate of the critic's parameters."""
     rate = options.critic_learning_rate
-    return getattr(options, "learning_rate", 1e-3) if rate is None else rate
+    return options.learning_rate if rate is None else rate
 
 
 def _adam(options: Any, parts: list[tuple[nn.Module, float]]) -> Adam:

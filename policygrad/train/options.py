@@ -404,6 +404,11 @@ def _conflicts(o: Any) -> Any:
             "kl_ref",
             f"kl_ref is loss, and {o.method} has no such term: use kl_ref reward, or a method of grpo's family",
         )
+    if o.critic_learning_rate is None and has_critic(o) and not hasattr(o, "learning_rate"):
+        yield (
+            "critic_learning_rate",
+            f"critic_learning_rate is None, which is the policy's, and {o.method} has none: give a number",
+        )
     if o.credit == "trajectory_return" and o.discounted:
         yield "discounted", "discounted is for reward_to_go: a trajectory_return has gamma^t in it already"
     if o.gamma is None and world != "exact":

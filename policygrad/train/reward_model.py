@@ -28,17 +28,17 @@ from policygrad.language.reward_models import (
     preference_objective,
     scores,
 )
-from policygrad.language.warmup import warmed_up
+from policygrad.language.tasks import ARITHMETIC
 from policygrad.rollout import minibatches
 from policygrad.train.options import check_bounds, with_values
 from policygrad.train.reports import Row, progress_bar
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.run import make_directory
 from policygrad.train.training import check_device, check_empty
+from policygrad.train.worlds.language import warm_model
 from policygrad.updates import ascend
 from policygrad.weights import normalized
 
-ARITHMETIC = "arithmetic"
 PROBLEMS, KEPT_PROBLEMS = 48_000, 512  # arithmetic problems; the kept ones evaluate policies, so no pair uses them
 OWN_LEARNING_RATE, LEARNING_RATE = 5e-4, 1e-5  # for the arithmetic task's own model, and for any other
 
@@ -187,9 +187,7 @@ def starting_model(options: RewardModelOptions, progress: bool) -> RewardModel:
         raise UserError(f"there is no model to train on {options.dataset}: give --model, a directory or a hub id")
     name = options.model
     if name is None:
-        with progress_bar("learning from demonstrations", 600, progress) as advance:
-            warm: Any = warmed_up(progress=lambda done, total, status: advance(status), device=options.device)
-        name = str(warm.name_or_path)
+        name = str(warm_model(progress, options.device).name_or_path)
     torch.manual_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = models.load_tokenizer(options.tokenizer or name, **trust)

@@ -82,7 +82,6 @@ class Training:
         self.world = world_of(kind)(task, options)
         self.options = options = self.world.options
         self.run = Run(name, options, self.preset, self.world, directory)
-        self.tuned = {option: getattr(options, option) for option in tuned}
         self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = _own_random(options.seed)
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
@@ -122,7 +121,7 @@ class Training:
 
     def _advance(self, start: float) -> Row:
         with self._inside():
-            row = _as_row(next(_worded(self.iterations, self.iteration + 1)))
+            row = _as_row(_next(self.iterations, self.iteration + 1))
             self.iteration += 1
             self._check(row)
             seconds = time.perf_counter() - start
@@ -182,7 +181,7 @@ class Training:
 
     def _due(self) -> bool:
         """Whether the current iteration's row will be kept."""
-        share = self._share(float(self.world.decisions()), self.iteration + 1)
+        share = self._share(float(self.world.sample.steps), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
 
     def _judged(self, iteration: int) -> bool:
@@ -299,10 +298,10 @@ def _as_row(metrics: dict[str, Tensor | float]) -> Row:
     return {name: row[name] for name in metrics}
 
 
-def _worded(iterations: Any, iteration: int) -> Iterator[Any]:
-    """The next iteration. A NaN in torch or in a gradient becomes a UserError of one line."""
+def _next(iterations: Iterator[Any], iteration: int) -> Any:
+    """The metrics of the next iteration. A NaN in torch or in a gradient becomes a UserError of one line."""
     try:
-        yield next(iterations)
+        return next(iterations)
     except NonFiniteError as error:
         raise UserError(
             f"training stopped in iteration {iteration}: {error}; the policy before that step is kept"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import islice
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.rollout import Rollout
 from policygrad.samplers import KLCharged, Rescored, WholeRows, WithoutFlatGroups
+from policygrad.train import compose
 from policygrad.train.compose import Learner, assemble
 from policygrad.train.methods import METHODS
-from policygrad.train.options import has_critic, options_of
+from policygrad.train.options import OptionError, Options, has_critic, options_of, validate, with_values
 
 Sample = Callable[..., Rollout]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -132,3 +133,26 @@ def test_credit_that_needs_a_critic_asks_for_one(method: str, sample: Sample) ->
     with pytest.raises(UserError, match="needs a critic: hand one in, or choose another credit"):
         assemble(method, Softmax(), sample)
     assemble(method, Softmax(), sample, credit="group")
+
+
+CHOICES = {
+    "weights": compose.WEIGHTS,
+    "ratio": compose.RATIOS,
+    "gain": compose.GAINS,
+    "group_baseline": compose.GROUP_BASELINES,
+    "group_scale": compose.GROUP_SCALES,
+    "kl_ref_estimate": compose.DIVERGENCES,
+}
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_an_option_offers_the_pieces_there_are(option: str) -> None:
+    assert set(get_args(get_type_hints(Options)[option])) == set(CHOICES[option])
+
+
+@pytest.mark.parametrize("method", ["trpo", "npg"])
+def test_a_critics_rate_is_a_number_where_the_policy_has_none(method: str) -> None:
+    defaults = options_of(method, "control")()
+    with pytest.raises(OptionError, match="critic_learning_rate is None") as raised:
+        validate(with_values(defaults, {"critic_learning_rate": None}), defaults)
+    assert raised.value.option == "critic_learning_rate"

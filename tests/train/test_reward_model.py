@@ -169,7 +169,7 @@ def test_arithmetic_needs_neither_data_nor_a_model(
     seen: list[str] = []
     of_all = arithmetic.preferences
     monkeypatch.setattr(reward_model, "PROBLEMS", 200)
-    monkeypatch.setattr(reward_model, "warmed_up", lambda *_, **__: warm)
+    monkeypatch.setattr(reward_model, "warm_model", lambda *_: warm)
     monkeypatch.setattr(arithmetic, "preferences", lambda x, **k: seen.extend(e["prompt"] for e in x) or of_all(x, **k))
     monkeypatch.chdir(tmp_path)
     for number in ("", "-2"):

@@ -76,7 +76,7 @@ def test_one_that_takes_truncation_for_termination_is_wrong(file):
 
 
 def test_one_that_looks_at_several_rows_is_called_once_a_batch(file):
-    # Centred by its batch, the advantage has its own step in the mean: 1 - 1/n of the gradient for equal lengths.
+    # Centered by its batch, the advantage has its own step in the mean: 1 - 1/n of the gradient for equal lengths.
     assert users(file, "centered", "bandit")["bandit", "centered, exact critic"] == "WRONG"
     assert "WRONG" not in users(file, "centered", "cliff").values()  # in batches of 192 steps it is lost in the noise
 

@@ -108,9 +108,6 @@ class ControlWorld(World):
             device=self.options.device,
         )
 
-    def decisions(self) -> int:
-        return self.sample.stepping.steps
-
     def solved(self, row: Row) -> bool:
         return row["episodes"] >= 100 and row["return"] >= self.options.stop_at_return
 

@@ -96,9 +96,6 @@ class ExactWorld(World):
             ]
         return Evaluation(*map(float, found))
 
-    def decisions(self) -> int:
-        return self.sample.steps
-
     def status(self, row: Row) -> list[str]:
         known = [f"J {row['expected_return']:.4f}"] if "expected_return" in row else []
         return [*known, f"return {row['return']:,.3f}", f"{row['steps_per_second']:,.0f} steps/s"]

@@ -16,16 +16,13 @@ from policygrad.language.generation import Request, generate
 from policygrad.language.messages import ending
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.sampler import CompletionSampler
-from policygrad.language.tasks import Task, critic_of, reward_functions, task_of
-from policygrad.language.warmup import warmed_up
+from policygrad.language.tasks import ARITHMETIC, Task, critic_of, reward_functions, task_of
+from policygrad.language.warmup import RECIPE, warmed_up
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, has_critic
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import write_samples
 from policygrad.train.worlds.world import Own, World
-
-ARITHMETIC = "arithmetic"
-TRAINED_ON = 8000  # arithmetic problems for the demonstrations and for training
 
 
 class LanguageWorld(World):
@@ -83,7 +80,7 @@ class LanguageWorld(World):
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
             )
         if arithmetics:
-            train, held_out = arithmetic.splits(TRAINED_ON, options.held_out, seed=0)
+            train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, options.held_out, seed=0)
         else:
             examples = data.load_examples(source, split=options.split)
             train, held_out = data.hold_out(examples, options.held_out, seed=0)
@@ -102,8 +99,7 @@ class LanguageWorld(World):
     def _model(self, progress: bool) -> tuple[nn.Module, Any]:
         options = self.options
         if options.model is None:
-            with progress_bar("learning from demonstrations", 600, progress) as advance:
-                model: Any = warmed_up(progress=lambda done, total, status: advance(status), device=options.device)
+            model: Any = warm_model(progress, options.device)
             if self._natural():
                 model.set_attn_implementation("eager")
             return model, arithmetic.tokenizer()
@@ -192,9 +188,6 @@ class LanguageWorld(World):
         )
         return self.last
 
-    def decisions(self) -> int:
-        return self.sample.steps
-
     def speeds(self, row: Row, before: Row, seconds: float) -> Row:
         """Tokens per second of sampling and of learning in this iteration."""
         tokens, sampling = (
@@ -257,6 +250,12 @@ class LanguageWorld(World):
 
     def versions(self) -> dict[str, str]:
         return {**super().versions(), "transformers": transformers.__version__}
+
+
+def warm_model(progress: bool, device: str) -> Any:
+    """The arithmetic task's own model after its demonstrations, with a progress bar if it is trained now."""
+    with progress_bar("learning from demonstrations", int(RECIPE["steps"]), progress) as advance:
+        return warmed_up(progress=lambda done, total, status: advance(status), device=device)
 
 
 def card(run: Any) -> str:

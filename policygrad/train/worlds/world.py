@@ -70,10 +70,6 @@ class World(ABC):
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """Evaluate the current policy on `count` episodes, or completions per prompt, with its own random numbers."""
 
-    @abstractmethod
-    def decisions(self) -> int:
-        """The number of decisions that the sampler has taken so far."""
-
     def reference(self) -> nn.Module:
         """A frozen copy of the current policy."""
         return deepcopy(self.policy).requires_grad_(False)
