@@ -127,6 +127,12 @@ class AdaptiveCoefficient:
             elif kl > self.target * 1.5:
                 self.value *= 2
 
+    def adapt(self, metrics: dict[str, Tensor], kl: str) -> dict[str, Tensor]:
+        """Update from the metric named `kl`, and return the coefficient that was used, as a metric."""
+        used = {f"{kl}_coefficient": self.value.clone()}
+        self.update(metrics[kl])
+        return used
+
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value.item()}
 

@@ -1,9 +1,38 @@
-"""Errors that a user can fix. The command line prints them as one line and exits with code 2."""
+"""Exceptions that the user can fix, and texts short enough to quote in their messages of one line.
+
+The command line prints the message in one line and exits with code 2.
+"""
+
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
-    """A request cannot be fulfilled. The message says in one line what is wrong and how to fix it."""
+    """A request that cannot be carried out. The message says in one line what is wrong and how to change it."""
 
 
 class NonFiniteError(UserError):
-    """A gradient is NaN or infinite. Raised before the parameters change."""
+    """A gradient is NaN or infinite. It is raised before the parameters change."""
+
+
+def one_line(thing: Any, length: int = 100) -> str:
+    """An error's message, or any object as text, in one line of at most `length` characters."""
+    said = " ".join(str(thing).split()) or type(thing).__name__
+    return said if len(said) <= length else said[: length - 3] + "..."
+
+
+def shortened(value: Any, length: int = 60) -> str:
+    """The repr of a value in at most `length` characters."""
+    said = repr(value)
+    return said if len(said) <= length else said[: length - 3] + "..."
+
+
+def ending(name: str, length: int = 60) -> str:
+    """A name or path, or the end of a long one."""
+    return name if len(name) <= length else "..." + name[3 - length :]
+
+
+def listed(names: Iterable[str], length: int = 60) -> str:
+    """Names with commas between them, in at most `length` characters."""
+    said = ", ".join(names)
+    return said if len(said) <= length else said[: length - 3] + "..."

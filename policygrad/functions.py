@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, ending, listed
 
 LONGEST = 200  # characters of a message
 
@@ -28,17 +28,19 @@ def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
     Raises UserError if the module, file or function does not exist, or if the import raises or exits.
     """
     if spec.endswith(".py"):
-        raise UserError(f"{what} {_end(spec)!r} is a file: add the function's name, as in file.py:function")
+        raise UserError(f"{what} {ending(spec, 40)!r} is a file: add the function's name, as in file.py:function")
     place, _, name = spec.rpartition(":")
     of_a_file = place.endswith(".py")
     if not name.isidentifier() or not (of_a_file or all(part.isidentifier() for part in place.split("."))):
-        raise UserError(f"{what} {_end(spec)!r} names no function: write module:function or path/file.py:function")
+        raise UserError(
+            f"{what} {ending(spec, 40)!r} names no function: write module:function or path/file.py:function"
+        )
     with _errors_in_one_line(place):
         module = _executed(Path(place), what) if of_a_file else load_module(place, what=what)
     function = getattr(module, name, None)
     if not callable(function):
         known = [other for other, x in vars(module).items() if inspect.isfunction(x) and not other.startswith("_")]
-        raise UserError(f"{_end(place)} has no function {_end(name)!r}: {_nearest(name, known)}")
+        raise UserError(f"{ending(place, 40)} has no function {ending(name, 40)!r}: {_nearest(name, known)}")
     return function
 
 
@@ -46,9 +48,9 @@ def _executed(path: Path, what: str) -> ModuleType:
     """A file executed as a module, under a name that hides no other module."""
     if not path.is_file():
         known = [x.stem for x in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        found = [_end(f"{x}.py") for x in difflib.get_close_matches(path.stem, known, n=2)]
+        found = [ending(f"{x}.py", 40) for x in difflib.get_close_matches(path.stem, known, n=2)]
         advice = f"did you mean {' or '.join(found)}?" if found else f"give the path of the {what}'s file"
-        raise UserError(f"there is no file {_end(str(path))}: {advice}")
+        raise UserError(f"there is no file {ending(str(path), 40)}: {advice}")
     name = f"policygrad_file_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -77,9 +79,9 @@ def load_module(place: str, *, what: str = "function") -> ModuleType:
             folders = getattr(sys.modules.get(parent), "__path__", [os.getcwd()])
             prefix = f"{parent}." if parent in sys.modules else ""
             known = [prefix + x.name for x in pkgutil.iter_modules(folders)]
-            found = [_end(x) for x in difflib.get_close_matches(place, known, n=2)]
+            found = [ending(x, 40) for x in difflib.get_close_matches(place, known, n=2)]
             advice = f"did you mean {' or '.join(found)}?" if found else "check its name, or write path/file.py"
-            raise UserError(f"there is no module {_end(place)!r} for the {what}: {advice}") from error
+            raise UserError(f"there is no module {ending(place, 40)!r} for the {what}: {advice}") from error
 
 
 def _search_here() -> None:
@@ -100,7 +102,7 @@ def _errors_in_one_line(place: str) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        start, end = f"importing {_end(place)} raised {type(error).__name__}: ", ": fix it (--debug shows where)"
+        start, end = f"importing {ending(place, 40)} raised {type(error).__name__}: ", ": fix it (--debug shows where)"
         room = LONGEST - len(start) - len(end)
         said = " ".join(str(error).split()) or "no message"
         raise UserError(start + (said if len(said) <= room else said[: room - 3] + "...") + end) from error
@@ -110,13 +112,7 @@ def _nearest(name: str, known: list[str]) -> str:
     """The closest known names, as the end of an error message."""
     found = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     if found:
-        return f"did you mean {' or '.join(map(_end, found))}?"
+        return f"did you mean {' or '.join(ending(x, 40) for x in found)}?"
     if not known:
         return "it has none; check the name before the colon"
-    listed = ", ".join(known)
-    return f"it has {listed if len(listed) <= 60 else listed[:57] + '...'}"
-
-
-def _end(text: str) -> str:
-    """The text, or its last 40 characters if it is long."""
-    return text if len(text) <= 40 else "..." + text[-37:]
+    return f"it has {listed(known)}"

@@ -88,7 +88,7 @@ def vtrace(
 
 
 def kl_in_reward(
-    reward: Float[Tensor, "B T"], logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"], beta: float
+    reward: Float[Tensor, "B T"], logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"], beta: float | Tensor
 ) -> Float[Tensor, "B T"]:
     """r_t - beta log(pi / pi_ref) (Ziegler et al. 2019, eq. 2): its expected return is J - beta KL(pi, pi_ref)."""
     return reward - beta * (logp - logp_ref)

@@ -36,7 +36,7 @@ class Rollout:
     group: Int[Tensor, " B"]  # rows with the same prompt or start state share a number
     final_obs: Any | None = None  # [B, ...] the state where each row stops; None if every row terminates
     memoryless: bool = False  # whether a step can stand alone, outside its row
-    metrics: dict[str, float] = field(default_factory=dict)  # the sampler's metrics: return, steps, ...
+    metrics: dict[str, Any] = field(default_factory=dict)  # the sampler's metrics, numbers or tensors: return, ...
     importance: Float[Tensor, "B T"] | None = None  # truncated pi_old / sampling policy; None: they agree
 
     def __post_init__(self) -> None:

@@ -60,12 +60,10 @@ class KLCharged(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
         logp_ref = log_probabilities(self.reference, rollout, self.micro_batch)
-        beta = float(self.coefficient.value)
-        reward = kl_in_reward(rollout.reward, rollout.logp, logp_ref, beta)
-        divergence = float(average(k3(rollout.logp, logp_ref), per_token(rollout.mask)))
-        self.coefficient.update(divergence)
-        metrics = {**rollout.metrics, "kl_ref": divergence, "kl_ref_coefficient": beta}
-        return replace(rollout, reward=reward, metrics=metrics)
+        reward = kl_in_reward(rollout.reward, rollout.logp, logp_ref, self.coefficient.value)
+        metrics = {"kl_ref": average(k3(rollout.logp, logp_ref), per_token(rollout.mask))}
+        metrics |= self.coefficient.adapt(metrics, "kl_ref")
+        return replace(rollout, reward=reward, metrics=rollout.metrics | metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "coefficient": self.coefficient.state_dict()}
@@ -101,9 +99,8 @@ class Rescored(Wrapper):
         }
         if self.bound:
             measured["importance_cut"] = average((ratio > self.bound).to(ratio.dtype), weight)
-        metrics = {**rollout.metrics, **{name: float(x) for name, x in measured.items()}}
         importance = ratio.clamp(max=self.bound) if self.bound else None
-        return replace(rollout, logp=logp, importance=importance, metrics=metrics)
+        return replace(rollout, logp=logp, importance=importance, metrics=rollout.metrics | measured)
 
 
 class WithoutFlatGroups(Wrapper):
@@ -136,7 +133,7 @@ class WithoutFlatGroups(Wrapper):
         cut = torch.isin(filled.group, drawn.group[order[rows:]])
         return replace(filled, mask=filled.mask & ~cut.unsqueeze(1), metrics=self._metrics(rollouts))
 
-    def _metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def _metrics(self, rollouts: list[Rollout]) -> dict[str, Any]:
         last = rollouts[-1].metrics
         seen = {name: [x.metrics[name] for x in rollouts if name in x.metrics] for x in rollouts for name in x.metrics}
         mean = {name: sum(x) / len(x) for name, x in seen.items()}

@@ -74,11 +74,7 @@ class GRPOObjective(Objective):
         return (value + self.entropy_coefficient * entropy if self.entropy_coefficient else value), metrics
 
     def adapt(self, metrics: Metrics) -> Metrics:
-        if self.coefficient is None:
-            return {}
-        used = {"kl_ref_coefficient": self.coefficient.value.clone()}
-        self.coefficient.update(metrics["kl_ref"])
-        return used
+        return {} if self.coefficient is None else self.coefficient.adapt(metrics, "kl_ref")
 
 
 def measured_in_steps(objective: Objective, batch: Batch) -> Metrics:

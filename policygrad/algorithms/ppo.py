@@ -71,11 +71,7 @@ class PPOObjective(Objective):
         return total, metrics | clip_fraction_by_side(ratio, batch.advantage, batch.weight, low, high)
 
     def adapt(self, metrics: Metrics) -> Metrics:
-        if self.penalty is None:
-            return {}
-        used = {"kl_old_coefficient": self.penalty.value.clone()}
-        self.penalty.update(metrics["kl_old"])
-        return used
+        return {} if self.penalty is None else self.penalty.adapt(metrics, "kl_old")
 
 
 def ppo(

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from policygrad.control.spaces import one_line
-from policygrad.errors import UserError
+from policygrad.errors import UserError, one_line
 
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 

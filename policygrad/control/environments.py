@@ -11,8 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
-from policygrad.control.spaces import one_line
-from policygrad.errors import UserError
+from policygrad.errors import UserError, one_line
 from policygrad.functions import load_module
 
 Environment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]

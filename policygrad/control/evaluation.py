@@ -17,8 +17,8 @@ from policygrad.control.environments import Environment, label, make_environment
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.policies import Policy
 from policygrad.control.sampler import Sampler
-from policygrad.control.spaces import describe, one_line, rebuild
-from policygrad.errors import UserError
+from policygrad.control.spaces import describe, rebuild
+from policygrad.errors import UserError, one_line
 
 
 @dataclass

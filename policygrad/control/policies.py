@@ -13,8 +13,8 @@ from torch.distributions import Categorical, Distribution, Normal
 from torch.nn.functional import one_hot
 
 from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, SquashedNormal
-from policygrad.control.spaces import describe, one_line, rebuild
-from policygrad.errors import UserError
+from policygrad.control.spaces import describe, rebuild
+from policygrad.errors import UserError, one_line
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
 

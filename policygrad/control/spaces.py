@@ -71,12 +71,6 @@ def in_box(numbers: np.ndarray, space: spaces.Box) -> np.ndarray:
     return (np.rint(numbers) if space.dtype.kind in "iu" else numbers).astype(space.dtype)
 
 
-def one_line(thing: Any, limit: int = 100) -> str:
-    """A space or an error in one line of at most `limit` characters, for a message."""
-    text = " ".join(str(thing).split())
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
 def unsupported(space: spaces.Space) -> spaces.Space | None:
     """The first space in a Dict or Tuple, at any depth, that cannot be flattened into numbers."""
     if isinstance(space, spaces.Dict | spaces.Tuple):

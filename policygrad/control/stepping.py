@@ -20,8 +20,8 @@ from policygrad.control.checks import (
 )
 from policygrad.control.environments import autoreset_mode
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
-from policygrad.control.spaces import describe, one_line, unsupported
-from policygrad.errors import UserError
+from policygrad.control.spaces import describe, unsupported
+from policygrad.errors import UserError, one_line
 
 
 class Step(NamedTuple):

@@ -17,8 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policygrad.errors import UserError
-from policygrad.language.messages import ending, listed, one_line, shortened
+from policygrad.errors import UserError, ending, listed, one_line, shortened
 
 Example = dict[str, Any]  # a row of a data set: its columns by name
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from policygrad.errors import UserError
-from policygrad.language.messages import ending, one_line, shortened
+from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.language.policies import LanguagePolicy, ValueModel, causal, trunk
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, ending, one_line
 from policygrad.language import models
-from policygrad.language.messages import ending, one_line
 from policygrad.language.policies import evaluating
 from policygrad.language.rewards import Column
 from policygrad.rollout import Batch

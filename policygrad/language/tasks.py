@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, ending
 from policygrad.language import data, models
 from policygrad.language.distributions import CHUNK
-from policygrad.language.messages import ending
 from policygrad.language.policies import LanguagePolicy, ValueModel, trunk
 from policygrad.language.rewards import Reward, Rewards, is_function_spec, load_reward, soft_overlong_penalty
 from policygrad.language.sampler import Prompts

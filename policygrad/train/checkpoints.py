@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
-from policygrad.errors import UserError
+from policygrad.errors import UserError, one_line
 
 FORMAT = 1
 
@@ -50,10 +50,10 @@ def load_tensors(path: Path, module: nn.Module) -> None:
     try:
         module.load_state_dict(load_file(path))
     except OSError as error:
-        said = "No such file or directory" if isinstance(error, FileNotFoundError) else _one_line(error)
+        said = "No such file or directory" if isinstance(error, FileNotFoundError) else one_line(error)
         raise UserError(f"{path} cannot be read ({said}): give a run's directory"[:200]) from error
     except Exception as error:  # safetensors has its own exception for a truncated file
-        raise UserError(f"{path} is damaged or of another policy: {_one_line(error)}"[:200]) from error
+        raise UserError(f"{path} is damaged or of another policy: {one_line(error)}"[:200]) from error
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -75,12 +75,12 @@ def load_policy(
         description = json.loads((directory / "policy.json").read_text())
         tensors = load_file(directory / "policy.safetensors")
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or _one_line(error)
+        said = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"{directory} holds no policy that can be read ({said}): give a run's directory"[:200]
         ) from error
     except Exception as error:  # safetensors has its own exception for a truncated file
-        raise UserError(f"{directory}/policy.safetensors is damaged: {_one_line(error)}"[:200]) from error
+        raise UserError(f"{directory}/policy.safetensors is damaged: {one_line(error)}"[:200]) from error
     if not isinstance(description, dict):
         raise UserError(f"{directory}/policy.json is damaged: it describes no policy")
     if description.get("format") != FORMAT:
@@ -99,12 +99,12 @@ def load_policy(
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise UserError(
-                f"{directory}/policy.json is damaged: {type(error).__name__}: {_one_line(error)}"[:200]
+                f"{directory}/policy.json is damaged: {type(error).__name__}: {one_line(error)}"[:200]
             ) from error
     try:
         policy.load_state_dict(_part(tensors, "policy."))
     except RuntimeError as error:
-        raise UserError(f"the weights in {directory} do not fit the policy: {_one_line(error)}"[:200]) from error
+        raise UserError(f"the weights in {directory} do not fit the policy: {one_line(error)}"[:200]) from error
     normalizer = None
     if description["normalizes_observations"]:
         statistics = {name: x.numpy() for name, x in _part(tensors, "observations.").items()}
@@ -120,6 +120,16 @@ def load_policy(
     return policy, normalizer
 
 
+def load_critic(directory: Path, critic: nn.Module) -> bool:
+    """Load the critic of a run directory into `critic`. False if the directory has none of this architecture."""
+    tensors = _part(load_file(directory / "policy.safetensors"), "critic.")
+    expected = {name: x.shape for name, x in critic.state_dict().items()}
+    if {name: x.shape for name, x in tensors.items()} != expected:
+        return False
+    critic.load_state_dict(tensors)
+    return True
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary file and rename it."""
     temporary = path.with_name(path.name + ".new")
@@ -132,10 +142,6 @@ def _check_size(hidden: list[int], tensors: dict[str, Tensor]) -> None:
     saved = sum(x.numel() for x in tensors.values())
     if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *hidden])):
         raise ValueError(f"hidden is {hidden}, and policy.safetensors has {saved:,} numbers in all")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, listed
 
 
 @dataclass(frozen=True)
@@ -134,5 +134,4 @@ def nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    listed = ", ".join(known)
-    return f"there are {listed if len(listed) <= 110 else listed[:107] + '...'}"
+    return f"there are {listed(known, 110)}"

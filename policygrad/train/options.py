@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 from tyro.conf import arg
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, shortened
 from policygrad.train.methods import METHODS, Method, nearest
 
 
@@ -335,7 +335,7 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
             raise OptionError(name, f"{origin}{options.method} has no option {name!r}{_why_not(name, options, kinds)}")
         given[name] = tuple(x) if isinstance(x, list) else x
         if not _fits(given[name], kinds[name]):
-            raise OptionError(name, f"{origin}{name} is {_brief(x)}: it must be {_said(kinds[name])}")
+            raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {_said(kinds[name])}")
         given[name] = _plain(given[name], kinds[name])
     return replace(options, **given)
 
@@ -372,16 +372,15 @@ def _check_read(f: Field, options: Any) -> None:
                 f"{f.name} is read only where {other} is {' or '.join(map(str, values))}, and {other} is "
                 f"{getattr(options, other)}: set that too, or leave {f.name} out",
             )
-    if (
-        f.name == "gamma"
-        and options.credit == "group"
-        and not (options.discounted or getattr(options, "scale_rewards", False))
-    ):
+    reads_gamma = options.credit != "group" or options.discounted or getattr(options, "scale_rewards", False)
+    if f.name == "gamma" and not reads_gamma:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
         )
-    alone = f.name in ("critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate")
-    if alone and not has_critic(options):
+    critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate"}
+    if METHODS[options.method].update != "ascend":  # then Adam is the critic's alone
+        critics |= {"adam_epsilon", "learning_rate_schedule"}
+    if f.name in critics and not has_critic(options):
         raise OptionError(f.name, f"{f.name} is a critic's, and credit {options.credit} has none: leave it out")
 
 
@@ -437,15 +436,13 @@ def _language_conflicts(o: Any) -> Any:
     if (getattr(o, "minibatch_size", None) or 0) > rows:
         yield (
             "minibatch_size",
-            (
-                f"minibatch_size is {o.minibatch_size}, and a rollout has prompts_per_rollout * completions = {rows} "
-                "completions: lower the one or raise the other"
-            ),
+            f"minibatch_size is {o.minibatch_size}, and a rollout has prompts_per_rollout * completions = {rows} "
+            "completions: lower the one or raise the other",
         )
     if o.reward_weight and len(o.reward_weight) != len(o.reward):
         yield (
             "reward_weight",
-            (f"there are {len(o.reward)} rewards and {len(o.reward_weight)} weights: give one weight for each reward"),
+            f"there are {len(o.reward)} rewards and {len(o.reward_weight)} weights: give one weight for each reward",
         )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
@@ -465,10 +462,8 @@ def _sizes(o: Any) -> Any:
         if x > decisions and not (name.startswith("critic") and x == default[name]):
             yield (
                 name,
-                (
-                    f"{name} is {x}, and a rollout has num_envs * num_steps = {decisions} decisions: "
-                    "lower the one or raise the other"
-                ),
+                f"{name} is {x}, and a rollout has num_envs * num_steps = {decisions} decisions: "
+                "lower the one or raise the other",
             )
 
 
@@ -513,12 +508,6 @@ def _fits(x: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(x, Integral if kind is int else Real) and not isinstance(x, bool)
     return isinstance(x, kind)
-
-
-def _brief(x: Any) -> str:
-    """A value, shortened for a message of one line."""
-    said = repr(x)
-    return said if len(said) <= 60 else f"{said[:57]}..."
 
 
 def _said(kind: Any) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from policygrad.errors import UserError
 from policygrad.train.checkpoints import write_json
 from policygrad.train.methods import METHODS
-from policygrad.train.options import options_of, with_values
+from policygrad.train.options import check_bounds, options_of, with_values
 from policygrad.train.reports import Row, draw_curve
 from policygrad.train.worlds import world_of
 from policygrad.train.worlds.world import Evaluation, World
@@ -80,6 +80,7 @@ class Run:
             if method not in METHODS or kind not in ("control", "language", "exact"):
                 raise ValueError(f"there is no {method} on {kind}")
             options = with_values(options_of(method, kind)(), values)
+            check_bounds(options)
         except UserError as error:
             raise UserError(f"{directory}/config.json is damaged: {error}"[:200]) from error
         except OSError as error:
@@ -89,7 +90,7 @@ class Run:
                 f"{directory}/config.json is damaged ({type(error).__name__}: {error}): give a run's directory"[:200]
             ) from error
         run = cls(method, options, config.get("preset"), world_of(kind)(task, options), directory)
-        with arithmetic(run.world, options.threads):
+        with arithmetic(run.world, options.threads), torch.random.fork_rng([]):  # new modules draw their weights
             run.world.load(directory)
         return run
 

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from policygrad.errors import NonFiniteError, UserError
+from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.train import presets
 from policygrad.train.checkpoints import write_json
 from policygrad.train.compose import compose
@@ -309,8 +309,8 @@ def _next(iterations: Iterator[Any], iteration: int) -> Any:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError) or re.search(r"\bnan\b", str(error), re.IGNORECASE) is None:
             raise
-        said = " ".join(str(error).split())[:80]
-        raise UserError(f"training stopped in iteration {iteration}: a probability turned NaN ({said})") from error
+        at = f"training stopped in iteration {iteration}"
+        raise UserError(f"{at}: a probability turned NaN ({one_line(error, 80)})") from error
 
 
 def _own_random(seed: int) -> dict[str, Tensor]:

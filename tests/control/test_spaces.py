@@ -8,8 +8,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from policygrad.control.spaces import describe, one_line, rebuild, to_environment
-from policygrad.errors import UserError
+from policygrad.control.spaces import describe, rebuild, to_environment
+from policygrad.errors import UserError, one_line
 
 SPACES = [
     spaces.Discrete(4),

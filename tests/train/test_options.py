@@ -213,6 +213,7 @@ def outcome(method: str, world: str, task: Any = None, **options: Any) -> Any:
     chosen = options_of(method, world)(**values)
     unread = set() if has_critic(chosen) else {"critic_epochs"}
     unread |= {"num_steps"} if chosen.credit in EPISODIC else set()
+    unread |= {"episode_steps"} if task == "exact:tokens" else set()
     values = {name: x for name, x in values.items() if name not in unread - set(options)}
     run = pg.train(method, task or TASKS[world], progress=False, **values)
     return parameters(run).tolist(), untimed(run.metrics)
@@ -266,11 +267,32 @@ def test_threads_are_torchs_while_it_trains() -> None:
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "world", "values"),
+    [
+        ("trpo", "control", {"adam_epsilon": 0.1, "credit": "group"}),
+        ("npg", "control", {"learning_rate_schedule": "linear", "credit": "group"}),
+        ("ppo", "control", {"critic_learning_rate": 0.1, "credit": "group"}),
+    ],
+)
+def test_what_only_a_critic_reads_is_refused_without_one(method: str, world: str, values: dict[str, Any]) -> None:
+    defaults = options_of(method, world)()
+    with pytest.raises(OptionError, match="is a critic's") as raised:
+        validate(with_values(defaults, values), defaults)
+    assert raised.value.option == next(iter(values))
+
+
+def test_the_length_of_completions_is_their_worlds() -> None:
+    with pytest.raises(OptionError, match="episode_steps"):
+        pg.train("grpo", "exact:tokens", episode_steps=2, progress=False)
+
+
 def test_micro_batches_change_nothing_but_rounding() -> None:
     for method, options in (("ppo", {}), ("grpo", {}), ("reinforce", {"baseline": "none"}), ("trpo", {})):
         if "micro_batch" not in names(method, "exact"):
             continue
-        values = {n: x for n, x in small(method, "exact").items() if n != "critic_epochs"} | options
+        values = {n: x for n, x in small(method, "exact").items() if n not in ("critic_epochs", "episode_steps")}
+        values |= options
         whole, parts = (
             pg.train(method, "exact:tokens", progress=False, **values, micro_batch=size) for size in (None, 3)
         )

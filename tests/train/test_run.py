@@ -101,6 +101,46 @@ def test_an_exact_run_is_found_again_as_it_was(method: str, task: str, tmp_path:
     assert torch.equal(parameters(again), parameters(run))
 
 
+def test_a_control_run_is_found_again_with_its_critic_and_saved_again(tmp_path: Path) -> None:
+    run = pg.train("ppo", "probes:Known-v0", out=tmp_path / "run", **SMALL)
+    torch.manual_seed(3)
+    drawn = torch.get_rng_state()
+    again = pg.Run.load(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(parameters(again), parameters(run))
+    again.save(tmp_path / "copy")
+    assert torch.equal(parameters(pg.Run.load(tmp_path / "copy")), parameters(run))
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_run_without_a_critic_or_with_one_of_ones_own_is_found_without(method: str, tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self, space: spaces.Space) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 1)
+
+        def forward(self, obs: torch.Tensor) -> torch.Tensor:
+            return self.layer(obs).squeeze(-1)
+
+    small = {"hidden": (8,), "num_envs": 4, "iterations": 1, "progress": False}
+    critic = {} if method == "grpo" else {"critic": Own, "num_steps": 16}
+    pg.train(method, "probes:Known-v0", out=tmp_path / "run", **small, **critic)
+    again = pg.Run.load(tmp_path / "run")
+    assert again.critic is None
+    assert again.evaluate(1).episodes == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("threads", -5), ("gamma", 2.0), ("hidden", [0])])
+def test_a_number_out_of_bounds_in_a_run_is_one_line(option: str, value: Any, saved: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["options"][option] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json is damaged: {option} is") as raised:
+        pg.Run.load(copy)
+    assert len(str(raised.value)) <= 200
+
+
 def test_a_language_run_is_found_again_as_it_was(language: dict[str, Any], tmp_path: Path) -> None:
     run = pg.train("grpo", out=tmp_path / "run", **language, learning_rate=1e-2)
     again = pg.Run.load(str(tmp_path / "run"))

@@ -3,8 +3,7 @@
 import re
 from typing import Any
 
-from policygrad.errors import UserError
-from policygrad.language.messages import one_line, shortened
+from policygrad.errors import UserError, one_line, shortened
 from policygrad.language.rewards import mathematics
 from policygrad.language.rewards.calling import Column, Reward, text_of
 

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policygrad.errors import UserError
-from policygrad.language.messages import listed, one_line, shortened
+from policygrad.errors import UserError, listed, one_line, shortened
 
 Column = Sequence[Any]  # one entry a sample
 Reward = Callable[..., Any]  # (prompts=, completions=, **columns) -> list[float | None], or a coroutine of it

@@ -3,9 +3,8 @@
 import difflib
 import re
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
-from policygrad.language.messages import shortened
 from policygrad.language.rewards.builtin import exact_match, matches, math_equal, soft_overlong_penalty
 from policygrad.language.rewards.calling import Reward
 

@@ -13,8 +13,9 @@ from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScal
 from policygrad.control.environments import label
 from policygrad.control.evaluation import Evaluation, evaluate_on, time_limit
 from policygrad.control.memory import refuse_memory
+from policygrad.control.spaces import rebuild
 from policygrad.errors import UserError
-from policygrad.train.checkpoints import load_policy, save_policy
+from policygrad.train.checkpoints import load_critic, load_policy, save_policy
 from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
@@ -41,10 +42,9 @@ class ControlWorld(World):
         self.normalizer = self.sample.stepping.observation_normalizer
         observation_space = self.environments.single_observation_space
         action_space = self.environments.single_action_space
-        shape: dict[str, Any] = {name: getattr(options, name) for name in ("hidden", "activation", "orthogonal")}
         if own.policy is None:
             gaussian = {name: getattr(options, name) for name in ("squash", "state_dependent_std", "initial_log_std")}
-            self.policy = Policy(observation_space, action_space, **shape, **gaussian)
+            self.policy = Policy(observation_space, action_space, **self._shape(), **gaussian)
         else:
             self.policy = own_module("policy", own.policy, observation_space, action_space)
         self.policy.to(options.device)
@@ -53,7 +53,7 @@ class ControlWorld(World):
                 raise UserError(f"a critic is handed in, and credit {options.credit} has no use for one: leave it out")
             return
         if own.critic is None:
-            self.critic = Critic(observation_space, **shape)
+            self.critic = Critic(observation_space, **self._shape())
         else:
             # A critic without a fit of its own may be frozen.
             learns = hasattr(options, "critic_epochs")
@@ -61,6 +61,10 @@ class ControlWorld(World):
         self.critic.to(options.device)
         if own.critic is not None:
             refuse_memory(self.critic, observations(observation_space).to(options.device), "critic")
+
+    def _shape(self) -> dict[str, Any]:
+        """The options that policy and critic share."""
+        return {name: getattr(self.options, name) for name in ("hidden", "activation", "orthogonal")}
 
     def _sampler(self, environments: VectorEnv) -> Sampler:
         options, space = self.options, environments.single_observation_space
@@ -87,6 +91,12 @@ class ControlWorld(World):
     def load(self, directory: Path) -> None:
         self.policy, self.normalizer = load_policy(directory)
         self.policy.to(self.options.device)
+        if has_critic(self.options):
+            assert isinstance(self.policy, Policy)  # load_policy has refused any other
+            description: dict[str, Any] = self.policy.description
+            critic = Critic(rebuild(description["observation_space"]), **self._shape())
+            if load_critic(directory, critic):  # else it is the user's own class
+                self.critic = critic.to(self.options.device)
 
     def save(self, directory: Path) -> None:
         save_policy(directory, self.policy, self.critic, self.normalizer)

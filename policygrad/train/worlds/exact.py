@@ -14,7 +14,7 @@ from policygrad.exact.sampler import CompletionSampler, EpisodeSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, token_world, tree
 from policygrad.exact.worlds import world_named
 from policygrad.train.checkpoints import load_tensors, save_tensors
-from policygrad.train.options import has_critic
+from policygrad.train.options import OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
 
@@ -69,6 +69,8 @@ class ExactWorld(World):
             horizon = self.options.episode_steps or self.world.time_limit or HORIZON
             self.sample: Any = EpisodeSampler(self.world, rows, horizon, seed)
             return
+        if self.options.episode_steps is not None:
+            raise OptionError("episode_steps", f"{self.name} has a length of its own: leave episode_steps out")
         if rows % COMPLETIONS:
             raise UserError(
                 f"num_envs is {rows}: {self.name} answers each prompt {COMPLETIONS} times; give a multiple of it"

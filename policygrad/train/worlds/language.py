@@ -9,11 +9,10 @@ import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, ending, one_line
 from policygrad.language import arithmetic, data, models
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import Request, generate
-from policygrad.language.messages import ending
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.sampler import CompletionSampler
 from policygrad.language.tasks import ARITHMETIC, Task, critic_of, reward_functions, task_of
@@ -153,10 +152,8 @@ class LanguageWorld(World):
         try:
             self.policy.model.load_adapter(str(folder), adapter_name="default")  # type: ignore[operator]
         except Exception as error:  # of many kinds: of a file that is damaged, or of another model
-            said = " ".join(str(error).split())[:80]
-            raise UserError(
-                f"{ending(str(folder))} holds no adapter that can be read ({said}): give a run's directory"
-            ) from error
+            said = f"holds no adapter that can be read ({one_line(error, 80)}): give a run's directory"
+            raise UserError(f"{ending(str(folder))} {said}") from error
 
     def save(self, directory: Path) -> None:
         """Write model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""

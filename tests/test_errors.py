@@ -1,6 +1,6 @@
 """Values and errors in a message of one line."""
 
-from policygrad.language.messages import ending, listed, one_line, shortened
+from policygrad.errors import ending, listed, one_line, shortened
 
 
 def test_what_is_short_stays_and_what_is_long_is_as_long_as_it_may_be() -> None:
