@@ -1,6 +1,8 @@
 # make demo: set up, train PPO on CartPole until solved, evaluate, draw the learning curve; then a small language model
 # by GRPO on arithmetic.
 # make test: set up, then formatting, lint, types and all tests.
+# make test-portable: all tests under another instruction set, and with two threads: other machines sum in another order.
+# make test-numerical: the part of it that continuous integration runs.
 # VENV=... points both at another environment.
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,7 +12,11 @@ DEMO := runs/demo
 # Tests of whole runs. They go without the check of every shape, as users' runs do; the others are checked.
 WHOLE := tests/train tests/test_cli.py tests/test_documentation.py tests/verify/test_faults.py
 
-.PHONY: demo test format
+# The oldest instruction set that torch has kernels for.
+PORTABLE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+PYTEST := $(BIN)/pytest -o addopts="-q --strict-markers"
+
+.PHONY: demo test test-numerical test-portable format
 demo: $(VENV)/.installed
 	@rm -rf $(DEMO)
 	@$(BIN)/policygrad train ppo CartPole-v1 --steps 200000 --stop-at-return 475 --out $(DEMO)
@@ -24,7 +30,15 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 $(WHOLE:%=--ignore=%)
-	$(BIN)/pytest -n 2 -o addopts="-q --strict-markers" $(WHOLE)
+	$(PYTEST) -n 2 $(WHOLE)
+
+test-numerical: $(VENV)/.installed
+	$(PORTABLE) $(PYTEST) -n 2 $(WHOLE:%=--ignore=%)
+
+test-portable: $(VENV)/.installed
+	TEST_THREADS=2 $(PYTEST)
+	$(PORTABLE) $(PYTEST) -n 2
+	$(PORTABLE) TEST_THREADS=2 $(PYTEST)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -1,5 +1,8 @@
-"""What every test starts from: one thread, one seed, and small policies whose every number can be computed by hand."""
+"""What every test starts from: one seed, one thread (`make test-portable` also takes two), and small policies whose
+every number can be computed by hand.
+"""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,12 +15,13 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence,
 
 from policygrad.rollout import Rollout
 
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("TEST_THREADS", "1"))
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed_and_threads() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

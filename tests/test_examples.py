@@ -22,7 +22,6 @@ def run(name: str, *arguments: str) -> None:
 
 
 def test_rlhf_from_preferences_to_the_reward_against_the_kl(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch.set_num_threads(1)
     run("rlhf.py", "--quick", "--out", str(tmp_path / "rlhf"))
     lines = capsys.readouterr().out.splitlines()
     table = [line.split() for line in lines if line.endswith(" nats")]

@@ -4,13 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_files import write_model, write_prompts, write_rewards
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

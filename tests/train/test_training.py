@@ -333,11 +333,8 @@ def test_between_rows_torch_is_as_it_was(task: str) -> None:
 
 def test_threads_of_the_caller_come_back_between_rows() -> None:
     torch.set_num_threads(2)
-    try:
-        for _ in pg.Training("grpo", "exact:bandit", num_envs=4, iterations=2, threads=1):
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
+    for _ in pg.Training("grpo", "exact:bandit", num_envs=4, iterations=2, threads=1):
+        assert torch.get_num_threads() == 2
 
 
 # Stopped and continued
