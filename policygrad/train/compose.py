@@ -39,7 +39,7 @@ from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch
 from policygrad.samplers import KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.methods import METHODS, method_named
-from policygrad.train.options import has_critic, options_of, validate, with_values
+from policygrad.train.options import has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
     MasterWeightsAdam,
     Metrics,
@@ -156,6 +156,7 @@ def assemble(
     defaults = options_of(method_named(method).name, world)()
     options = with_values(defaults, values)
     validate(options, defaults)
+    options = with_rate(options)
     if has_critic(options) and critic is None:
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
     if options.gamma is None and (options.credit != "group" or options.discounted):
