@@ -1,6 +1,6 @@
 """Read and write the files of a run or model directory.
 
-What comes from elsewhere is data: a file's kind, place and size are checked before it is read, and nothing is unpickled.
+What comes from elsewhere is data: a file's kind, place and size are checked before it is read. Nothing is unpickled.
 """
 
 import json
@@ -28,7 +28,7 @@ def as_path(place: Path | str) -> Path:
     return Path(place)
 
 
-def check_file(path: Path, within: Path, largest: float = float("inf")) -> None:
+def check_file(path: Path, within: Path, largest: float | int = float("inf")) -> None:
     """Raise UserError unless `path` is a regular file of at most `largest` bytes.
 
     A link may lead anywhere inside the directory `within`, and not out of it.
@@ -37,7 +37,7 @@ def check_file(path: Path, within: Path, largest: float = float("inf")) -> None:
         known = path.stat()
         inside = path.resolve().is_relative_to(within.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise damaged(path, getattr(error, "strerror", None) or one_line(error), "cannot be read") from error
+        raise damaged(path, str(getattr(error, "strerror", None) or one_line(error)), "cannot be read") from error
     if not stat.S_ISREG(known.st_mode):
         raise damaged(path, "it is not a regular file")
     if not inside:
@@ -52,7 +52,7 @@ def read_json(path: Path, within: Path | None = None) -> Any:
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
-        raise damaged(path, error.strerror, "cannot be read") from error
+        raise damaged(path, one_line(error), "cannot be read") from error
     except ValueError as error:
         raise damaged(path, one_line(error)) from error
 
@@ -102,7 +102,7 @@ def check_directory(directory: Path, within: Path) -> None:
     try:
         paths = sorted(directory.iterdir())
     except OSError as error:
-        raise damaged(directory, error.strerror, "cannot be read") from error
+        raise damaged(directory, error.strerror or one_line(error), "cannot be read") from error
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             continue  # no library looks for weights or settings below
@@ -149,7 +149,7 @@ def add_metadata(path: Path, metadata: dict[str, str]) -> None:
         header = json.loads(file.read(length))
         header["__metadata__"] = header.get("__metadata__", {}) | metadata
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        text += b" " * (-(len(text) + 8) % 64)  # tensors are aligned as new ones are, and so computed with bit for bit
         temporary = path.with_name(path.name + ".new")
         try:
             with temporary.open("wb") as copy:

@@ -91,7 +91,7 @@ class MasterWeightsAdam(Adam):
                 "float32, or train an adapter on them (lora_rank)"
             )
         for p in self._rounded():
-            p.grad_dtype = torch.float32  # type: ignore[attr-defined]
+            p.grad_dtype = torch.float32
 
     def step(self, closure: Any = None) -> Any:
         with self._masters():

@@ -145,7 +145,9 @@ def _check_plain(settings: dict[str, Any]) -> None:
     if settings.get("peft_type") != "LORA" or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise ValueError("it is no LoRA adapter")
     start = settings.get("init_lora_weights")
-    used = [name for name, x in settings.items() if name not in WITHOUT_EFFECT and x not in (None, False, {}, [], "none")]
+    used = [
+        name for name, x in settings.items() if name not in WITHOUT_EFFECT and x not in (None, False, {}, [], "none")
+    ]
     used += [] if start in STARTS else ["init_lora_weights"]
     if used:
         raise ValueError(f"its {used[0]} is {one_line(settings[used[0]], 30)}: merge it by the program that made it")

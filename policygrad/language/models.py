@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import add_metadata, check_directory, check_file, damaged, read_json
-from policygrad.language.adapters import add_adapter as add_adapter
 from policygrad.language.adapters import Adapter, base_of, merge, saved_adapter
+from policygrad.language.adapters import add_adapter as add_adapter
 from policygrad.language.policies import LanguagePolicy, ValueModel, causal, trunk
 
 LAYERS = 10_000  # more than any model has; each would be built before its weights are missed
@@ -144,7 +144,9 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     named = getattr(config, "eos_token_id", None)
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(isinstance(x, int) for x in named):
-        raise UserError(f"the model's generation settings say that eos_token_id is {shortened(named)}: give numbers there")
+        raise UserError(
+            f"the model's generation settings say that eos_token_id is {shortened(named)}: give numbers there"
+        )
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, named)}))
 
 
@@ -158,7 +160,9 @@ def checkpoint_gradients(model: nn.Module) -> None:
         else:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     except ValueError as error:
-        raise UserError(f"{type(inner).__name__} has no gradient checkpoints: leave gradient_checkpointing out") from error
+        raise UserError(
+            f"{type(inner).__name__} has no gradient checkpoints: leave gradient_checkpointing out"
+        ) from error
     model.train()  # transformers checkpoints in training mode only; a policy has no dropout to turn on
 
 

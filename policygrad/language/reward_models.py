@@ -63,7 +63,13 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, spec: str, *, device: str = "cpu", trust_remote_code: bool = False, trust: bool = False, dtype: str = "auto"
+        cls,
+        spec: str,
+        *,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        trust: bool = False,
+        dtype: str = "auto",
     ) -> "RewardModel":
         """From a directory or a hub id. Raises UserError, also for a model without a trained head."""
         model, missing = classifier(spec, dtype=dtype, trust_remote_code=trust_remote_code, trust=trust)

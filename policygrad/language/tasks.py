@@ -75,7 +75,8 @@ def critic_of(
 ) -> ValueModel:
     """A critic on the policy's trunk ("shared"), on a copy of it ("copy"), or on that of a model by path or hub id.
 
-    gradient_checkpointing: of another model's trunk; the policy's has its own, and a copy what that has. Raises UserError for a model with fewer tokens than the policy's.
+    gradient_checkpointing: of another model's trunk; a copy has it if the policy has. Raises UserError for a model with
+    fewer tokens than the policy's.
     """
     if kind == "shared":
         return ValueModel(trunk(policy.model), autocast=autocast)

@@ -273,7 +273,8 @@ def verdict(before: Evaluation, after: Evaluation) -> list[str]:
 
     The noise is two standard errors of the mean over prompts of the change of a prompt's mean reward.
     """
-    changes = [y - x for x, y in zip(_by_prompt(before), _by_prompt(after), strict=True) if None not in (x, y)]
+    pairs = zip(_by_prompt(before), _by_prompt(after), strict=True)
+    changes = [y - x for x, y in pairs if x is not None and y is not None]
     if len(changes) < 2:
         return []
     change, noise = fmean(changes), 2 * stdev(changes) / len(changes) ** 0.5
