@@ -263,7 +263,7 @@ def _reward_model(rest: list[str]) -> int:
         f"reward model of {options.dataset}: {result.pairs:,} pairs, {len(result.metrics):,} updates in "
         f"{result.seconds:.1f} s"
     )
-    print(f"model: {out} (to train on what it prefers: policygrad train ppo ... --reward {out})")
+    print(result.verdict())
     return 0
 
 

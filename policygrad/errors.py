@@ -15,6 +15,10 @@ class NonFiniteError(UserError):
     """A gradient is NaN or infinite. It is raised before the parameters change."""
 
 
+class Kept(str):
+    """A note on the exception that stopped a run: what is saved of it, and where."""
+
+
 def one_line(thing: Any, length: int = 100) -> str:
     """An error's message, or any object as text, in one line of at most `length` characters."""
     said = " ".join(str(thing).split()) or type(thing).__name__

@@ -5,15 +5,16 @@ An update is (objective, batch) -> metrics, and changes the objective's paramete
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
-from policygrad.errors import NonFiniteError
+from policygrad.errors import NonFiniteError, UserError
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, micro_batches
 
@@ -72,6 +73,53 @@ def ascend(optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch
         return {**total, "gradient_norm": norm}
 
     return update
+
+
+class MasterWeightsAdam(Adam):
+    """Adam on float32 copies of the bfloat16 parameters, the master weights (Micikevicius et al. 2018, 1710.03740).
+
+    bfloat16 has 8 significant bits: an update below 1/512 of a weight would be lost. The copies, `master` in the
+    optimizer's state, take it whole; the parameters are the copies, rounded. Gradients are float32, so that
+    micro-batches add up in it. Parameters in float32 and float64 are Adam's. Raises UserError for float16.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        if any(p.dtype == torch.float16 for p in self._parameters()):
+            raise UserError(
+                "weights in float16 cannot be trained, since small gradients are 0 in it: give dtype bfloat16 or "
+                "float32, or train an adapter on them (lora_rank)"
+            )
+        for p in self._rounded():
+            p.grad_dtype = torch.float32
+
+    def step(self, closure: Any = None) -> Any:
+        with self._masters():
+            return super().step(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with self._masters():  # torch casts the state to the type of its parameter
+            super().load_state_dict(state_dict)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _rounded(self) -> list[nn.Parameter]:
+        return [p for p in self._parameters() if p.dtype == torch.bfloat16]
+
+    @contextmanager
+    def _masters(self) -> Iterator[None]:
+        """The parameters are their copies inside the block; after it, the copies rounded, in the same memory."""
+        rounded = [(p, p.data) for p in self._rounded()]
+        for p, x in rounded:
+            p.data = self.state[p].pop("master") if "master" in self.state[p] else x.float()
+            p.grad = None if p.grad is None else p.grad.float()
+        try:
+            yield
+        finally:
+            for p, x in rounded:
+                master = self.state[p].setdefault("master", p.data)
+                p.data = x.copy_(master)
 
 
 def kl_radius(slope: Tensor, *, delta: float) -> Tensor:

@@ -10,7 +10,7 @@ import policygrad
 
 ROOT = Path(policygrad.__file__).parent
 LAYER = {
-    **dict.fromkeys(["errors", "functions", "rollout", "weights"], 0),
+    **dict.fromkeys(["errors", "files", "functions", "rollout", "weights"], 0),
     **dict.fromkeys(["score", "returns", "advantages", "divergences", "objectives", "diagnostics"], 1),
     **dict.fromkeys(["linalg", "updates", "critics", "credit", "samplers"], 2),
     **dict.fromkeys(["algorithms"], 3),
@@ -51,7 +51,7 @@ def broken(here: str, source: str) -> list[str]:
         if top == "":
             wrong.append(name)  # a relative import hides where it goes
         elif top != "policygrad":
-            known = top in {"torch", "jaxtyping"} or top in sys.stdlib_module_names
+            known = top in {"torch", "jaxtyping", "safetensors"} or top in sys.stdlib_module_names
             if here in LAYER and (not known or (top == "importlib" and here not in LOADERS)):
                 wrong.append(name)
         elif not (there == here or there == "errors" or _below(here, there)):

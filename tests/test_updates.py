@@ -1,6 +1,7 @@
 """What is done with the gradient: uphill, invariantly, and inside the trust region."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from policygrad.objectives import surrogate
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import token_ratio
 from policygrad.updates import (
+    MasterWeightsAdam,
     Measured,
     Metrics,
     Objective,
@@ -451,3 +453,91 @@ def test_an_infinite_slope_of_a_finite_value_is_refused_too(name: str, policy: n
     with pytest.raises(NonFiniteError):
         update(Endless(policy), batch)
     assert torch.equal(flat(policy.parameters()), theta)
+
+
+# Master weights.
+
+
+def _adam(parameter: nn.Parameter, rate: float = 1e-6) -> MasterWeightsAdam:
+    return MasterWeightsAdam([parameter], lr=rate, eps=1e-8)
+
+
+def _weights(dtype: torch.dtype) -> nn.Parameter:
+    """The same numbers in every type: bfloat16 represents them."""
+    return nn.Parameter((1 + torch.arange(200) / 128).to(torch.bfloat16).to(dtype))
+
+
+def test_small_updates_of_bfloat16_weights_add_up_as_in_float32() -> None:
+    exact, coarse = _weights(torch.float32), _weights(torch.bfloat16)
+    start = exact.detach().clone()
+    optimizers = [torch.optim.Adam([exact], lr=1e-4, eps=1e-8), _adam(coarse, 1e-4)]
+    for _ in range(300):
+        gradient = torch.randn(200, dtype=torch.float32).abs()
+        for p, optimizer in zip((exact, coarse), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(optimizers[1].state[coarse]["master"], exact.detach())
+    assert torch.equal(coarse, exact.to(torch.bfloat16))
+    moved, expected = (coarse.float() - start).mean(), (exact - start).mean()
+    assert_close(moved, expected, rtol=0, atol=2**-9)
+    assert expected < -0.01
+
+
+def test_at_the_default_rate_every_weight_moves() -> None:
+    p = _weights(torch.bfloat16)
+    before, optimizer = p.detach().float(), _adam(p)
+    p.grad = torch.ones(200, dtype=torch.float32)
+    optimizer.step()
+    assert (optimizer.state[p]["master"] < before).all()
+    assert torch.equal(p.detach().float(), before), "one such step is lost in bfloat16"
+
+
+def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
+    p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = _adam(p)
+    for _ in range(1000):
+        p.sum().backward()
+    assert p.grad is not None
+    assert p.grad.dtype == torch.float32
+    assert p.grad.item() == 1000, "in bfloat16 it would stay at 256"
+    memory = p.data_ptr()
+    optimizer.step()
+    assert (p.dtype, p.data_ptr()) == (torch.bfloat16, memory)
+
+
+def test_the_master_weights_are_in_the_state_and_resume_bit_for_bit() -> None:
+    def steps(p: nn.Parameter, optimizer: MasterWeightsAdam, count: int) -> None:
+        for k in range(count):
+            p.grad = torch.full((200,), 1.0 + k, dtype=torch.float32)
+            optimizer.step()
+
+    whole = _weights(torch.bfloat16)
+    first = _adam(whole, 1e-5)
+    steps(whole, first, 50)
+    other = nn.Parameter(torch.zeros(200, dtype=torch.bfloat16))
+    second = _adam(other, 1e-5)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    assert torch.equal(other, whole)
+    for p, optimizer in ((whole, first), (other, second)):
+        steps(p, optimizer, 50)
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        assert second.state[other][name].dtype == torch.float32
+        assert torch.equal(second.state[other][name], first.state[whole][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_weights_are_adams_bit_for_bit(dtype: torch.dtype) -> None:
+    ours, theirs = _weights(dtype), _weights(dtype)
+    for p, optimizer in ((ours, _adam(ours)), (theirs, torch.optim.Adam([theirs], lr=1e-6))):
+        p.grad = torch.linspace(-1, 1, 200, dtype=dtype)
+        optimizer.step()
+        assert "master" not in optimizer.state[p]
+    assert torch.equal(ours, theirs)
+
+
+def test_float16_is_not_trained() -> None:
+    with pytest.raises(
+        UserError, match=r"weights in float16 cannot be trained.*bfloat16 or float32.*lora_rank"
+    ) as raised:
+        _adam(_weights(torch.float16))
+    assert len(str(raised.value)) <= 200

@@ -1,9 +1,9 @@
-"""Models and tokenizers: loading, checking, adapters, saving."""
+"""Models and tokenizers: loading, checking, saving."""
 
 import contextlib
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policygrad.errors import UserError, ending, one_line, shortened
+from policygrad.files import add_metadata, check_directory, check_file, damaged, read_json
+from policygrad.language.adapters import Adapter, base_of, merge, saved_adapter
+from policygrad.language.adapters import add_adapter as add_adapter
 from policygrad.language.policies import LanguagePolicy, ValueModel, causal, trunk
+
+LAYERS = 10_000  # more than any model has; each would be built before its weights are missed
+
+
+def located(name: str) -> str:
+    """The name of a model; of a local directory its absolute path, which holds in every directory."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else path
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by path or hub id; padding on the left. Raises UserError."""
-    name = os.path.expanduser(name)
+    name = located(name)
     with _one_line(name, "tokenizer"), quiet():
+        _check_files(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -34,21 +46,34 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def load_model(
     name: str,
     *,
+    base_model: str | None = None,
+    trust: bool = False,
     dtype: str = "float32",
     attention: str | None = None,
     trust_remote_code: bool = False,
     kind: Any = AutoModelForCausalLM,
+    what: str = "model",
     **options: Any,
 ) -> PreTrainedModel:
     """A causal language model by path or hub id. Raises UserError, also if some of its weights are missing.
 
-    dtype: of the weights, or auto for that of the file. attention: sdpa, eager, flash_attention_2, ...; None: the
-    model's default. kind: another auto class, for reward models and critics, where a missing head is made new.
+    If the name is that of an adapter, the model is its base with the adapter merged into it. base_model: that base;
+    trust: take the base that the adapter's file names. dtype: of the weights, or auto for that of the file. attention:
+    sdpa, eager, flash_attention_2, ...; None: the model's default. kind: another auto class, for reward models and
+    critics, where a missing head is made new. what: the word for it in messages.
     """
-    name = os.path.expanduser(name)
+    name = located(name)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"there is no type {shortened(dtype)} of weights: give float32, bfloat16, float16 or auto")
-    with _one_line(name, "model"), quiet():
+    adapters: list[tuple[str, Adapter]] = []  # an adapter's base may be another adapter
+    while (adapter := _adapter_in(name, what)) is not None:
+        adapters.append((name, adapter))
+        name, base_model = located(base_of(name, adapter, base_model, trust)), None
+        if name in [above for above, _ in adapters]:
+            raise UserError(f"{ending(name)} is an adapter on itself: give a model as base_model")
+    if base_model is not None:
+        raise UserError(f"{ending(name)} is no adapter, and base_model is for one: leave base_model out")
+    with _one_line(name, what), quiet():
         model, info = kind.from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -65,7 +90,37 @@ def load_model(
             f"{ending(name, 50)} has no weights for {ending(missing[0], 50)}{others}: "
             "give a whole causal language model"
         )
+    for above, adapter in reversed(adapters):
+        with _one_line(above, "adapter"):
+            merge(model, adapter)
+        model.name_or_path = above  # an adapter on top of this model belongs to both
     return model
+
+
+def _adapter_in(name: str, what: str) -> Adapter | None:
+    with _one_line(name, what), quiet():
+        _check_files(name)
+        return saved_adapter(name)
+
+
+def _check_files(name: str) -> None:
+    """Raise UserError for a local model with a file that cannot be one of a model. The hub's come by its client."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return
+    check_directory(directory, Path(directory.anchor))  # the user named it: its links may lead to the hub's cache
+    for path in (x for x in directory.glob("additional_chat_templates/*") if not x.is_dir()):
+        check_file(path, Path(directory.anchor))
+    path = directory / "config.json"
+    config = read_json(path, Path(directory.anchor)) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise damaged(path, "it holds no object")
+    for part in [config, *(x for x in config.values() if isinstance(x, dict))]:
+        for key, x in part.items():
+            if ("layer" in key or "expert" in key) and isinstance(x, int) and x > LAYERS:
+                raise damaged(path, f"{key} is {x}")
+            if key.endswith("_implementation") and isinstance(x, str) and "/" in x:
+                raise damaged(path, f"{shortened(key)} is {shortened(x)}, which is code on the hub", "is not followed")
 
 
 def check_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
@@ -88,63 +143,76 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     config = getattr(causal(model), "generation_config", None)
     named = getattr(config, "eos_token_id", None)
     named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(x, int) for x in named):
+        raise UserError(
+            f"the model's generation settings say that eos_token_id is {shortened(named)}: give numbers there"
+        )
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, named)}))
 
 
-def add_adapter(
-    model: nn.Module, rank: int, *, alpha: float | None = None, targets: Sequence[str] | None = None
-) -> nn.Module:
-    """The model with a LoRA adapter on its linear layers (Hu et al. 2021, arXiv 2106.09685); only that is trained.
-
-    alpha: the adapter's output is scaled by alpha / rank; 2 rank by default. targets: names of layers; by default all
-    linear layers but the head. The adapter starts at zero, so the model's output does not change.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules="all-linear" if targets is None else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with warnings.catch_warnings():  # peft warns of its own settings, transformers of names that peft uses
-            warnings.simplefilter("ignore")
-            return get_peft_model(model, config)
-    except ValueError as error:
-        said = one_line(error, 110)
-        raise UserError(f"LoRA cannot be added: {said}; give lora_targets that the model has") from error
-
-
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Compute activations again in the backward pass instead of keeping them. Raises UserError if a model cannot."""
     inner = causal(model)
     options = {"use_reentrant": False}
-    if hasattr(inner, "activation_checkpointing_enable"):  # the name since transformers 5
-        inner.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    try:
+        if hasattr(inner, "activation_checkpointing_enable"):  # the name since transformers 5
+            inner.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    except ValueError as error:
+        raise UserError(
+            f"{type(inner).__name__} has no gradient checkpoints: leave gradient_checkpointing out"
+        ) from error
     model.train()  # transformers checkpoints in training mode only; a policy has no dropout to turn on
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write both in the Hugging Face layout, for `from_pretrained`. Of a model with an adapter only the adapter."""
-    with quiet():
-        model.save_pretrained(directory, safe_serialization=True)  # type: ignore[operator]
-        tokenizer.save_pretrained(directory)
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write both in the Hugging Face layout, for `from_pretrained`. Of a model with an adapter only the adapter.
+
+    The files are written in a directory of their own and then replaced one by one, the weights last: a process that is
+    killed leaves the old ones. metadata: written into the file of the weights; `files.read_metadata` reads it. Raises
+    UserError if the directory cannot be written; what it held stays.
+    """
+    directory = Path(directory)
+    fresh = directory / ".new"
+    adapter = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}  # peft would ask the hub
+    try:
+        with _written(directory), quiet():
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(fresh, ignore_errors=True)
+            model.save_pretrained(fresh, **adapter)  # type: ignore[operator]
+            tokenizer.save_pretrained(fresh)
+            (fresh / "README.md").unlink(missing_ok=True)  # peft's card, without content
+            for path in fresh.glob("*.safetensors"):  # in any case, because safetensors makes its files private
+                add_metadata(path, metadata or {})
+            for path in sorted(fresh.rglob("*"), key=lambda path: (path.suffix == ".safetensors", path)):
+                if path.is_dir():
+                    (directory / path.relative_to(fresh)).mkdir(exist_ok=True)
+                else:
+                    os.replace(path, directory / path.relative_to(fresh))
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def save_critic(critic: ValueModel, path: Path | str, policy: LanguagePolicy) -> None:
-    """Write a critic as safetensors. If it shares the policy's trunk, write its head alone."""
-    safetensors.torch.save_model(_own(critic, policy), str(path))
+def save_critic(
+    critic: ValueModel, path: Path | str, policy: LanguagePolicy, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a critic as safetensors, in one step. If it shares the policy's trunk, write its head alone."""
+    fresh = Path(f"{path}.new")
+    with _written(path):
+        safetensors.torch.save_model(_own(critic, policy), str(fresh))
+        add_metadata(fresh, metadata or {})
+        os.replace(fresh, path)
 
 
 def load_critic(critic: ValueModel, path: Path | str, policy: LanguagePolicy) -> None:
     """Read what save_critic wrote into a critic of the same kind."""
     try:
+        check_file(Path(path), Path(path).parent)
         safetensors.torch.load_model(_own(critic, policy), str(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         start, end = f"the critic in {ending(str(path))} cannot be read: ", "; give one of the same kind"
         raise UserError(start + one_line(error, 200 - len(start) - len(end)) + end) from error
 
@@ -171,15 +239,27 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _written(place: Path | str) -> Iterator[None]:
+    """A full disk, or another error of writing, in one line."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        said = getattr(error, "strerror", None) or one_line(error, 70)
+        raise UserError(f"{ending(str(place))} cannot be written: {said}; what was saved before stays") from error
+
+
+@contextlib.contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
     """Errors of from_pretrained, which fill a page, in one line."""
-    if name.startswith((".", "/")) and not os.path.isdir(name):
+    if not os.path.isdir(name) and (name.startswith((".", "/")) or os.path.exists(name)):
         raise UserError(f"there is no directory {ending(name, 80)} to load a {what} from: check the path")
     try:
         yield
-    except RuntimeError:
-        raise  # weights of wrong shapes: reward_models has a message for them
+    except UserError:
+        raise
     except Exception as error:  # of the network, a configuration, a damaged file, ...
+        if "ignore_mismatched_sizes" in str(error):  # transformers prints the shapes, and names its own option
+            error = ValueError(f"its weights do not fit {'its config.json' if what == 'model' else f'a {what}'}")
         advice = "give a whole one" if os.path.isdir(name) else "give a directory or a hub id"
         start, end = f"no {what} could be loaded from {ending(name)!r}: ", f"; {advice}"
         raise UserError(start + one_line(error, 200 - len(start) - len(end)) + end) from error

@@ -139,10 +139,12 @@ def trunk(model: nn.Module) -> nn.Module:
     return causal(model).base_model
 
 
-def width(model: nn.Module) -> int:
-    """The size of a hidden state."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    return int(config.hidden_size)
+@torch.no_grad()
+def width(trunk: nn.Module) -> int:
+    """The size of the hidden states that a trunk returns; some models project them after the last layer."""
+    tokens = torch.tensor([[0, 1]], device=next(trunk.parameters()).device)
+    with evaluating(trunk):
+        return int(trunk(input_ids=tokens).last_hidden_state.shape[-1])
 
 
 def hidden_states(trunk: nn.Module, obs: Prefixes, autocast: torch.dtype | None = None) -> Float[Tensor, "B T H"]:

@@ -63,10 +63,16 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, spec: str, *, device: str = "cpu", trust_remote_code: bool = False, dtype: str = "auto"
+        cls,
+        spec: str,
+        *,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        trust: bool = False,
+        dtype: str = "auto",
     ) -> "RewardModel":
         """From a directory or a hub id. Raises UserError, also for a model without a trained head."""
-        model, missing = classifier(spec, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, missing = classifier(spec, dtype=dtype, trust_remote_code=trust_remote_code, trust=trust)
         if missing:
             raise UserError(
                 f"{ending(spec)} is no reward model, since it has no {ending(missing[-1], 40)}: "
@@ -178,11 +184,7 @@ def classifier(spec: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
             missing.extend(sorted(loading["missing_keys"]))
             return model, loading
 
-    try:
-        return models.load_model(spec, kind=Auto, **options), missing
-    except RuntimeError as error:
-        start, end = f"the weights in {ending(spec)} do not fit a reward model: ", "; give another model"
-        raise UserError(start + one_line(error, 200 - len(start) - len(end)) + end) from error
+    return models.load_model(spec, kind=Auto, what="reward model", **options), missing
 
 
 @torch.no_grad()

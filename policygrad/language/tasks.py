@@ -68,12 +68,15 @@ def critic_of(
     dtype: str = "float32",
     attention: str | None = None,
     trust_remote_code: bool = False,
+    trust: bool = False,
     autocast: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
     device: torch.device | str = "cpu",
 ) -> ValueModel:
     """A critic on the policy's trunk ("shared"), on a copy of it ("copy"), or on that of a model by path or hub id.
 
-    Raises UserError for a model with fewer tokens than the policy's.
+    gradient_checkpointing: of another model's trunk; a copy has it if the policy has. Raises UserError for a model with
+    fewer tokens than the policy's.
     """
     if kind == "shared":
         return ValueModel(trunk(policy.model), autocast=autocast)
@@ -84,6 +87,7 @@ def critic_of(
         dtype=dtype,
         attention=attention,
         trust_remote_code=trust_remote_code,
+        trust=trust,
         kind=AutoModel,  # without a head, so that a reward model can be given too
     ).to(device)  # type: ignore[arg-type]
     mine, its = (len(x.get_input_embeddings().weight) for x in (trunk(policy.model), other))  # type: ignore
@@ -92,11 +96,17 @@ def critic_of(
             f"the critic {ending(kind)} has embeddings for {its:,} tokens and the policy for {mine:,}: "
             "give one with the same tokenizer"
         )
+    if gradient_checkpointing:
+        models.checkpoint_gradients(other)
     return ValueModel(other, autocast=autocast)
 
 
 def reward_functions(
-    names: Sequence[str], *, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    names: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    trust: bool = False,
 ) -> list[Reward]:
     """Reward functions by their names; a name that is not a function's is that of a reward model."""
     found: list[Reward] = []
@@ -106,7 +116,7 @@ def reward_functions(
         else:
             from policygrad.language.reward_models import RewardModel
 
-            found.append(RewardModel.load(name, device=str(device), trust_remote_code=trust_remote_code))
+            found.append(RewardModel.load(name, device=str(device), trust_remote_code=trust_remote_code, trust=trust))
     return found
 
 

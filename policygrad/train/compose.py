@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -38,8 +39,9 @@ from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch
 from policygrad.samplers import KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.methods import METHODS, method_named
-from policygrad.train.options import has_critic, options_of, validate, with_values
+from policygrad.train.options import has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
+    MasterWeightsAdam,
     Metrics,
     Objective,
     Update,
@@ -154,6 +156,7 @@ def assemble(
     defaults = options_of(method_named(method).name, world)()
     options = with_values(defaults, values)
     validate(options, defaults)
+    options = with_rate(options)
     if has_critic(options) and critic is None:
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
     if options.gamma is None and (options.credit != "group" or options.discounted):
@@ -237,6 +240,12 @@ def objective_of(
 
 def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Adam]]:
     """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer."""
+    trained = {p.dtype for p in policy.parameters() if p.requires_grad}
+    if METHODS[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
+        raise UserError(
+            f"{options.method} solves for its step, and these weights are too coarse for it: give dtype float32, or "
+            "train an adapter on them (lora_rank)"
+        )
     if METHODS[options.method].update == "trust_region":
         names = ("delta", "damping", "cg_iters", "backtracks", "shrink")
         return trust_region_step(**{name: getattr(options, name) for name in names}), []
@@ -307,4 +316,4 @@ def _adam(options: Any, parts: list[tuple[nn.Module, float]]) -> Adam:
         parameters = [p for p in module.parameters() if p.requires_grad and p not in taken]
         taken |= set(parameters)
         groups.append({"params": parameters, "lr": rate})
-    return Adam([group for group in groups if group["params"]], eps=options.adam_epsilon, fused=True)
+    return MasterWeightsAdam([group for group in groups if group["params"]], eps=options.adam_epsilon, fused=True)

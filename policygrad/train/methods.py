@@ -34,7 +34,7 @@ _RLHF: dict[str, Any] = {
     "normalize_advantages": "batch", "max_grad_norm": 1.0,
 }  # fmt: skip
 _TABULAR: dict[str, Any] = {"learning_rate": 0.05}
-_ONE_STEP: dict[str, dict[str, Any]] = {"language": {"learning_rate": 1e-6, "max_grad_norm": 1.0}, "exact": _TABULAR}
+_ONE_STEP: dict[str, dict[str, Any]] = {"language": {"learning_rate": None, "max_grad_norm": 1.0}, "exact": _TABULAR}
 
 _STEPPED: dict[str, dict[str, Any]] = {
     "language": {"critic_learning_rate": 1e-5, "critic_minibatch_size": 32}, "exact": {"critic_learning_rate": 0.1},
@@ -45,7 +45,7 @@ TABLE = (
         "reinforce", "REINFORCE on whole episodes: log pi (G - b), with a choice of baselines.", "reinforce",
         defaults={**_FITTED, "credit": "reward_to_go", "weights": "episode", "learning_rate": 3e-3,
                   "critic_minibatch_size": 256},
-        on={"language": {**_STEPPED["language"], "baseline": "mean", "learning_rate": 1e-6, "max_grad_norm": 1.0},
+        on={"language": {**_STEPPED["language"], "baseline": "mean", "learning_rate": None, "max_grad_norm": 1.0},
             "exact": {**_STEPPED["exact"], **_TABULAR}},
     ),
     Method(

@@ -116,6 +116,11 @@ class Options:
     attention: str | None = option(None,
         "Attention: sdpa, eager, flash_attention_2, ...; by default the model's choice.", **LANGUAGE)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", **LANGUAGE)
+    base_model: str | None = option(None,
+        "Base of the model, a directory or hub id, if the model is an adapter: training starts from both, merged.",
+        **LANGUAGE)
+    trust: bool = option(False,
+        "Follow the paths and names that files of the model name, such as the base of an adapter.", **LANGUAGE)
     lora_rank: int = option(0,
         "Train only a LoRA adapter of this rank; the reference is the model without it. 0: train all weights.",
         NOT_NEGATIVE, **LANGUAGE)
@@ -226,8 +231,9 @@ class Options:
         objective=("grpo",), kl_ref=("loss",))
 
     # Update
-    learning_rate: float = option(0.0003,
-        "Adam learning rate of the policy; also of the critic if they share the optimizer.", RATE, **ASCEND)
+    learning_rate: float | None = option(0.0003,
+        "Adam learning rate of the policy; also of the critic if they share the optimizer. None, for a language "
+        "model: 1e-6, or 1e-4 for an adapter.", RATE, **ASCEND)
     learning_rate_schedule: Literal["constant", "linear"] = option("constant",
         "Learning rate schedule: constant, or linear decay to 0.")
     adam_epsilon: float = option(1e-05, "Epsilon of Adam, added to the denominator.", RATE)
@@ -262,6 +268,16 @@ class Options:
     critic_minibatch_size: int = option(128,
         "Minibatch size of the fit of such a critic.", COUNT, objective=("reinforce", "surrogate", "grpo"))
 # fmt: on
+
+
+def with_rate(options: Any) -> Any:
+    """The options with a learning rate: if it is None, 1e-6 for a whole language model, 1e-4 for an adapter.
+
+    An adapter starts at 0 and has few weights; at the rate of whole models it would not move.
+    """
+    if getattr(options, "learning_rate", 1.0) is not None:
+        return options
+    return replace(options, learning_rate=1e-4 if options.lora_rank else 1e-6)
 
 
 def has_critic(options: Any) -> bool:
@@ -309,7 +325,7 @@ WORLDS: dict[str, dict[str, Any]] = {
     "language": {
         "iterations": 200,
         "gamma": 1.0,
-        "learning_rate": 1e-6,
+        "learning_rate": None,
         "critic_learning_rate": 1e-5,
         "adam_epsilon": 1e-8,
         "max_grad_norm": 1.0,
@@ -410,6 +426,8 @@ def _conflicts(o: Any) -> Any:
         )
     if o.credit == "trajectory_return" and o.discounted:
         yield "discounted", "discounted is for reward_to_go: a trajectory_return has gamma^t in it already"
+    if getattr(o, "learning_rate", 1.0) is None and world != "language":
+        yield "learning_rate", "learning_rate is None, which is for language models: give a number, such as 3e-4"
     if o.gamma is None and world != "exact":
         yield "gamma", "gamma is None, and only an exact world has one of its own: give a number, such as 0.99"
     if world == "language":

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from policygrad.errors import NonFiniteError, UserError
+from policygrad.errors import Kept, NonFiniteError, UserError
 from policygrad.language import arithmetic, data, models
-from policygrad.language.policies import evaluating, without_dropout
+from policygrad.language.policies import evaluating, width, without_dropout
 from policygrad.language.reward_models import (
     Pair,
     RewardModel,
@@ -36,11 +35,14 @@ from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.run import make_directory
 from policygrad.train.training import check_device, check_empty
 from policygrad.train.worlds.language import warm_model
-from policygrad.updates import ascend
+from policygrad.updates import MasterWeightsAdam, ascend
 from policygrad.weights import normalized
 
 PROBLEMS, KEPT_PROBLEMS = 48_000, 512  # arithmetic problems; the kept ones evaluate policies, so no pair uses them
-OWN_LEARNING_RATE, LEARNING_RATE = 5e-4, 1e-5  # for the arithmetic task's own model, and for any other
+# The default learning rate times the width of the model: Adam's best rate falls as the width grows (Yang et al. 2022,
+# arXiv 2203.03466). 1e-5 for a width of 4,096, 7e-5 for 576, 4e-4 for the arithmetic task's own model.
+RATE_TIMES_WIDTH = 0.04
+SAVE_SECONDS = 30.0  # between two saves of the model
 
 
 @dataclass
@@ -56,36 +58,78 @@ class PairEvaluation:
         """The scores as one line."""
         return f"accuracy {self.accuracy:.3f}, margin {self.margin:+.3f}, {self.pairs:,} held-out pairs"
 
+    def variance(self) -> float:
+        """The squared standard error of the accuracy, as if it were (right + 1) / (pairs + 2), so that it is not 0."""
+        share = (self.accuracy * self.pairs + 1) / (self.pairs + 2)
+        return share * (1 - share) / self.pairs
+
 
 @dataclass
 class RewardModelRun:
-    """A trained reward model, with its scores on held-out pairs before and after training."""
+    """A reward model, with its scores on held-out pairs before and after training."""
 
     model: RewardModel
     options: RewardModelOptions
     directory: Path | None
     pairs: int
-    metrics: list[Row] = field(default_factory=list)
+    updates: int  # of the whole training
+    metrics: list[Row] = field(default_factory=list)  # of the updates that were made
     seconds: float = 0.0
+    ended: bool = False
     before: PairEvaluation | None = None
     after: PairEvaluation | None = None
 
     def save(self, directory: Path) -> None:
-        """Write the model and its tokenizer in the Hugging Face layout, with a model card."""
+        """Write the model and its tokenizer in the Hugging Face layout, with a model card.
+
+        The file of the weights says of which update they are, and whether that was the last.
+        """
         make_directory(directory)
-        models.save_model(self.model.model, self.model.tokenizer, directory)
+        metadata = {"iteration": str(len(self.metrics)), "of": str(self.updates), "ended": str(self.ended).lower()}
+        models.save_model(self.model.model, self.model.tokenizer, directory, metadata)
         (directory / "README.md").write_text(self.card())
+
+    def stage(self) -> str:
+        """How far training is, in words."""
+        return f"the reward model after {len(self.metrics):,} of {self.updates:,} updates"
+
+    def sound(self) -> bool:
+        """Are all weights finite?"""
+        return all(bool(p.isfinite().all()) for p in self.model.model.parameters())
+
+    def learned(self) -> bool:
+        """Whether accuracy on held-out pairs is above chance and above the start, by two standard errors.
+
+        True also if no pair was held out, since nothing speaks against it.
+        """
+        if self.before is None or self.after is None:
+            return True
+        gain, variance = self.after.accuracy - self.before.accuracy, self.before.variance() + self.after.variance()
+        above_chance = self.after.accuracy - 0.5 > 2 * math.sqrt(0.25 / self.after.pairs)
+        return above_chance and gain > 2 * math.sqrt(variance)
+
+    def verdict(self) -> str:
+        """The last line of the command: what the model is for, or that nothing was learned."""
+        if self.learned():
+            said = f"to train on what it prefers: policygrad train ppo ... --reward {self.directory}"
+            return f"model: {self.directory} ({said})"
+        return (
+            f"model: {self.directory} learned nothing that can be told from chance: on held-out pairs its accuracy was "
+            f"{self.before.accuracy:.3f} and is {self.after.accuracy:.3f}. "  # type: ignore[union-attr]
+            "More pairs or epochs, or another learning_rate, may help"
+        )
 
     def card(self) -> str:
         """The model card: what the model is, how it was trained, and its scores."""
-        base = self.options.model or f"the small model of the task {ARITHMETIC}"
+        source = self.options.model and models.located(self.options.model)
+        base = source or f"the small model of the task {ARITHMETIC}"
         judged = [f"- {when}: {x.line()}" for when, x in (("before", self.before), ("after", self.after)) if x]
         options = {name: x for name, x in dataclasses.asdict(self.options).items() if x is not None}
         lines = [
             "---",
             "library_name: transformers",
             "pipeline_tag: text-classification",
-            *([f"base_model: {self.options.model}"] if self.options.model else []),
+            *([f"base_model: {source}"] if source else []),
             "tags: [policygrad, reward-model]",
             "---",
             "",
@@ -94,6 +138,7 @@ class RewardModelRun:
             f"Trained by `policygrad reward-model` on {self.pairs:,} preferences, from {base}. The reward is the score",
             "at the last token, the end-of-sequence token of a completion that has ended. Use it as a reward function:",
             "`policygrad train ppo --reward DIRECTORY`.",
+            *([] if self.ended else ["", f"Training has not ended: this is {self.stage()}."]),
             *(["", "On pairs that were held out:", "", *judged] if judged else []),
             "",
             "```json",
@@ -110,6 +155,8 @@ class RewardModelRun:
             "dataset": self.options.dataset,
             "pairs": self.pairs,
             "updates": len(self.metrics),
+            "ended": self.ended,
+            "learned": self.learned(),
             "seconds": round(self.seconds, 3),
             "before": None if self.before is None else vars(self.before),
             "after": None if self.after is None else vars(self.after),
@@ -130,6 +177,8 @@ def train_reward_model(
     chosen and rejected. out: a directory to save the model to; None saves nothing. values: any other field of
     RewardModelOptions. announce: receives a line about the scores on held-out pairs, before and after training.
 
+    The model is also saved every 30 seconds, and where training stops: a note on the exception says what is kept.
+
     Raises UserError for every error that the caller can fix, and if training produces NaN or infinity.
     """
     options = with_values(RewardModelOptions(dataset=dataset), values)
@@ -142,22 +191,48 @@ def train_reward_model(
         train, held_out = data.hold_out(examples, options.held_out, seed=0)
         model = starting_model(options, progress)
         pairs, kept = (encode_pairs(x, model.tokenizer, max_length=limit_of(model, options)) for x in (train, held_out))
-        result = RewardModelRun(model, options, directory, len(pairs))
+        result = RewardModelRun(model, options, directory, len(pairs), updates_of(len(pairs), options))
         result.before = judge(model, kept, options)
         if result.before:
             announce(f"before: {result.before.line()}")
         if directory is not None:
             make_directory(directory)
         torch.manual_seed(options.seed)
-        start = time.perf_counter()
-        result.metrics = fit_preferences(model, pairs, options, progress=progress)
-        result.seconds = time.perf_counter() - start
-        result.after = judge(model, kept, options)
+        with _saved(result) as save_when_due:
+            for row in fit_preferences(model, pairs, options, progress=progress):
+                result.metrics.append(row)
+                save_when_due()
+            result.after = judge(model, kept, options)
+            result.ended = True
         if result.after:
             announce(f"after:  {result.after.line()}")
+    return result
+
+
+@contextmanager
+def _saved(result: RewardModelRun) -> Iterator[Callable[[], None]]:
+    """Save the model at the end of the block, also if an exception ends it. Gives a function that saves now and then.
+
+    A note on the exception says what is kept.
+    """
+    directory, start = result.directory, time.perf_counter()
+    next_save, stage = start + SAVE_SECONDS, ""
+
+    def save() -> None:
+        nonlocal next_save, stage
+        result.seconds = time.perf_counter() - start
         if directory is not None:
             result.save(directory)
-    return result
+            stage, next_save = result.stage(), time.perf_counter() + SAVE_SECONDS
+
+    try:
+        yield lambda: save() if time.perf_counter() >= next_save else None
+    except BaseException as error:
+        if result.sound():
+            save()
+        error.add_note(Kept(f"{stage} is kept in {directory}" if stage else "nothing was saved"))
+        raise
+    save()
 
 
 @contextmanager
@@ -189,9 +264,12 @@ def starting_model(options: RewardModelOptions, progress: bool) -> RewardModel:
     if name is None:
         name = str(warm_model(progress, options.device).name_or_path)
     torch.manual_seed(options.seed)
-    trust = {"trust_remote_code": options.trust_remote_code}
-    tokenizer = models.load_tokenizer(options.tokenizer or name, **trust)
-    model, missing = classifier(name, dtype=options.dtype, num_labels=1, **trust)
+    if options.model is None and options.base_model is not None:
+        raise UserError("base_model is of a model of your own, and there is none: give model")
+    remote = options.trust_remote_code
+    tokenizer = models.load_tokenizer(options.tokenizer or name, trust_remote_code=remote)
+    base = {"base_model": options.base_model, "trust": options.trust}
+    model, missing = classifier(name, dtype=options.dtype, num_labels=1, trust_remote_code=remote, **base)
     random = [x for x in missing if x.startswith(f"{model.base_model_prefix}.") and "pooler" not in x]
     if random:
         raise UserError(f"{name} has no weights for {random[0]}: they would be random; give a whole model")
@@ -204,33 +282,38 @@ def limit_of(model: RewardModel, options: RewardModelOptions) -> int | None:
     return min((x for x in (options.max_length, context) if x is not None), default=None)
 
 
+def updates_of(pairs: int, options: RewardModelOptions) -> int:
+    """The number of updates of the whole training."""
+    return options.epochs * math.ceil(pairs / options.batch_size)
+
+
 def fit_preferences(
     model: RewardModel, pairs: list[Pair], options: RewardModelOptions, *, progress: bool = False
-) -> list[Row]:
-    """Maximize the likelihood of the preferences with Adam, its rate decaying to 0. Returns each update's metrics."""
-    rate = options.learning_rate or (LEARNING_RATE if options.model else OWN_LEARNING_RATE)
-    steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
-    optimizer = Adam(model.model.parameters(), lr=rate, fused=True)
+) -> Iterator[Row]:
+    """Maximize the likelihood of the preferences with Adam, its rate decaying to 0. Yields each update's metrics."""
+    rate = options.learning_rate or RATE_TIMES_WIDTH / width(model.model.base_model)
+    steps = updates_of(len(pairs), options)
+    optimizer = MasterWeightsAdam(model.model.parameters(), lr=rate, fused=True)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
     objective = preference_objective(model, pairs, center_coefficient=options.center_coefficient)
     update = ascend(optimizer, max_grad_norm=options.max_grad_norm, micro_batch=options.micro_batch)
-    rows: list[Row] = []
+    parts = minibatches(as_batch(len(pairs), options.device), options.batch_size, options.epochs)
     with progress_bar("reward model", steps, progress) as advance:
-        for part in minibatches(as_batch(len(pairs), options.device), options.batch_size, options.epochs):
+        for number, part in enumerate(parts, 1):
             part = part._replace(weight=normalized(part.weight))
             try:
                 metrics = update(objective, part)
             except NonFiniteError as error:
-                raise UserError(f"training stopped in update {len(rows) + 1}: {error}") from error
-            rows.append({name: float(x) for name, x in metrics.items()})
-            bad = [f"{name} is {x}" for name, x in rows[-1].items() if not math.isfinite(x)]
+                raise UserError(f"training stopped in update {number}: {error}") from error
+            row = {name: float(x) for name, x in metrics.items()}
+            bad = [f"{name} is {x}" for name, x in row.items() if not math.isfinite(x)]
             if bad:
                 raise UserError(
-                    f"training stopped in update {len(rows)}, because {bad[0]}. A lower learning_rate may help"
+                    f"training stopped in update {number}, because {bad[0]}. A lower learning_rate may help"
                 )
             schedule.step()
-            advance(f"accuracy {rows[-1]['accuracy']:.3f}  margin {rows[-1]['margin']:+.2f}")
-    return rows
+            advance(f"accuracy {row['accuracy']:.3f}  margin {row['margin']:+.2f}")
+            yield row
 
 
 @torch.no_grad()

@@ -27,6 +27,12 @@ class RewardModelOptions:
         "float32", "Type of the weights; auto: the type in the file."
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
+    base_model: str | None = option(
+        None, "Base of the model, a directory or hub id, if the model is an adapter: training starts from both, merged."
+    )
+    trust: bool = option(
+        False, "Follow the paths and names that files of the model name, such as the base of an adapter."
+    )
     held_out: int = option(256, "Pairs held out from training for evaluation.", NOT_NEGATIVE)
     max_length: int | None = option(
         None,
@@ -40,7 +46,7 @@ class RewardModelOptions:
     )
     learning_rate: float | None = option(
         None,
-        "Adam learning rate, decaying linearly to 0. By default 1e-5; 5e-4 for the arithmetic task's own model.",
+        "Adam learning rate, decaying linearly to 0. By default 0.04 / the width of the model: 1e-5 at 4,096.",
         RATE,
     )
     max_grad_norm: float = option(1.0, "Gradient clipping: maximum norm of the gradient.", POSITIVE)

@@ -1,6 +1,7 @@
 """Models: loaded and saved without a bit lost, adapters, references, and saved critics."""
 
 import json
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +18,9 @@ from transformers.utils import logging
 from language.conftest import every_architecture, gradients, tiny, valued
 from policygrad.divergences import kl
 from policygrad.errors import UserError
+from policygrad.files import read_metadata
 from policygrad.language import arithmetic
+from policygrad.language.adapters import load_adapter
 from policygrad.language.models import (
     add_adapter,
     check_pair,
@@ -25,6 +28,7 @@ from policygrad.language.models import (
     load_critic,
     load_model,
     load_tokenizer,
+    located,
     quiet,
     save_critic,
     save_model,
@@ -166,9 +170,109 @@ def _cut_in_half(path: Path) -> None:
 def test_a_damaged_directory_is_said_in_one_line(file: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
     path = saved(tiny(), tmp_path)
     damage(tmp_path / file)
-    with pytest.raises(UserError, match="no model could be loaded") as raised:
+    with pytest.raises(UserError, match=rf"no model could be loaded|{file} is damaged: ") as raised:
         load_model(path)
     assert _one_line(raised)
+
+
+def _instead(content: bytes | str) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _setting(**changes: Any) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        *((name, _pipe, "not a regular file") for name in ("config.json", "model.safetensors", "tokenizer.json")),
+        *((name, _pipe, "not a regular file") for name in ("adapter_config.json", "chat_template.jinja")),
+        *((name, _instead("[" * 100_000), "nested too deeply") for name in ("config.json", "tokenizer.json")),
+        ("config.json", _instead('{"a":' * 900 + "1" + "}" * 900), "nested too deeply"),
+        ("config.json", _instead("[1]"), "no object"),
+        ("config.json", _instead(b"\xff\xfe"), "damaged"),
+        ("config.json", lambda path: os.truncate(path, 65 * 2**20), "bytes"),
+        ("config.json", _setting(hidden_size="16"), "hidden_size"),
+        ("config.json", _setting(hidden_size=10**9), "do not fit its config"),
+        ("config.json", _setting(vocab_size=10**10), "do not fit its config"),
+        ("config.json", _setting(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+        ("config.json", _setting(text_config={"num_experts": 10**9}), "num_experts is 1000000000"),
+        ("config.json", _setting(attn_implementation="someone/kernel"), "code on the hub"),
+        ("config.json", _setting(model_type=[1]), "no model could be loaded"),
+        ("model.safetensors", _instead((2**62).to_bytes(8, "little") + b"{}"), "header"),
+        ("model.safetensors", _instead((10**5).to_bytes(8, "little") + b"[" * 10**5), "header"),
+        ("model.safetensors", _instead(b""), "header"),
+        ("model.safetensors.index.json", _instead('{"weight_map": {"a": "../x.safetensors"}}'), "outside"),
+        ("additional_chat_templates/x.jinja", lambda path: (path.parent.mkdir(), _pipe(path)), "not a regular file"),
+    ],
+)
+def test_no_file_is_believed(file: str, damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+    """One line each, at once: a pipe would be waited for, and a billion layers be built."""
+    path = saved(tiny(), tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(UserError, match=said) as raised:
+        load_model(path)
+    assert _one_line(raised)
+
+
+def test_an_end_that_is_no_token_is_said() -> None:
+    model = tiny()
+    model.generation_config.eos_token_id = "x"
+    with pytest.raises(UserError, match="eos_token_id is"):
+        stop_tokens(model, arithmetic.tokenizer())
+
+
+def test_a_model_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tiny(), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert load_model("model").name_or_path == str(tmp_path / "model")
+    assert located("someone/model") == "someone/model"
+    adapted = add_adapter(load_model("model"), 1)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+
+
+# What a save leaves.
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_metadata_are_in_the_file_of_the_weights(adapter: bool, tmp_path: Path) -> None:
+    model = add_adapter(tiny(), 2) if adapter else tiny()
+    save_model(model, arithmetic.tokenizer(), tmp_path / "m", {"iteration": "7", "ended": "false"})
+    path = tmp_path / "m" / ("adapter_model.safetensors" if adapter else "model.safetensors")
+    assert read_metadata(path) == {"format": "pt", "iteration": "7", "ended": "false"}
+    assert path.stat().st_mode == (tmp_path / "m" / "tokenizer.json").stat().st_mode, "no more private than the rest"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 64 == 56, "tensors are aligned"
+    assert not {x.name for x in (tmp_path / "m").iterdir()} & {".new", "README.md"}
+    if not adapter:
+        assert torch.equal(logits(load_model(str(tmp_path / "m"))), logits(model))
+
+
+def test_a_save_that_fails_leaves_the_old_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are replaced one by one, the weights last, and nothing before all are written."""
+    path = saved(tiny(), tmp_path / "m")
+    before = {x.name: x.read_bytes() for x in (tmp_path / "m").iterdir()}
+    other = tiny(vocab_size=30)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(UserError, match=r"cannot be written: No space left on device; what was saved before stays"):
+            saved(other, tmp_path / "m")
+    assert {x.name: x.read_bytes() for x in (tmp_path / "m").iterdir()} == before
+    moved: list[str] = []
+    replaced = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: moved.append(Path(b).name) or replaced(a, b))
+    saved(other, tmp_path / "m")
+    assert moved[-1] == "model.safetensors"
+    assert load_model(path).config.vocab_size == 30
 
 
 @pytest.mark.parametrize("lost", [["model.layers.0.mlp.up_proj.weight"], ["lm_head.weight", "model.norm.weight"]])
@@ -326,8 +430,10 @@ def test_a_saved_adapter_reloads_to_identical_logits(name: str, tmp_path: Path) 
     assert not torch.allclose(expected, logits(tiny(name)), atol=1e-2)
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(path)), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(load_model(base), path)), expected)
-    assert torch.equal(logits(load_model(path)), expected), "transformers puts the two together too"
     assert load_tokenizer(path).eos_token == "<eos>"
+    again = add_adapter(load_model(base), 2)
+    load_adapter(again, Path(path))
+    assert torch.equal(logits(again), expected)
 
 
 def test_alpha_is_twice_the_rank_unless_it_is_given() -> None:

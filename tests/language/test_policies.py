@@ -564,3 +564,11 @@ def test_a_critic_bootstraps_a_rollout_of_completions() -> None:
     assert value.shape == (4, 7)
     assert torch.equal(value[:, :-1], critic(obs))
     assert not value[:, -1].any()
+
+
+def test_a_critic_takes_its_width_from_what_the_trunk_returns() -> None:
+    """OPT-350m projects its states down to the width of its embeddings; other models have no hidden_size at all."""
+    model = tiny("opt", word_embed_proj_dim=8)
+    critic = valued(model)
+    assert (model.config.hidden_size, critic.head.in_features) == (16, 8)
+    assert critic(observed()).shape == (4, 6)

@@ -345,8 +345,8 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 
 def test_what_does_not_exist(offline: None) -> None:
-    assert refused("/nowhere") == "there is no directory /nowhere to load a model from: check the path"
-    assert refused("runs/nowhere").startswith("no model could be loaded from 'runs/nowhere': ")
+    assert refused("/nowhere") == "there is no directory /nowhere to load a reward model from: check the path"
+    assert refused("runs/nowhere").startswith("no reward model could be loaded from 'runs/nowhere': ")
 
 
 def test_an_answer_beyond_the_models_context() -> None:

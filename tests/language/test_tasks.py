@@ -124,5 +124,5 @@ def test_reward_functions_and_reward_models_by_name(tmp_path: Path, offline: Non
     assert function is exact_match
     assert model.__name__ == "judge"
     assert len(model(prompts=["1+1="], completions=["2"])) == 1
-    with pytest.raises(UserError, match="no model could be loaded from 'some-one/nowhere'"):
+    with pytest.raises(UserError, match="no reward model could be loaded from 'some-one/nowhere'"):
         reward_functions(["some-one/nowhere"])

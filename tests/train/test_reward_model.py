@@ -1,6 +1,7 @@
 """Training a reward model as a user would: from a file of preferences to a reward that PPO is trained on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import policygrad as pg
 from policygrad.cli import main
-from policygrad.errors import UserError
+from policygrad.errors import Kept, NonFiniteError, UserError
+from policygrad.files import read_metadata
 from policygrad.language import arithmetic, models
+from policygrad.language.adapters import add_adapter
 from policygrad.language.reward_models import RewardModel
 from policygrad.train import reward_model
-from policygrad.train.reward_model import RewardModelRun, train_reward_model
+from policygrad.train.reward_model import PairEvaluation, RewardModelRun, train_reward_model
 from policygrad.updates import ascend
 
 
@@ -195,10 +198,124 @@ def test_the_command_says_what_it_did(small: dict, tmp_path: Path, capsys: Any) 
     assert lines[0].startswith("before: accuracy ")
     assert lines[1].startswith("after:  accuracy ")
     assert lines[2].startswith(f"reward model of {small['dataset']}: 32 pairs, 4 updates in ")
-    assert (
-        lines[3]
-        == f"model: {tmp_path}/out (to train on what it prefers: policygrad train ppo ... --reward {tmp_path}/out)"
+    assert lines[3].startswith(
+        f"model: {tmp_path}/out learned nothing that can be told from chance: on held-out pairs "
     )
+    assert "--reward" not in lines[3], "after four updates it is not recommended"
+
+
+def test_a_reward_model_is_recommended_if_it_learned_more_than_noise(small: dict) -> None:
+    trained = train_reward_model(**small)
+    for before, after, pairs, learned in (
+        (0.5, 0.53, 256, False),  # two standard errors of chance are 0.0625
+        (0.5, 0.60, 256, True),
+        (0.5, 0.60, 40, False),
+        (0.40, 0.53, 256, False),  # better than a start below chance, and no better than chance
+        (0.90, 0.91, 256, False),
+        (0.90, 0.97, 256, True),
+        (0.5, 1.0, 8, True),
+        (1.0, 1.0, 8, False),
+        (0.5, 0.2, 256, False),
+    ):
+        scores = [PairEvaluation(x, 0.0, -0.7, pairs) for x in (before, after)]
+        run = replace(trained, before=scores[0], after=scores[1], directory=Path("out"))
+        assert run.learned() == run.summary()["learned"] == learned
+        assert ("--reward out" in run.verdict()) == learned
+        assert (f"was {before:.3f} and is {after:.3f}" in run.verdict()) == (not learned)
+
+
+def test_the_default_rate_falls_with_the_width(small: dict) -> None:
+    rates = []
+    for options in ({"learning_rate": None}, {"learning_rate": 0.04 / 16}):  # the model's width is 16
+        rates.append(parameters(train_reward_model(**small | options)))
+    assert torch.equal(*rates)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_in_half_precision(small: dict, dtype: str) -> None:
+    if dtype == "float16":
+        with pytest.raises(UserError, match="weights in float16 cannot be trained"):
+            train_reward_model(**small, dtype=dtype)
+        return
+    exact, coarse = (train_reward_model(**small | {"learning_rate": 1e-4}, dtype=x) for x in ("float32", dtype))
+    assert {p.dtype for p in coarse.model.model.parameters()} == {torch.bfloat16}
+    assert coarse.metrics[-1]["objective"] == pytest.approx(exact.metrics[-1]["objective"], abs=0.01)
+
+
+# What is kept.
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), NonFiniteError("the gradient's norm is nan")])
+def test_what_stops_training_leaves_the_model_before_it(
+    small: dict, stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the third of four updates: the directory holds the model after two, and says so."""
+
+    def breaking(optimizer: Any, **options: Any) -> Any:
+        update, calls = ascend(optimizer, **options), iter(range(9))
+
+        def step(*arguments: Any) -> Any:
+            if next(calls) == 2:
+                raise stop
+            return update(*arguments)
+
+        return step
+
+    monkeypatch.setattr(reward_model, "ascend", breaking)
+    with pytest.raises((KeyboardInterrupt, UserError)) as raised:
+        train_reward_model(**small, out=tmp_path / "kind")
+    assert raised.value.__notes__ == [f"the reward model after 2 of 4 updates is kept in {tmp_path}/kind"]
+    assert isinstance(raised.value.__notes__[0], Kept)
+    metadata = read_metadata(tmp_path / "kind" / "model.safetensors")
+    assert {"iteration": "2", "of": "4", "ended": "false"}.items() <= metadata.items()
+    assert "Training has not ended: this is the reward model after 2 of 4" in (tmp_path / "kind/README.md").read_text()
+    kept = RewardModel.load(str(tmp_path / "kind"))(["1+1="], ["2"])
+    monkeypatch.setattr(reward_model, "ascend", ascend)
+    assert kept != train_reward_model(**small).model(["1+1="], ["2"])
+
+
+def test_the_model_is_saved_now_and_then_and_says_of_which_update_it_is(
+    small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    of_models = models.save_model
+    monkeypatch.setattr(reward_model, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(
+        models, "save_model", lambda *x: seen.append((x[3]["iteration"], x[3]["ended"])) or of_models(*x)
+    )
+    run = train_reward_model(**small, out=tmp_path / "kind")
+    assert seen == [*((str(k), "false") for k in (1, 2, 3, 4)), ("4", "true")]
+    assert run.summary()["ended"] is True
+    assert read_metadata(tmp_path / "kind" / "model.safetensors")["ended"] == "true"
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_is(small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward_model, "ascend", stop)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train_reward_model(**small)
+    assert raised.value.__notes__ == ["nothing was saved"]
+
+
+def test_training_starts_from_an_adapter_merged_into_its_base(small: dict, tmp_path: Path) -> None:
+    base = models.load_model(small["model"])
+    adapted = add_adapter(base, 2)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    models.save_model(adapted, arithmetic.tokenizer(), tmp_path / "adapter")
+    start = small | {"model": str(tmp_path / "adapter"), "learning_rate": 1e-30}
+    with pytest.raises(UserError, match=r"is an adapter of .*: give that as base_model, or say trust"):
+        train_reward_model(**start)
+    found, plain = train_reward_model(**start, trust=True), train_reward_model(**small | {"learning_rate": 1e-30})
+    expected = adapted.merge_and_unload().state_dict()
+    ours, theirs = (x.model.model.state_dict() for x in (found, plain))
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(ours[name], expected[name])
+    assert not torch.allclose(ours[name], theirs[name], atol=1e-3)
 
 
 # What is refused.
@@ -250,6 +367,6 @@ def test_a_classifier_of_several_labels_is_no_start(small: dict, tmp_path: Path)
     config = tiny().config
     config.num_labels = 3
     models.save_model(AutoModelForSequenceClassification.from_config(config), arithmetic.tokenizer(), tmp_path)
-    with pytest.raises(UserError, match=r"do not fit a reward model: ") as caught:
+    with pytest.raises(UserError, match=r"its weights do not fit a reward model; ") as caught:
         train_reward_model(**small | {"model": str(tmp_path)})
     assert "\n" not in str(caught.value)

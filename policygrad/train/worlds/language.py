@@ -3,14 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import UserError, ending, one_line
+from policygrad.errors import UserError
 from policygrad.language import arithmetic, data, models
+from policygrad.language.adapters import load_adapter
+from policygrad.language.checks import check_scored_as_sampled
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import Request, generate
 from policygrad.language.policies import LanguagePolicy, reference_of
@@ -18,7 +21,7 @@ from policygrad.language.sampler import CompletionSampler
 from policygrad.language.tasks import ARITHMETIC, Task, critic_of, reward_functions, task_of
 from policygrad.language.warmup import RECIPE, warmed_up
 from policygrad.train.methods import METHODS
-from policygrad.train.options import OptionError, has_critic
+from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import write_samples
 from policygrad.train.worlds.world import Own, World
@@ -31,6 +34,9 @@ class LanguageWorld(World):
     policy: LanguagePolicy
     prompts: Task
     last: Evaluation | None = None
+
+    def __init__(self, task: Any, options: Any) -> None:
+        super().__init__(task, with_rate(options))
 
     @property
     def name(self) -> str:
@@ -51,6 +57,8 @@ class LanguageWorld(World):
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
             stop = models.stop_tokens(self.policy.model, self.prompts.tokenizer)
+            if own.engine is None:
+                check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.sample = CompletionSampler(
                 self.prompts.train,
                 self.prompts.tokenizer,
@@ -86,7 +94,9 @@ class LanguageWorld(World):
         functions: list[Any] = [arithmetic.right] if arithmetics else []
         if options.reward:
             trust = options.trust_remote_code
-            functions = reward_functions(options.reward, device=options.device, trust_remote_code=trust)
+            functions = reward_functions(
+                options.reward, device=options.device, trust_remote_code=trust, trust=options.trust
+            )
         model, tokenizer = self._model(progress)
         names = ["max_tokens", "max_prompt_tokens", "reward_weight", "reward_time_limit", "overlong_fraction"]
         names += ["device", "temperature", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing"]
@@ -97,12 +107,7 @@ class LanguageWorld(World):
 
     def _model(self, progress: bool) -> tuple[nn.Module, Any]:
         options = self.options
-        if options.model is None:
-            model: Any = warm_model(progress, options.device)
-            if self._natural():
-                model.set_attn_implementation("eager")
-            return model, arithmetic.tokenizer()
-        trust, attention = options.trust_remote_code, options.attention
+        attention = options.attention
         if self._natural():
             if attention not in (None, "eager"):
                 raise OptionError(
@@ -110,8 +115,19 @@ class LanguageWorld(World):
                     f"attention is {attention}, which has no second derivative: {options.method} needs eager",
                 )
             attention = "eager"
-        tokenizer = models.load_tokenizer(options.tokenizer or options.model, trust_remote_code=trust)
-        model = models.load_model(options.model, dtype=options.dtype, attention=attention, trust_remote_code=trust)
+        for name in ("tokenizer", "base_model"):
+            if options.model is None and getattr(options, name) is not None:
+                raise OptionError(name, f"{name} is of a model of your own, and there is none: give model")
+        source = options.model or str(warm_model(progress, options.device).name_or_path)
+        tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
+        model = models.load_model(
+            source,
+            base_model=options.base_model,
+            trust=options.trust,
+            dtype=options.dtype,
+            attention=attention,
+            trust_remote_code=options.trust_remote_code,
+        )
         return model, tokenizer
 
     def _critic(self) -> nn.Module:
@@ -122,7 +138,9 @@ class LanguageWorld(World):
             dtype=options.dtype,
             attention=options.attention,
             trust_remote_code=options.trust_remote_code,
+            trust=options.trust,
             autocast=self._autocast(),
+            gradient_checkpointing=options.gradient_checkpointing,
             device=options.device,
         )
 
@@ -147,13 +165,7 @@ class LanguageWorld(World):
                 models.load_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
 
     def _load_adapter(self, folder: Path) -> None:
-        if not (folder / "adapter_model.safetensors").is_file():  # peft would take a pickle instead
-            raise UserError(f"{ending(str(folder))} holds no adapter_model.safetensors: give the directory of a run")
-        try:
-            self.policy.model.load_adapter(str(folder), adapter_name="default")  # type: ignore[operator]
-        except Exception as error:  # of many kinds: of a file that is damaged, or of another model
-            said = f"holds no adapter that can be read ({one_line(error, 80)}): give a run's directory"
-            raise UserError(f"{ending(str(folder))} {said}") from error
+        load_adapter(self.policy.model, folder)
 
     def save(self, directory: Path) -> None:
         """Write model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""
@@ -232,18 +244,19 @@ class LanguageWorld(World):
     def notes(self, run: Any) -> list[str]:
         rows = run.metrics
         flat = [row["flat_groups"] for row in rows if "flat_groups" in row]
+        notes = [] if run.before is None or run.after is None else verdict(run.before, run.after)
         if flat and sum(flat) / len(flat) > 0.9:
-            return [
+            notes.append(
                 f"{sum(flat) / len(flat):.0%} of the groups were flat: all completions of a prompt had the same "
                 "reward, and such a group has no gradient. Easier or harder prompts, more completions or a finer "
                 "reward would help"
-            ]
-        if rows and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
-            return [
+            )
+        elif rows and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
+            notes.append(
                 "the objective is near 0 at every step because advantages are centered and the ratio starts at 1: look "
                 "at reward and gradient_norm"
-            ]
-        return []
+            )
+        return notes
 
     def versions(self) -> dict[str, str]:
         return {**super().versions(), "transformers": transformers.__version__}
@@ -255,9 +268,36 @@ def warm_model(progress: bool, device: str) -> Any:
         return warmed_up(progress=lambda done, total, status: advance(status), device=device)
 
 
+def verdict(before: Evaluation, after: Evaluation) -> list[str]:
+    """What two evaluations on the same prompts say of training, unless the reward rose by more than their noise.
+
+    The noise is two standard errors of the mean over prompts of the change of a prompt's mean reward.
+    """
+    pairs = zip(_by_prompt(before), _by_prompt(after), strict=True)
+    changes = [y - x for x, y in pairs if x is not None and y is not None]
+    if len(changes) < 2:
+        return []
+    change, noise = fmean(changes), 2 * stdev(changes) / len(changes) ** 0.5
+    said = f"the held-out reward changed by {change:+.3f}, and the noise of that is {noise:.3f}"
+    if change < -noise:
+        return [f"{said}: the policy is worse than before; a lower learning_rate may help"]
+    if change <= noise:
+        return [f"{said}: nothing that can be told from chance was learned; more iterations or learning_rate may help"]
+    return []
+
+
+def _by_prompt(evaluation: Evaluation) -> list[float | None]:
+    """The mean reward of each prompt's completions; None if none has a reward."""
+    rewards, count = [row["reward"] for row in evaluation.rows], evaluation.completions
+    groups = [[x for x in rewards[i : i + count] if x is not None] for i in range(0, len(rewards), count)]
+    return [fmean(group) if group else None for group in groups]
+
+
 def card(run: Any) -> str:
     """The model card: what the model is, how it was trained, and its scores."""
     options = run.configuration()["options"]
+    if options["model"]:
+        options = options | {"model": models.located(options["model"])}
     base = options["model"] or f"the small model of the task {run.world.name}"
     judged = (("before", run.before), ("after", run.after))
     scores = [f"- {when}: {x.line()}" for when, x in judged if x is not None]

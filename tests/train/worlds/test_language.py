@@ -1,7 +1,9 @@
 """Language: every method on a tiny model, its critic, and what a run directory holds."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from policygrad.language import models
 from policygrad.language.policies import trunk
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
+from policygrad.train.worlds.language import verdict
 
 
 @pytest.mark.parametrize("method", ["reinforce", "a2c", "npg", "trpo", "ppo", "grpo", "gspo", "reinforce++"])
@@ -134,3 +137,86 @@ def test_without_held_out_examples_there_is_nothing_to_judge(language: dict[str,
         run.evaluate()
     with pytest.raises(UserError, match="completions is 0"):
         run.evaluate(0)
+
+
+def test_the_default_rate_is_that_of_what_is_trained(language: dict[str, Any], tmp_path: Path) -> None:
+    whole = pg.Training("grpo", **language | {"out": tmp_path / "run"})
+    adapter = pg.Training("grpo", **language, lora_rank=2)
+    for training, rate in ((whole, 1e-6), (adapter, 1e-4)):
+        assert training.options.learning_rate == rate
+        assert [group["lr"] for group in training.learner.optimizers[0].param_groups] == [rate]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["learning_rate"] == 1e-6
+    assert pg.Training("grpo", **language, lora_rank=2, learning_rate=1e-6).options.learning_rate == 1e-6
+    with pytest.raises(OptionError, match="learning_rate is None, which is for language models"):
+        pg.Training("ppo", "CartPole-v1", learning_rate=None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_weights_in_bfloat16_have_master_copies(dtype: str, language: dict[str, Any], tmp_path: Path) -> None:
+    start = models.load_model(language["model"], dtype="bfloat16")
+    models.save_model(start, models.load_tokenizer(language["model"]), tmp_path / "start")
+    training = pg.Training("grpo", **language | {"model": str(tmp_path / "start")}, dtype=dtype)
+    list(training)
+    state = training.learner.optimizers[0].state
+    named = [(p, start.state_dict()[name]) for name, p in training.world.policy.model.named_parameters()]
+    moved = torch.cat([(state[p]["master"] != before.float()).flatten() for p, before in named])
+    assert moved.float().mean() > 0.95, "at the default rate, all but the few without a gradient"
+    assert all(torch.equal(p, state[p]["master"].bfloat16()) for p, _ in named)
+
+
+def test_float16_is_for_what_is_frozen(language: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="weights in float16 cannot be trained"):
+        pg.train("grpo", **language, dtype="float16")
+    with pytest.raises(UserError, match="trpo solves for its step"):
+        pg.train("trpo", **language, dtype="bfloat16")
+    run = pg.train("grpo", **language, dtype="float16", lora_rank=2)
+    assert {(p.dtype, p.requires_grad) for p in run.policy.parameters()} == {
+        (torch.float16, False),
+        (torch.float32, True),
+    }
+
+
+def test_a_second_stage_trains_on_top_of_the_first(language: dict[str, Any], tmp_path: Path) -> None:
+    first = pg.train("grpo", **language, lora_rank=2, learning_rate=1e-1, out=tmp_path / "first")
+    folder = str(tmp_path / "first" / "model")
+    with pytest.raises(UserError, match=r"is an adapter of .*: give that as base_model, or say trust"):
+        pg.train("grpo", **language | {"model": folder})
+    for options in ({"trust": True}, {"base_model": language["model"], "lora_rank": 2}):
+        second = pg.Training("grpo", **language | {"model": folder} | options)
+        assert second.run.before == first.after, "it starts where the first ended"
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "base_model"])
+def test_what_is_of_ones_own_model_is_refused_without_one(name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} is of a model of your own"):
+        pg.train("grpo", "arithmetic", **{name: "x"}, progress=False)
+
+
+def test_the_memory_options_reach_policy_and_critic(language: dict[str, Any]) -> None:
+    options = {"critic": language["model"], "gradient_checkpointing": True, "attention": "eager", "minibatch_size": 8}
+    training = pg.Training("ppo", **language, **options, autocast="bfloat16")
+    critic: Any = training.world.critic
+    for model in (training.world.policy.model, critic.trunk):
+        assert model.is_gradient_checkpointing
+        assert model.training
+        assert model.config._attn_implementation == "eager"
+    assert training.world.policy.autocast == critic.autocast == torch.bfloat16
+
+
+def test_the_verdict_compares_the_change_with_its_noise() -> None:
+    def evaluation(*rewards: list[float | None]) -> Any:
+        rows = [{"reward": x} for group in rewards for x in group]
+        return SimpleNamespace(rows=rows, completions=len(rewards[0]))
+
+    start = evaluation([0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0])
+    for after, said in (
+        (start, "changed by +0.000, and the noise of that is 0.000: nothing"),
+        (
+            evaluation([1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]),
+            "changed by +0.125, and the noise of that is 0.250",
+        ),
+        (evaluation([0.0, 0.0], [None, None], [0.0, 0.0], [0.0, 0.0]), "changed by -0.667.*: the policy is worse"),
+    ):
+        (note,) = verdict(start, after)
+        assert re.search(said, note)
+    assert verdict(start, evaluation([1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0])) == []
