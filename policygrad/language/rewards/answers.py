@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from policygrad.language.rewards.numerals import NUMERAL, STATES, denied, plain
 
 PIECE = 4  # words in a row that make a completion's text a piece of its prompt
 LONG_PIECE = 8  # words in a row that make a completion one that repeats its prompt
-WORD = re.compile(r"[A-Za-z]+|\d+(?:[.,]\d+)*|[-+*/^=×÷]")
+WORD = re.compile(r"[A-Za-z]+|\d+(?:[.,]\d+)*|[-+*/^=\u00d7\u00f7]")
 OF_MARKS = frozenset(("the", "final", "answer", "is", "boxed", "so"))  # words of a mark, which are nobody's own
 # A mark, up to where its answer begins.
 MARK = re.compile(r"####|<answer>|(?:\bfinal\s+)?\banswer\s*[*_`]*\s*:\s*[*_`]*", re.IGNORECASE)
@@ -84,7 +85,7 @@ def formula(sentence: str) -> str:
     sentence = re.sub(r"\*\*|__|`", "", sentence).strip().rstrip(".,;").strip()
     found = list(re.finditer(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence))
     if found:
-        between = [sentence[a.end() : b.start()] for a, b in zip(found, found[1:], strict=False)]
+        between = [sentence[a.end() : b.start()] for a, b in pairwise(found)]
         first = len(found) - 1
         while first and re.fullmatch(r"\s*(?:,|,?\s*(?:and|or)|,\s*)\s*", between[first - 1]):
             first -= 1
@@ -115,7 +116,7 @@ def _boxed(text: str) -> Iterator[str]:
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 before = sentences(text[: start.start()] + "\x00")[-1]
-                after = re.match(r"[$\s)\\\]}]*(?:\\text\{)?\s*or\b", text[i + 1 :])
+                after = re.match(r"[$\s)\\\]}]*(?:\\text\{)?\s*or\b|[-+*/^]", text[i + 1 :])
                 yield "" if after or denied(before) else text[start.end() + 1 : i]
                 break
 

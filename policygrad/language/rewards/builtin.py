@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from policygrad.errors import UserError, one_line, shortened
@@ -103,10 +104,10 @@ def _equal(gold: str, text: str, prompt: str) -> bool | None:
     if wanted is None:
         if not mathematics.is_formula(gold):
             return None
-        ours = [formula(x) for x in (marks[-1] if marks else stated(text)[-1:] or [""])]
-        verdicts = [mathematics.meets(gold, x, prompt) for x in dict.fromkeys(ours)]
+        formulas = [formula(x) for x in (marks[-1] if marks else stated(text)[-1:] or [""])]
+        verdicts = [mathematics.meets(gold, x, prompt) for x in dict.fromkeys(formulas)]
         return None if None in verdicts else all(verdicts)
-    numbers = [number(x) for x in (sum(marks, []) if marks else stated(text))]
+    numbers = [number(x) for x in (chain(*marks) if marks else stated(text))]
     if not numbers or numbers[-1] is None:
         return False
     ours = numbers[-1].written

@@ -20,7 +20,7 @@ COMPARISON = Path(__file__).with_name("comparison.py")
 COMPARISON_SECONDS, START_SECONDS = 3.0, 60.0
 RELATION = r"=|<|>|\\(?:leq?|geq?|neq?|lt|gt|in|approx|equiv)(?![A-Za-z])|[≤≥≠≈∈]"
 HEAVY = re.compile(  # what may stand in an answer only if it stands in the gold answer too
-    r"\\(?:i*int|oint|sum|prod|lim|binom|gcd|lcm|max|min|sup|inf|lfloor|lceil|det|bmod|pmod|mod|partial|nabla|bigcup"
+    r"\\(?:i*int|oint|sum|prod|lim|binom|gcd|lcm|max|min|sup|inf(?!ty)|lfloor|lceil|det|bmod|pmod|mod|partial|nabla|bigcup"
     r"|bigcap|to|cdots|ldots|dots|l(?=n|og)|infty\s*(?=\]))|!|'|\.\.\.|…|∑|∫|∏|\\frac\{d\}\{d|\?"
 )
 WORDS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|is|to|of|no|if|in|it|we|be|as|up)(?![A-Za-z])")
@@ -31,7 +31,7 @@ def clean(formula: str) -> str:
     """A formula without what only sets it in type; `and` and `or` between formulas are commas."""
     formula = re.sub(r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", formula)
     formula = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(SPACES, " ", formula)).replace("\\$", "")
-    return re.sub(r"\s*,[\s,]*", ", ", formula.replace("−", "-")).strip(" ,.;$")
+    return re.sub(r"\s*,[\s,]*", ", ", formula.replace("\u2212", "-")).strip(" ,.;$")
 
 
 def compact(formula: str) -> str:

@@ -3,6 +3,7 @@
 An expression is not evaluated: 7 + 5 is no number. Several numbers are none either, nor is one that is denied.
 """
 
+# ruff: noqa: RUF001  (people write all of these signs)
 import re
 import unicodedata
 from fractions import Fraction
@@ -26,6 +27,8 @@ NAMED = (
 PLAIN = [  # what stands in a text -> the same without LaTeX and markdown
     (r"(\d)(?:\\[,!]|\{,\}|\\!,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", r"\1,"),
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),
+    (r"\\(?:begin|end)\{[a-z]+\*?\}|&|<\|[^|<>]*\|>", " "),
+    (r"[!<>]=", "≠"),
     (r"²", "^2"),
     (r"³", "^3"),
     (r"</?[A-Za-z]\w*>", " "),
@@ -65,10 +68,11 @@ ELSEWHERE = re.compile(  # words before a number that make another one of it
 )
 AFTERWARDS = re.compile(  # words after a number that make another one of it
     r"\b(?:not|wrong|false|incorrect|or|squared|cubed|factorial|plus|minus|times|divided|multiplied|choose|mod|and a"
-    r"|dozens?|tenths?|hundredths?|thousandths?|to|through)\b|n[’']t\b|^\s*(?-i:[bcefijknopqrtuvwxyzXYZ])\b",
+    r"|dozens?|halves|tenths?|hundredths?|thousandths?|to|through)\b|n[’']t\b"
+    r"|^\s*(?-i:[bcefijknopqrtuvwxyzXYZ])\b|^(?:ish|(?-i:[akKMB]))\b",
     re.IGNORECASE,
 )
-MATHEMATICS = re.compile(r"[\\^*/+<>|=\[\]#πθφλαβγ∞√∑∫∏≤≥≠]")
+MATHEMATICS = re.compile(r"[\\^*/+±<>|=\[\]#πθφλαβγ∞√∑∫∏≤≥≠]")
 
 
 class Number(NamedTuple):
@@ -110,7 +114,7 @@ def number(sentence: str) -> Number | None:
         return None  # a difference or a sum
     if MATHEMATICS.search(left + right) or re.search(r"[A-Za-z_]$|\w\($|[A-Za-z)]\s*-\s*$", left):
         return None
-    if re.match(r"\s*(?:,\s*)?\d|\s*-\s*(?:$|\w\b)", right) or ELSEWHERE.search(left) or AFTERWARDS.search(right):
+    if re.match(r"\s*(?:,\s*)?\d|\s*-+\s*(?:$|\w\b)", right) or ELSEWHERE.search(left) or AFTERWARDS.search(right):
         return None
     return _value(found[0])
 

@@ -203,6 +203,8 @@ class LanguageWorld(World):
         parts += [f"held-out {row['held_out']:.3f}"] if "held_out" in row else []
         parts += [f"KL(ref) {row['kl_ref']:.4f}"] if "kl_ref" in row else []
         parts += [f"length {row['length']:.0f}"]
+        if row.get("masked") == 1:
+            return [*parts, "no completion counts: nothing to learn"]
         return parts + (["all groups flat: nothing to learn"] if row.get("flat_groups") == 1 else [])
 
     def curve(self) -> Curve:
@@ -231,22 +233,49 @@ class LanguageWorld(World):
 
     def notes(self, run: Any) -> list[str]:
         rows = run.metrics
+        notes = [*_left_out(rows), *_repeated(rows)]
         flat = [row["flat_groups"] for row in rows if "flat_groups" in row]
         if flat and sum(flat) / len(flat) > 0.9:
-            return [
+            notes.append(
                 f"{sum(flat) / len(flat):.0%} of the groups were flat: all completions of a prompt had the same "
                 "reward, and such a group has no gradient. Easier or harder prompts, more completions or a finer "
                 "reward would help"
-            ]
-        if rows and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
-            return [
+            )
+        elif not notes and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
+            notes.append(
                 "the objective is near 0 at every step because advantages are centered and the ratio starts at 1: look "
                 "at reward and gradient_norm"
-            ]
-        return []
+            )
+        return notes
 
     def versions(self) -> dict[str, str]:
         return {**super().versions(), "transformers": transformers.__version__}
+
+
+def _left_out(rows: list[Row]) -> list[str]:
+    """Notes about completions that did not count: without a reward, or cut and masked."""
+    notes = []
+    unjudged = sum(row.get("unjudged", 0.0) for row in rows) / max(1, len(rows))
+    empty = sum(row.get("masked") == 1 for row in rows)
+    if unjudged:
+        notes.append(f"no reward applied to {unjudged:.1%} of the completions, and they were left out of the update")
+    if empty:
+        notes.append(
+            f"in {empty} of {len(rows)} iterations no completion counted, because each was cut and masked or had no "
+            "reward: nothing was learned from them. Raise max_tokens, or use cut kept or penalized"
+        )
+    return notes
+
+
+def _repeated(rows: list[Row]) -> list[str]:
+    """A note if most completions of the last rollout repeat their prompt."""
+    share = rows[-1].get("prompt_repeats", 0.0) if rows else 0.0
+    if share <= 0.5:
+        return []
+    return [
+        f"{share:.0%} of the completions of the last rollout repeat their prompt ({rows[0].get('prompt_repeats', 0.0):.0%} of "
+        "the first): read samples.jsonl, for the reward may be earned without an answer"
+    ]
 
 
 def warm_model(progress: bool, device: str) -> Any:

@@ -195,7 +195,7 @@ FORMULAS_CHEATS = [
     *[(x, "2x+1") for x in ("2x+1+x-x+\\int_0^1 0 dx", "\\frac{d}{dx}(x^2+x)", "\\int 2 dx + 1", "\\sum_{i=1}^2 x + 1", "2x+1?")],
     *[(x, "2x+1") for x in ("2x+7-6", "2x+3/3+0^2", "\\frac{2x^2+x}{x}", "\\frac{(2x+1)(x+2)}{x+2}", "\\lim_{y\\to0} 2x+1+y", "2x+\\sin^2 x+\\cos^2 x")],
     *[(x, "2x+1") for x in ("\\boxed{2x}\\boxed{2x+1}", "\\boxed{2x+1}\\boxed{2x}", "Answer: 2x\nAnswer: 2x+1", "2x+\\log(10)", "2x + 2 \\cdot 3 - 5")],
-    *[(x, "\\sqrt{2}") for x in ("2", "\\sqrt{1+1}", "\\sqrt{4/2}", "1.414", "1.4", "-\\sqrt{2}", "\\pm\\sqrt{2}", "\\sqrt{2}, \\sqrt{3}", "x")],
+    *[(x, "\\sqrt{2}") for x in ("2", "\\sqrt{1+1}", "1.414", "1.4", "-\\sqrt{2}", "\\pm\\sqrt{2}", "\\sqrt{2}, \\sqrt{3}", "x")],
     *[(x, "\\sqrt{2}") for x in ("2\\cos(\\pi/4)", "\\sqrt{2} or 2", "\\int_0^{\\sqrt2} dx", "e^{\\ln(2)/2}", "\\sqrt{3-1}", "\\sqrt[2]{2^1+0}")],
     *[(x, "2\\pi") for x in ("2", "\\pi", "6.28", "2\\pi r", "\\pi + \\pi + 1 - 1", "\\int_0^{2\\pi} dx", "4\\arcsin(1)", "2\\pi, 3\\pi")],
     *[(x, "(3, 4)") for x in ("(4,3)", "3,4", "\\{3,4\\}", "[3,4]", "(3,4),(4,3)", "3", "(3,5)", "(3,4) or (4,3)", "(1+2,4)")],
