@@ -5,6 +5,7 @@ import inspect
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -17,6 +18,7 @@ from policygrad.errors import UserError, listed, one_line, shortened
 
 Column = Sequence[Any]  # one entry a sample
 Reward = Callable[..., Any]  # (prompts=, completions=, **columns) -> list[float | None], or a coroutine of it
+REPEAT = 0.1  # seconds between interruptions
 FOREVER = 1e8  # seconds; threads and event loops take no infinite ones
 Outcome = tuple[Any, BaseException | None]  # what a function returned, or what it raised
 
@@ -100,25 +102,25 @@ def limited(work: Callable[[], Any], seconds: float) -> Outcome | None:
     """What the work returns or raises; None if it takes longer.
 
     In the main thread the work runs there, so that it may use signals (SIGALRM, as math-verify does). A second thread
-    watches the time and interrupts it by SIGURG, which also wakes it from sleep, a lock or a socket; only an operation
-    in C that never looks for signals goes on to its end. In another thread, or where there is no SIGURG, the work has
-    a thread of its own, which is left behind when time is up.
+    watches the time and interrupts it by SIGURG, which wakes it from sleep, a lock or a socket too. A timer of
+    computing time (SIGVTALRM) serves where that thread cannot run, as during the search for a regular expression. Only
+    an operation in C that never looks for signals goes on to its end. In another thread, or where there are no such
+    signals, the work has a thread of its own, which is left behind when time is up.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGURG"):
         return _in_thread(work, seconds)
-    ended, main, inside = threading.Event(), threading.get_ident(), True
+    ended, main, inside, deadline = threading.Event(), threading.get_ident(), True, time.monotonic() + seconds
 
     def interrupt(*_: Any) -> None:
-        if inside:
+        if inside and time.monotonic() >= deadline:
             raise TimeLimitError
 
     def watch() -> None:
-        wait = seconds
-        while not ended.wait(wait):
+        while not ended.wait(max(REPEAT, deadline - time.monotonic())):  # again, if the function caught it
             signal.pthread_kill(main, signal.SIGURG)
-            wait = 0.1  # once more, if the function caught it
 
-    before = signal.signal(signal.SIGURG, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGURG, signal.SIGVTALRM)}
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, REPEAT)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -131,7 +133,9 @@ def limited(work: Callable[[], Any], seconds: float) -> Outcome | None:
         inside = False
         ended.set()
         watcher.join()
-        signal.signal(signal.SIGURG, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        for number, handler in before.items():  # a late SIGVTALRM would end the process by default
+            signal.signal(number, signal.SIG_IGN if handler in (signal.SIG_DFL, None) else handler)
 
 
 class EventLoop:

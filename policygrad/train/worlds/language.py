@@ -233,7 +233,7 @@ class LanguageWorld(World):
 
     def notes(self, run: Any) -> list[str]:
         rows = run.metrics
-        notes = [*_left_out(rows), *_repeated(rows)]
+        notes = _notes([row for row in rows if "masked" in row])
         flat = [row["flat_groups"] for row in rows if "flat_groups" in row]
         if flat and sum(flat) / len(flat) > 0.9:
             notes.append(
@@ -252,30 +252,27 @@ class LanguageWorld(World):
         return {**super().versions(), "transformers": transformers.__version__}
 
 
-def _left_out(rows: list[Row]) -> list[str]:
-    """Notes about completions that did not count: without a reward, or cut and masked."""
-    notes = []
-    unjudged = sum(row.get("unjudged", 0.0) for row in rows) / max(1, len(rows))
-    empty = sum(row.get("masked") == 1 for row in rows)
+def _notes(rows: list[Row]) -> list[str]:
+    """Notes about completions that did not count, and about those that repeat their prompt."""
+    notes: list[str] = []
+    if not rows:
+        return notes
+    unjudged = sum(row["unjudged"] for row in rows) / len(rows)
+    empty = sum(row["masked"] == 1 for row in rows) / len(rows)
+    first, last = rows[0]["prompt_repeats"], rows[-1]["prompt_repeats"]
     if unjudged:
         notes.append(f"no reward applied to {unjudged:.1%} of the completions, and they were left out of the update")
     if empty:
         notes.append(
-            f"in {empty} of {len(rows)} iterations no completion counted, because each was cut and masked or had no "
+            f"in {empty:.0%} of the iterations no completion counted, because each was cut and masked or had no "
             "reward: nothing was learned from them. Raise max_tokens, or use cut kept or penalized"
         )
+    if last > 0.5:
+        notes.append(
+            f"{last:.0%} of the completions of the last rollout repeat their prompt ({first:.0%} of the first): read "
+            "samples.jsonl, for the reward may be earned without an answer"
+        )
     return notes
-
-
-def _repeated(rows: list[Row]) -> list[str]:
-    """A note if most completions of the last rollout repeat their prompt."""
-    share = rows[-1].get("prompt_repeats", 0.0) if rows else 0.0
-    if share <= 0.5:
-        return []
-    return [
-        f"{share:.0%} of the completions of the last rollout repeat their prompt ({rows[0].get('prompt_repeats', 0.0):.0%} of "
-        "the first): read samples.jsonl, for the reward may be earned without an answer"
-    ]
 
 
 def warm_model(progress: bool, device: str) -> Any:

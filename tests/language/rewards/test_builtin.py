@@ -1,4 +1,5 @@
-"""The built-in reward functions."""
+"""The built-in reward functions: what is honest, and what only looks like it."""
+# ruff: noqa: E501, RUF001
 
 from typing import Any
 
