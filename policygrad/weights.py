@@ -1,7 +1,10 @@
-"""How decisions are averaged: mask -> weights. `average` takes every mean over a batch."""
+"""How decisions are averaged: mask -> weights. `average` takes every mean over a batch.
+
+B counts the rows with a decision: a row that is masked whole changes no mean.
+"""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -14,7 +17,7 @@ def per_token(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
 
 def per_row(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """w_i = m_i / |m_i| / B: mean over rows of each row's mean over its decisions (GRPO, arXiv 2402.03300, eq. 3)."""
-    return normalize(mask.to(torch.get_default_dtype()), p=1.0, dim=1) / mask.shape[0]
+    return normalize(mask.to(torch.get_default_dtype()), p=1.0, dim=1) / _rows(mask)
 
 
 def per_episode(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -23,12 +26,12 @@ def per_episode(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     This is the weighting of the policy-gradient theorem, grad J = E[sum_t grad log pi A_t] (Sutton et al. 2000,
     theorem 1).
     """
-    return mask.to(torch.get_default_dtype()) / mask.shape[0]
+    return mask.to(torch.get_default_dtype()) / _rows(mask)
 
 
 def per_budget(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """w = m / (B T): constant, with T the maximum number of decisions in a row (Dr. GRPO, arXiv 2503.20783)."""
-    return mask.to(torch.get_default_dtype()) / mask.numel()
+    return mask.to(torch.get_default_dtype()) / (_rows(mask) * mask.shape[1])
 
 
 def normalized(weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -39,3 +42,8 @@ def normalized(weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
 def average(x: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
     """sum_bt w_bt x_bt over the entries with w_bt != 0: other entries (even NaN) have no effect."""
     return (weight * x).where(weight != 0, 0.0).sum()
+
+
+def _rows(mask: Bool[Tensor, "B T"]) -> Int[Tensor, ""]:
+    """The number of rows with a decision, or 1 if there are none."""
+    return mask.any(1).sum().clamp(min=1)

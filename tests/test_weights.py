@@ -53,6 +53,7 @@ def test_a_masked_step_and_an_empty_row_weigh_nothing(weights: Callable[[Tensor]
     assert weights(mask)[~mask].eq(0).all()
     assert weights(mask)[mask].gt(0).all()
     assert weights(torch.zeros(2, 3, dtype=torch.bool)).eq(0).all()
+    assert torch.equal(weights(mask)[:3], weights(MASK)), "and changes no other weight"
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +13,7 @@ from policygrad.errors import UserError
 from policygrad.language.generation import Engine, Request, generate
 from policygrad.language.models import stop_tokens
 from policygrad.language.policies import LanguagePolicy
-from policygrad.language.sampler import Judge, Prompts, answer
+from policygrad.language.sampler import Judge, Prompts, answer, check_judged
 
 ROWS = 512  # completions sampled together
 
@@ -26,7 +26,9 @@ class Evaluation:
     reward_std: float
     accuracy: float | None  # the mean reward, if every reward is 0 or 1
     pass_at_k: dict[int, float]  # the probability that one of k samples is right; also only then
-    parts: dict[str, float]
+    parts: dict[str, float]  # the mean of each reward function, which is its accuracy if its values are 0 or 1
+    part_pass_at_k: dict[str, dict[int, float]]  # of each reward function whose values are all 0 or 1
+    unjudged: float  # the share of completions to which no reward applies; they are in none of the numbers above
     length: float
     cut_fraction: float
     prompts: int
@@ -46,9 +48,12 @@ class Evaluation:
         """The result in one line."""
         score = f"reward {self.reward:.3f} +- {self.reward_std:.3f}"
         if self.accuracy is not None:
-            passes = ", ".join(f"pass@{k} {x:.3f}" for k, x in self.pass_at_k.items() if k > 1)
-            score = f"accuracy {self.accuracy:.3f}" + (f", {passes}" if passes else "")
-        return f"{score}, length {self.length:.1f}, {self.cut_fraction:.1%} cut, {self.prompts} prompts"
+            score = _accuracy(self.accuracy, self.pass_at_k)
+        if len(self.parts) > 1:
+            judged = [f"{name} {_accuracy(self.parts[name], passes)}" for name, passes in self.part_pass_at_k.items()]
+            score = ", ".join([score, *judged])
+        unjudged = f", {self.unjudged:.1%} without a reward" if self.unjudged else ""
+        return f"{score}, length {self.length:.1f}, {self.cut_fraction:.1%} cut{unjudged}, {self.prompts} prompts"
 
 
 def evaluate_policy(
@@ -75,23 +80,46 @@ def evaluate_policy(
         answer(policy, prompts.take(index), request, tokenizer, judge, generator, engine)
         for index in torch.arange(len(prompts)).split(together)
     ]
+    check_judged(answers)
     reward = torch.cat([x.reward for x in answers]).double()
-    parts = {name: torch.cat([x.parts[name] for x in answers]).double().nanmean().item() for name in answers[0].parts}
-    binary = bool(((reward == 0) | (reward == 1)).all())
-    right = reward.view(-1, completions).sum(1).round().long()
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= completions]
+    parts = {name: torch.cat([x.parts[name] for x in answers]).double() for name in answers[0].parts}
+    passes, judged = passes_at_k(reward, completions), reward[~reward.isnan()]
+    of_parts = {name: passes_at_k(part, completions) for name, part in parts.items()}
     return Evaluation(
-        reward=reward.mean().item(),
-        reward_std=reward.std(correction=0).item(),
-        accuracy=reward.mean().item() if binary else None,
-        pass_at_k={k: pass_at_k(right, completions, k) for k in ks} if binary else {},
-        parts=parts,
+        reward=judged.mean().item(),
+        reward_std=judged.std(correction=0).item(),
+        accuracy=None if passes is None else judged.mean().item(),
+        pass_at_k=passes or {},
+        parts={name: part.nanmean().item() for name, part in parts.items() if not part.isnan().all()},
+        part_pass_at_k={name: x for name, x in of_parts.items() if x is not None},
+        unjudged=1 - len(judged) / len(reward),
         length=torch.cat([x.completions.mask.sum(1) for x in answers]).double().mean().item(),
         cut_fraction=torch.cat([x.completions.cut for x in answers]).double().mean().item(),
         prompts=len(prompts),
         completions=completions,
         rows=[row for x in answers for row in x.rows()],
     )
+
+
+def passes_at_k(values: Float[Tensor, " B"], completions: int) -> dict[int, float] | None:
+    """pass@k for k = 1, 2, 4, ..., 64, of rewards that are 0 or 1, or NaN where none applies; None for other rewards.
+
+    A prompt counts for the k up to the number of its completions that have a reward.
+    """
+    by_prompt = [x[~x.isnan()] for x in values.split(completions)]
+    given = torch.cat(by_prompt)
+    if not len(given) or not bool(((given == 0) | (given == 1)).all()):
+        return None
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if any(len(x) >= k for x in by_prompt)]
+    return {
+        k: math.fsum(pass_at_k(x.sum(0, keepdim=True).long(), len(x), k) for x in by_prompt if len(x) >= k)
+        / sum(len(x) >= k for x in by_prompt)
+        for k in ks
+    }
+
+
+def _accuracy(accuracy: float, passes: dict[int, float]) -> str:
+    return ", ".join([f"accuracy {accuracy:.3f}", *(f"pass@{k} {x:.3f}" for k, x in passes.items() if k > 1)])
 
 
 def pass_at_k(correct: Int[Tensor, " N"], samples: int, k: int) -> float:

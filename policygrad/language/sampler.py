@@ -1,7 +1,7 @@
 """(policy) -> Rollout: a language model's answers to prompts, with their reward."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, listed
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.policies import LanguagePolicy, Prefixes
+from policygrad.language.rewards import repeats, text_of
 from policygrad.rollout import Rollout, at_last_decision
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
@@ -49,7 +50,7 @@ class Answers:
     prompts: Prompts  # each prompt once for each of its completions
     completions: Completions
     texts: list[str]
-    reward: Float[Tensor, " B"]
+    reward: Float[Tensor, " B"]  # NaN where no reward function applies
     parts: dict[str, Tensor]  # each reward function's own, NaN where it does not apply
 
     def rows(self, count: int | None = None) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ class Answers:
                 **{name: (None if part[i].isnan() else float(part[i])) for name, part in self.parts.items()},
                 "prompt": self.prompts.texts[i],
                 "completion": self.texts[i],
-                "reward": float(self.reward[i]),
+                "reward": None if self.reward[i].isnan() else float(self.reward[i]),
                 "tokens": lengths[i],
                 "cut": cut[i],
             }
@@ -88,13 +89,44 @@ def answer(
     repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
     ids = completions.ids()
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    columns = {**repeated.columns, "completion_ids": ids, "cut": completions.cut.tolist()}
+    openings = [turn_opening(x, tokenizer) for x in prompts.texts for _ in range(request.completions)]
+    raw = [a + b for a, b in zip(openings, tokenizer.batch_decode(ids), strict=True)]
+    columns = {**repeated.columns, "completion_ids": ids, "completions_raw": raw, "cut": completions.cut.tolist()}
     said: list[Any] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(repeated.texts, texts, strict=True)
     ]
     reward, parts = judge(repeated.texts, said, columns)
     return Answers(repeated, completions, texts, reward, parts)
+
+
+def check_judged(answers: Sequence[Answers]) -> None:
+    """Raise UserError if no reward applies to any of the completions."""
+    if all(bool(x.reward.isnan().all()) for x in answers):
+        count, names = sum(len(x.texts) for x in answers), listed(answers[0].parts)
+        raise UserError(
+            f"no reward applies to any of {count} completions: {names} returned None for each; give the examples what "
+            "it reads, such as `answer`, or another reward"
+        )
+
+
+def turn_opening(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes into the assistant's turn before the completion, such as <think>; often nothing.
+
+    That is the generation prompt without its header, which is what stands before the text of an assistant's turn
+    in a conversation that goes on.
+    """
+    if isinstance(prompt, str) or prompt[-1]["role"] == "assistant":
+        return ""
+    mark = "policygrad-turn"
+    turns = [*prompt, {"role": "assistant", "content": mark}, {"role": "user", "content": mark}]
+    try:
+        before, whole = (str(tokenizer.apply_chat_template(x, tokenize=False)) for x in (prompt, turns))
+        opened = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a template that refuses such a conversation
+        return ""
+    opened, header = opened.removeprefix(before), whole.removeprefix(before).partition(mark)[0]
+    return opened.removeprefix(header) if opened.startswith(header) else ""
 
 
 def _check_shapes(completions: Completions, rows: int, width: int) -> None:
@@ -114,8 +146,10 @@ class CompletionSampler:
     masked     none of its decisions counts, and its group is judged without it (DAPO's overlong filtering)
     penalized  it has its reward minus `cut_penalty`
 
+    A completion to which no reward applies counts neither in the update nor in its group and the metrics of reward.
+
     Every rollout has the same shape: P of the longest prompt, T of the token limit. Raises UserError if one rollout
-    takes more prompts than there are.
+    takes more prompts than there are, or if no reward applies to any of its completions.
     """
 
     def __init__(
@@ -154,6 +188,7 @@ class CompletionSampler:
         start = time.perf_counter()
         answers = answer(policy, self._next(), self.request, self.tokenizer, self.judge, self.generator, self.engine)
         seconds = time.perf_counter() - start
+        check_judged([answers])
         self.last = answers
         self.steps += int(answers.completions.mask.sum())
         self.completions += len(answers.texts)
@@ -170,17 +205,23 @@ class CompletionSampler:
 
     def _metrics(self, answers: Answers) -> dict[str, float]:
         done, reward = answers.completions, answers.reward.double()
-        lengths = done.mask.sum(1).double()
-        spread = reward.view(-1, self.request.completions).std(1, correction=0)
-        groups = {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
+        lengths, cut = done.mask.sum(1).double(), done.cut.cpu()
+        judged = ~reward.isnan()
+        counts = judged & ~cut if self.cut == "masked" else judged
         means = {f"reward/{name}": float(part.nanmean()) for name, part in answers.parts.items()}
+        repeated = [
+            repeats(text, text_of(prompt)) for text, prompt in zip(answers.texts, answers.prompts.texts, strict=True)
+        ]
         return {
-            "reward": float(reward.mean()),
-            "reward_std": float(reward.std(correction=0)),
-            **(groups if self.request.completions > 1 else {}),
+            "reward": float(reward[judged].mean()),
+            "reward_std": float(reward[judged].std(correction=0)),
+            **(_spreads(reward, counts, self.request.completions) if self.request.completions > 1 else {}),
             **({} if len(means) < 2 else {name: x for name, x in means.items() if x == x}),
             "length": float(lengths.mean()),
-            "cut_fraction": float(done.cut.double().mean()),
+            "cut_fraction": float(cut.double().mean()),
+            "unjudged": 1 - float(judged.double().mean()),
+            "masked": 1 - float(counts.double().mean()),
+            "prompt_repeats": sum(repeated) / len(repeated),
             "steps": float(self.steps),
             "completions": float(self.completions),
             "epoch": self.used / len(self.prompts),
@@ -203,21 +244,31 @@ class CompletionSampler:
         self.steps, self.completions, self.used = state["steps"], state["completions"], state["used"]
 
 
+def _spreads(reward: Float[Tensor, " B"], counts: Bool[Tensor, " B"], size: int) -> dict[str, float]:
+    """The mean standard deviation within a group, and the share of groups without any; of the rows that count."""
+    groups = [x[c] for x, c in zip(reward.split(size), counts.split(size), strict=True) if c.any()]
+    if not groups:
+        return {}
+    spread = torch.stack([x.std(correction=0) for x in groups])
+    return {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
+
+
 def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, metrics: dict[str, float]) -> Rollout:
     """Answers as a rollout. Each row terminates at its last decision, and the reward stands there.
 
-    A cut completion terminates too: its reward is for the text as it is, so no value lies beyond.
+    A cut completion terminates too: its reward is for the text as it is, so no value lies beyond. A row without a
+    reward, or cut and masked, has no decision that counts, and is a group of its own.
     """
     done, device = answers.completions, answers.completions.tokens.device
     mask, reward = done.mask, answers.reward.to(device)
-    group = torch.arange(len(mask), device=device) // group_size
+    out = reward.isnan() | done.cut if cut == "masked" else reward.isnan()
     if cut == "penalized":
         reward = reward - cut_penalty * done.cut
-    reward = at_last_decision(reward, mask)
+    reward = at_last_decision(reward.nan_to_num(0.0), mask)
     last = at_last_decision(torch.ones(len(mask), device=device), mask).bool()
-    if cut == "masked":
-        mask = mask & ~done.cut.unsqueeze(1)
-        group = torch.where(done.cut, len(mask) + torch.arange(len(mask), device=device), group)
+    mask = mask & ~out.unsqueeze(1)
+    row = torch.arange(len(mask), device=device)
+    group = torch.where(out, len(mask) + row, row // group_size)
     obs = Prefixes(answers.prompts.tokens.to(device), answers.prompts.mask.to(device), done.tokens, mask)
     return Rollout(
         obs=obs,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from policygrad.errors import UserError, ending
 from policygrad.language import data, models
 from policygrad.language.distributions import CHUNK
 from policygrad.language.policies import LanguagePolicy, ValueModel, trunk
-from policygrad.language.rewards import Reward, Rewards, is_function_spec, load_reward, soft_overlong_penalty
+from policygrad.language.rewards import (
+    Reward,
+    Rewards,
+    is_function_spec,
+    load_reward,
+    near_function,
+    soft_overlong_penalty,
+)
 from policygrad.language.sampler import Prompts
 
 ARITHMETIC = "arithmetic"  # the name of the task in arithmetic.py
@@ -102,21 +110,26 @@ def critic_of(
 
 
 def reward_functions(
-    names: Sequence[str],
+    rewards: Sequence[str | Reward],
     *,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     trust: bool = False,
 ) -> list[Reward]:
-    """Reward functions by their names; a name that is not a function's is that of a reward model."""
+    """Reward functions by their names; functions stay. A name that is not a function's is that of a reward model.
+
+    Raises UserError for a name that is neither, such as a misspelled one of a built-in function.
+    """
     found: list[Reward] = []
-    for name in names:
-        if is_function_spec(name):
-            found.append(load_reward(name))
+    for reward in rewards:
+        if callable(reward):
+            found.append(reward)
+        elif is_function_spec(reward) or (near_function(reward) and not Path(reward).exists()):
+            found.append(load_reward(reward))
         else:
             from policygrad.language.reward_models import RewardModel
 
-            found.append(RewardModel.load(name, device=str(device), trust_remote_code=trust_remote_code, trust=trust))
+            found.append(RewardModel.load(reward, device=str(device), trust_remote_code=trust_remote_code, trust=trust))
     return found
 
 

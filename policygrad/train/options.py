@@ -349,10 +349,12 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
     for name, x in values.items():
         if name not in kinds:
             raise OptionError(name, f"{origin}{options.method} has no option {name!r}{_why_not(name, options, kinds)}")
-        given[name] = tuple(x) if isinstance(x, list) else x
-        if not _fits(given[name], kinds[name]):
+        several = get_origin(kinds[name]) is tuple
+        entries = tuple(x) if isinstance(x, list | tuple) and several else (x,) if several else x
+        texts = tuple(y for y in entries if not callable(y)) if name == "reward" else entries  # functions, from Python
+        if not _fits(texts, kinds[name]):
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {_said(kinds[name])}")
-        given[name] = _plain(given[name], kinds[name])
+        given[name] = _plain(entries, kinds[name])
     return replace(options, **given)
 
 

@@ -106,6 +106,47 @@ def test_only_rewards_of_0_and_1_have_an_accuracy() -> None:
     assert line.endswith("% cut, 5 prompts")
 
 
+def judged_if_even(completions: list[str], **_: Any) -> list[float | None]:
+    """None for every other length."""
+    values = first_is_even(completions)
+    return [None if len(text) % 2 else x for text, x in zip(completions, values, strict=True)]
+
+
+def test_completions_without_a_reward_leave_the_means_accuracy_and_pass_at_k() -> None:
+    found = evaluated(judged_if_even)
+    rewards = [row["reward"] for row in found.rows]
+    known = [x for x in rewards if x is not None]
+    assert 0 < len(known) < 20
+    assert found.unjudged == pytest.approx(1 - len(known) / 20)
+    assert found.reward == found.accuracy == pytest.approx(sum(known) / len(known))
+    by_prompt = [[x for x in rewards[i : i + 4] if x is not None] for i in range(0, 20, 4)]
+    for k, value in found.pass_at_k.items():
+        subsets = [[max(s) for s in combinations(x, k)] for x in by_prompt if len(x) >= k]
+        assert value == pytest.approx(sum(sum(x) / len(x) for x in subsets) / len(subsets))
+    assert set(found.pass_at_k) == {k for k in (1, 2, 4) if max(map(len, by_prompt)) >= k}
+    assert f", {found.unjudged:.1%} without a reward, 5 prompts" in found.line()
+    assert found.rows[rewards.index(None)]["judged_if_even"] is None
+
+
+def test_an_evaluation_without_any_reward_is_refused() -> None:
+    def never(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    with pytest.raises(UserError, match=r"^no reward applies to any of 20 completions: never returned None for each"):
+        evaluated(never)
+
+
+def test_each_reward_function_of_0_and_1_has_an_accuracy_and_pass_at_k() -> None:
+    found, alone = evaluated(first_is_even, digits), evaluated(first_is_even)
+    assert found.accuracy is None
+    assert found.pass_at_k == {}
+    assert found.part_pass_at_k == {"first_is_even": alone.pass_at_k} == alone.part_pass_at_k
+    assert found.parts["first_is_even"] == alone.accuracy
+    words = f", first_is_even accuracy {alone.accuracy:.3f}, pass@2 {alone.pass_at_k[2]:.3f}"
+    assert words in found.line()
+    assert "first_is_even" not in alone.line(), "one function is the reward"
+
+
 def test_the_seed_decides_and_greedy_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluated(digits).rows == evaluated(digits).rows != evaluated(digits, seed=1).rows
     greedy = evaluated(digits, greedy=True)

@@ -14,17 +14,19 @@ from torch.testing import assert_close
 
 from language.conftest import TOOL, gradients, one_by_one, with_tool
 from policygrad.advantages import leave_one_out
+from policygrad.credit import grouped
 from policygrad.divergences import AdaptiveCoefficient
 from policygrad.errors import UserError
 from policygrad.language import arithmetic
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.rewards import Rewards
-from policygrad.language.sampler import CUTS, CompletionSampler, answer, as_rollout
+from policygrad.language.sampler import CUTS, CompletionSampler, answer, as_rollout, turn_opening
 from policygrad.language.tasks import prepared
 from policygrad.rollout import Rollout
 from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups
 from policygrad.score import log_probabilities
+from policygrad.weights import per_budget, per_episode, per_row, per_token
 
 TOKENIZER = arithmetic.tokenizer()
 PAD, END = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
@@ -257,12 +259,14 @@ def test_the_judge_is_given_everything_about_a_completion() -> None:
         return [0.0] * len(columns["completions"])
 
     rollout = made(judge=Rewards([reward]))(made_policy())
-    assert set(given) == {"prompts", "completions", "answer", "completion_ids", "cut"}
+    assert set(given) == {"prompts", "completions", "answer", "completion_ids", "completions_raw", "cut"}
     sums = {x["prompt"]: x["answer"] for x in PROBLEMS}
     assert given["answer"] == [sums[prompt] for prompt in given["prompts"]]
     assert given["completion_ids"] == [x[m].tolist() for x, m in zip(rollout.action, rollout.mask, strict=True)]
     assert given["cut"] == [END not in ids for ids in given["completion_ids"]]
     assert given["completions"] == TOKENIZER.batch_decode(given["completion_ids"], skip_special_tokens=True)
+    assert given["completions_raw"] == TOKENIZER.batch_decode(given["completion_ids"])
+    assert any(text.endswith("<eos>") for text in given["completions_raw"])
 
 
 def test_a_conversation_is_answered_by_the_assistant() -> None:
@@ -281,6 +285,99 @@ def test_a_conversation_is_answered_by_the_assistant() -> None:
     for (prompt, completion), text in zip(given, sampler.last.texts, strict=True):
         assert prompt in [x["prompt"] for x in examples]
         assert completion == [{"role": "assistant", "content": text}]
+
+
+HEADED = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>"
+)
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n", "<think></think>"])
+def test_the_raw_text_has_what_the_template_wrote_into_the_turn(opening: str) -> None:
+    tokenizer = deepcopy(TOKENIZER)
+    tokenizer.chat_template = HEADED + opening + "{% endif %}"
+    question = [{"role": "user", "content": "1+1="}]
+    assert turn_opening(question, tokenizer) == opening
+    assert turn_opening("1+1=", tokenizer) == ""
+    assert turn_opening([*question, {"role": "assistant", "content": "2"}], tokenizer) == ""
+    given: list[str] = []
+
+    def reward(completions_raw: list[str], completion_ids: list[list[int]]) -> list[float]:
+        given.extend(completions_raw)
+        assert completions_raw == [opening + text for text in tokenizer.batch_decode(completion_ids)]
+        return [0.0] * len(completions_raw)
+
+    examples = [{"prompt": [{"role": "user", "content": x["prompt"]}]} for x in PROBLEMS]
+    sampler = made(prompts=prepared(examples, tokenizer), judge=Rewards([reward]))
+    sampler.tokenizer = tokenizer
+    sampler(made_policy())
+    assert len(given) == 12
+
+
+# Rows without a reward.
+
+
+def some(completions: list[str], **_: Any) -> list[float | None]:
+    """None for about a third."""
+    return [None if len(text) % 3 == 0 else x for text, x in zip(completions, digits(completions), strict=True)]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_row_without_a_reward_leaves_group_statistics_and_update(cut: str) -> None:
+    policy, sampler = made_policy(), made(judge=Rewards([some]), cut=cut, cut_penalty=0.5, prompts_per_rollout=5)
+    rollout, done = sampler(policy), sampler.last.completions
+    reward = sampler.last.reward
+    none = reward.isnan()
+    assert 0 < none.sum() < 20
+    out = none | done.cut if cut == "masked" else none
+    assert not rollout.mask[out].any()
+    assert rollout.mask[~out].any(1).all()
+    assert rollout.reward.isfinite().all()
+    for i in range(20):
+        same = (rollout.group == rollout.group[i]).nonzero()[:, 0].tolist()
+        assert same == ([i] if out[i] else [j for j in range(20) if j // 4 == i // 4 and not out[j]])
+    kept = rollout.rows((~out).nonzero()[:, 0])
+    for average in (per_token, per_row, per_episode, per_budget):
+        assert_close(average(rollout.mask)[~out], average(kept.mask))
+    assert_close(grouped()(rollout).advantage[~out], grouped()(kept).advantage)
+    metrics, judged = rollout.metrics, reward[~none].double()
+    assert metrics["unjudged"] == pytest.approx(none.double().mean().item())
+    assert metrics["masked"] == pytest.approx(out.double().mean().item())
+    assert metrics["reward"] == pytest.approx(judged.mean().item())
+    assert metrics["reward_std"] == pytest.approx(judged.std(correction=0).item())
+    groups = [reward[[j for j in range(i, i + 4) if not out[j]]].double() for i in range(0, 20, 4)]
+    spread = [x.std(correction=0).item() for x in groups if len(x)]
+    assert metrics["group_std"] == pytest.approx(sum(spread) / len(spread))
+    assert metrics["flat_groups"] == pytest.approx(sum(x == 0 for x in spread) / len(spread))
+    assert [row["reward"] is None for row in sampler.last.rows()] == none.tolist()
+
+
+def test_a_rollout_without_any_reward_is_refused() -> None:
+    def never(completions: list[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    with pytest.raises(UserError) as caught:
+        made(judge=Rewards([never, never]))(made_policy())
+    assert str(caught.value) == (
+        "no reward applies to any of 12 completions: never, never-2 returned None for each; give the examples what it "
+        "reads, such as `answer`, or another reward"
+    )
+
+
+def test_completions_that_repeat_their_prompt_are_counted() -> None:
+    """An engine that answers two of four with the prompt."""
+
+    def engine(policy: Any, prompt: Tensor, mask: Tensor, request: Request, generator: Any) -> Completions:
+        done = generate(policy, prompt, mask, request, generator)
+        tokens, kept = done.tokens.clone(), done.mask.clone()
+        for i in range(0, len(tokens), 2):
+            row = prompt[i // 4][mask[i // 4]]
+            tokens[i], kept[i] = PAD, False
+            tokens[i, : len(row)], kept[i, : len(row)] = row, True
+        return replace(done, tokens=tokens, mask=kept)
+
+    assert made(engine=engine)(made_policy()).metrics["prompt_repeats"] == 0.5
+    assert made()(made_policy()).metrics["prompt_repeats"] == 0
 
 
 def no_reward(completions: list[str], **_: Any) -> list[float]:

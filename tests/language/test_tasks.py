@@ -126,3 +126,6 @@ def test_reward_functions_and_reward_models_by_name(tmp_path: Path, offline: Non
     assert len(model(prompts=["1+1="], completions=["2"])) == 1
     with pytest.raises(UserError, match="no reward model could be loaded from 'some-one/nowhere'"):
         reward_functions(["some-one/nowhere"])
+    with pytest.raises(UserError, match=r"^there is no reward function 'math_equl': did you mean math_equal\?$"):
+        reward_functions(["math_equl"])  # and not a model of the hub
+    assert reward_functions([len, "exact_match"]) == [len, function]

@@ -506,6 +506,23 @@ def test_lists_become_tuples_as_they_come_from_a_file() -> None:
     assert with_values(options_of("ppo", "control")(), {"hidden": [3, 4]}).hidden == (3, 4)
 
 
+def test_a_single_value_is_a_list_of_one() -> None:
+    options = options_of("grpo", "language")()
+    found = with_values(options, {"reward": "math_equal", "reward_weight": 2, "lora_targets": "q_proj"})
+    assert (found.reward, found.reward_weight, found.lora_targets) == (("math_equal",), (2.0,), ("q_proj",))
+    assert with_values(options_of("ppo", "control")(), {"hidden": 32}).hidden == (32,)
+    with pytest.raises(OptionError, match=r"^reward is 3: it must be a list, each entry text$"):
+        with_values(options, {"reward": 3})
+
+
+def test_a_reward_may_be_a_function() -> None:
+    options = options_of("grpo", "language")()
+    assert with_values(options, {"reward": len}).reward == (len,)
+    assert with_values(options, {"reward": [len, "math_equal"]}).reward == (len, "math_equal")
+    with pytest.raises(OptionError, match=r"^lora_targets is "):
+        with_values(options, {"lora_targets": [len]})
+
+
 def test_numpys_numbers_become_pythons() -> None:
     given = {"seed": np.int64(8), "hidden": (np.int64(8),), "gamma": np.float32(0.5), "clip_low": np.float64(0.1)}
     options = with_values(options_of("ppo", "control")(), given)

@@ -1,41 +1,45 @@
 """The built-in reward functions."""
 
 import re
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from policygrad.errors import UserError, one_line, shortened
 from policygrad.language.rewards import mathematics
+from policygrad.language.rewards.answers import MARK, formula, last_words, marked, own_words, said, stated
 from policygrad.language.rewards.calling import Column, Reward, text_of
+from policygrad.language.rewards.numerals import number, plain, same
 
 
 def final_answer(text: str) -> str:
-    """The part of a text after its last `####` or `Answer:` (in any case), or else the whole text; stripped."""
-    return re.split(r"####|\banswer:", text, flags=re.IGNORECASE)[-1].strip()
+    """The answer that a text marks (see answers.marked), or else the whole text; stripped."""
+    marks = marked(text)
+    return marks[-1][-1] if marks else "" if MARK.fullmatch(text.strip()) else text.strip()
 
 
 def exact_match(prompts: Column, completions: Column, answer: Column, **_: Any) -> list[float | None]:
     """1 if the final answer of the completion is that of the answer, to the letter; 0 if not; None without an answer.
 
-    Both are reduced to their final answer (see final_answer), so GSM8K's worked answers can be used as they are.
+    Both are reduced to their final answer (see final_answer), so GSM8K's worked answers can be used as they are, and to
+    what markdown and LaTeX show: **72**, $72$ and 72 are the same. A completion that marks different answers has none,
+    and neither has a piece of the prompt.
     """
-    return [
-        None if gold is None else float(final_answer(text_of(completion)) == final_answer(_written(gold)))
-        for completion, gold in zip(completions, answer, strict=True)
-    ]
+    return _each(_same_letters, prompts, completions, answer)
 
 
 def math_equal(prompts: Column, completions: Column, answer: Column, **_: Any) -> list[float | None]:
-    """1 if completion and answer are mathematically equal, by math-verify; 0 if not; None if the answer is no formula.
+    """1 if the completion's answer is equal to the answer; 0 if not; None if that is empty or no formula.
 
-    A completion's answer is its last \\boxed{}, or else what math-verify finds in the final answer. A comparison of
-    more than 3 seconds counts as a wrong answer.
+    A number is met by one number as it is written (digits, a decimal, a fraction, a percentage, a LaTeX numeral, with
+    its unit or without), and not by an expression such as 7+5. A formula is met by an equal one of no more than its
+    kind, by math-verify: an integral meets only an integral. A comparison of more than 3 seconds is a wrong answer.
+
+    The answer of a completion is what it marks (\\boxed{}, <answer>, `Answer:`, ####), or else what its last sentence
+    about an answer or a number states. Different answers, or one that is denied, are none. Nor is a piece of the
+    prompt: four of its words in a row, or a formula of it.
     """
-    values: list[float | None] = []
-    for completion, gold in zip(completions, answer, strict=True):
-        formula = "" if gold is None else _formula(_written(gold))
-        equal = mathematics.equal(formula, _formula(text_of(completion))) if formula else None
-        values.append(None if equal is None else float(equal))
-    return values
+    return _each(_equal, prompts, completions, answer)
 
 
 def matches(pattern: str) -> Reward:
@@ -73,13 +77,44 @@ def soft_overlong_penalty(max_length: int, buffer: int) -> Reward:
     return overlong
 
 
-def _formula(text: str) -> str:
-    """The part of a text that math-verify reads; between dollars if it is a formula without any words."""
-    if "\\boxed" in text:
-        return text
-    text = final_answer(text)
-    worded = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}|\$|\\\(|\\\[", text)
-    return f"${text}$" if text and not worded else text
+def _each(
+    judge: Callable[[str, str, str], bool | None], prompts: Column, completions: Column, answers: Column
+) -> list[float | None]:
+    """The verdicts of (gold, own words of the completion, prompt). An answer in a list may be any of its entries."""
+    values: list[float | None] = []
+    for prompt, completion, answer in zip(prompts, completions, answers, strict=True):
+        found: list[bool | None] = []
+        for gold in answer if isinstance(answer, list | tuple) else [answer]:
+            wanted = "" if gold is None else final_answer(_written(gold))
+            ours = own_words(last_words(text_of(completion)), text_of(prompt), wanted)
+            found.append(judge(wanted, ours, text_of(prompt)) if wanted else None)
+        known = [x for x in found if x is not None]
+        values.append(float(any(known)) if known else None)
+    return values
+
+
+def _same_letters(gold: str, text: str, prompt: str) -> bool:
+    marks = marked(text)
+    return {said(x) for x in (marks[-1] if marks else [text])} == {said(gold)}
+
+
+def _equal(gold: str, text: str, prompt: str) -> bool | None:
+    """Whether the answer of a text meets the gold one."""
+    wanted, marks = number(gold), marked(text)
+    if wanted is None:
+        if not mathematics.is_formula(gold):
+            return None
+        formulas = [formula(x) for x in (marks[-1] if marks else stated(text)[-1:] or [""])]
+        verdicts = [mathematics.meets(gold, x, prompt) for x in dict.fromkeys(formulas)]
+        return None if None in verdicts else all(verdicts)
+    numbers = [number(x) for x in (chain(*marks) if marks else stated(text))]
+    if not numbers or numbers[-1] is None:
+        return False
+    ours = numbers[-1].written
+    copied = re.search(r"[/%*^]", ours) and ours.rstrip("%") != wanted.written.rstrip("%")
+    if copied and ours in re.sub(r"\s", "", plain(prompt)):
+        return False
+    return all(same(wanted, x) for x in numbers if x is not None)
 
 
 def _written(answer: Any) -> str:

@@ -3,8 +3,11 @@
 import asyncio
 import inspect
 import math
+import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from policygrad.errors import UserError, listed, one_line, shortened
 
 Column = Sequence[Any]  # one entry a sample
 Reward = Callable[..., Any]  # (prompts=, completions=, **columns) -> list[float | None], or a coroutine of it
+REPEAT = 0.1  # seconds between interruptions
+FOREVER = 1e8  # seconds; threads and event loops take no infinite ones
 Outcome = tuple[Any, BaseException | None]  # what a function returned, or what it raised
 
 
@@ -63,49 +68,120 @@ def arguments_of(function: Reward, name: str, offered: dict[str, Column]) -> dic
 
 
 def call(functions: Sequence[Reward], arguments: Sequence[dict[str, Column]], seconds: float) -> dict[int, Outcome]:
-    """The result or the error of each function, by its place; none for a function that exceeded the time limit."""
+    """The result or the error of each function, by its place; none for a function that exceeded the time limit.
+
+    Each function has its own copy of its arguments. A KeyboardInterrupt is the user's, and passes.
+    """
     done: dict[int, Outcome] = {}
-
-    def call_one(k: int) -> None:
-        try:
-            done[k] = functions[k](**arguments[k]), None
-        except (Exception, SystemExit) as error:
-            done[k] = None, error
-
-    async def call_async(k: int) -> None:
-        try:
-            done[k] = await functions[k](**arguments[k]), None
-        except (Exception, SystemExit) as error:
-            done[k] = None, error
-
-    async def gather(chosen: list[int]) -> None:
-        await asyncio.wait([asyncio.create_task(call_async(k)) for k in chosen], timeout=seconds)
-
+    seconds = min(seconds, FOREVER)
+    given = [deepcopy(columns) for columns in arguments]
     together = [k for k, function in enumerate(functions) if _is_async(function)]
     if together:
-        _in_thread(seconds, lambda: asyncio.run(gather(together)))  # cancels the late ones
-    for k in range(len(functions)):
+        done.update(LOOP.run({k: _awaited(functions[k], given[k]) for k in together}, seconds))
+    for k, function in enumerate(functions):
         if k not in together:
-            _in_thread(seconds, call_one, k)
-            if k not in done:
-                break  # it goes on in its thread; the caller raises, so the others are not needed
+            outcome = limited(lambda f=function, columns=given[k]: f(**columns), seconds)  # type: ignore[misc]
+            if outcome is not None and inspect.isawaitable(outcome[0]):
+                outcome = LOOP.run({k: outcome[0]}, seconds).get(k)
+            if outcome is None:
+                break  # the caller raises, so the others are not needed
+            done[k] = outcome
+            if isinstance(outcome[1], KeyboardInterrupt):
+                break
+    for _, error in done.values():
+        if isinstance(error, KeyboardInterrupt):
+            raise error
     return done
 
 
-def failure(
-    name: str, function: Reward, arguments: dict[str, Column], error: BaseException, seconds: float
-) -> UserError:
-    """A function's error as a UserError, with the first sample that raises one by itself."""
+class TimeLimitError(BaseException):
+    """The time limit, raised inside a function; not an Exception, which the function might catch."""
+
+
+def limited(work: Callable[[], Any], seconds: float) -> Outcome | None:
+    """What the work returns or raises; None if it takes longer.
+
+    In the main thread the work runs there, so that it may use signals (SIGALRM, as math-verify does). A second thread
+    watches the time and interrupts it by SIGURG, which wakes it from sleep, a lock or a socket too. A timer of
+    computing time (SIGVTALRM) serves where that thread cannot run, as during the search for a regular expression. Only
+    an operation in C that never looks for signals goes on to its end. In another thread, or where there are no such
+    signals, the work has a thread of its own, which is left behind when time is up.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGURG"):
+        return _in_thread(work, seconds)
+    ended, main, inside, deadline = threading.Event(), threading.get_ident(), True, time.monotonic() + seconds
+
+    def interrupt(*_: Any) -> None:
+        if inside and time.monotonic() >= deadline:
+            raise TimeLimitError
+
+    def watch() -> None:
+        while not ended.wait(max(REPEAT, deadline - time.monotonic())):  # again, if the function caught it
+            signal.pthread_kill(main, signal.SIGURG)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGURG, signal.SIGVTALRM)}
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, REPEAT)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        outcome = _outcome(work)
+        inside = False
+        return outcome
+    except TimeLimitError:
+        return None
+    finally:
+        inside = False
+        ended.set()
+        watcher.join()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        for number, handler in before.items():  # a late SIGVTALRM would end the process by default
+            signal.signal(number, signal.SIG_IGN if handler in (signal.SIG_DFL, None) else handler)
+
+
+class EventLoop:
+    """One event loop in a thread of its own for all coroutines of the process, so that a client or a semaphore that is
+    made once serves in every batch. One that blocks beyond the time limit is left behind, and the next is new."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, work: "dict[int, Any]", seconds: float) -> dict[int, Outcome]:
+        """The outcome of each coroutine, side by side; none for one that takes longer, which is cancelled."""
+        if self.loop is None:
+            self.loop = asyncio.new_event_loop()
+            threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        gradients = torch.is_grad_enabled()  # each thread has its own
+
+        async def outcome(one: Any) -> Outcome:
+            torch.set_grad_enabled(gradients)
+            try:
+                return await one, None
+            except BaseException as error:
+                return None, error
+
+        async def gather() -> dict[int, Outcome]:
+            tasks = {k: asyncio.ensure_future(outcome(one)) for k, one in work.items()}
+            finished, late = await asyncio.wait(tasks.values(), timeout=seconds)
+            for task in late:
+                task.cancel()
+            return {k: task.result() for k, task in tasks.items() if task in finished}
+
+        running = asyncio.run_coroutine_threadsafe(gather(), self.loop)
+        try:
+            return running.result(seconds + 0.2 + 0.1 * seconds)
+        except TimeoutError:  # one blocks the loop
+            self.loop = None
+            return {}
+
+
+LOOP = EventLoop()
+
+
+def failure(name: str, error: BaseException) -> UserError:
+    """A function's error as a UserError."""
     if isinstance(error, UserError):
         return error
-    where = "the whole batch"
-    found = _first_that_raises(function, arguments, seconds)
-    if found is not None:
-        i, error = found
-        where = f"sample {i}"
-        if "completions" in arguments:
-            where += f" ({_quoted(arguments['completions'][i], 40)})"
-    start, end = f"reward {name!r} raised {type(error).__name__} on {where}: ", ": fix it (--debug shows where)"
+    start, end = f"reward {name!r} raised {type(error).__name__}: ", ": fix it (--debug shows where)"
     return UserError(start + one_line(error, max(30, 200 - len(start) - len(end))) + end)
 
 
@@ -133,36 +209,31 @@ def _is_async(function: Reward) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))  # or an object's call
 
 
-def _first_that_raises(
-    function: Reward, arguments: dict[str, Column], seconds: float
-) -> tuple[int, BaseException] | None:
-    """The first sample on which the function raises by itself, and the error; None if there is none in time."""
-    found: list[tuple[int, BaseException]] = []
-
-    def search() -> None:
-        for i in range(min(map(len, arguments.values()), default=0)):
-            alone = {name: column[i : i + 1] for name, column in arguments.items()}
-            try:
-                asyncio.run(function(**alone)) if _is_async(function) else function(**alone)
-            except (Exception, SystemExit) as error:
-                found.append((i, error))
-                return
-
-    _in_thread(seconds, search)
-    return found[0] if found else None
+async def _awaited(function: Reward, columns: dict[str, Column]) -> Any:
+    return await function(**columns)
 
 
-def _in_thread(seconds: float, work: Callable[..., Any], *arguments: Any) -> None:
-    """Do the work, and wait for it no longer than this. The thread is a daemon, so the process can end all the same."""
-    gradients = torch.is_grad_enabled()  # each thread has its own
+def _outcome(work: Callable[[], Any]) -> Outcome:
+    try:
+        return work(), None
+    except TimeLimitError:
+        raise
+    except BaseException as error:
+        return None, error
+
+
+def _in_thread(work: Callable[[], Any], seconds: float) -> Outcome | None:
+    """The outcome of work in a daemon thread, so that the process can end all the same; None if it takes longer."""
+    gradients, found = torch.is_grad_enabled(), []
 
     def run() -> None:
         torch.set_grad_enabled(gradients)
-        work(*arguments)
+        found.append(_outcome(work))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
+    return found[0] if found else None
 
 
 def _number(value: Any) -> float | None:

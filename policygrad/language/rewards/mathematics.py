@@ -1,4 +1,4 @@
-"""Whether two formulas are equal, by math-verify in a child process.
+"""Whether an answer meets a gold answer: numbers by their value, formulas by math-verify in a child process.
 
 math-verify limits its time by signals, which only a main thread receives. And Python lets no other thread run while it
 raises 9 to the power 9^9. A child process can be ended at any time.
@@ -6,22 +6,68 @@ raises 9 to the power 9^9. A child process can be ended at any time.
 
 import atexit
 import json
+import re
 import select
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 from policygrad.errors import UserError
+from policygrad.language.rewards.numerals import SPACES, plain
 
-COMPARE = """
-import json, sys
-from math_verify import parse, verify
-print("ready", flush=True)
-for line in sys.stdin:
-    gold, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
-    print(json.dumps(verify(gold, answer, timeout_seconds=None) if gold else None), flush=True)
-"""
+COMPARISON = Path(__file__).with_name("comparison.py")
 COMPARISON_SECONDS, START_SECONDS = 3.0, 60.0
+RELATION = r"=|<|>|\\(?:leq?|geq?|neq?|lt|gt|in|approx|equiv)(?![A-Za-z])|[≤≥≠≈∈]"
+HEAVY = re.compile(  # what may stand in an answer only if it stands in the gold answer too
+    r"\\(?:i*int|oint|sum|prod|lim|binom|gcd|lcm|max|min|sup|inf(?!ty)|lfloor|lceil|det|bmod|pmod|mod|partial|nabla|bigcup"
+    r"|bigcap|to|cdots|ldots|dots|l(?=n|og)|infty\s*(?=\]))|!|'|\.\.\.|…|∑|∫|∏|\\frac\{d\}\{d|\?"
+)
+WORDS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|is|to|of|no|if|in|it|we|be|as|up)(?![A-Za-z])")
+KNOWN = frozenset(("sin", "cos", "tan", "log", "exp", "sqrt", "frac", "begin", "end", "pmatrix", "bmatrix", "matrix"))
+
+
+def clean(formula: str) -> str:
+    """A formula without what only sets it in type; `and` and `or` between formulas are commas."""
+    formula = re.sub(r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", formula)
+    formula = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(SPACES, " ", formula)).replace("\\$", "")
+    return re.sub(r"\s*,[\s,]*", ", ", formula.replace("\u2212", "-")).strip(" ,.;$")
+
+
+def compact(formula: str) -> str:
+    """A formula as it is compared by the letter."""
+    return re.sub(r"[\s{}$*]", "", clean(formula))
+
+
+def is_formula(gold: str) -> bool:
+    """Whether a gold answer is a formula: one without words of three letters or more, or LaTeX's text."""
+    return bool(gold) and all(word in KNOWN for word in WORDS.findall(re.sub(r"\\[a-z]+\{[^{}]*\}", "", gold)))
+
+
+def meets(gold: str, answer: str, prompt: str) -> bool | None:
+    """Whether a formula is equal to the gold one, and no more than its kind of expression; None if that is none.
+
+    An answer that stands in the prompt is none, unless it is the gold one to the letter.
+    """
+    gold, answer = clean(gold), clean(answer)
+    if not re.search(RELATION, gold):
+        parts = answer.split(", ") if ", " in gold and gold[0] not in "([" else [answer]
+        answer = ", ".join(re.split(r"=|\\approx|≈|\\in(?![A-Za-z])|∈", part)[-1].strip() for part in parts)
+    if re.match(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}$", gold):
+        return _letters(gold) == _letters(answer)
+    if not answer or compact(answer) == compact(gold):
+        return bool(answer)
+    copied = len(compact(answer)) > 2 and compact(answer) in compact(prompt)
+    heavier = set(HEAVY.findall(answer)) - set(HEAVY.findall(gold))
+    worded = any(word not in KNOWN and word not in gold for word in WORDS.findall(answer))
+    paired = gold[0] in "([" and answer[0] not in "(["
+    if copied or heavier or worded or paired:
+        return False
+    return equal(gold, answer)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^\w]+", " ", plain(text)).strip().casefold()
 
 
 class Mathematics:
@@ -39,7 +85,10 @@ class Mathematics:
             try:
                 process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
                 said = self._line(process, COMPARISON_SECONDS)
-            except BrokenPipeError:
+            except BaseException as error:  # a pipe that broke; or the time limit of the caller, within a comparison
+                self._end()
+                if not isinstance(error, BrokenPipeError):
+                    raise
                 said = b""
             if not said:  # it took too much time or memory
                 self._end()
@@ -48,7 +97,7 @@ class Mathematics:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", COMPARE],
+            [sys.executable, "-P", str(COMPARISON)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

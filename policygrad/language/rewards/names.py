@@ -3,7 +3,7 @@
 import difflib
 import re
 
-from policygrad.errors import UserError, shortened
+from policygrad.errors import UserError, ending, shortened
 from policygrad.functions import load_function
 from policygrad.language.rewards.builtin import exact_match, matches, math_equal, soft_overlong_penalty
 from policygrad.language.rewards.calling import Reward
@@ -17,6 +17,18 @@ def is_function_spec(spec: str) -> bool:
     kind, colon, rest = spec.rpartition(":")
     named = bool(colon) and rest.isidentifier() and (kind.endswith(".py") or re.fullmatch(r"\w+(\.\w+)*", kind))
     return spec in BUILT_IN or spec.split(":")[0] in ("format", "overlong") or spec.endswith(".py") or bool(named)
+
+
+def near_function(spec: str) -> str | None:
+    """The built-in function, or its form with two parts, that a misspelled name is near to; None if it is near none."""
+    kind, colon, rest = spec.partition(":")
+    if "/" in kind:
+        return None
+    plain = re.sub(r"[-_ .]", "", kind).casefold()
+    known = ("format", "overlong") if colon else tuple(BUILT_IN)
+    near = difflib.get_close_matches(plain, [x.replace("_", "") for x in known], n=1, cutoff=0.75)
+    found = next((x for x in known if [x.replace("_", "")] == near), None)
+    return found and (f"{found}:{rest}" if colon else found)
 
 
 def load_reward(spec: str) -> Reward:
@@ -33,8 +45,15 @@ def load_reward(spec: str) -> Reward:
         if counts is None:
             raise UserError(f"reward {shortened(spec)} lacks its two numbers: write overlong:MAX,BUFFER, in tokens")
         return soft_overlong_penalty(int(counts[1]), int(counts[2]))
+    near = near_function(spec)
     if is_function_spec(spec):
-        return load_function(spec, what="reward function")
-    near = difflib.get_close_matches(spec, BUILT_IN, n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(FORMS)}"
+        try:
+            return load_function(spec, what="reward function")
+        except UserError as error:
+            if near is None or kind.endswith(".py"):
+                raise
+            raise UserError(
+                f"there is no reward function {shortened(spec, 40)}: did you mean {ending(near)}?"
+            ) from error
+    advice = f"did you mean {ending(near)}?" if near else f"give one of {', '.join(FORMS)}"
     raise UserError(f"there is no reward function {shortened(spec, 40)}: {advice}")

@@ -12,11 +12,15 @@ from policygrad.language.rewards.calling import Column, Reward, arguments_of, ca
 
 
 class Rewards:
-    """r = sum_k w_k r_k over the functions that apply; 0 where none applies.
+    """r = sum_k w_k r_k over the functions that apply to a sample; NaN where none does.
 
-    Functions that are `async def` run side by side; the others one after another. A function without **columns gets
-    the columns that it names. `time_limit`, in seconds, bounds each function's call on a whole batch. Python cannot
-    interrupt one long operation, such as the search for a regular expression with endless backtracking.
+    Functions that are `async def` run side by side, in one event loop for the whole run; the others one after another,
+    in the main thread if the caller is there. A function without **columns gets the columns that it names, and each
+    has copies of its own. Beside those of the data set there are `prompts`, `completions`, and for a completion
+    `completion_ids` (its tokens), `cut`, and `completions_raw`: its text with special tokens, after whatever the chat
+    template wrote into the turn before it, such as <think>.
+
+    `time_limit`, in seconds, bounds each function's call on a whole batch; see calling.limited for how.
 
     Raises UserError if a function raises, exceeds the limit, or returns anything but a finite number or None a sample.
     """
@@ -47,7 +51,7 @@ class Rewards:
     def __call__(
         self, prompts: Column, completions: Column, columns: Mapping[str, Column]
     ) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
-        """The weighted sum, 0 where no function applies, and each function's own values, NaN where it does not."""
+        """The weighted sum, NaN where no function applies, and each function's own values, NaN where it does not."""
         offered = {**columns, "prompts": prompts, "completions": completions}
         for name, column in offered.items():
             if len(column) != len(completions):
@@ -63,9 +67,7 @@ class Rewards:
                 )
             values, error = outcomes[k]
             if error is not None:
-                raise failure(name, self.functions[k], arguments[k], error, self.time_limit) from error
+                raise failure(name, error) from error
             parts[name] = numbers(name, values, completions)
-        total = torch.zeros(len(completions))
-        for weight, part in zip(self.weights, parts.values(), strict=True):
-            total = total + torch.where(part.isnan(), 0.0, weight * part)
-        return total, parts
+        values = torch.stack([weight * part for weight, part in zip(self.weights, parts.values(), strict=True)])
+        return values.nansum(0).masked_fill(values.isnan().all(0), math.nan), parts

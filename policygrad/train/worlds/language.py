@@ -215,6 +215,8 @@ class LanguageWorld(World):
         parts += [f"held-out {row['held_out']:.3f}"] if "held_out" in row else []
         parts += [f"KL(ref) {row['kl_ref']:.4f}"] if "kl_ref" in row else []
         parts += [f"length {row['length']:.0f}"]
+        if row.get("masked") == 1:
+            return [*parts, "no completion counts: nothing to learn"]
         return parts + (["all groups flat: nothing to learn"] if row.get("flat_groups") == 1 else [])
 
     def curve(self) -> Curve:
@@ -243,15 +245,17 @@ class LanguageWorld(World):
 
     def notes(self, run: Any) -> list[str]:
         rows = run.metrics
+        uncounted = _uncounted([row for row in rows if "masked" in row])
         flat = [row["flat_groups"] for row in rows if "flat_groups" in row]
-        notes = [] if run.before is None or run.after is None else verdict(run.before, run.after)
+        judged = [] if run.before is None or run.after is None else verdict(run.before, run.after)
+        notes = uncounted + judged
         if flat and sum(flat) / len(flat) > 0.9:
             notes.append(
                 f"{sum(flat) / len(flat):.0%} of the groups were flat: all completions of a prompt had the same "
                 "reward, and such a group has no gradient. Easier or harder prompts, more completions or a finer "
                 "reward would help"
             )
-        elif rows and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
+        elif not uncounted and flat and abs(rows[-1].get("objective", 1.0)) < 1e-3:
             notes.append(
                 "the objective is near 0 at every step because advantages are centered and the ratio starts at 1: look "
                 "at reward and gradient_norm"
@@ -260,6 +264,29 @@ class LanguageWorld(World):
 
     def versions(self) -> dict[str, str]:
         return {**super().versions(), "transformers": transformers.__version__}
+
+
+def _uncounted(rows: list[Row]) -> list[str]:
+    """Notes about completions that did not count, and about those that repeat their prompt."""
+    notes: list[str] = []
+    if not rows:
+        return notes
+    unjudged = sum(row["unjudged"] for row in rows) / len(rows)
+    empty = sum(row["masked"] == 1 for row in rows) / len(rows)
+    first, last = rows[0]["prompt_repeats"], rows[-1]["prompt_repeats"]
+    if unjudged:
+        notes.append(f"no reward applied to {unjudged:.1%} of the completions, and they were left out of the update")
+    if empty:
+        notes.append(
+            f"in {empty:.0%} of the iterations no completion counted, because each was cut and masked or had no "
+            "reward: nothing was learned from them. Raise max_tokens, or use cut kept or penalized"
+        )
+    if last > 0.5:
+        notes.append(
+            f"{last:.0%} of the completions of the last rollout repeat their prompt ({first:.0%} of the first): read "
+            "samples.jsonl, for the reward may be earned without an answer"
+        )
+    return notes
 
 
 def warm_model(progress: bool, device: str) -> Any:

@@ -1,6 +1,9 @@
 """How reward functions are called: their arguments, their return values, their time, and every kind of failure."""
 
 import asyncio
+import contextlib
+import re
+import signal
 import threading
 import time
 from typing import Any
@@ -92,90 +95,226 @@ def test_asynchronous_functions_run_side_by_side() -> None:
     assert_close(total, torch.tensor([4.0, 3.0, 6.0]))
 
 
-def test_an_asynchronous_function_that_raises() -> None:
-    async def picky(completions: list[str]) -> list[float]:
-        await asyncio.sleep(0)
-        return [{"a": 1.0}[text] for text in completions]
+def test_what_is_made_once_serves_in_every_batch() -> None:
+    """A semaphore belongs to the event loop in which it is first waited for."""
+    semaphore = asyncio.Semaphore(1)
 
-    message = said(length, picky)
-    assert message == "reward 'picky' raised KeyError on sample 1 ('bb'): 'bb': fix it (--debug shows where)"
+    async def one(text: str) -> float:
+        async with semaphore:
+            await asyncio.sleep(0)
+            return float(len(text))
+
+    async def reward(completions: list[str]) -> list[float]:
+        return await asyncio.gather(*map(one, completions))
+
+    rewards = Rewards([reward, lambda completions: reward(completions)])  # and a plain function of a coroutine
+    for _ in range(3):
+        assert rewards(PROMPTS, TEXTS, {})[0].tolist() == [2.0, 4.0, 6.0]
+
+
+def test_a_loop_that_was_blocked_is_left_behind() -> None:
+    async def blocking(**_: Any) -> list[float]:
+        time.sleep(1)
+        return [0.0] * 3
+
+    async def quick(**_: Any) -> list[float]:
+        return [1.0] * 3
+
+    assert "'blocking' took longer than 0.05 s" in said(blocking, time_limit=0.05)
+    assert judged(quick, time_limit=5.0)[0].tolist() == [1.0] * 3
+
+
+# The thread of a function.
+
+
+def test_a_function_may_use_signals_in_the_main_thread() -> None:
+    def alarmed(**_: Any) -> list[float]:
+        def late(*_: Any) -> None:
+            raise TimeoutError
+
+        before = signal.signal(signal.SIGALRM, late)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            time.sleep(5)
+        except TimeoutError:
+            return [1.0, 2.0, 3.0]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        return [0.0] * 3
+
+    def handler(*_: Any) -> None:
+        pass
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGURG, signal.SIGVTALRM)}
+    try:
+        assert judged(alarmed)[0].tolist() == [1.0, 2.0, 3.0]
+        assert [signal.getsignal(number) for number in before] == [handler, handler], "they are put back"
+    finally:
+        for number, kept in before.items():
+            signal.signal(number, kept)
+
+
+def test_math_verify_as_its_guide_has_it() -> None:
+    from math_verify import parse, verify
+
+    def reward(completions: list[str]) -> list[bool]:
+        return [verify(parse("$3$"), parse(f"${len(text)}$")) for text in completions]
+
+    assert judged(reward)[0].tolist() == [0.0, 0.0, 1.0]
+
+
+def sleeps() -> None:
+    time.sleep(5)
+
+
+def spins() -> None:
+    while True:
+        pass
+
+
+def waits() -> None:
+    threading.Lock().acquire() and threading.Event().wait(5)
+
+
+def catches() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(5)
+
+
+def backtracks() -> None:
+    re.fullmatch(r"(a+)+b", "a" * 40)
+
+
+def swallows() -> None:
+    """Only once."""
+    try:
+        time.sleep(5)
+    except BaseException:
+        time.sleep(5)
+
+
+@pytest.mark.parametrize("work", [sleeps, spins, waits, catches, backtracks, swallows])
+def test_a_function_that_hangs_in_the_main_thread_is_interrupted(work: Any) -> None:
+    called = []
+
+    def reward(**_: Any) -> list[float]:
+        assert threading.current_thread() is threading.main_thread()
+        work()
+        return [0.0] * 3
+
+    start = time.perf_counter()
+    message = said(reward, lambda **_: called.append("after"), time_limit=0.1)
+    assert time.perf_counter() - start < 3
+    assert (
+        message == "reward 'reward' took longer than 0.1 s for 3 completions: raise the time limit, or make it faster"
+    )
+    assert called == []
+
+
+def test_in_another_thread_a_function_has_a_thread_of_its_own() -> None:
+    """Which is left behind when its time is up."""
+    found: list[Any] = []
+
+    def reward(**_: Any) -> list[float]:
+        found.append((threading.current_thread().daemon, torch.is_grad_enabled()))
+        time.sleep(1)
+        return [0.0] * 3
+
+    def caller() -> None:
+        with torch.no_grad():
+            found.append(said(reward, time_limit=0.05))
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    thread.join()
+    assert found[0] == (True, False)
+    assert "took longer than 0.05 s" in found[1]
+
+
+def test_an_asynchronous_function_that_hangs_is_cancelled() -> None:
+    ended = threading.Event()
+
+    async def reward(**_: Any) -> list[float]:
+        try:
+            await asyncio.sleep(5)
+        finally:
+            ended.set()
+        return [0.0] * 3
+
+    assert "took longer than 0.05 s" in said(reward, time_limit=0.05)
+    assert ended.wait(3.0)
 
 
 # Functions that fail.
 
 
-@pytest.mark.parametrize("kind", ["plain", "asynchronous", "asynchronous that blocks"])
-def test_a_function_that_hangs(kind: str) -> None:
-    ended, called = threading.Event(), []
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("cannot\njudge"), "ValueError: cannot judge"),
+        (KeyError("bb"), "KeyError: 'bb'"),
+        (SystemExit(3), "SystemExit: 3"),
+        (asyncio.CancelledError(), "CancelledError: CancelledError"),
+        (GeneratorExit("x"), "GeneratorExit: x"),
+        (TimeoutError("of its own"), "TimeoutError: of its own"),
+        (StopIteration(), None),
+    ],
+)
+def test_an_error_is_reported_as_what_it_was_and_the_function_is_not_called_again(
+    kind: str, error: BaseException, words: str | None
+) -> None:
+    calls = []
 
     def plain(**_: Any) -> list[float]:
-        assert threading.current_thread().daemon  # else the process could not end
-        time.sleep(2)
-        return [0.0] * 3
+        calls.append(1)
+        raise error
 
-    async def asynchronous(**_: Any) -> list[float]:
-        try:
-            await asyncio.sleep(2)
-        finally:
-            ended.set()
-        return [0.0] * 3
+    async def asynchronous(**columns: Any) -> list[float]:
+        return plain(**columns)
 
-    async def blocking(**_: Any) -> list[float]:
-        time.sleep(2)
-        return [0.0] * 3
-
-    async def quick(**_: Any) -> list[float]:
-        return [0.0] * 3
-
-    def after(**_: Any) -> list[float]:
-        called.append("after")
-        return [0.0] * 3
-
-    function = {"plain": plain, "asynchronous": asynchronous, "asynchronous that blocks": blocking}[kind]
-    start = time.perf_counter()
-    message = said(quick, function, after, time_limit=0.2)
-    if kind == "asynchronous":
-        assert ended.wait(1.0)  # it was cancelled
-    assert called == [] or kind != "plain"
-    assert time.perf_counter() - start < 1.5
-    name = function.__name__
-    assert message == (
-        f"reward {name!r} took longer than 0.2 s for 3 completions: raise the time limit, or make it faster"
-    )
+    message = said(plain if kind == "plain" else asynchronous)
+    assert calls == [1]
+    assert message.startswith(f"reward {kind!r} raised ")
+    if words:
+        assert message == f"reward {kind!r} raised {words}: fix it (--debug shows where)"
 
 
-def test_a_function_that_raises_names_the_first_sample_that_does() -> None:
-    def reward(completions: list[str], answer: list[int]) -> list[float]:
-        if max(answer) > 1:
-            raise ValueError(f"cannot judge {answer}")
-        return [1.0] * len(answer)
+def test_the_cause_of_the_error_is_kept() -> None:
+    def reward(**_: Any) -> list[float]:
+        raise ValueError("long" * 100)
 
-    long = ["a", "b" * 100, "c"]
-    with pytest.raises(UserError) as caught:
-        Rewards([reward])(PROMPTS, long, {"answer": [1, 2, 2]})
-    where = f"on sample 1 ('{'b' * 36}...)"
-    assert str(caught.value) == (
-        f"reward 'reward' raised ValueError {where}: cannot judge [2]: fix it (--debug shows where)"
-    )
+    with pytest.raises(UserError, match=r"^reward 'reward' raised ValueError: longlong.*\.\.\.: fix it") as caught:
+        judged(reward)
     assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_a_function_that_raises_on_no_sample_alone() -> None:
-    def together(completions: list[str]) -> list[float]:
-        if len(completions) > 1:
-            raise RuntimeError("too\nmany")
-        return [0.0]
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+def test_control_c_is_the_users(kind: str) -> None:
+    def plain(**_: Any) -> list[float]:
+        raise KeyboardInterrupt
 
-    assert said(together) == (
-        "reward 'together' raised RuntimeError on the whole batch: too many: fix it (--debug shows where)"
-    )
+    async def asynchronous(**_: Any) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(plain if kind == "plain" else asynchronous)
 
 
-def test_a_function_that_wants_to_end_the_process() -> None:
-    def leaves(**_: Any) -> list[float]:
-        raise SystemExit(3)
+def test_a_function_that_changes_its_arguments_changes_nothing_else() -> None:
+    def first(completions: list[str], notes: list[dict[str, list[int]]], prompts: list[str]) -> list[float]:
+        completions[0] = ""
+        notes[0]["seen"].append(1)
+        prompts.clear()
+        return [0.0] * 3
 
-    assert said(leaves) == "reward 'leaves' raised SystemExit on sample 0 ('a'): 3: fix it (--debug shows where)"
+    columns = {"notes": [{"seen": []} for _ in range(3)]}
+    total, _ = judged(first, length, lambda notes: [len(x["seen"]) for x in notes], columns=columns)
+    assert total.tolist() == [1.0, 2.0, 3.0]
+    assert columns == {"notes": [{"seen": []}] * 3}
+    assert (len(PROMPTS), TEXTS[0]) == (3, "a")
 
 
 def test_a_functions_own_user_error_is_passed_on() -> None:

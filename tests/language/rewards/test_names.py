@@ -6,7 +6,7 @@ import pytest
 
 from language.rewards.conftest import judged
 from policygrad.errors import UserError
-from policygrad.language.rewards import exact_match, is_function_spec, load_reward, math_equal
+from policygrad.language.rewards import exact_match, is_function_spec, load_reward, math_equal, near_function
 
 
 def test_built_in_functions_by_name() -> None:
@@ -26,6 +26,12 @@ def test_a_users_function_by_file(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("exact_mach", "there is no reward function 'exact_mach': did you mean exact_match?"),
+        ("math_equl", "there is no reward function 'math_equl': did you mean math_equal?"),
+        ("exact-match", "there is no reward function 'exact-match': did you mean exact_match?"),
+        ("MathEqual", "there is no reward function 'MathEqual': did you mean math_equal?"),
+        ("formt:x", "there is no reward function 'formt:x': did you mean format:x?"),
+        ("Format:x+", "there is no reward function 'Format:x+': did you mean format:x+?"),
+        ("overlng:10,4", "there is no reward function 'overlng:10,4': did you mean overlong:10,4?"),
         ("zzz", "there is no reward function 'zzz': give one of exact_match, math_equal, format:REGEX, overlong:"),
         ("format:", "reward 'format:' lacks its regular expression: write format:REGEX"),
         ("format:(", "the regular expression '(' cannot be read: "),
@@ -60,3 +66,8 @@ def test_functions_that_cannot_be_loaded(spec: str, message: str) -> None:
 )
 def test_is_function_spec(spec: str, is_function: bool) -> None:
     assert is_function_spec(spec) is is_function
+
+
+def test_names_of_hub_models_are_near_no_function() -> None:
+    names = ["gpt2", "organisation/reward-model", "./models/math_equal", "organisation/math_equl", "judge", "a:b"]
+    assert list(map(near_function, names)) == [None] * len(names)

@@ -22,8 +22,9 @@ def test_the_total_is_the_weighted_sum_of_the_functions() -> None:
 
 
 def test_a_function_that_does_not_apply_adds_nothing_and_is_nan_in_its_part() -> None:
+    """Where none applies there is no reward; 0 would be one."""
     total, parts = judged(returning([None, 1.0, None]), returning([2.0, 4.0, None]), weights=[10.0, 1.0])
-    assert_close(total, torch.tensor([2.0, 14.0, 0.0]))
+    assert_close(total, torch.tensor([2.0, 14.0, NAN]), equal_nan=True)
     assert_close(parts["reward"], torch.tensor([NAN, 1.0, NAN]), equal_nan=True)
     assert_close(parts["reward-2"], torch.tensor([2.0, 4.0, NAN]), equal_nan=True)
 

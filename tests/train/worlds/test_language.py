@@ -1,7 +1,9 @@
 """Language: every method on a tiny model, its critic, and what a run directory holds."""
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.language import models
+from policygrad.language.generation import Completions, generate
 from policygrad.language.policies import trunk
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
@@ -220,3 +223,53 @@ def test_the_verdict_compares_the_change_with_its_noise() -> None:
         (note,) = verdict(start, after)
         assert re.search(said, note)
     assert verdict(start, evaluation([1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0])) == []
+
+
+def lengths(completions: list[str]) -> list[float | None]:
+    """None for one in about three."""
+    return [None if len(text) % 3 == 0 else float(len(text)) for text in completions]
+
+
+def test_a_reward_may_be_a_function_of_ones_own(language: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train("grpo", **language | {"reward": [lengths, "format:.*"], "out": tmp_path / "run"})
+    assert {"reward/lengths", "reward/format"} <= set(run.metrics[-1])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["reward"] == [f"{__name__}:lengths", "format:.*"]
+
+
+def test_completions_without_a_reward_are_said(language: dict[str, Any]) -> None:
+    run = pg.train("grpo", **language | {"reward": lengths})
+    share = sum(row["unjudged"] for row in run.metrics[1:]) / 2
+    assert 0 < share < 1
+    note = f"no reward applied to {share:.1%} of the completions, and they were left out of the update"
+    assert note in run.world.notes(run)
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "rloo", "trpo", "reinforce"])
+def test_rollouts_of_which_nothing_counts_are_said(method: str, language: dict[str, Any]) -> None:
+    """Every completion of one token is cut."""
+    sizes = {"minibatch_size": 8} if method == "ppo" else {}
+    run = pg.train(method, **language | {"max_tokens": 1, "cut": "masked", "engine": never_ending, **sizes})
+    rows = run.metrics[1:]
+    assert [row["masked"] for row in rows] == [1.0, 1.0]
+    assert all(math.isfinite(x) for row in rows for x in row.values())
+    assert all(bool(p.isfinite().all()) for p in run.policy.parameters())
+    assert any(note.startswith("in 100% of the iterations no completion counted") for note in run.world.notes(run))
+    assert not any("flat" in note or "near 0" in note for note in run.world.notes(run))
+    assert "no completion counts: nothing to learn" in run.world.status(rows[-1])
+
+
+def never_ending(*arguments: Any) -> Completions:
+    done = generate(*arguments)
+    return replace(done, cut=torch.ones_like(done.cut))
+
+
+def test_completions_that_repeat_their_prompt_are_said(language: dict[str, Any]) -> None:
+    run = pg.train("grpo", **language)
+    run.metrics = [{"masked": 0.0, "unjudged": 0.0, "prompt_repeats": share, "reward": 1.0} for share in (0.125, 0.75)]
+    assert run.world.notes(run) == [
+        "75% of the completions of the last rollout repeat their prompt (12% of the first): read samples.jsonl, for "
+        "the reward may be earned without an answer"
+    ]
+    run.metrics[-1]["prompt_repeats"] = 0.25
+    assert run.world.notes(run) == []
