@@ -338,9 +338,8 @@ def _environments() -> list[str]:
 def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
     """Parse with tyro, and turn its framed error message into one line. An option is given once, or it is a list."""
     lists = {f.name for f in fields(Options) if get_origin(f.type) is tuple} if UseAppendAction in config else set()
-    given = [
-        x.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for x in arguments if x[:2] == "--"
-    ]
+    flags = [x.split("=")[0].removeprefix("--") for x in arguments if x.startswith("--")]
+    given = [x.removeprefix("no-").replace("-", "_") for x in flags]
     twice = [x for i, x in enumerate(given) if x in given[:i] and x not in lists]
     if twice:
         raise UserError(f"--{twice[0].replace('_', '-')} is given more than once: give it once")

@@ -6,7 +6,6 @@ Messages count rows from 0, as they stand in the data set.
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -369,5 +368,7 @@ def _asks(chosen: Sequence[Any], rejected: Sequence[Any], prompt: str) -> bool:
 
 def _beginning_of_words(first: str, second: str) -> str:
     """What two texts begin with, up to the last space or line break, so that no word is divided."""
-    words = re.match(r"(?s).*\s", commonprefix([first, second]))
+    pairs = enumerate(zip(first, second, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    words = re.match(r"(?s).*\s", first[:shared])
     return words[0] if words else ""

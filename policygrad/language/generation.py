@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from policygrad.errors import UserError
-from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision, width
+from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
 
 BYTES = 64  # of a token in a rollout: the token, its random number, log-probabilities, reward, marks, credit
 MARGIN = 8  # tokens
@@ -135,9 +135,8 @@ def _together(
                     past_key_values=cache,
                     use_cache=True,
                 )
-            token, logp = _choose(
-                policy.distribution(states).logits[:, 0], None if uniform is None else uniform[rows, t]
-            )
+            drawn = None if uniform is None else uniform[rows, t]
+            token, logp = _choose(policy.distribution(states).logits[:, 0], drawn)
             done.tokens[rows, t] = token.where(alive, request.pad)
             done.logp[rows, t] = logp.where(alive, 0.0)
             done.mask[rows, t] = alive
@@ -173,20 +172,23 @@ def check_memory(policy: LanguagePolicy, prompts: int, length: int, request: Req
 
     It counts the tokens with what belongs to each, and the keys and values of the rows sampled at a time.
     """
-    rows = prompts * request.completions
-    config: Any = causal(policy.model).config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
-    size = getattr(config, "head_dim", None) or width(policy.model) // (
-        getattr(config, "num_attention_heads", None) or 1
-    )
-    kept = 2 * int(getattr(config, "num_hidden_layers", 1)) * heads * size * next(policy.parameters()).element_size()
-    cache = min(rows, request.micro_batch or rows) * (length + request.max_tokens) * kept
-    needed, there = rows * request.max_tokens * BYTES + cache, memory_of(next(policy.parameters()).device)
+    rows, weight = prompts * request.completions, next(policy.parameters())
+    together = min(rows, request.micro_batch or rows)
+    cache = together * (length + request.max_tokens) * _cached(policy) * weight.element_size()
+    needed, there = rows * request.max_tokens * BYTES + cache, memory_of(weight.device)
     if needed > there:
         raise UserError(
             f"{rows:,} completions of {request.max_tokens:,} tokens need {needed / 2**30:,.0f} GiB, and there are "
             f"{there / 2**30:,.0f}: lower max_tokens, completions or micro_batch"
         )
+
+
+def _cached(policy: LanguagePolicy) -> int:
+    """The numbers of keys and values of a token, as far as the model's configuration says."""
+    config: Any = causal(policy.model).config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    return 2 * getattr(config, "num_hidden_layers", 1) * (getattr(config, "num_key_value_heads", None) or heads) * size
 
 
 def memory_of(device: torch.device) -> int:

@@ -33,8 +33,9 @@ class Prefixes(NamedTuple):
     def join(several: "Sequence[Prefixes]") -> "Prefixes":
         """The rows of several, one after the other; shorter prompts get more padding on the left."""
         width = max(x.prompt.shape[1] for x in several)
-        wide = [Prefixes(*(pad(x, (width - x.shape[1], 0)) for x in obs[:2]), *obs[2:]) for obs in several]
-        return Prefixes(*map(torch.cat, zip(*wide, strict=True)))
+        prompts, masks, *completions = zip(*several, strict=True)
+        wide = [[pad(x, (width - x.shape[1], 0)) for x in column] for column in (prompts, masks)]
+        return Prefixes(*(torch.cat(list(column)) for column in (*wide, *completions)))
 
 
 def prefixes(tokens: Int[Tensor, "B T"]) -> Prefixes:

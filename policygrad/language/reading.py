@@ -296,7 +296,12 @@ def _of_split(split: str, rows_of: Callable[[str], list[Example]]) -> list[Examp
         raise UserError(
             f"the split {shortened(split)} cannot be taken: {one_line(error, 60)}; try train[:100]"
         ) from error
-    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+    found = [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+    if not found and any(rows.values()):
+        raise UserError(
+            f"the split {shortened(split)} has no rows, of {sum(map(len, rows.values())):,}: try train[:100]"
+        )
+    return found
 
 
 def _require_split(name: str, known: Iterable[str], source: str) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError
-from policygrad.language.data import left_padded
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.models import stop_tokens
 from policygrad.language.policies import LanguagePolicy, Prefixes
@@ -75,9 +74,11 @@ class Prompts:
 
     def padded(self) -> tuple[Int[Tensor, "N P"], Bool[Tensor, "N P"]]:
         """The tokens padded on the left, and their mask. P is that of the longest, up to a multiple of MULTIPLE."""
-        longest = int(self.lengths.max()) if len(self) else 0
-        rows = [self._row(i) for i in range(len(self))]
-        return left_padded(rows, self.pad, math.ceil(longest / MULTIPLE) * MULTIPLE)  # type: ignore[arg-type]
+        width = math.ceil(int(self.lengths.max()) / MULTIPLE) * MULTIPLE
+        mask = torch.arange(width) >= width - self.lengths.unsqueeze(1)
+        tokens = torch.full(mask.shape, self.pad)
+        tokens[mask] = self.tokens.long()
+        return tokens, mask
 
     def _row(self, i: int) -> Int[Tensor, " n"]:
         return self.tokens[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
@@ -136,7 +137,8 @@ def answer(
     Raises UserError if the engine returns wrong shapes.
     """
     device = next(policy.parameters()).device
-    completions = engine(policy, *(x.to(device) for x in prompts.padded()), request, generator)
+    tokens, mask = (x.to(device) for x in prompts.padded())
+    completions = engine(policy, tokens, mask, request, generator)
     _check_shapes(completions, len(prompts) * request.completions, request.max_tokens)
     repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
     ids = completions.ids()

@@ -53,6 +53,13 @@ def prepared(
     )
 
 
+def room_for_prompts(model: nn.Module, max_tokens: int) -> int | None:
+    """The tokens that a model's context leaves for a prompt; None if it has no bound."""
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else max(context - max_tokens, 0)
+
+
 def split_prompts(prompts: Prompts, held_out: int) -> tuple[Prompts, Prompts | None]:
     """Prompts to train on, and `held_out` others, always the same; None if that is 0."""
     train, kept = (torch.tensor(x, dtype=torch.long) for x in data.hold_out(range(len(prompts)), held_out, seed=0))

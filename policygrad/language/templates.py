@@ -5,6 +5,7 @@ without end or from filling the memory.
 """
 
 import atexit
+import contextlib
 import inspect
 import json
 import subprocess
@@ -32,7 +33,7 @@ except (ImportError, ValueError, OSError):
     pass
 
 def written(messages, ending):
-    options = {{"answer": {{"add_generation_prompt": True}}, "open": {{"continue_final_message": True}}}}.get(ending, {{}})
+    options = {{"add_generation_prompt": ending == "answer", "continue_final_message": ending == "open"}}
     options.update(asked["variables"], chat_template=asked["template"])
     text = utils.render_jinja_template([messages], **options)[0][0]
     return [text, None] if len(text) <= {LONGEST} else [None, "it writes more than {LONGEST:,} characters"]
@@ -124,7 +125,7 @@ class _Writer:
             if not said.endswith(b"\n"):
                 self._end()
                 return None
-            return json.loads(said)  # type: ignore[no-any-return]
+            return json.loads(said)
 
     def _start(self) -> "subprocess.Popen[bytes]":
         pipe = subprocess.PIPE
@@ -157,10 +158,8 @@ class _Writer:
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None and not pipe.closed:
-                    try:
+                    with contextlib.suppress(BrokenPipeError):
                         pipe.close()
-                    except BrokenPipeError:
-                        pass
         self.process = None
 
 

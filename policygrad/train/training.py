@@ -21,7 +21,8 @@ from policygrad.train.methods import method_named
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.reports import Log, ProgressLine, Row
 from policygrad.train.run import Run, arithmetic, make_directory
-from policygrad.train.worlds import ROWS, kind_of, world_of
+from policygrad.train.worlds import ROWS as OF_ROWS
+from policygrad.train.worlds import kind_of, world_of
 from policygrad.train.worlds.world import Own
 
 SAVE_SECONDS = 30.0  # between two saves of the policy
@@ -38,7 +39,8 @@ class Training:
 
     method: a name from the table of methods (policygrad.train.methods). task: a Gymnasium id, an environment, a
     callable that makes one, or a vector environment; arithmetic, or a data set of prompts with `model` and `reward`: a
-    file, a hub id, a list of dicts or a `datasets.Dataset` (so may `dataset` and `evaluation_dataset` be); exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
+    file, a hub id, a list of dicts or a `datasets.Dataset` (so may the options `dataset` and `evaluation_dataset` be);
+    exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
     settings, or "none"; by default the task's preset if it has one. policy, critic: for control, your own modules, or
     callables that make them from (observation_space, action_space) and (observation_space); for language, critic is a
     text, the option of that name. engine: the function that samples completions. values: any option of the method (see
@@ -341,7 +343,7 @@ def _rows_apart(task: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]
         if "dataset" in rows or values.get("dataset"):
             raise OptionError("dataset", "the task and dataset are both data: give all of it by dataset")
         rows["dataset"], task = task, None
-    return (ROWS if task is None and "dataset" in rows else task), rows
+    return (OF_ROWS if task is None and "dataset" in rows else task), rows
 
 
 def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> None:

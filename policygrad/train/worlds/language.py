@@ -22,6 +22,7 @@ from policygrad.language.tasks import (
     critic_of,
     prepared,
     reward_functions,
+    room_for_prompts,
     split_prompts,
     task_of,
 )
@@ -111,11 +112,9 @@ class LanguageWorld(World):
             trust = options.trust_remote_code
             functions = reward_functions(options.reward, device=options.device, trust_remote_code=trust)
         model, tokenizer = self._model(progress)
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if options.max_prompt_tokens is None and options.long_prompts == "drop" and room is not None:
-            limit = max(room - options.max_tokens, 1)
-        else:
-            limit = options.max_prompt_tokens
+        limit = options.max_prompt_tokens
+        if limit is None and options.long_prompts == "drop":
+            limit = room_for_prompts(model, options.max_tokens)
         settings: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables()}
         prompts = prepared(train, tokenizer, limit, **settings)
         self.dropped, self.read = len(train) - len(prompts), len(train)
@@ -132,14 +131,7 @@ class LanguageWorld(World):
 
     def _problems(self) -> tuple[list[data.Example], list[data.Example]]:
         """The arithmetic task's own prompts. Raises OptionError for an option of other data."""
-        for name in (
-            "dataset",
-            "dataset_weight",
-            "columns",
-            "system_prompt",
-            "template_variables",
-            "evaluation_dataset",
-        ):
+        for name in ("dataset", "columns", "system_prompt", "template_variables", "evaluation_dataset"):
             if getattr(self.options, name) or name in self.data:
                 raise OptionError(name, f"arithmetic makes its own problems: leave {name} out")
         train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, self.options.held_out, seed=0)
@@ -153,7 +145,7 @@ class LanguageWorld(World):
         source = self.data.get("dataset", options.dataset or self.task)
         train = self.examples(source, options.split)
         other = self.data.get("evaluation_dataset", options.evaluation_dataset)
-        return train, self.examples(other, options.evaluation_split) if len(other) else None
+        return train, None if other == () else self.examples(other, options.evaluation_split)
 
     def examples(self, source: Any, split: str) -> list[data.Example]:
         """The prompts of a data set, with this run's names of columns and its system prompt."""
