@@ -67,7 +67,8 @@ def refuse(faults: Sequence[Fault], advice: str) -> None:
     """Raise UserError about all faults at once, if there are any: the first one, and how many more there are."""
     if not faults:
         return
-    others = f" (and {len(faults) - 1:,} more rows)" if len(faults) > 1 else ""
+    count = len(faults) - 1
+    others = f" (and {count:,} more row{'s' if count > 1 else ''})" if count else ""
     (where, wrong), end = faults[0], f"{others}: {advice}"
     raise UserError(f"{where} " + one_line(wrong, 199 - len(where) - len(end)) + end)
 

@@ -227,7 +227,7 @@ def test_messages_have_the_fields_that_they_were_given(suffix: str, tmp_path: Pa
         (
             "bad.jsonl",
             '{"prompt": "a"}\n{"prompt":\n{"prompt": "b"}\n?\n',
-            "PATH cannot be read: line 2 is no JSON: Expecting value: line 1 column 11 (char 10) (and 1 more rows): ",
+            "PATH cannot be read: line 2 is no JSON: Expecting value: line 1 column 11 (char 10) (and 1 more row): ",
         ),
         ("bad.json", "[{]", "PATH cannot be read: Expecting property name enclosed in double quotes"),
         (
@@ -256,7 +256,7 @@ def test_messages_have_the_fields_that_they_were_given(suffix: str, tmp_path: Pa
             "PATH cannot be read: line 1 is no JSON: lists and",
         ),
         ("digits.json", '[{"x": ' + "1" * 5000 + "}]", "PATH cannot be read: Exceeds the limit (4300"),
-        ("rows.jsonl", '{"prompt": "a"}\n[1]\n2\n', "row 1 is [1] (and 1 more rows): give objects, such as"),
+        ("rows.jsonl", '{"prompt": "a"}\n[1]\n2\n', "row 1 is [1] (and 1 more row): give objects, such as"),
         ("number.json", "7", "row 0 is 7: give objects"),
         ("bad.parquet", "prompt,answer", "PATH cannot be read: Parquet magic bytes not found"),
         ("empty.jsonl", "", "PATH is empty: give at least one row"),
