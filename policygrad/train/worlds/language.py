@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import UserError, ending, one_line
+from policygrad.errors import UserError, ending, listed, one_line
 from policygrad.language import arithmetic, data, models
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import Request, check_memory, generate
@@ -42,7 +42,7 @@ class LanguageWorld(World):
     policy: LanguagePolicy
     prompts: Task
     last: Evaluation | None = None
-    data: Mapping[str, Any] = {}  # rows that were handed in, by the option that names a data set otherwise
+    rows: Mapping[str, Any] = {}  # rows that were handed in, by the option that names a data set otherwise
     dropped = read = 0  # prompts that were too long, of those read
 
     @property
@@ -59,7 +59,7 @@ class LanguageWorld(World):
             raise UserError(
                 "modules of your own are for control: give model, and critic as copy, shared or a directory"
             )
-        options, self.data = self.options, own.data
+        options, self.rows = self.options, own.data
         with models.quiet():
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
@@ -92,16 +92,15 @@ class LanguageWorld(World):
             stop_texts=options.stop,
             micro_batch=getattr(options, "micro_batch", None),
         )
-        check_memory(self.policy, together, int(prompts.lengths.max()), request)
+        check_memory(self.policy, min(together, len(prompts)), int(prompts.lengths.max()), request)
         return request
 
     def _task(self, progress: bool) -> Task:
         options = self.options
         arithmetics = self.task == ARITHMETIC or (self.task is None and not options.dataset)
         if not arithmetics and options.model is None:
-            raise OptionError(
-                "model", f"there is no model to train on {ending(self.name)}: give model, a directory or a hub id"
-            )
+            named = listed([self.task] if self.task else options.dataset)
+            raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
         if not arithmetics and not options.reward:
             raise OptionError(
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
@@ -132,7 +131,7 @@ class LanguageWorld(World):
     def _problems(self) -> tuple[list[data.Example], list[data.Example]]:
         """The arithmetic task's own prompts. Raises OptionError for an option of other data."""
         for name in ("dataset", "columns", "system_prompt", "template_variables", "evaluation_dataset"):
-            if getattr(self.options, name) or name in self.data:
+            if getattr(self.options, name) or name in self.rows:
                 raise OptionError(name, f"arithmetic makes its own problems: leave {name} out")
         train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, self.options.held_out, seed=0)
         return [data.Example(x) for x in train], [data.Example(x) for x in held_out]
@@ -142,9 +141,9 @@ class LanguageWorld(World):
         options = self.options
         if options.dataset and self.task is not None:
             raise OptionError("dataset", f"{ending(self.task)} and dataset are both data: give all of it by dataset")
-        source = self.data.get("dataset", options.dataset or self.task)
+        source = self.rows.get("dataset", options.dataset or self.task)
         train = self.examples(source, options.split)
-        other = self.data.get("evaluation_dataset", options.evaluation_dataset)
+        other = self.rows.get("evaluation_dataset", options.evaluation_dataset)
         return train, None if other == () else self.examples(other, options.evaluation_split)
 
     def examples(self, source: Any, split: str) -> list[data.Example]:
