@@ -152,11 +152,11 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompts_of(examples: list[dict[str, Any]], tokenizer: Any) -> Any:
-    from policygrad.language.data import columns_of, encode_prompts, left_padded
+    from policygrad.language.data import columns_of, encode_prompts
     from policygrad.language.sampler import Prompts
 
-    rows = encode_prompts(examples, tokenizer, max_length=None)
-    return Prompts([x["prompt"] for x in examples], *left_padded(rows, tokenizer.pad_token_id), columns_of(examples))
+    rows = encode_prompts(examples, tokenizer)
+    return Prompts.of([x["prompt"] for x in examples], rows, columns_of(examples), pad=tokenizer.pad_token_id)
 
 
 def digest(prompts: list[str]) -> str:

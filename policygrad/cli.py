@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
@@ -148,14 +148,14 @@ def _train(rest: list[str]) -> int:
     if not asked:
         first = _parse(_command(options), rest, f"train {name}", *repeatable)
         task, preset = first.task, first.preset
-        if kind == "language" and task is None and first.options.dataset is None:
+        if kind == "language" and task is None and not first.options.dataset:
             task = "arithmetic"
     preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
     options = with_values(options, tuned, f"preset {preset}: ")
     command = _parse(_command(options), rest, f"train {name}", *repeatable)
     values = {f.name: getattr(command.options, f.name) for f in fields(command.options)}
     given = {name for name, x in values.items() if x != getattr(options, name)}
-    label = Path(task or values.get("dataset") or "").stem if kind == "language" else task
+    label = Path(task or values["dataset"][0]).stem if kind == "language" else task
     default = Path("runs") / file_name(str(label)) / f"{name}-seed{values['seed']}"
     if kind == "language":
         _language_installed()
@@ -247,7 +247,7 @@ def _reward_model(rest: list[str]) -> int:
     ]  # fmt: skip
     command_of = make_dataclass("RewardModel", made)
     command_of.__doc__ = RewardModelOptions.__doc__
-    command = _parse(command_of, rest, "reward-model")
+    command = _parse(command_of, rest, "reward-model", UseAppendAction)
     _language_installed()
     options = command.options
     default = Path("runs") / file_name(Path(options.dataset).stem) / f"reward-model-seed{options.seed}"
@@ -336,7 +336,13 @@ def _environments() -> list[str]:
 
 
 def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
-    """Parse with tyro, and turn its framed error message into one line."""
+    """Parse with tyro, and turn its framed error message into one line. An option is given once, or it is a list."""
+    lists = {f.name for f in fields(Options) if get_origin(f.type) is tuple} if UseAppendAction in config else set()
+    flags = [x.split("=")[0].removeprefix("--") for x in arguments if x.startswith("--")]
+    given = [x.removeprefix("no-").replace("-", "_") for x in flags]
+    twice = [x for i, x in enumerate(given) if x in given[:i] and x not in lists]
+    if twice:
+        raise UserError(f"--{twice[0].replace('_', '-')} is given more than once: give it once")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

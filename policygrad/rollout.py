@@ -55,8 +55,15 @@ class Rollout:
 
     @staticmethod
     def join(rollouts: Sequence[Rollout]) -> Rollout:
-        """The rows of several rollouts, one after the other, with the metrics of the first."""
-        return _each(lambda *x: torch.cat(x), *rollouts)
+        """The rows of several rollouts, one after the other, with the metrics of the first.
+
+        Observations whose widths differ have a method `join` of their own.
+        """
+        obs = [x.obs for x in rollouts]
+        if hasattr(obs[0], "join"):
+            rollouts = [replace(x, obs=None) for x in rollouts]
+        joined = _each(lambda *x: torch.cat(x), *rollouts)
+        return replace(joined, obs=obs[0].join(obs)) if joined.obs is None else joined
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""

@@ -690,11 +690,48 @@ def test_ppo_is_of_language_where_a_model_is_named(policygrad: Any, files: list[
     assert strict(said.out)["run"] == "runs/sums/ppo-seed0"
 
 
+ONCE = [
+    (["train", "ppo", "CartPole-v1", "--seed", "1", "--seed", "2"], "--seed"),
+    (["train", "ppo", "CartPole-v1", "--seed=1", "--steps", "8", "--seed", "1"], "--seed"),
+    (["train", "ppo", "CartPole-v1", "--hidden", "8", "--num_envs", "2", "--hidden", "4"], "--hidden"),
+    (["train", "ppo", "CartPole-v1", "--num_envs", "2", "--num-envs", "2"], "--num-envs"),
+    (["train", "ppo", "Pendulum-v1", "--squash", "--no-squash"], "--squash"),
+    (["train", "ppo", "CartPole-v1", "--out", "a", "--out", "b"], "--out"),
+    (["train", "grpo", "arithmetic", "--model", "a", "--model", "b"], "--model"),
+    (["train", "grpo", "exact:chain", "--steps", "1", "--steps", "2"], "--steps"),
+    (["eval", "run", "--episodes", "1", "--episodes", "2"], "--episodes"),
+    (["reward-model", "--seed", "1", "--seed", "1"], "--seed"),
+    (["verify", "--seed", "1", "--seed", "1"], "--seed"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "option"), ONCE, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_an_option_of_one_value_is_given_once(policygrad: Any, arguments: list[str], option: str) -> None:
+    """The last one would win in silence."""
+    assert_one_line(policygrad(*arguments), f"{option} is given more than once: give it once")
+
+
+def test_data_sets_are_repeatable_with_a_weight_each(policygrad: Any, files: list[str]) -> None:
+    Path("more.jsonl").write_text('{"q": "1+1=", "answer": "2"}\n' * 8)
+    more = ["--dataset", "more.jsonl", "--dataset-weight", "1", "--dataset-weight", "2", "--columns", "prompt=q"]
+    more += ["--evaluation-dataset", "more.jsonl", "--stop", "7", "--stop", "="]
+    small = [x for i, x in enumerate(SMALL_LANGUAGE) if "--held-out" not in SMALL_LANGUAGE[max(i - 1, 0) : i + 1]]
+    said = policygrad("train", "grpo", *files, *more, *small, "--out", "run")
+    assert said.code == 0, said.err
+    options = strict(Path("run/config.json").read_text())["options"]
+    assert [Path(x).name for x in options["dataset"]] == ["sums.jsonl", "more.jsonl"]
+    assert (options["dataset_weight"], options["columns"], options["stop"]) == ([1, 2], ["prompt=q"], ["7", "="])
+    assert_one_line(
+        policygrad("train", "grpo", *files, *more, *small, "--dataset-weight", 3), "2 data sets and 3 weights"
+    )
+
+
 def test_rewards_are_repeatable_with_a_weight_each(policygrad: Any, files: list[str]) -> None:
     other = files[-1].replace(":sevens", ":short")
     more = ["--reward", other, "--reward-weight", "1", "--reward-weight", "0.5"]
     assert policygrad("train", "grpo", *files, *more, *SMALL_LANGUAGE, "--out", "run").code == 0
     options = strict(Path("run/config.json").read_text())["options"]
+    assert options["dataset"] == [files[3]]
     assert options["reward"] == [files[-1], other]
     assert options["reward_weight"] == [1.0, 0.5]
 
@@ -726,6 +763,7 @@ LANGUAGE_BAD: list[tuple[list[str], str]] = [
     (["gspo", "arithmetic", "--preset", "CartPole-v1"], "preset CartPole-v1 has no settings for gspo"),
     (["trpo", "arithmetic", "--critic", "shared"], "critic is a critic's, and credit group has none"),
     (["grpo", "arithmetic", "--completions", "1"], "compares the completions of a prompt"),
+    (["grpo", "a.jsonl", "--model", "m", "--dataset", "b.jsonl", "--reward", "exact_match"], "are both data: give all"),
 ]
 
 

@@ -20,10 +20,10 @@ def check_scored_as_sampled(policy: LanguagePolicy, prompts: Prompts, max_tokens
     side. Then each row is scored by itself. A model that keeps its state in its modules samples from another row's, one
     that ignores the mask from its padding, and every ratio would be wrong.
     """
-    shortest = prompts.mask.sum(1).argsort()
+    shortest = prompts.lengths.argsort()
     some = prompts.take(shortest[[0, len(shortest) // 2]])
     device = next(policy.parameters()).device
-    prompt, mask = some.tokens.to(device), some.mask.to(device)
+    prompt, mask = (x.to(device) for x in some.padded())
     request = Request(2, min(TOKENS, max_tokens), (), 0)  # no token ends them
     sampled = generate(policy, prompt, mask, request, torch.Generator(device=device).manual_seed(0))
     rows = torch.arange(2, device=device).repeat_interleave(2)

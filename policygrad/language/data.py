@@ -1,66 +1,75 @@
-"""Data sets of prompts and of preferences: reading, checking, splitting, encoding as tokens.
+"""Data sets of prompts and of preferences: checking, splitting, encoding as tokens.
 
-Messages count rows from 0.
+Messages count rows from 0, as they stand in the data set.
 """
 
-import contextlib
-import csv
 import random
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policygrad.errors import UserError, ending, listed, one_line, shortened
+from policygrad.errors import UserError, ending, listed, shortened
+from policygrad.language import templates
+from policygrad.language.reading import Example, Fault, read, refuse
 
-Example = dict[str, Any]  # a row of a data set: its columns by name
-FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_CONVERSATIONS = ("prompt", "chosen", "rejected")  # columns that may hold messages
+T = TypeVar("T")
+LONG = ("refuse", "drop")  # what becomes of a prompt that is too long
+_MESSAGES = 'give text, or a list of messages {"role": ..., "content": ...}'
 
 
-def load_examples(source: str, *, split: str = "train") -> list[Example]:
+def load_examples(sources: Any, *, split: str = "train", columns: Sequence[str] = ()) -> list[Example]:
     """The rows of a data set, each with a `prompt`: text, or a list of messages {"role": ..., "content": ...}.
 
-    source: a .json, .jsonl, .csv or .parquet file, a directory that `datasets` saved or can read, or a data set on the
-    Hugging Face hub, as `name` or `name:configuration`. A file is one split. All columns of a CSV file are text.
+    sources: a data set, or a list of several (see reading.read). columns: `new=old` renames a column. All other columns
+    stay as they are. The content of a message is text: its parts are joined.
 
-    Raises UserError if the source cannot be read or is empty, or if a row has no prompt.
+    Raises UserError if a source cannot be read or is empty, or if a row has no prompt; about all such rows at once.
     """
-    examples = _read(source, split)
-    _require_columns(examples, ("prompt",), source)
-    for i, example in enumerate(examples):
-        _require_text(example["prompt"], "prompt", i)
+    examples = _load(sources, split, columns, ("prompt",))
+    _check(examples, ("prompt",))
     return examples
 
 
-def load_preferences(source: str, *, split: str = "train") -> list[Example]:
-    """The rows of a data set of comparisons, each with `prompt`, `chosen` and `rejected`. source: see load_examples.
+def load_preferences(sources: Any, *, split: str = "train", columns: Sequence[str] = ()) -> list[Example]:
+    """The rows of a data set of comparisons, each with `prompt`, `chosen` and `rejected`. sources: see load_examples.
 
-    The three are text, or lists of messages; those of an answer do not repeat the prompt's.
+    The three are text, or lists of messages. In the data the prompt may stand in front of both answers, as their common
+    beginning or as messages, with or without a column of its own.
     """
-    examples = _read(source, split)
-    _require_columns(examples, _CONVERSATIONS, source)
-    for i, example in enumerate(examples):
-        for name in _CONVERSATIONS:
-            _require_text(example[name], name, i)
-        for name in ("chosen", "rejected"):
-            if type(example[name]) is not type(example["prompt"]):
-                raise UserError(f"prompt and {name} of row {i} differ in kind: give both as text, or both as messages")
-            if not isinstance(example[name], str) and example[name][0]["role"] != "assistant":
-                raise UserError(
-                    f"{name} of row {i} starts with a message of the {ending(example[name][0]['role'], 40)}: "
-                    "leave out the prompt's messages, so that it starts with the assistant's"
-                )
+    examples = _load(sources, split, columns, ("chosen", "rejected"))
+    _check(examples, ("chosen", "rejected"))
+    explicit = [example for example in examples if "prompt" in example]
+    _check(explicit, ("prompt",))
+    faults = []
+    for example in examples:
+        try:
+            example |= _compared(example)
+        except ValueError as error:
+            faults.append((f"the pair of {example.place}", str(error)))
+    refuse(faults, "see docs/language-models.md for the layouts")
     return examples
 
 
-def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+def with_system_prompt(examples: Sequence[Example], text: str) -> list[Example]:
+    """Prompts with a system message in front. A prompt of text becomes the user's message after it."""
+    faults, changed = [], []
+    for example in examples:
+        prompt = example["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if messages[0]["role"] in ("system", "developer"):
+            faults.append((f"the prompt of {example.place}", "has a system message of its own"))
+        changed.append(_with(example, prompt=[{"role": "system", "content": text}, *messages]))
+    refuse(faults, "leave system_prompt out, or take them out of the data")
+    return changed
+
+
+def hold_out(examples: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
     """The examples to train on and `count` held-out ones, drawn at random; both in the order of the data.
 
     With the same seed a larger count holds out the same examples and more.
@@ -74,31 +83,85 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[E
     return train, [examples[i] for i in sorted(held)]
 
 
-def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
+def columns_of(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Every column except the prompt; None where an example lacks it."""
     names = dict.fromkeys(name for example in examples for name in example if name != "prompt")
     return {name: [example.get(name) for example in examples] for name in names}
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """The prompts as tokens: text with the tokenizer's usual special tokens, conversations by its chat template.
+    """The prompts as tokens.
 
-    Raises UserError for a conversation without a template, and for a prompt that is empty or longer than max_length.
+    Text begins as the tokenizer begins a text, once, and has no end-of-sequence token after it. Conversations are
+    written by the chat template, with its `variables`, up to the assistant's next message. If the last message is the
+    assistant's, the prompt ends inside it, and the completion continues it.
+
+    Raises UserError for a conversation without a template, and for prompts that it cannot write or that have no tokens.
     """
-    rows = []
-    for i, example in enumerate(examples):
-        row = _encode(example["prompt"], tokenizer, i)
-        if not row:
-            raise UserError(f"the prompt of row {i} has no tokens: leave the row out, or give it a text")
-        if max_length is not None and len(row) > max_length:
-            raise UserError(
-                f"the prompt of row {i} has {len(row)} tokens and the limit is {max_length}: raise the limit or leave "
-                "the row out"
-            )
-        rows.append(row)
-    return rows
+    texts = {i: example["prompt"] for i, example in enumerate(examples) if isinstance(example["prompt"], str)}
+    chats = {i: _ended(example["prompt"]) for i, example in enumerate(examples) if i not in texts}
+    faults: list[Fault] = []
+    written: dict[int, str] = {}
+    if variables and not chats:
+        raise UserError("template_variables are for conversations, and all prompts are text: leave them out")
+    if chats:
+        found = templates.write(list(chats.values()), tokenizer, variables)
+        for i, (text, error) in zip(chats, found, strict=True):
+            if text is None:
+                faults.append((f"the chat template cannot write the prompt of {place_of(examples, i)}:", str(error)))
+            else:
+                written[i] = text
+    refuse(faults, "change the template or the row")
+    rows = dict(zip(written, _tokens(list(written.values()), tokenizer), strict=True))
+    rows |= dict(zip(texts, encode_texts(list(texts.values()), tokenizer), strict=True))
+    refuse(
+        [(f"the prompt of {place_of(examples, i)}", "has no tokens") for i in range(len(examples)) if not rows[i]],
+        "leave the row out, or give it a text",
+    )
+    return [rows[i] for i in range(len(examples))]
+
+
+def openings(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What the chat template writes before each completion (see templates.openings); nothing for text."""
+    chats = iter(
+        templates.openings([x["prompt"] for x in examples if not isinstance(x["prompt"], str)], tokenizer, variables)
+    )
+    return ["" if isinstance(x["prompt"], str) else next(chats) for x in examples]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Texts as tokens, begun as the tokenizer begins a text and without an end.
+
+    A text that has this beginning already, since a template has written it, does not get it twice.
+    """
+    start = _beginning(tokenizer)
+    return [row if row[: len(start)] == start else [*start, *row] for row in _tokens(texts, tokenizer)]
+
+
+def short_enough(
+    rows: Sequence[Sequence[int]], places: Callable[[int], str], limit: int | None, long: str = "refuse"
+) -> list[int]:
+    """The rows with at most `limit` tokens. Raises UserError if others are to be refused, or if none is left."""
+    if limit is None:
+        return list(range(len(rows)))
+    kept = [i for i, row in enumerate(rows) if len(row) <= limit]
+    count = len(rows) - len(kept)
+    if count and (long == "refuse" or not kept):
+        i = next(i for i, row in enumerate(rows) if len(row) > limit)
+        advice = "set long_prompts to drop" if long == "refuse" else "choose another data set"
+        raise UserError(
+            f"{count:,} of {len(rows):,} prompts are longer than {limit} tokens, the first in {places(i)} with "
+            f"{len(rows[i])}: raise max_prompt_tokens, or {advice}"
+        )
+    return kept
 
 
 def left_padded(
@@ -112,147 +175,212 @@ def left_padded(
     tokens = torch.full((len(rows), length), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     for i, row in enumerate(rows):
-        if row:
-            tokens[i, -len(row) :] = torch.tensor(row)
+        if len(row):
+            tokens[i, -len(row) :] = torch.as_tensor(row)
             mask[i, -len(row) :] = True
     return tokens, mask
 
 
-def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase, i: int) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt, verbose=False)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the prompt of row {i} is a conversation, and the tokenizer has no chat template: give prompts as plain "
-            "text, or a tokenizer with one"
-        )
-    try:
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
-    except Exception as error:  # a template is a program with its own errors, such as for a role that it lacks
-        said = one_line(error, 80)
-        raise UserError(
-            f"the chat template cannot write the prompt of row {i}: {said}; change the template or the row"
-        ) from error
-
-
-def _read(source: str, split: str) -> list[Example]:
-    """The rows of a data set with any columns."""
-    path, shown = Path(source), ending(source, 80)
-    try:
-        with _without_progress_bars():
-            if path.is_file() or (path.suffix in FILES and not path.is_dir()):
-                examples = _read_file(path, split)
-            elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-                examples = _read_saved(path, split)
-            elif path.is_dir():
-                examples = _afresh(source, split=split)
-            else:
-                examples = _read_hub(source, split)
-    except UserError:
-        raise
-    except ConnectionError as error:  # from `datasets`, for a name on the hub
-        raise UserError(
-            f"there is no file or directory {shown}, and the hub cannot be reached: check the name and the network"
-        ) from error
-    except Exception as error:
-        if "corresponds to no data" in str(error):  # the words of `datasets`
-            raise UserError(f"{shown} is empty: give at least one row") from error
-        start, end = f"{shown} cannot be read: ", "; fix the file, or give another source"
-        raise UserError(start + one_line(error.__cause__ or error, 200 - len(start) - len(end)) + end) from error
-    if not examples:
-        raise UserError(f"{shown} is empty: give at least one row")
-    for example in examples:
-        example |= {name: _without_gaps(example[name]) for name in _CONVERSATIONS if name in example}
-    return examples
-
-
-def _read_file(path: Path, split: str) -> list[Example]:
-    """The rows of a file."""
-    import datasets
-
-    if path.suffix not in FILES:
-        raise UserError(f"{ending(str(path), 80)} cannot be read: give a file that ends in {', '.join(FILES)}")
-    if not path.is_file():
-        raise UserError(f"there is no file {ending(str(path), 80)}: check the path")
-    if path.stat().st_size == 0:  # each reader has another message for this
+def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Texts as tokens, none added."""
+    if not texts:
         return []
-    options: dict[str, Any] = {}
-    if path.suffix == ".csv":
-        # No types are guessed, so that 007 stays 007 and 72 does not become 72.0 in a column with gaps.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
-        text = datasets.Value("string")
-        options = {"features": datasets.Features(dict.fromkeys(header, text)), "keep_default_na": False}
-        options["na_values"] = [""]
-    name = (re.match(r"\w+", split) or ["train"])[0]  # the split of a slice such as train[:100]
-    return _afresh(FILES[path.suffix], data_files={name: str(path)}, split=split, **options)
+    return [list(row) for row in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _afresh(*arguments: Any, **options: Any) -> list[Example]:
-    """datasets.load_dataset of local files, with a temporary cache, since the files may change."""
-    import datasets
-
-    with tempfile.TemporaryDirectory() as cache:
-        return datasets.load_dataset(*arguments, cache_dir=cache, **options).to_list()
-
-
-def _read_saved(path: Path, split: str) -> list[Example]:
-    import datasets
-
-    saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise UserError(f"{ending(str(path))} has no split {shortened(split, 40)}: give one of {listed(saved)}")
-        saved = saved[split]
-    return saved.to_list()
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before a text, such as <s>."""
+    bare, whole = _tokens(["a"], tokenizer)[0], list(tokenizer("a", verbose=False)["input_ids"])
+    places = [k for k in range(len(whole)) if whole[k : k + len(bare)] == bare]
+    return whole[: places[0]] if places else []
 
 
-def _read_hub(source: str, split: str) -> list[Example]:
-    import datasets
-
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
-        raise UserError(f"there is no file or directory {ending(source, 80)}: check the path")
-    name, _, configuration = source.partition(":")
-    return datasets.load_dataset(name, configuration or None, split=split).to_list()
+def _ended(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Messages, and how the prompt ends: see templates.write."""
+    if messages[-1]["role"] != "assistant":
+        return messages, "answer"
+    return (messages, "open") if messages[-1]["content"] else (messages[:-1], "answer")
 
 
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """`datasets` without its progress bars and its log; errors are raised all the same."""
-    import datasets
-
-    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if shown:
-            datasets.enable_progress_bars()
+def place_of(examples: Sequence[Mapping[str, Any]], i: int) -> str:
+    """Where the i-th example comes from, for messages."""
+    example = examples[i]
+    return example.place if isinstance(example, Example) else f"row {i}"
 
 
-def _without_gaps(value: Any) -> Any:
-    """Messages without the fields that `datasets` adds with None because another message has them."""
-    if not isinstance(value, list):
-        return value
-    return [{k: v for k, v in x.items() if v is not None} if isinstance(x, dict) else x for x in value]
+def _with(example: Example, **columns: Any) -> Example:
+    """A copy with other columns, of the same place."""
+    changed = Example(example | columns)
+    changed.__dict__.update(example.__dict__)
+    return changed
 
 
-def _require_columns(examples: list[Example], names: Sequence[str], source: str) -> None:
-    for name in names:
-        if name not in examples[0]:
-            known = listed(examples[0])
-            raise UserError(f"{ending(source)} has no column {name!r}, only {known}: rename the right one to it")
-
-
-def _require_text(value: Any, name: str, i: int) -> None:
-    messages = isinstance(value, list) and bool(value) and all(map(_is_message, value))
-    if not isinstance(value, str) and not messages:
+def _load(sources: Any, split: str, columns: Sequence[str], required: Sequence[str]) -> list[Example]:
+    """The rows of one or several data sets, their columns renamed. Each set must have the required ones."""
+    several = sources if _are_several(sources) else [sources]
+    renamed = _renamed_columns(columns)
+    found: list[Example] = []
+    missing = set(renamed.values())
+    for number, source in enumerate(several):
+        examples = read(source, split)
+        origin = str(source) if isinstance(source, str | Path) else f"data set {number}"
+        known = list(dict.fromkeys(name for example in examples for name in example))
+        missing -= set(known)
+        examples = [_renamed(example, renamed) for example in examples]
+        named = {name for example in examples for name in example}
+        for name in required:
+            if name not in named:
+                raise UserError(
+                    f"{ending(origin)} has no column {name!r}, only {listed(known)}: name the right one by columns, "
+                    f"{name}=..."
+                )
+        for example in examples:
+            example.source, example.origin = number, origin if len(several) > 1 else ""
+        found += examples
+    if missing:
         raise UserError(
-            f'{name} of row {i} is {shortened(value)}: give text, or a list of messages {{"role": ..., "content": ...}}'
+            f"columns renames {shortened(min(missing), 40)}, which no data set has: there are {listed(known)}"
         )
+    return found
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+def _are_several(sources: Any) -> bool:
+    """Whether this is a list of data sets, and not one, which may be a list of rows."""
+    return isinstance(sources, list | tuple) and bool(sources) and not all(isinstance(x, Mapping) for x in sources)
+
+
+def _renamed_columns(columns: Sequence[str]) -> dict[str, str]:
+    """`new=old` texts as {new: old}. Raises UserError for another text, and for a name given twice."""
+    pairs = [column.partition("=") for column in columns]
+    for (new, equals, old), column in zip(pairs, columns, strict=True):
+        if not (new and equals and old):
+            raise UserError(f"columns has {shortened(column)}: give new=old, such as prompt=question")
+    renamed = {new: old for new, _, old in pairs}
+    if len(renamed) < len(pairs):
+        raise UserError(f"columns gives one name to two columns ({listed(columns)}): give each a name of its own")
+    return renamed
+
+
+def _renamed(example: Example, renamed: Mapping[str, str]) -> Example:
+    """An example with its columns renamed; a name that is taken must be given to another column too."""
+    here = {new: old for new, old in renamed.items() if old in example}
+    kept = {name: x for name, x in example.items() if name not in here.values()}
+    taken = [name for name in here if name in kept]
+    if taken:
+        raise UserError(
+            f"columns makes a {taken[0]!r}, and {example.place} has one already: rename that too, such as "
+            f"old_{ending(taken[0], 40)}={ending(taken[0], 40)}"
+        )
+    changed = Example(kept | {new: example[old] for new, old in here.items()})
+    changed.__dict__.update(example.__dict__)
+    return changed
+
+
+def _check(examples: Sequence[Example], names: Sequence[str]) -> None:
+    """Make every entry of these columns text or messages of text, in place. Raises UserError about all others."""
+    faults: list[Fault] = []
+    for example in examples:
+        for name in names:
+            try:
+                example[name] = _text_or_messages(example[name])
+            except KeyError:
+                faults.append((example.place, f"has no {name}"))
+            except ValueError as error:
+                faults.append((f"{name} of {example.place}", str(error)))
+    refuse(faults, _MESSAGES)
+
+
+def _text_or_messages(value: Any) -> str | list[dict[str, Any]]:
+    """Text, or messages of text. Raises ValueError that says what else it is."""
+    if isinstance(value, str):
+        return _encodable(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"is {shortened(value)}")
+    return [_message(message) for message in value]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A message whose content is text, or None beside tool calls; its other fields stay."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"has the message {shortened(message)}")
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = "".join(map(_part, content))
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise ValueError(f"has the message {shortened(dict(message))}")
+    return {**message, "content": content if content is None else _encodable(content)}
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a message's content."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        what = shortened(part, 40) if kind is None or kind == "text" else f"of type {shortened(kind, 20)}"
+        raise ValueError(f"has a part {what}, and only parts of text can be read")
+    return part["text"]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"is {shortened(text, 40)}, with half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _compared(example: Example) -> dict[str, Any]:
+    """Prompt, chosen and rejected of a comparison, whatever its layout. Raises ValueError if it has none.
+
+    chosen and rejected may be whole texts or whole conversations, whose common beginning is the prompt.
+    """
+    prompt, chosen, rejected = example.get("prompt"), example["chosen"], example["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("has text and messages: give both answers as text, or both as messages")
+    if isinstance(chosen, str):
+        if isinstance(prompt, list):
+            raise ValueError("has a prompt of messages and answers of text: give both as text, or both as messages")
+        if prompt is None:
+            prompt = _beginning_of_words(chosen, rejected)
+            if not prompt:
+                raise ValueError("has no prompt, and its answers have no common beginning")
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if isinstance(prompt, str) and not _asks(chosen, rejected, prompt):
+        raise ValueError("has a prompt of text that its messages do not begin with: give both in one form")
+    shared = len(prompt) if isinstance(prompt, list) else _shared(chosen, rejected)
+    if not isinstance(prompt, list) or all(answer[:shared] == prompt for answer in (chosen, rejected)):
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    for name, answer in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not answer:
+            raise ValueError(f"has a {name} without messages")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer[0]["role"] != "assistant":
+            raise ValueError(
+                f"has a {name} answer that starts with a message of the {ending(answer[0]['role'], 20)}, not of the "
+                "assistant"
+            )
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """The number of messages at the beginning that both have; their last ones are answers."""
+    count = 0
+    while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
+        count += 1
+    return count
+
+
+def _asks(chosen: Sequence[Any], rejected: Sequence[Any], prompt: str) -> bool:
+    """Whether the text of a prompt is the last message before the answers."""
+    shared = _shared(chosen, rejected)
+    return shared > 0 and str(chosen[shared - 1]["content"]).strip() == prompt.strip()
+
+
+def _beginning_of_words(first: str, second: str) -> str:
+    """What two texts begin with, up to the last space or line break, so that no word is divided."""
+    pairs = enumerate(zip(first, second, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    words = re.match(r"(?s).*\s", first[:shared])
+    return words[0] if words else ""

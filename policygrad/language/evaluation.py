@@ -1,6 +1,7 @@
 """Evaluating a policy: its completions of given prompts, their reward, and pass@k."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError
-from policygrad.language.generation import Engine, Request, generate
-from policygrad.language.models import stop_tokens
+from policygrad.language.generation import Engine, check_memory, generate
 from policygrad.language.policies import LanguagePolicy
-from policygrad.language.sampler import Judge, Prompts, answer, check_judged
+from policygrad.language.sampler import Judge, Prompts, answer, check_judged, request_of
 
 ROWS = 512  # completions sampled together
 
@@ -66,13 +66,21 @@ def evaluate_policy(
     max_tokens: int,
     seed: int = 1000,
     greedy: bool = False,
+    stop_texts: Sequence[str] = (),
+    micro_batch: int | None = None,
     engine: Engine = generate,
 ) -> Evaluation:
-    """Answer each prompt `completions` times, by samples at the policy's temperature or greedily."""
+    """Answer each prompt `completions` times, by samples at the policy's temperature or greedily.
+
+    stop_texts: a completion ends with any of them. micro_batch: completions sampled at a time, at most ROWS.
+    """
     if completions < 1:
         raise UserError(f"completions is {completions}: it must be at least 1")
-    stop = stop_tokens(policy.model, tokenizer)
-    request = Request(completions, max_tokens, stop, int(tokenizer.pad_token_id), greedy)
+    rows = min(micro_batch or ROWS, ROWS)
+    request = request_of(
+        policy.model, tokenizer, completions, max_tokens, greedy=greedy, stop_texts=stop_texts, micro_batch=rows
+    )
+    check_memory(policy, len(prompts), int(prompts.lengths.max()), request)
     device = next(policy.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     together = max(1, ROWS // completions)

@@ -1,9 +1,11 @@
 """Sampling completions. An engine is a function (policy, prompts, request, generator) -> Completions."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from inspect import signature
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from policygrad.errors import UserError
 from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
 
+BYTES = 64  # of a token in a rollout: the token, its random number, log-probabilities, reward, marks, credit
+MARGIN = 8  # tokens
 KEPT = 3 / 4  # finished rows are dropped once at most this share of the rows goes on
 
 
@@ -28,6 +32,9 @@ class Request:
     stop: Sequence[int]  # the end-of-sequence tokens
     pad: int  # fills a row after its end
     greedy: bool = False  # take the most likely token instead of a sample; for evaluation
+    stop_texts: Sequence[str] = ()  # a completion ends once one of them stands in its text
+    decode: Callable[[list[list[int]]], list[str]] | None = None  # tokens -> text, to find the stop texts
+    micro_batch: int | None = None  # rows sampled at a time; None: all
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Completions:
 
     mask: the policy chose this token. It may have holes: an engine may insert tokens between decisions, such as the
     output of a tool. The policy sees them and is not scored on them. A completion ends at its last decision.
-    logp: of the distribution sampled from; 0 outside the mask. cut: the completion has no end-of-sequence token.
+    logp: of the distribution sampled from; 0 outside the mask. cut: the completion has neither an end-of-sequence token
+    nor a stop text.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -78,20 +86,43 @@ def generate(
 ) -> Completions:
     """Sample with the policy's own model. It reads each prompt once and copies the keys and values to its completions.
 
-    Prompts are left-padded. All completions are sampled in one batch. Once a quarter of the rows have finished, they
-    are dropped from the batch and the cache. This changes no sample.
+    Prompts are left-padded. Completions are sampled `request.micro_batch` rows at a time. Each row has its own random
+    numbers, so that the size of a batch changes no sample. Once a quarter of a batch has finished, its finished rows
+    are dropped from it and from the cache. This changes no sample either.
+
+    Raises UserError if there is too little memory.
     """
+    check_memory(policy, len(prompt), prompt.shape[1], request)
+    rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(request.completions)
+    uniform = None if request.greedy else _uniform(len(rows), request.max_tokens, generator)
+    parts = []
+    for index in torch.arange(len(rows), device=prompt.device).split(request.micro_batch or len(rows) or 1):
+        own, copies = rows[index].unique_consecutive(return_counts=True)
+        drawn = None if uniform is None else uniform[index]
+        parts.append(_together(policy, prompt[own], prompt_mask[own], copies, request, drawn))
+    return Completions(*(torch.cat([getattr(x, f.name) for x in parts]) for f in fields(Completions)))
+
+
+def _together(
+    policy: LanguagePolicy,
+    prompt: Int[Tensor, "n P"],
+    prompt_mask: Bool[Tensor, "n P"],
+    copies: Int[Tensor, " n"],
+    request: Request,
+    uniform: Float[Tensor, "b T"] | None,
+) -> Completions:
+    """Completions sampled in one batch, `copies` of each prompt. uniform: a random number for each token; or greedy."""
     first = int(prompt_mask.any(0).int().argmax())
     prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
     stop = torch.tensor(list(request.stop), device=prompt.device)
     with evaluating(policy.model), precision(prompt.device, policy.autocast):
-        states, cache = _read(policy, prompt, prompt_mask, request)
-        done = _nothing_yet(len(prompt) * request.completions, states, request)
+        states, cache = _read(policy, prompt, prompt_mask, copies, request)
+        done = _nothing_yet(len(states), states, request)
         rows = torch.arange(len(done.mask), device=prompt.device)  # the rows in the batch
         alive = torch.ones_like(rows, dtype=torch.bool)  # which of them have not finished
         seen = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), request.max_tokens)], 1)
-        seen = seen.repeat_interleave(request.completions, 0)
-        place = positions(prompt_mask)[:, -1].repeat_interleave(request.completions)
+        seen = seen.repeat_interleave(copies, 0)
+        place = positions(prompt_mask)[:, -1].repeat_interleave(copies)
         token = rows
         for t in range(request.max_tokens):
             if t > 0:
@@ -104,12 +135,14 @@ def generate(
                     past_key_values=cache,
                     use_cache=True,
                 )
-            uniform = None if request.greedy else _uniform(len(done.mask), generator)[rows]
-            token, logp = _choose(policy.distribution(states).logits[:, 0], uniform)
+            drawn = None if uniform is None else uniform[rows, t]
+            token, logp = _choose(policy.distribution(states).logits[:, 0], drawn)
             done.tokens[rows, t] = token.where(alive, request.pad)
             done.logp[rows, t] = logp.where(alive, 0.0)
             done.mask[rows, t] = alive
             alive = alive & ~torch.isin(token, stop)
+            if request.stop_texts:
+                alive = alive & ~_stopped(done.tokens[rows, : t + 1], alive, request)
             left = int(alive.sum())
             if left == 0:
                 break
@@ -119,6 +152,56 @@ def generate(
                 cache.reorder_cache(going)  # type: ignore[arg-type]
     done.cut[rows] = alive
     return done
+
+
+def _stopped(tokens: Int[Tensor, "b t"], alive: Bool[Tensor, " b"], request: Request) -> Bool[Tensor, " b"]:
+    """Whether a stop text ends with the newest token.
+
+    Each byte of it takes at most one token, so the last few tokens are enough; some more complete the first character.
+    """
+    assert request.decode is not None
+    reach = max(len(text.encode()) for text in request.stop_texts) + MARGIN
+    going = alive.nonzero().squeeze(1)
+    said = request.decode(tokens[going, -reach:].tolist())
+    found = [any(text in x for text in request.stop_texts) for x in said]
+    return torch.zeros_like(alive).index_put((going,), torch.tensor(found, dtype=torch.bool, device=alive.device))
+
+
+def check_memory(policy: LanguagePolicy, prompts: int, length: int, request: Request) -> None:
+    """Raise UserError if completions of so many prompts of this length need more memory than the device has.
+
+    It counts the tokens with what belongs to each, and the keys and values of the rows sampled at a time.
+    """
+    rows, weight = prompts * request.completions, next(policy.parameters())
+    together = min(rows, request.micro_batch or rows)
+    cache = together * (length + request.max_tokens) * _cached(policy) * weight.element_size()
+    needed, there = rows * request.max_tokens * BYTES + cache, memory_of(weight.device)
+    if needed > there:
+        raise UserError(
+            f"{rows:,} completions of {request.max_tokens:,} tokens need {needed / 2**30:,.0f} GiB, and there are "
+            f"{there / 2**30:,.0f}: lower max_tokens, completions or micro_batch"
+        )
+
+
+def _cached(policy: LanguagePolicy) -> int:
+    """The numbers of keys and values of a token, as far as the model's configuration says."""
+    config: Any = causal(policy.model).config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    return 2 * getattr(config, "num_hidden_layers", 1) * (getattr(config, "num_key_value_heads", None) or heads) * size
+
+
+def memory_of(device: torch.device) -> int:
+    """The bytes of a device's memory; of the CPU that of the machine, or what its control group allows."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return 2**63
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return machine
 
 
 def _nothing_yet(count: int, states: Float[Tensor, "N 1 H"], request: Request) -> Completions:
@@ -132,7 +215,7 @@ def _nothing_yet(count: int, states: Float[Tensor, "N 1 H"], request: Request) -
 
 
 def _read(
-    policy: LanguagePolicy, prompt: Tensor, prompt_mask: Tensor, request: Request
+    policy: LanguagePolicy, prompt: Tensor, prompt_mask: Tensor, copies: Tensor, request: Request
 ) -> tuple[Float[Tensor, "B 1 H"], DynamicCache]:
     """The states after the prompts and the cache of keys and values, a row for each completion, with room to grow."""
     model = causal(policy.model)
@@ -147,7 +230,7 @@ def _read(
         past_key_values=cache,
         use_cache=True,
     )
-    rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(request.completions)
+    rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(copies)
     cache.reorder_cache(rows)  # type: ignore[arg-type]
     # Sliding and recurrent layers have their own ways to grow.
     cache.layers = [
@@ -191,10 +274,10 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = (x[..., : keys.shape[-2], :] for x in self.memory)
 
 
-def _uniform(count: int, generator: torch.Generator) -> Float[Tensor, " B"]:
-    """A number in [0, 1) for each row, in the device's finest type."""
+def _uniform(count: int, steps: int, generator: torch.Generator) -> Float[Tensor, "B T"]:
+    """A number in [0, 1) for each token of each row, in the device's finest type."""
     dtype = torch.float32 if generator.device.type == "mps" else torch.float64
-    return torch.rand(count, dtype=dtype, device=generator.device, generator=generator)
+    return torch.rand(count, steps, dtype=dtype, device=generator.device, generator=generator)
 
 
 def _choose(

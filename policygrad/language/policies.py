@@ -3,7 +3,7 @@
 T counts the tokens of the completion. A left-padded prompt precedes it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -28,6 +28,14 @@ class Prefixes(NamedTuple):
     prompt_mask: Bool[Tensor, "B P"]
     completion: Int[Tensor, "B T"]
     completion_mask: Bool[Tensor, "B T"]
+
+    @staticmethod
+    def join(several: "Sequence[Prefixes]") -> "Prefixes":
+        """The rows of several, one after the other; shorter prompts get more padding on the left."""
+        width = max(x.prompt.shape[1] for x in several)
+        prompts, masks, *completions = zip(*several, strict=True)
+        wide = [[pad(x, (width - x.shape[1], 0)) for x in column] for column in (prompts, masks)]
+        return Prefixes(*(torch.cat(list(column)) for column in (*wide, *completions)))
 
 
 def prefixes(tokens: Int[Tensor, "B T"]) -> Prefixes:

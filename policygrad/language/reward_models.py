@@ -1,8 +1,6 @@
 """Reward models: trained on comparisons, used as reward functions."""
 
-import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from policygrad.errors import UserError, ending, one_line
-from policygrad.language import models
+from policygrad.errors import UserError, ending
+from policygrad.language import models, templates
+from policygrad.language.data import encode_texts
 from policygrad.language.policies import evaluating
 from policygrad.language.rewards import Column
 from policygrad.rollout import Batch
@@ -112,7 +111,7 @@ def encode(prompt: Any, completion: Any, cut: bool, tokenizer: PreTrainedTokeniz
     """
     if not isinstance(prompt, str):
         return _conversation([*prompt, *completion], cut, tokenizer)
-    row = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
+    row = encode_texts([prompt + completion], tokenizer)[0]
     if not cut and row[-1:] != [tokenizer.eos_token_id]:
         row.append(int(tokenizer.eos_token_id))
     if not row:
@@ -211,14 +210,9 @@ def _conversation(messages: list[dict[str, Any]], cut: bool, tokenizer: PreTrain
             "the prompts are conversations, and the reward model's tokenizer has no chat template: give prompts as "
             "plain text, or a tokenizer with one"
         )
-    write = partial(tokenizer.apply_chat_template, messages, tokenize=True, return_dict=False)
-    try:
-        if cut:
-            with contextlib.suppress(ValueError):  # from a template that changes a message's text
-                return list(write(continue_final_message=True))
-        return list(write())
-    except Exception as error:  # a template is a program with its own errors, such as for a role that it lacks
-        said = one_line(error, 90)
-        raise UserError(
-            f"the chat template cannot write a conversation: {said}; change the template or the row"
-        ) from error
+    (text, error), *_ = templates.write([(messages, "open" if cut else "closed")], tokenizer)
+    if text is None and cut:  # the template changes a message's text
+        (text, error), *_ = templates.write([(messages, "closed")], tokenizer)
+    if text is None:
+        raise UserError(f"the chat template cannot write a conversation: {error}; change the template or the row")
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,8 +1,11 @@
 """(policy) -> Rollout: a language model's answers to prompts, with their reward."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,32 +15,79 @@ from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError, listed
 from policygrad.language.generation import Completions, Engine, Request, generate
+from policygrad.language.models import stop_tokens
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.rewards import repeats, text_of
 from policygrad.rollout import Rollout, at_last_decision
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
+MULTIPLE = 16  # the width of prompts is one of few, so that shapes repeat
 CUTS = ("kept", "masked", "penalized")  # what a completion cut at the limit is
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as text, as tokens padded on the left, and the other columns of the data set."""
+    """Prompts as text, as tokens, and the other columns of the data set.
+
+    tokens: those of all prompts, one after another, so that a long prompt costs its own length only. ends: where each
+    prompt ends. origin: the place of its data set among those given. pad: fills the left of short prompts in a batch.
+    openings: what the chat template has written of each completion, at the prompt's end.
+    """
 
     texts: list[Any]  # strings, or lists of messages
-    tokens: Int[Tensor, "N P"]
-    mask: Bool[Tensor, "N P"]
+    tokens: Int[Tensor, " L"]
+    ends: Int[Tensor, " N"]
     columns: dict[str, list[Any]]
+    origin: Int[Tensor, " N"]
+    pad: int
+    openings: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[Any],
+        rows: Sequence[Sequence[int]],
+        columns: Mapping[str, list[Any]] | None = None,
+        *,
+        pad: int,
+        origin: Sequence[int] | None = None,
+        openings: Sequence[str] | None = None,
+    ) -> "Prompts":
+        """From a row of tokens for each prompt."""
+        tokens = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32)
+        ends = torch.tensor(list(map(len, rows)), dtype=torch.long).cumsum(0)
+        of_one = torch.zeros(len(rows), dtype=torch.long) if origin is None else torch.tensor(origin, dtype=torch.long)
+        begun = [""] * len(rows) if openings is None else list(openings)
+        return cls(list(texts), tokens, ends, dict(columns or {}), of_one, pad, begun)
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """The tokens of each prompt."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
 
     def take(self, index: Int[Tensor, " n"]) -> "Prompts":
         """Some of them, in the order given."""
         rows = index.tolist()
         return Prompts(
             [self.texts[i] for i in rows],
-            self.tokens[index],
-            self.mask[index],
+            torch.cat([self._row(i) for i in rows] or [self.tokens[:0]]),
+            self.lengths[index].cumsum(0),
             {name: [column[i] for i in rows] for name, column in self.columns.items()},
+            self.origin[index],
+            self.pad,
+            [self.openings[i] for i in rows],
         )
+
+    def padded(self) -> tuple[Int[Tensor, "N P"], Bool[Tensor, "N P"]]:
+        """The tokens padded on the left, and their mask. P is that of the longest, up to a multiple of MULTIPLE."""
+        width = math.ceil(int(self.lengths.max()) / MULTIPLE) * MULTIPLE
+        mask = torch.arange(width) >= width - self.lengths.unsqueeze(1)
+        tokens = torch.full(mask.shape, self.pad)
+        tokens[mask] = self.tokens.long()
+        return tokens, mask
+
+    def _row(self, i: int) -> Int[Tensor, " n"]:
+        return self.tokens[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -70,6 +120,15 @@ class Answers:
         ]
 
 
+def request_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, completions: int, max_tokens: int, **options: Any
+) -> Request:
+    """A request for completions of a model: where they end, and how tokens become text. options: see Request."""
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=False)
+    stop, pad = stop_tokens(model, tokenizer), int(tokenizer.pad_token_id)
+    return Request(completions, max_tokens, stop, pad, decode=decode, **options)
+
+
 def answer(
     policy: LanguagePolicy,
     prompts: Prompts,
@@ -84,13 +143,13 @@ def answer(
     Raises UserError if the engine returns wrong shapes.
     """
     device = next(policy.parameters()).device
-    completions = engine(policy, prompts.tokens.to(device), prompts.mask.to(device), request, generator)
+    tokens, mask = (x.to(device) for x in prompts.padded())
+    completions = engine(policy, tokens, mask, request, generator)
     _check_shapes(completions, len(prompts) * request.completions, request.max_tokens)
     repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
     ids = completions.ids()
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    openings = [turn_opening(x, tokenizer) for x in prompts.texts for _ in range(request.completions)]
-    raw = [a + b for a, b in zip(openings, tokenizer.batch_decode(ids), strict=True)]
+    raw = [a + b for a, b in zip(repeated.openings, tokenizer.batch_decode(ids), strict=True)]
     columns = {**repeated.columns, "completion_ids": ids, "completions_raw": raw, "cut": completions.cut.tolist()}
     said: list[Any] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -110,25 +169,6 @@ def check_judged(answers: Sequence[Answers]) -> None:
         )
 
 
-def turn_opening(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes into the assistant's turn before the completion, such as <think>; often nothing.
-
-    That is the generation prompt without its header, which is what stands before the text of an assistant's turn
-    in a conversation that goes on.
-    """
-    if isinstance(prompt, str) or prompt[-1]["role"] == "assistant":
-        return ""
-    mark = "policygrad-turn"
-    turns = [*prompt, {"role": "assistant", "content": mark}, {"role": "user", "content": mark}]
-    try:
-        before, whole = (str(tokenizer.apply_chat_template(x, tokenize=False)) for x in (prompt, turns))
-        opened = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-    except Exception:  # a template that refuses such a conversation
-        return ""
-    opened, header = opened.removeprefix(before), whole.removeprefix(before).partition(mark)[0]
-    return opened.removeprefix(header) if opened.startswith(header) else ""
-
-
 def _check_shapes(completions: Completions, rows: int, width: int) -> None:
     for name, wanted in {"tokens": (rows, width), "logp": (rows, width), "mask": (rows, width), "cut": (rows,)}.items():
         found = tuple(getattr(completions, name).shape)
@@ -146,10 +186,12 @@ class CompletionSampler:
     masked     none of its decisions counts, and its group is judged without it (DAPO's overlong filtering)
     penalized  it has its reward minus `cut_penalty`
 
-    A completion to which no reward applies counts neither in the update nor in its group and the metrics of reward.
+    With `dataset_weight`, one for each data set, an epoch has as many prompts as there are, each set its share of them:
+    of a large set other prompts in each epoch, those of a small set several times.
 
-    Every rollout has the same shape: P of the longest prompt, T of the token limit. Raises UserError if one rollout
-    takes more prompts than there are, or if no reward applies to any of its completions.
+    A completion to which no reward applies counts neither in the update nor in its group and the metrics of reward.
+    P of a rollout is that of its longest prompt, up to a multiple of MULTIPLE, and T is the token limit. Raises
+    UserError if one rollout takes more prompts than there are, or if no reward applies to any of its completions.
     """
 
     def __init__(
@@ -162,6 +204,7 @@ class CompletionSampler:
         prompts_per_rollout: int,
         cut: str = "kept",
         cut_penalty: float = 1.0,
+        dataset_weight: Sequence[float] = (),
         engine: Engine = generate,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -176,6 +219,7 @@ class CompletionSampler:
         self.prompts, self.tokenizer, self.judge, self.request = prompts, tokenizer, judge, request
         self.prompts_per_rollout, self.engine = prompts_per_rollout, engine
         self.cut, self.cut_penalty = cut, cut_penalty
+        self.sets = _shares(prompts.origin, dataset_weight)
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.order_generator = torch.Generator().manual_seed(seed)
         self.order = torch.zeros(0, dtype=torch.long)
@@ -197,11 +241,18 @@ class CompletionSampler:
 
     def _next(self) -> Prompts:
         if len(self.order) < self.prompts_per_rollout:
-            fresh = torch.randperm(len(self.prompts), generator=self.order_generator)
-            self.order = torch.cat([self.order, fresh])
+            self.order = torch.cat([self.order, self._epoch()])
         index, self.order = self.order[: self.prompts_per_rollout], self.order[self.prompts_per_rollout :]
         self.used += len(index)
         return self.prompts.take(index)
+
+    def _epoch(self) -> Int[Tensor, " N"]:
+        """The prompts of an epoch, in random order: all of them, or each data set's share."""
+        if not self.sets:
+            return torch.randperm(len(self.prompts), generator=self.order_generator)
+        drawn = [_drawn(index, count, self.order_generator) for index, count in self.sets]
+        together = torch.cat(drawn)
+        return together[torch.randperm(len(together), generator=self.order_generator)]
 
     def _metrics(self, answers: Answers) -> dict[str, float]:
         done, reward = answers.completions, answers.reward.double()
@@ -253,6 +304,29 @@ def _spreads(reward: Float[Tensor, " B"], counts: Bool[Tensor, " B"], size: int)
     return {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
 
 
+def _shares(origin: Int[Tensor, " N"], weight: Sequence[float]) -> list[tuple[Int[Tensor, " n"], int]]:
+    """The prompts of each data set, and how many of them an epoch has; empty without weights.
+
+    The counts add up to N: the largest remainders are rounded up.
+    """
+    if not weight:
+        return []
+    sets = [(origin == k).nonzero().squeeze(1) for k in range(len(weight))]
+    if not all(map(len, sets)):
+        raise UserError("a data set with a weight has no prompt to train on: hold out fewer, or leave it out")
+    exact = [len(origin) * x / sum(weight) for x in weight]
+    counts = [math.floor(x) for x in exact]
+    for k in sorted(range(len(exact)), key=lambda k: counts[k] - exact[k])[: len(origin) - sum(counts)]:
+        counts[k] += 1
+    return list(zip(sets, counts, strict=True))
+
+
+def _drawn(index: Int[Tensor, " n"], count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """`count` of these in random order; all of them come before one comes again."""
+    rounds = [index[torch.randperm(len(index), generator=generator)] for _ in range(math.ceil(count / len(index)))]
+    return torch.cat([index[:0], *rounds])[:count]
+
+
 def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, metrics: dict[str, float]) -> Rollout:
     """Answers as a rollout. Each row terminates at its last decision, and the reward stands there.
 
@@ -269,7 +343,8 @@ def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, 
     mask = mask & ~out.unsqueeze(1)
     row = torch.arange(len(mask), device=device)
     group = torch.where(out, len(mask) + row, row // group_size)
-    obs = Prefixes(answers.prompts.tokens.to(device), answers.prompts.mask.to(device), done.tokens, mask)
+    prompt, prompt_mask = (x.to(device) for x in answers.prompts.padded())
+    obs = Prefixes(prompt, prompt_mask, done.tokens, mask)
     return Rollout(
         obs=obs,
         action=done.tokens,

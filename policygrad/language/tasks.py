@@ -1,6 +1,6 @@
 """From a model, examples and reward functions to a task: the policy, its prompts and its judges."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +41,38 @@ class Task:
 
 
 def prepared(
-    examples: Sequence[data.Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    examples: Sequence[data.Example] | Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    *,
+    long: str = "refuse",
+    variables: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """Examples as prompts: tokens padded on the left, and the other columns."""
-    rows = data.encode_prompts(examples, tokenizer, max_length=max_length)
-    tokens, mask = data.left_padded(rows, int(tokenizer.pad_token_id))
-    return Prompts([x["prompt"] for x in examples], tokens, mask, data.columns_of(examples))
+    """Examples as prompts: tokens, and the other columns. See encode_prompts and short_enough."""
+    rows = data.encode_prompts(examples, tokenizer, variables)
+    kept = data.short_enough(rows, lambda i: data.place_of(examples, i), max_length, long)
+    chosen = [examples[i] for i in kept]
+    return Prompts.of(
+        [x["prompt"] for x in chosen],
+        [rows[i] for i in kept],
+        data.columns_of(chosen),
+        pad=int(tokenizer.pad_token_id),
+        origin=[getattr(x, "source", 0) for x in chosen],
+        openings=data.openings(chosen, tokenizer, variables),
+    )
+
+
+def room_for_prompts(model: nn.Module, max_tokens: int) -> int | None:
+    """The tokens that a model's context leaves for a prompt; None if it has no bound."""
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else max(context - max_tokens, 0)
+
+
+def split_prompts(prompts: Prompts, held_out: int) -> tuple[Prompts, Prompts | None]:
+    """Prompts to train on, and `held_out` others, always the same; None if that is 0."""
+    train, kept = (torch.tensor(x, dtype=torch.long) for x in data.hold_out(range(len(prompts)), held_out, seed=0))
+    return prompts.take(train), prompts.take(kept) if held_out else None
 
 
 def policy_of(
@@ -137,29 +163,27 @@ def task_of(
     name: str,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    train: Sequence[data.Example],
-    held_out: Sequence[data.Example],
+    train: Prompts,
+    held_out: Prompts | None,
     functions: Sequence[Reward],
     *,
     max_tokens: int,
-    max_prompt_tokens: int | None = None,
     reward_weight: Sequence[float] = (),
     reward_time_limit: float = 60.0,
     overlong_fraction: float = 0.0,
     **policy: Any,
 ) -> Task:
-    """Put a task together. Raises UserError if model, tokenizer and examples do not fit together.
+    """Put a task together. Raises UserError if model, tokenizer and prompts do not fit together.
 
     max_tokens: of a completion. reward_weight: one for each function; all 1 by default. overlong_fraction: adds the
     soft overlong penalty over this last share of max_tokens (DAPO). policy: the options of policy_of.
     """
-    both = [prepared(x, tokenizer, max_prompt_tokens) for x in (train, held_out) if x]
-    longest = max(x.mask.shape[1] for x in both) + max_tokens
-    models.check_pair(model, tokenizer, longest)  # type: ignore[arg-type]
+    longest = max(int(x.lengths.max()) for x in (train, held_out) if x is not None)
+    models.check_pair(model, tokenizer, longest + max_tokens)  # type: ignore[arg-type]
     weights = list(reward_weight) or [1.0] * len(functions)
     plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)
     if overlong_fraction:
         buffer = max(1, round(overlong_fraction * max_tokens))
         penalty = soft_overlong_penalty(max_tokens, buffer)
         judge = Rewards([*functions, penalty], [*weights, 1.0], time_limit=reward_time_limit)
-    return Task(name, policy_of(model, **policy), tokenizer, both[0], both[1] if held_out else None, judge, plain)
+    return Task(name, policy_of(model, **policy), tokenizer, train, held_out, judge, plain)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,14 +54,14 @@ def cache_directory() -> Path:
 
 
 def demonstrations_batch(
-    examples: list[data.Example],
+    examples: list[dict[str, Any]],
     completions: list[str],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Prompts and completions as decisions, to raise their log-probability."""
     pad, end = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-    prompt, prompt_mask = data.left_padded(data.encode_prompts(examples, tokenizer, max_length=None), pad)
+    prompt, prompt_mask = data.left_padded(data.encode_prompts(examples, tokenizer), pad)
     rows = [[*tokenizer(text, add_special_tokens=False).input_ids, end] for text in completions]
     width = max(map(len, rows))
     action = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
@@ -108,7 +109,7 @@ def _key() -> str:
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:12]
 
 
-def _demonstrations() -> tuple[list[data.Example], list[str]]:
+def _demonstrations() -> tuple[list[dict[str, Any]], list[str]]:
     examples, _ = arithmetic.splits(arithmetic.TRAINED_ON, 128, seed=0)
     return examples, arithmetic.demonstrations(examples, seed=0)
 

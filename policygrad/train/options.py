@@ -4,11 +4,13 @@
 No torch here: --help must be instant.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -46,6 +48,10 @@ ABOVE_1 = Bound(lambda x: x > 1, "more than 1")
 SEED = Bound(lambda x: 0 <= x < 2**63, "0 or more and less than 2**63")
 THREADS = Bound(lambda x: 1 <= x <= 1024, "between 1 and 1024")
 SIZES = Bound(lambda x: all(size >= 1 for size in x), "at least 1 unit in every layer")
+RATES = Bound(lambda x: all(0 < weight < math.inf for weight in x), "numbers that are more than 0 and finite")
+TEXT = Bound(bool, "text that is not empty")
+TEXTS = Bound(all, "texts that are not empty")
+OBJECT = Bound(lambda x: isinstance(_json(x), dict), "a JSON object, such as '{\"enable_thinking\": false}'")
 
 When = dict[str, tuple[Any, ...]]  # `world`, a field of the method, or an option -> its allowed values
 CONTROL: When = {"world": ("control",)}
@@ -131,13 +137,28 @@ class Options:
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
     autocast: Literal["none", "bfloat16"] = option("none",
         "Type of the computation; weights keep their type, and log-probabilities are float32.", **LANGUAGE)
-    dataset: str | None = option(None,
+    dataset: tuple[str, ...] = option((),
         "Prompts: a JSON, JSONL, CSV or Parquet file, or a hub id, with a column `prompt`; the rewards receive the "
-        "other columns.", **LANGUAGE)
-    split: str = option("train", "Split of the data set.", **LANGUAGE)
+        "other columns. Repeatable: the sets are mixed in proportion to their sizes.", **LANGUAGE)
+    dataset_weight: tuple[float, ...] = option((),
+        "Weight of each data set in the mixture, in the same order; by default its size. Repeatable.",
+        RATES, **LANGUAGE)
+    split: str = option("train", "Split of the data set, or a slice such as train[:1000].", **LANGUAGE)
+    columns: tuple[str, ...] = option((),
+        "Rename a column of the data, new=old, such as prompt=question. Repeatable.", **LANGUAGE)
+    system_prompt: str | None = option(None,
+        "System message before every prompt; a prompt of text then becomes the user's message after it.",
+        TEXT, **LANGUAGE)
+    template_variables: str | None = option(None,
+        "Variables of the chat template as a JSON object, such as '{\"enable_thinking\": false}'.", OBJECT, **LANGUAGE)
     held_out: int = option(128, "Examples held out from training for evaluation; 0: none.", NOT_NEGATIVE, **LANGUAGE)
+    evaluation_dataset: tuple[str, ...] = option((),
+        "Prompts to evaluate on, in place of held-out ones. Repeatable.", **LANGUAGE)
+    evaluation_split: str = option("test", "Split of evaluation_dataset; a file is one split.", **LANGUAGE)
     max_prompt_tokens: int | None = option(None,
-        "Maximum tokens in a prompt; longer prompts are an error.", COUNT, **LANGUAGE)
+        "Maximum tokens in a prompt; by default what the model's context leaves for it.", COUNT, **LANGUAGE)
+    long_prompts: Literal["refuse", "drop"] = option("refuse",
+        "Prompts with more tokens: an error, or left out and counted.", **LANGUAGE)
     reward: tuple[str, ...] = option((),
         "Reward: exact_match, math_equal, format:REGEX, overlong:MAX,BUFFER, module:function, file.py:function, or a "
         "reward model's directory or hub id. Repeatable: rewards add up with their weights.", **LANGUAGE)
@@ -150,6 +171,8 @@ class Options:
     prompts_per_rollout: int = option(16, "Number of prompts in a rollout.", COUNT, **LANGUAGE)
     completions: int = option(8, "Completions per prompt, which form a group.", COUNT, **LANGUAGE)
     max_tokens: int = option(256, "Maximum tokens in a completion; longer completions are cut.", COUNT, **LANGUAGE)
+    stop: tuple[str, ...] = option((),
+        "Text that ends a completion, which keeps it. Repeatable.", TEXTS, **LANGUAGE)
     temperature: float = option(1.0, "Temperature of the policy, in sampling and log-probabilities.", RATE, **LANGUAGE)
     cut: Literal["kept", "masked", "penalized"] = option("kept",
         "Completions cut at max_tokens: kept as they are, masked out of the update, or penalized by cut_penalty.",
@@ -243,7 +266,8 @@ class Options:
         "Decisions in a gradient step, or rows (completions) if the policy has memory. None: the whole rollout.",
         COUNT, **MINIBATCHES)
     micro_batch: int | None = option(None,
-        "Rows computed at a time: smaller saves memory; the gradient is the same.", COUNT, **ASCEND)
+        "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
+        COUNT, **ASCEND)
     max_grad_norm: float = option(math.inf, "Gradient clipping: maximum norm of the gradient.", POSITIVE, **ASCEND)
     delta: float = option(0.01,
         "Radius of the trust region: the KL(old, new) of a step.", RATE, **NATURAL, step_rule=("kl_radius",))
@@ -349,8 +373,7 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
     for name, x in values.items():
         if name not in kinds:
             raise OptionError(name, f"{origin}{options.method} has no option {name!r}{_why_not(name, options, kinds)}")
-        several = get_origin(kinds[name]) is tuple
-        entries = tuple(x) if isinstance(x, list | tuple) and several else (x,) if several else x
+        entries = _from_python(x, kinds[name])
         texts = tuple(y for y in entries if not callable(y)) if name == "reward" else entries  # functions, from Python
         if not _fits(texts, kinds[name]):
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {_said(kinds[name])}")
@@ -394,6 +417,13 @@ def _check_read(f: Field, options: Any) -> None:
     if f.name == "gamma" and not reads_gamma:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
+        )
+    evaluation = bool(getattr(options, "evaluation_dataset", ()))
+    if f.name == "held_out" and evaluation:
+        raise OptionError("held_out", "held_out is read only without evaluation_dataset: leave one of the two out")
+    if f.name == "evaluation_split" and not evaluation:
+        raise OptionError(
+            "evaluation_split", "evaluation_split is of evaluation_dataset: set that too, or leave it out"
         )
     critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate"}
     if METHODS[options.method].update != "ascend":  # then Adam is the critic's alone
@@ -464,6 +494,11 @@ def _language_conflicts(o: Any) -> Any:
             "reward_weight",
             f"there are {len(o.reward)} rewards and {len(o.reward_weight)} weights: give one weight for each reward",
         )
+    if o.dataset_weight and len(o.dataset_weight) != len(o.dataset):
+        yield (
+            "dataset_weight",
+            f"there are {len(o.dataset)} data sets and {len(o.dataset_weight)} weights: give one weight for each",
+        )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
     if o.critic == "shared" and has_critic(o) and METHODS[o.method].objective not in ("ppo", "actor_critic"):
@@ -503,6 +538,25 @@ def _why_not(name: str, options: Any, known: Mapping[str, Any]) -> str:
             users = [m.name for m in METHODS.values() if _applies(f, m, options.world)]
             return f": it is for {', '.join(users)}; leave it out"
     return f": {nearest(name, sorted(known))}"
+
+
+def _from_python(x: Any, kind: Any) -> Any:
+    """A value in the option's own form: a list or one value as a tuple, a path as text, a dict as JSON or new=old."""
+    if get_origin(kind) is tuple:
+        x = [f"{new}={old}" for new, old in x.items()] if isinstance(x, Mapping) else x
+        listed = x if isinstance(x, list | tuple) else (x,)
+        return tuple(str(item) if isinstance(item, Path) else item for item in listed)
+    if isinstance(x, Mapping):
+        return json.dumps(x, default=str)
+    return str(x) if isinstance(x, Path) else x
+
+
+def _json(text: str) -> Any:
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _plain(x: Any, kind: Any) -> Any:

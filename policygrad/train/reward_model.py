@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,10 +248,10 @@ def _seeded(seed: int, threads: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def preferences_of(options: RewardModelOptions) -> list[dict[str, Any]]:
+def preferences_of(options: RewardModelOptions) -> Sequence[dict[str, Any]]:
     """The preferences from the options."""
     if options.dataset != ARITHMETIC:
-        return data.load_preferences(options.dataset, split=options.split)
+        return data.load_preferences(options.dataset, split=options.split, columns=options.columns)
     problems, _ = arithmetic.splits(PROBLEMS, KEPT_PROBLEMS, seed=0)
     return arithmetic.preferences(problems, seed=0)
 

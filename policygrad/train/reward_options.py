@@ -15,10 +15,11 @@ class RewardModelOptions:
 
     dataset: str = option(
         "arithmetic",
-        "Preferences: a JSON, JSONL, CSV or Parquet file, or a hub id, with the columns prompt, chosen and rejected; "
-        "arithmetic makes its own.",
+        "Preferences: a JSON, JSONL, CSV or Parquet file, or a hub id, with the columns chosen and rejected, and "
+        "prompt, unless both begin with it; arithmetic makes its own.",
     )
-    split: str = option("train", "Split of the data set.")
+    split: str = option("train", "Split of the data set, or a slice such as train[:1000].")
+    columns: tuple[str, ...] = option((), "Rename a column of the data, new=old, such as prompt=question. Repeatable.")
     model: str | None = option(
         None, "Hugging Face model, a directory or hub id; by default the arithmetic task's own small one."
     )

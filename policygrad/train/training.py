@@ -21,6 +21,7 @@ from policygrad.train.methods import method_named
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.reports import Log, ProgressLine, Row
 from policygrad.train.run import Run, arithmetic, make_directory
+from policygrad.train.worlds import ROWS as OF_ROWS
 from policygrad.train.worlds import kind_of, world_of
 from policygrad.train.worlds.world import Own
 
@@ -37,7 +38,8 @@ class Training:
         training.run.evaluate()
 
     method: a name from the table of methods (policygrad.train.methods). task: a Gymnasium id, an environment, a
-    callable that makes one, or a vector environment; arithmetic, or a data set of prompts with `model` and `reward`;
+    callable that makes one, or a vector environment; arithmetic, or a data set of prompts with `model` and `reward`: a
+    file, a hub id, a list of dicts or a `datasets.Dataset` (so may the options `dataset` and `evaluation_dataset` be);
     exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
     settings, or "none"; by default the task's preset if it has one. policy, critic: for control, your own modules, or
     callables that make them from (observation_space, action_space) and (observation_space); for language, critic is a
@@ -68,6 +70,7 @@ class Training:
             task = str(task)
         if isinstance(critic, str):  # for a language model, critic is an option
             values["critic"], critic = critic, None
+        task, rows = _rows_apart(task, values)
         kind = kind_of(task, values)
         _check_count(task, values)
         self.preset, tuned = presets.choose(preset, name, task, values)
@@ -87,7 +90,7 @@ class Training:
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         try:
             with self._inside():
-                self.world.build(Own(policy, critic, engine), progress)
+                self.world.build(Own(policy, critic, engine, rows), progress)
                 self.learner = compose(
                     options, self.world.policy, self.world.critic, self.world.sample, self.world.reference, self._due
                 )
@@ -326,6 +329,21 @@ def _check_count(task: Any, values: dict[str, Any]) -> None:
             raise OptionError(
                 "num_envs", f"num_envs is {values['num_envs']}, and the environment handed in is {count}: leave it out"
             )
+
+
+def _rows_apart(task: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The task, and data sets that are rows and not names, taken out of the values: option -> rows."""
+
+    def named(data: Any) -> bool:
+        return isinstance(data, str | Path) or (isinstance(data, list | tuple) and all(map(named, data)))
+
+    given = {name: values.get(name) for name in ("dataset", "evaluation_dataset")}
+    rows = {name: values.pop(name) for name, data in given.items() if data is not None and not named(data)}
+    if isinstance(task, list) or hasattr(task, "column_names"):  # a data set of `datasets`
+        if "dataset" in rows or values.get("dataset"):
+            raise OptionError("dataset", "the task and dataset are both data: give all of it by dataset")
+        rows["dataset"], task = task, None
+    return (OF_ROWS if task is None and "dataset" in rows else task), rows
 
 
 def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> None:

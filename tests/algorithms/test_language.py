@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import policygrad as pg
 from policygrad.language import arithmetic
-from policygrad.language.data import columns_of, encode_prompts, left_padded
+from policygrad.language.data import columns_of, encode_prompts
 from policygrad.language.generation import Request
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import LanguagePolicy, ValueModel, reference_of, trunk
@@ -77,8 +77,8 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 
 
 def prepared(examples: list[dict[str, Any]]) -> Prompts:
-    tokens = left_padded(encode_prompts(examples, TOKENIZER, max_length=None), PAD)
-    return Prompts([x["prompt"] for x in examples], *tokens, columns_of(examples))
+    rows = encode_prompts(examples, TOKENIZER)
+    return Prompts.of([x["prompt"] for x in examples], rows, columns_of(examples), pad=PAD)
 
 
 def made_policy(eager: bool = False, **options: Any) -> LanguagePolicy:

@@ -1,12 +1,9 @@
-"""Data sets in every form they come in, what is refused, and prompts as tokens."""
+"""Prompts and preferences: their layouts, what is refused, how they are split, and what they are as tokens."""
 
-import csv
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -16,10 +13,13 @@ from policygrad.errors import UserError
 from policygrad.language.data import (
     columns_of,
     encode_prompts,
+    encode_texts,
     hold_out,
     left_padded,
     load_examples,
     load_preferences,
+    short_enough,
+    with_system_prompt,
 )
 
 ROWS = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "2 + 2 =", "answer": None}, {"prompt": "a,b", "answer": "007"}]
@@ -41,20 +41,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="?")
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """The rows as a file of the form that its name ends in."""
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    return str(path)
+def write(path: str, rows: list[dict[str, Any]]) -> str:
+    """The rows as JSON, one a line."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -63,154 +53,129 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def said(source: Any, load: Any = load_examples, **options: Any) -> str:
+def said(load: Any, *arguments: Any, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        load(str(source), **options)
+        load(*arguments, **options)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 200
     return str(caught.value)
 
 
-# Where the data comes from.
+# What a prompt is.
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
-def test_a_file_is_read_as_it_is_now(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"data.{suffix}"
-    assert load_examples(write(path, ROWS)) == ROWS
-    assert load_examples(write(path, ROWS[::-1])) == ROWS[::-1]
-    assert load_examples(str(path), split="test") == ROWS[::-1]  # a file is one split, whatever it is called
-    assert load_examples(str(path), split="train[1:]") == ROWS[:2][::-1]
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_conversations_keep_their_messages_as_they_were(suffix: str, tmp_path: Path) -> None:
-    rows = [{"prompt": CHAT}, {"prompt": [{"role": "user", "content": "2", "name": "me"}]}]
-    assert load_examples(write(tmp_path / f"data.{suffix}", rows)) == rows
-
-
-def test_csv_is_text_and_nothing_else(tmp_path: Path) -> None:
-    """Guessed types would make 2 and a gap 2.0 and nan, 007 seven, and the answer NA none."""
-    path = tmp_path / "data.csv"
-    path.write_bytes('\ufeffprompt,answer\n1+1,2\n"a\nb",\nx,NA\ny,007\n'.encode())
-    assert load_examples(str(path)) == [
-        {"prompt": "1+1", "answer": "2"},
-        {"prompt": "a\nb", "answer": None},
-        {"prompt": "x", "answer": "NA"},
-        {"prompt": "y", "answer": "007"},
+def test_the_content_of_messages_becomes_text_and_the_rest_stays() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    parts = [{"type": "text", "text": "1 +"}, {"type": "text", "text": " 1"}, "?"]
+    rows = [
+        {"prompt": [{"role": "user", "content": parts, "name": "me"}]},
+        {"prompt": [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "2"}]},
+        {"prompt": [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]},
+        {"prompt": "text", "answer": "007"},
     ]
-
-
-def test_directories(tmp_path: Path) -> None:
-    data = datasets.Dataset.from_list(ROWS)
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data, "test": data.select([2])}).save_to_disk(tmp_path / "two")
-    assert load_examples(str(tmp_path / "one")) == ROWS
-    assert load_examples(str(tmp_path / "two"), split="test") == ROWS[2:]
-    assert said("two", split="dev") == "two has no split 'dev': give one of train, test"
-    files = tmp_path / "files"
-    files.mkdir()
-    assert said("files").startswith("files cannot be read: ")
-    for rows in (ROWS, ROWS[::-1]):
-        write(files / "train.jsonl", rows)
-        assert load_examples(str(files)) == rows
-
-
-def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(*arguments: Any, **options: Any) -> datasets.Dataset:
-        asked.append((*arguments, options))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_examples("someone/data", split="test") == ROWS
-    assert load_examples("someone/data:main") == ROWS
-    assert asked == [("someone/data", None, {"split": "test"}), ("someone/data", "main", {"split": "train"})]
-
-
-def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach 'someone/data' on the Hub (LocalEntryNotFoundError)")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    assert said("someone/data") == (
-        "there is no file or directory someone/data, and the hub cannot be reached: check the name and the network"
-    )
-
-
-def test_files_leave_no_copy_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    load_examples(write(tmp_path / "a.jsonl", ROWS))
-    assert not cache.exists()
-
-
-def test_datasets_is_quiet_and_then_as_it_was(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logged: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = logged.append  # type: ignore[method-assign]
-    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
-    datasets.enable_progress_bars()
-    datasets.logging.set_verbosity_warning()
-    verbosity = datasets.logging.get_verbosity()
-    load_examples(write(tmp_path / "a.jsonl", ROWS))
-    (tmp_path / "bad.jsonl").write_text("{")
-    said(tmp_path / "bad.jsonl")
-    assert logged == []
-    assert capfd.readouterr() == ("", "")
-    assert datasets.is_progress_bar_enabled()
-    assert datasets.logging.get_verbosity() == verbosity
-
-
-# What is refused.
+    found = load_examples(write("a.jsonl", rows))
+    assert found[0]["prompt"] == [{"role": "user", "content": "1 + 1?", "name": "me"}]
+    assert found[1] == found[2] == rows[1]
+    assert found[3] == rows[3]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("rows", "message"),
     [
-        ("none.jsonl", None, "there is no file PATH: check the path"),
-        ("no where", None, "there is no file or directory PATH: check the path"),
-        ("data.txt", "1 + 1", "PATH cannot be read: give a file that ends in .json, .jsonl, .csv, .parquet"),
         (
-            "bad.jsonl",
-            '{"prompt": "a"}\n{"prompt":\n',
-            "PATH cannot be read: JSON parse error: Invalid value. in row 1",
+            [{"question": "a", "answer": "b"}],
+            "a.jsonl has no column 'prompt', only question, answer: name the right one",
         ),
-        ("bad.json", "[{]", "PATH cannot be read: "),
-        ("bad.csv", "prompt,answer\na,b\na,b,c,d\n", "PATH cannot be read: Error tokenizing data."),
-        ("bad.parquet", "prompt,answer", "PATH cannot be read: Parquet magic bytes not found"),
-        ("empty.jsonl", "", "PATH is empty: give at least one row"),
-        ("empty.json", "[]", "PATH is empty: give at least one row"),
-        ("empty.csv", "", "PATH is empty: give at least one row"),
-        ("header.csv", "prompt,answer\n", "PATH is empty: give at least one row"),
+        ([{"prompt": 1}, {"prompt": 2}], "prompt of row 0 is 1 (and 1 more row): give text, or a list of messages"),
+        ([{"prompt": "a"}, {"prompt": None}], "prompt of row 1 is None: give text"),
+        ([{"prompt": "a"}, {"answer": "b"}], "row 1 has no prompt: give text"),
+        ([{"prompt": []}], "prompt of row 0 is []: give text"),
+        ([{"prompt": [{"content": "a"}]}], "prompt of row 0 has the message {'content': 'a'}: give text"),
         (
-            "columns.jsonl",
-            '{"question": "a", "answer": "b"}\n',
-            "PATH has no column 'prompt', only question, answer: rename the right one to it",
+            [{"prompt": [{"role": "user", "content": None}]}],
+            "prompt of row 0 has the message {'role': 'user', 'content'",
         ),
         (
-            "number.jsonl",
-            '{"prompt": 1}\n{"prompt": 2}\n',
-            'prompt of row 0 is 1: give text, or a list of messages {"role": ..., "content": ...}',
+            [{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
+            "prompt of row 0 has a part of type 'image', and only parts of text can be read: give text",
         ),
-        ("gap.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "prompt of row 1 is None: give text"),
-        ("list.json", '[{"prompt": []}]', "prompt of row 0 is []: give text"),
-        ("role.json", '[{"prompt": [{"content": "a"}]}]', "prompt of row 0 is [{'content': 'a'}]: give text"),
         (
-            "tool.json",
-            '[{"prompt": [{"role": "user", "content": null}]}]',
-            "prompt of row 0 is [{'role': 'user'}]: give text",
+            [{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}],
+            "prompt of row 0 has a part {'type': 'text'}, and only parts of text can be read: give text",
         ),
     ],
 )
-def test_data_that_cannot_be_used(name: str, content: str | None, message: str) -> None:
-    path = Path(name)
-    if content is not None:
-        path.write_text(content)
-    assert said(path).startswith(message.replace("PATH", str(path)))
+def test_prompts_that_cannot_be_used(rows: list[dict[str, Any]], message: str) -> None:
+    assert said(load_examples, write("a.jsonl", rows)).startswith(message)
+
+
+def test_half_a_character_in_a_row_of_python_is_said() -> None:
+    assert said(load_examples, [{"prompt": "\ud800"}]).startswith("prompt of row 0 is '\\ud800', with half of a surr")
+
+
+# Several data sets, their columns, and a system prompt.
+
+
+def test_several_data_sets_are_one_and_a_row_knows_its_own() -> None:
+    a, b = write("a.jsonl", [{"prompt": "a0"}, {"prompt": "a1"}]), write("b.jsonl", [{"prompt": "b0"}])
+    found = load_examples([a, Path(b), [{"prompt": "c0"}]])
+    assert [row["prompt"] for row in found] == ["a0", "a1", "b0", "c0"]
+    assert [row.source for row in found] == [0, 0, 1, 2]
+    assert [row.place for row in found] == [
+        "row 0 of a.jsonl",
+        "row 1 of a.jsonl",
+        "row 0 of b.jsonl",
+        "row 0 of data set 2",
+    ]
+    assert [row.place for row in load_examples([a])] == ["row 0", "row 1"]
+    assert load_examples([{"prompt": "a0"}, {"prompt": "a1"}]) == load_examples(a), "a list of rows is one data set"
+    write("b.jsonl", [{"prompt": "b0"}, {"prompt": 1}])
+    assert said(load_examples, [a, b]).startswith("prompt of row 1 of b.jsonl is 1: ")
+
+
+def test_columns_are_renamed() -> None:
+    rows = [{"question": "1+1", "solution": "2", "prompt": "old"}]
+    assert load_examples(rows, columns=["prompt=question", "answer=solution", "was=prompt"]) == [
+        {"prompt": "1+1", "answer": "2", "was": "old"}
+    ]
+    assert load_examples([[{"q": "a"}], [{"prompt": "b"}]], columns=["prompt=q"]) == [{"prompt": "a"}, {"prompt": "b"}]
+    swapped = load_examples([{"prompt": "a", "answer": "b"}], columns=["prompt=answer", "answer=prompt"])
+    assert swapped == [{"prompt": "b", "answer": "a"}]
+    assert load_preferences(
+        [{"q": "a", "good": "b", "bad": "c"}], columns=["prompt=q", "chosen=good", "rejected=bad"]
+    ) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["question"], "columns has 'question': give new=old, such as prompt=question"),
+        (["=question"], "columns has '=question': give new=old"),
+        (["prompt=question", "prompt=solution"], "columns gives one name to two columns (prompt=question, prompt=solu"),
+        (["prompt=questoin"], "the data has no column 'prompt', only question, solution, old: name the right one"),
+        (["prompt=question", "x=y"], "columns renames 'y', which no data set has: there are question, solution, old"),
+        (
+            ["prompt=question", "old=solution"],
+            "columns makes a 'old', and row 0 has one already: rename that too, such as old_old=old",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_renamed(columns: list[str], message: str) -> None:
+    rows = [{"question": "1+1", "solution": "2", "old": 1}]
+    assert said(load_examples, rows, columns=columns).replace("data set 0", "the data").startswith(message)
+
+
+def test_a_system_prompt_stands_before_every_prompt() -> None:
+    rows = load_examples([{"prompt": "1 + 1", "answer": "2"}, {"prompt": CHAT[1:]}])
+    rows[0].number = 7
+    found = with_system_prompt(rows, "add")
+    assert found == [{"prompt": CHAT, "answer": "2"}, {"prompt": CHAT}]
+    assert found[0].place == "row 7"
+    assert rows[0]["prompt"] == "1 + 1"
+    assert said(with_system_prompt, load_examples([{"prompt": "a"}, {"prompt": CHAT}, {"prompt": CHAT}]), "x") == (
+        "the prompt of row 1 has a system message of its own (and 1 more row): leave system_prompt out, or take them "
+        "out of the data"
+    )
 
 
 # Preferences.
@@ -220,35 +185,71 @@ def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def test_preferences(tmp_path: Path) -> None:
+QUESTION = [{"role": "user", "content": "1 + 1"}]
+PAIR = {"prompt": QUESTION, "chosen": answer("2"), "rejected": answer("3")}
+
+
+def test_preferences_with_a_prompt() -> None:
     texts = [{"prompt": "1+1", "chosen": "2", "rejected": "3", "score": 1}]
-    assert load_preferences(write(tmp_path / "a.jsonl", texts)) == texts
+    assert load_preferences(write("a.jsonl", texts)) == texts
     chats = [{"prompt": CHAT, "chosen": answer("2"), "rejected": answer("3")}]
-    assert load_preferences(write(tmp_path / "b.jsonl", chats), split="train") == chats
+    assert load_preferences(write("b.jsonl", chats), split="train") == chats
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"chosen": QUESTION + answer("2"), "rejected": QUESTION + answer("3")}, PAIR),
+        ({"prompt": "1 + 1", "chosen": QUESTION + answer("2"), "rejected": QUESTION + answer("3")}, PAIR),
+        ({"prompt": QUESTION, "chosen": QUESTION + answer("2"), "rejected": QUESTION + answer("3")}, PAIR),
+        ({"chosen": QUESTION + answer("2"), "rejected": QUESTION + answer("2")}, {**PAIR, "rejected": answer("2")}),
+        (
+            {
+                "chosen": [{"role": "user", "content": [{"type": "text", "text": "1 + 1"}]}, *answer("2")],
+                "rejected": [{"role": "user", "content": [{"type": "text", "text": "1 + 1"}]}, *answer("3")],
+            },
+            PAIR,
+        ),
+        (  # the conversation goes on after the answers differ
+            {"chosen": [*QUESTION, *answer("2"), *QUESTION, *answer("2")], "rejected": [*QUESTION, *answer("3")]},
+            {**PAIR, "chosen": [*answer("2"), *QUESTION, *answer("2")]},
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: Add.\n\nAssistant: It is two.",
+                "rejected": "\n\nHuman: Add.\n\nAssistant: It is three.",
+            },
+            {"prompt": "\n\nHuman: Add.\n\nAssistant: It is ", "chosen": "two.", "rejected": "three."},
+        ),
+    ],
+)
+def test_preferences_whose_answers_begin_with_the_prompt(row: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The layouts of ultrafeedback, of Skywork's and Tulu's preferences, and of hh-rlhf."""
+    assert load_preferences(write("a.jsonl", [row | {"score": 1.5}])) == [expected | {"score": 1.5}]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"prompt": "a", "chosen": "b"}, "a.jsonl has no column 'rejected', only prompt, chosen: name the right one"),
+        ({"prompt": "a", "chosen": 2, "rejected": 3}, "chosen of row 0 is 2 (and 1 more row): give text, or a list"),
+        ({"prompt": "a", "chosen": "b", "rejected": answer("c")}, "the pair of row 0 has text and messages: give both"),
+        ({"prompt": CHAT, "chosen": "b", "rejected": "c"}, "the pair of row 0 has a prompt of messages and answers of"),
         (
-            {"prompt": "a", "chosen": "b"},
-            "PATH has no column 'rejected', only prompt, chosen: rename the right one to it",
+            {"prompt": "a", "chosen": answer("b"), "rejected": answer("c")},
+            "the pair of row 0 has a prompt of text that",
         ),
-        ({"chosen": "a", "rejected": "b"}, "PATH has no column 'prompt', only chosen, rejected: "),
-        ({"prompt": "a", "chosen": 2, "rejected": 3}, "chosen of row 0 is 2: give text, or a list of messages"),
+        ({"chosen": answer("b"), "rejected": answer("c")}, "the pair of row 0 has a prompt without messages"),
+        ({"chosen": "yes", "rejected": "no"}, "the pair of row 0 has no prompt, and its answers have no common begin"),
+        ({"prompt": CHAT, "chosen": CHAT, "rejected": CHAT}, "the pair of row 0 has a chosen without messages"),
         (
-            {"prompt": "a", "chosen": "b", "rejected": answer("c")},
-            "prompt and rejected of row 0 differ in kind: give both as text, or both as messages",
-        ),
-        (
-            {"prompt": CHAT, "chosen": CHAT + answer("2"), "rejected": CHAT + answer("3")},
-            "chosen of row 0 starts with a message of the system: leave out the prompt's messages",
+            {"prompt": CHAT, "chosen": CHAT[1:] + answer("2"), "rejected": CHAT[1:] + answer("3")},
+            "the pair of row 0 has a chosen answer that starts with a message of the user, not of the assistant",
         ),
     ],
 )
 def test_preferences_that_cannot_be_used(row: dict[str, Any], message: str) -> None:
-    path = write(Path("data.jsonl"), [row])
-    assert said(path, load_preferences).startswith(message.replace("PATH", path))
+    assert said(load_preferences, write("a.jsonl", [row])).startswith(message)
 
 
 # Splits and columns.
@@ -281,43 +282,85 @@ def test_columns_of() -> None:
 # Tokens.
 
 
+def words(rows: list[list[int]]) -> list[str]:
+    return [" ".join(WORDS[token] for token in row) for row in rows]
+
+
 def test_text_has_the_usual_special_tokens_and_a_conversation_those_of_its_template(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     tokenizer.chat_template = TEMPLATE
     chat = [{"role": "user", "content": "add 1"}]
-    rows = encode_prompts([{"prompt": "1 + 1 ="}, {"prompt": chat}], tokenizer, max_length=5)
-    assert [[WORDS[token] for token in row] for row in rows] == [
-        ["<s>", "1", "+", "1", "="],
-        ["<user>", "add", "1", "</s>", "<assistant>"],
-    ]
+    rows = encode_prompts([{"prompt": "1 + 1 ="}, {"prompt": chat}, {"prompt": "2"}], tokenizer)
+    assert words(rows) == ["<s> 1 + 1 =", "<user> add 1 </s> <assistant>", "<s> 2"]
     assert all(type(token) is int for row in rows for token in row)
 
 
-def test_prompts_that_cannot_be_encoded(tokenizer: PreTrainedTokenizerFast) -> None:
-    def complaint(prompt: Any, max_length: int | None = None) -> str:
-        with pytest.raises(UserError) as caught:
-            encode_prompts([{"prompt": "1"}, {"prompt": prompt}], tokenizer, max_length=max_length)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+@pytest.mark.parametrize(
+    ("single", "expected"),
+    [
+        ("<s> $A", ["<s> 1 + 1", "<s> 1 </s>", "<s> <user> 1", "<s>"]),
+        ("<s> $A </s>", ["<s> 1 + 1", "<s> 1 </s>", "<s> <user> 1", "<s>"]),
+        ("$A </s>", ["1 + 1", "1 </s>", "<s> <user> 1", ""]),
+        ("<s> <user> $A", ["<s> <user> 1 + 1", "<s> <user> 1 </s>", "<s> <user> 1", "<s> <user>"]),
+        ("$A", ["1 + 1", "1 </s>", "<s> <user> 1", ""]),
+    ],
+)
+def test_a_text_begins_once_and_has_no_end_but_its_own(
+    single: str, expected: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A template may have written <s> already; a tokenizer that adds </s> would end the prompt."""
+    ids = [(name, WORDS.index(name)) for name in ("<s>", "</s>", "<user>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    assert words(encode_texts(["1 + 1", "1 </s>", "<s> <user> 1", ""], tokenizer)) == expected
 
-    assert complaint(CHAT) == (
-        "the prompt of row 1 is a conversation, and the tokenizer has no chat template: give prompts as plain text, "
-        "or a tokenizer with one"
-    )
-    assert complaint("1 + 1", max_length=3) == (
-        "the prompt of row 1 has 4 tokens and the limit is 3: raise the limit or leave the row out"
-    )
+
+def test_a_last_message_of_the_assistant_is_continued(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATE
-    tool = [{"role": "tool", "content": "1"}]
-    assert (
-        complaint(tool)
-        == "the chat template cannot write the prompt of row 1: no tools here; change the template or the row"
+    user = {"role": "user", "content": "1 + 1"}
+    chats = [[user, {"role": "assistant", "content": x}] for x in ("2 =", "")]
+    assert words(encode_prompts([{"prompt": x} for x in chats], tokenizer)) == [
+        "<user> 1 + 1 </s> <assistant> 2 =",
+        "<user> 1 + 1 </s> <assistant>",
+    ]
+
+
+def test_template_variables_are_for_conversations(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = TEMPLATE + "{% if brief %} add{% endif %}"
+    rows = [{"prompt": [{"role": "user", "content": "1"}]}]
+    assert words(encode_prompts(rows, tokenizer, {"brief": True})) == ["<user> 1 </s> <assistant> add"]
+    assert said(encode_prompts, [{"prompt": "1"}], tokenizer, {"brief": True}) == (
+        "template_variables are for conversations, and all prompts are text: leave them out"
     )
-    tokenizer.chat_template = "{% if messages[0].content != '1' %}{{ messages[0].content }}{% endif %}"
+
+
+def test_prompts_that_cannot_be_encoded(tokenizer: PreTrainedTokenizerFast) -> None:
+    def complaint(prompt: Any) -> str:
+        rows = load_examples([{"prompt": "1"}, {"prompt": "2"}, {"prompt": prompt}, {"prompt": prompt}])
+        return said(encode_prompts, rows[1:], tokenizer)
+
+    assert complaint(CHAT).startswith("the data has conversations, and the tokenizer has no chat template: ")
+    tokenizer.chat_template = TEMPLATE
+    assert complaint([{"role": "tool", "content": "1"}]) == (
+        "the chat template cannot write the prompt of row 2: no tools here (and 1 more row): change the template or "
+        "the row"
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}"
     assert complaint([{"role": "user", "content": ""}]) == (
-        "the prompt of row 1 has no tokens: leave the row out, or give it a text"
+        "the prompt of row 2 has no tokens (and 1 more row): leave the row out, or give it a text"
     )
+
+
+def test_prompts_that_are_too_long_are_counted_and_refused_or_dropped() -> None:
+    rows = [[1], [1, 2, 3], [1, 2], [1, 2, 3, 4]]
+    named = "row {}".format
+    assert short_enough(rows, named, None) == short_enough(rows, named, 4) == [0, 1, 2, 3]
+    assert short_enough(rows, named, 2, "drop") == [0, 2]
+    assert said(short_enough, rows, named, 2) == (
+        "2 of 4 prompts are longer than 2 tokens, the first in row 1 with 3: raise max_prompt_tokens, or set "
+        "long_prompts to drop"
+    )
+    assert said(short_enough, rows, named, 0, "drop").endswith("raise max_prompt_tokens, or choose another data set")
 
 
 def test_left_padded() -> None:

@@ -1,6 +1,8 @@
 """Sampling: what is drawn has the model's distribution, and the log-probability that the learner gives it."""
 
+import contextlib
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from language.conftest import END, PAD, RECURRENT, SLIDING, VOCABULARY, every_architecture, prompts, tiny
 from policygrad.errors import UserError
 from policygrad.language import generation
-from policygrad.language.generation import Completions, Request, generate, inverse_transform
+from policygrad.language.generation import Completions, Request, check_memory, generate, inverse_transform
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import LanguagePolicy, Prefixes
 
@@ -233,6 +235,68 @@ def test_the_seed_of_the_generator_decides() -> None:
     assert not torch.equal(first, second), "the generator goes on"
     assert not torch.equal(first, tokens(torch.Generator().manual_seed(4)))
     assert torch.equal(before, torch.get_rng_state()), "and no other is used"
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, 99])
+def test_the_rows_sampled_at_a_time_change_no_sample(rows: int, greedy: bool) -> None:
+    model, batches = tiny(dtype=torch.float64), []
+    policy = LanguagePolicy(model, temperature=2.0)
+    prompt, mask = prompts(*LENGTHS)
+    request = Request(3, 7, STOP, PAD, greedy)
+    whole = generate(policy, prompt, mask, request, torch.Generator().manual_seed(0))
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: batches.append(len(x[0])))
+    parts = generate(policy, prompt, mask, replace(request, micro_batch=rows), torch.Generator().manual_seed(0))
+    assert max(batches) <= rows
+    assert torch.equal(whole.tokens, parts.tokens)
+    assert torch.equal(whole.mask, parts.mask)
+    assert torch.equal(whole.cut, parts.cut)
+    assert_close(whole.logp, parts.logp, rtol=0, atol=1e-9)
+
+
+def test_a_completion_ends_with_a_text_that_several_tokens_make() -> None:
+    """The text is found in what the tokens say together, however long the completion is."""
+    policy, letters = LanguagePolicy(tiny(), temperature=5.0), "abcdefghijklmnopqrstuvw"
+    prompt, mask = prompts(*LENGTHS)
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        return ["".join(letters[token] for token in row) for row in rows]
+
+    def sample(*texts: str) -> Completions:
+        request = Request(50, 60, (), PAD, stop_texts=texts, decode=decode)
+        return generate(policy, prompt, mask, request, torch.Generator().manual_seed(0))
+
+    free, stopped = sample(), sample("dd", "fgh", "w")
+    early = late = 0
+    for uncut, ids, cut in zip(decode(free.tokens.tolist()), stopped.ids(), stopped.cut.tolist(), strict=True):
+        ends = [uncut.index(x) + len(x) for x in ("dd", "fgh", "w") if x in uncut]
+        assert decode([ids]) == [uncut[: min(ends, default=60)]]
+        assert cut == (not ends)
+        early, late = early + (min(ends, default=0) == 2), late + (min(ends, default=0) > 20)
+    assert early
+    assert late
+    assert stopped.cut.any()
+
+
+@pytest.mark.parametrize(("completions", "max_tokens"), [(10**9, 7), (3, 10**9), (10**9, 10**9), (10**5, 10**5)])
+def test_what_does_not_fit_in_memory_is_refused_before_it_is_made(completions: int, max_tokens: int) -> None:
+    policy = LanguagePolicy(tiny())
+    with pytest.raises(UserError) as caught:
+        sampled(policy, completions=completions, max_tokens=max_tokens)
+    assert str(caught.value).startswith(f"{4 * completions:,} completions of {max_tokens:,} tokens need ")
+    assert str(caught.value).endswith("lower max_tokens, completions or micro_batch")
+    assert len(str(caught.value)) <= 200
+
+
+def test_the_keys_and_values_of_the_rows_at_a_time_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 layers of 2 heads of 4 numbers, keys and values, in float32: 128 bytes a token."""
+    policy, request = LanguagePolicy(tiny()), Request(4, 10, (), PAD)
+    rollout = 2 * 4 * 10 * generation.BYTES
+    for rows, cache in ((None, 8 * 30 * 128), (3, 3 * 30 * 128)):
+        for there, fits in ((rollout + cache, True), (rollout + cache - 1, False)):
+            monkeypatch.setattr(generation, "memory_of", lambda device, there=there: there)
+            with contextlib.nullcontext() if fits else pytest.raises(UserError):
+                check_memory(policy, 2, 20, replace(request, micro_batch=rows))
 
 
 def test_greedy_draws_nothing() -> None:

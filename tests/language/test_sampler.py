@@ -18,10 +18,11 @@ from policygrad.credit import grouped
 from policygrad.divergences import AdaptiveCoefficient
 from policygrad.errors import UserError
 from policygrad.language import arithmetic
+from policygrad.language.data import left_padded, openings
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.rewards import Rewards
-from policygrad.language.sampler import CUTS, CompletionSampler, answer, as_rollout, turn_opening
+from policygrad.language.sampler import CUTS, CompletionSampler, Prompts, answer, as_rollout, request_of
 from policygrad.language.tasks import prepared
 from policygrad.rollout import Rollout
 from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups
@@ -73,7 +74,7 @@ def test_a_rollout_holds_prompts_completions_and_what_they_are_worth() -> None:
     sampler, policy = made(), made_policy()
     rollout = sampler(policy)
     answers = sampler.last
-    assert rollout.obs.prompt.shape == (12, 6)
+    assert rollout.obs.prompt.shape == (12, 16), "the longest has 6 tokens"
     assert rollout.action.shape == rollout.logp.shape == rollout.reward.shape == rollout.mask.shape == (12, 9)
     assert torch.equal(rollout.action, rollout.obs.completion)
     assert torch.equal(rollout.mask, rollout.obs.completion_mask)
@@ -112,6 +113,75 @@ def test_a_text_has_neither_padding_nor_an_end() -> None:
         expected = "".join(TOKENIZER.convert_ids_to_tokens([x for x in kept if x not in (PAD, END)]))
         assert text == expected
         assert "<" not in text
+
+
+def test_prompts_are_kept_without_padding() -> None:
+    """One long prompt costs its own length: 16,000 tokens among 4,000 prompts were 553 MB."""
+    rows = [[2] * n for n in (3, 40, 1, 7)]
+    prompts = Prompts.of("abcd", rows, {"answer": [0, 1, 2, 3]}, pad=PAD)
+    assert len(prompts.tokens) == 51
+    assert prompts.lengths.tolist() == [3, 40, 1, 7]
+    some = prompts.take(torch.tensor([3, 0, 0]))
+    assert (some.texts, some.columns, some.lengths.tolist()) == (["d", "a", "a"], {"answer": [3, 0, 0]}, [7, 3, 3])
+    expected = left_padded([rows[3], rows[0], rows[0]], PAD, 16)
+    assert all(torch.equal(x, y) for x, y in zip(some.padded(), expected, strict=True))
+    assert [x.padded()[0].shape[1] for x in (prompts, prompts.take(torch.tensor([2])))] == [48, 16]
+
+
+def test_a_rollout_is_as_wide_as_its_own_longest_prompt() -> None:
+    numbers = {"prompt": "1" * 40 + "=", "answer": "1"}
+    sampler, policy = made(prompts=prepared([*PROBLEMS, numbers], TOKENIZER), prompts_per_rollout=2), made_policy()
+    rollouts = [sampler(policy) for _ in range(3)]
+    assert sorted(x.obs.prompt.shape[1] for x in rollouts) == [16, 16, 48]
+    joined = Rollout.join(rollouts)
+    assert joined.obs.prompt.shape == (24, 48)
+    assert_close(log_probabilities(policy, joined), joined.logp, rtol=0, atol=1e-5)
+    assert torch.equal(joined.action, torch.cat([x.action for x in rollouts]))
+
+
+def test_data_sets_are_mixed_by_their_sizes_or_by_their_weights() -> None:
+    sets = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
+    prompts = Prompts.of(list(range(10)), [[3]] * 10, {"answer": [""] * 10}, pad=PAD, origin=sets)
+
+    def epochs(**options: Any) -> list[list[int]]:
+        sampler = made(prompts=prompts, prompts_per_rollout=5, **options)
+        seen = [x for _ in range(200) for x in sampler._next().texts]
+        return [seen[i : i + 10] for i in range(0, len(seen), 10)]
+
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs())
+    weighted = epochs(dataset_weight=(0.5, 2.0, 2.5))
+    for epoch in weighted:
+        assert [sum(sets[x] == k for x in epoch) for k in range(3)] == [1, 4, 5]
+        assert {6, 7, 8, 9} < set(epoch), "all of a small set come before one comes again"
+    assert {x for epoch in weighted for x in epoch} == set(range(10)), "each of a large one comes in the end"
+    uneven = epochs(dataset_weight=(1.0,) * 3)
+    assert all(sorted(sum(sets[x] == k for x in epoch) for k in range(3)) == [3, 3, 4] for epoch in uneven)
+    with pytest.raises(UserError, match=r"^a data set with a weight has no prompt to train on: hold out fewer"):
+        made(prompts=prompts, dataset_weight=(1.0,) * 4)
+
+
+def test_a_weighted_sampler_goes_on_bit_for_bit() -> None:
+    prompts = Prompts.of(PROBLEMS, [[3]] * 5, {"answer": [""] * 5}, pad=PAD, origin=[0, 0, 0, 1, 1])
+    first, again = (made(prompts=prompts, dataset_weight=(1.0, 3.0), seed=seed) for seed in (0, 9))
+    first._next()
+    again.load_state_dict(first.state_dict())
+    assert [first._next().texts for _ in range(9)] == [again._next().texts for _ in range(9)]
+
+
+def test_a_completion_that_ends_with_a_stop_text_is_not_cut() -> None:
+    policy = made_policy()
+    request = request_of(policy.model, TOKENIZER, 4, 9, stop_texts=("4", "12"))
+    sampler, plain = made(request=request), made()
+    rollout, whole = sampler(policy), plain(policy)
+    stopped = 0
+    for text, uncut, cut in zip(sampler.last.texts, plain.last.texts, sampler.last.completions.cut, strict=True):
+        found = [uncut.index(x) + len(x) for x in ("4", "12") if x in uncut]
+        assert text == uncut[: min(found, default=len(uncut))]
+        assert not (found and cut)
+        stopped += bool(found)
+    assert stopped > 2
+    assert torch.equal(rollout.logp, whole.logp.where(rollout.mask, 0.0))
+    assert sampler.last.completions.cut.any()
 
 
 def test_the_shape_is_the_same_whatever_is_sampled() -> None:
@@ -297,9 +367,8 @@ def test_the_raw_text_has_what_the_template_wrote_into_the_turn(opening: str) ->
     tokenizer = deepcopy(TOKENIZER)
     tokenizer.chat_template = HEADED + opening + "{% endif %}"
     question = [{"role": "user", "content": "1+1="}]
-    assert turn_opening(question, tokenizer) == opening
-    assert turn_opening("1+1=", tokenizer) == ""
-    assert turn_opening([*question, {"role": "assistant", "content": "2"}], tokenizer) == ""
+    prompts: list[Any] = [question, "1+1=", [*question, {"role": "assistant", "content": "2"}], question]
+    assert openings([{"prompt": x} for x in prompts], tokenizer) == [opening, "", "", opening]
     given: list[str] = []
 
     def reward(completions_raw: list[str], completion_ids: list[list[int]]) -> list[float]:

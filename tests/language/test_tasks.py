@@ -17,6 +17,7 @@ from policygrad.language.tasks import critic_of, policy_of, prepared, reward_fun
 
 TOKENIZER = arithmetic.tokenizer()
 TRAIN, HELD_OUT = arithmetic.splits(6, 3, seed=0)
+PROMPTS = prepared(TRAIN, TOKENIZER), prepared(HELD_OUT, TOKENIZER)
 TOKENS = torch.tensor([[2, 9, 4]])
 
 
@@ -24,17 +25,17 @@ def test_prompts_are_prepared_with_their_columns() -> None:
     prompts = prepared(TRAIN, TOKENIZER)
     assert prompts.texts == [x["prompt"] for x in TRAIN]
     assert prompts.columns == {"answer": [x["answer"] for x in TRAIN]}
-    for text, tokens, mask in zip(prompts.texts, prompts.tokens, prompts.mask, strict=True):
+    for text, tokens, mask in zip(prompts.texts, *prompts.padded(), strict=True):
         assert TOKENIZER.decode(tokens[mask]) == text
         assert mask[-1]
-    with pytest.raises(UserError, match="the limit is 3"):
+    with pytest.raises(UserError, match=r"^6 of 6 prompts are longer than 3 tokens, the first in row 0 with"):
         prepared(TRAIN, TOKENIZER, 3)
 
 
 def made(**options: Any) -> Any:
     options = {"max_tokens": 6, "functions": [arithmetic.right]} | options
     functions = options.pop("functions")
-    return task_of("sums", arithmetic.model(16, 1), TOKENIZER, TRAIN, HELD_OUT, functions, **options)
+    return task_of("sums", arithmetic.model(16, 1), TOKENIZER, *PROMPTS, functions, **options)
 
 
 def test_a_task_holds_its_policy_its_prompts_and_its_judges() -> None:
@@ -44,7 +45,7 @@ def test_a_task_holds_its_policy_its_prompts_and_its_judges() -> None:
     assert (len(task.train), len(task.held_out)) == (6, 3)
     assert task.judge is task.judge_held_out
     assert task.judge(["1+1="], [":2"], {"answer": ["2"]})[0].tolist() == [1.0]
-    alone = task_of("sums", arithmetic.model(16, 1), TOKENIZER, TRAIN, [], [arithmetic.right], max_tokens=6)
+    alone = task_of("sums", arithmetic.model(16, 1), TOKENIZER, PROMPTS[0], None, [arithmetic.right], max_tokens=6)
     assert alone.held_out is None
 
 
@@ -60,7 +61,6 @@ def test_only_the_judge_in_training_charges_for_length() -> None:
     ("options", "message"),
     [
         ({"max_tokens": 60}, "context 64: lower max_tokens"),
-        ({"max_prompt_tokens": 3}, "the limit is 3: raise the limit"),
         ({"reward_weight": (1.0, 2.0)}, "1 reward functions and 2 weights: give one each"),
         ({"functions": []}, "there is no reward function"),
     ],

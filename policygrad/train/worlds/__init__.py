@@ -5,6 +5,7 @@ from typing import Any
 
 from policygrad.errors import UserError
 
+ROWS = "rows"  # the task of prompts that are handed in as rows of Python
 PROMPTS = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -15,8 +16,8 @@ def kind_of(task: Any, values: Any) -> str:
     """
     if isinstance(task, str) and task.startswith("exact:"):
         return "exact"
-    of_prompts = isinstance(task, str) and (task == "arithmetic" or Path(task).suffix in PROMPTS)
-    if of_prompts or values.get("model") is not None or values.get("dataset") is not None:
+    of_prompts = isinstance(task, str) and (task in ("arithmetic", ROWS) or Path(task).suffix in PROMPTS)
+    if of_prompts or values.get("model") is not None or values.get("dataset") not in (None, ()):
         return "language"
     if task is None:
         raise UserError(

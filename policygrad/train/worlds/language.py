@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -10,20 +11,30 @@ import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, listed
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled
 from policygrad.language.evaluation import Evaluation, evaluate_policy
-from policygrad.language.generation import Request, generate
+from policygrad.language.generation import Request, check_memory, generate
 from policygrad.language.policies import LanguagePolicy, reference_of
-from policygrad.language.sampler import CompletionSampler
-from policygrad.language.tasks import ARITHMETIC, Task, critic_of, reward_functions, task_of
+from policygrad.language.sampler import CompletionSampler, Prompts, request_of
+from policygrad.language.tasks import (
+    ARITHMETIC,
+    Task,
+    critic_of,
+    prepared,
+    reward_functions,
+    room_for_prompts,
+    split_prompts,
+    task_of,
+)
 from policygrad.language.warmup import RECIPE, warmed_up
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import write_samples
+from policygrad.train.worlds import ROWS
 from policygrad.train.worlds.world import Own, World
 
 
@@ -34,13 +45,15 @@ class LanguageWorld(World):
     policy: LanguagePolicy
     prompts: Task
     last: Evaluation | None = None
+    rows: Mapping[str, Any] = {}  # rows that were handed in, by the option that names a data set otherwise
+    dropped = read = 0  # prompts that were too long, of those read
 
     def __init__(self, task: Any, options: Any) -> None:
         super().__init__(task, with_rate(options))
 
     @property
     def name(self) -> str:
-        return Path(self.task or self.options.dataset or ARITHMETIC).stem
+        return "+".join(Path(x).stem for x in ([self.task] if self.task else self.options.dataset)) or ARITHMETIC
 
     @property
     def judged(self) -> str | None:  # type: ignore[override]
@@ -52,45 +65,55 @@ class LanguageWorld(World):
             raise UserError(
                 "modules of your own are for control: give model, and critic as copy, shared or a directory"
             )
-        options = self.options
+        options, self.rows = self.options, own.data
         with models.quiet():
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
-            stop = models.stop_tokens(self.policy.model, self.prompts.tokenizer)
             if own.engine is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.sample = CompletionSampler(
                 self.prompts.train,
                 self.prompts.tokenizer,
                 self.prompts.judge,
-                Request(options.completions, options.max_tokens, stop, int(self.prompts.tokenizer.pad_token_id)),
+                self._request(options.completions, self.prompts.train, options.prompts_per_rollout),
                 prompts_per_rollout=options.prompts_per_rollout,
                 cut=options.cut,
                 cut_penalty=options.cut_penalty,
+                dataset_weight=options.dataset_weight,
                 engine=own.engine or generate,
                 seed=options.seed,
                 device=device,
             )
+            if self.prompts.held_out is not None:
+                self._request(options.evaluation_completions, self.prompts.held_out, 1)
             if has_critic(options):
                 self.critic = self._critic()
 
+    def _request(self, completions: int, prompts: Prompts, together: int) -> Request:
+        """A request for completions. Raises UserError if those of `together` prompts do not fit in memory."""
+        options = self.options
+        request = request_of(
+            self.policy.model,
+            self.prompts.tokenizer,
+            completions,
+            options.max_tokens,
+            stop_texts=options.stop,
+            micro_batch=getattr(options, "micro_batch", None),
+        )
+        check_memory(self.policy, min(together, len(prompts)), int(prompts.lengths.max()), request)
+        return request
+
     def _task(self, progress: bool) -> Task:
         options = self.options
-        arithmetics = self.task == ARITHMETIC or (self.task is None and options.dataset is None)
-        if arithmetics and options.dataset is not None:
-            raise OptionError("dataset", "arithmetic makes its own problems: leave dataset out")
-        source = options.dataset or self.task
+        arithmetics = self.task == ARITHMETIC or (self.task is None and not options.dataset)
         if not arithmetics and options.model is None:
-            raise OptionError("model", f"there is no model to train on {source}: give model, a directory or a hub id")
+            named = listed([self.task] if self.task else options.dataset)
+            raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
         if not arithmetics and not options.reward:
             raise OptionError(
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
             )
-        if arithmetics:
-            train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, options.held_out, seed=0)
-        else:
-            examples = data.load_examples(source, split=options.split)
-            train, held_out = data.hold_out(examples, options.held_out, seed=0)
+        train, held_out = self._problems() if arithmetics else self._examples()
         functions: list[Any] = [arithmetic.right] if arithmetics else []
         if options.reward:
             trust = options.trust_remote_code
@@ -98,12 +121,53 @@ class LanguageWorld(World):
                 options.reward, device=options.device, trust_remote_code=trust, trust=options.trust
             )
         model, tokenizer = self._model(progress)
-        names = ["max_tokens", "max_prompt_tokens", "reward_weight", "reward_time_limit", "overlong_fraction"]
+        limit = options.max_prompt_tokens
+        if limit is None and options.long_prompts == "drop":
+            limit = room_for_prompts(model, options.max_tokens)
+        settings: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables()}
+        prompts = prepared(train, tokenizer, limit, **settings)
+        self.dropped, self.read = len(train) - len(prompts), len(train)
+        if held_out is None:
+            prompts, kept = split_prompts(prompts, options.held_out)
+        else:
+            kept = prepared(held_out, tokenizer, limit, **settings) if held_out else None
+        names = ["max_tokens", "reward_weight", "reward_time_limit", "overlong_fraction"]
         names += ["device", "temperature", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing"]
         given: dict[str, Any] = {name: getattr(options, name) for name in names}
         if self._natural():
             given["chunk"] = 2**40  # chunked logits have no second derivative
-        return task_of(self.name, model, tokenizer, train, held_out, functions, autocast=self._autocast(), **given)
+        return task_of(self.name, model, tokenizer, prompts, kept, functions, autocast=self._autocast(), **given)
+
+    def _problems(self) -> tuple[list[data.Example], list[data.Example]]:
+        """The arithmetic task's own prompts. Raises OptionError for an option of other data."""
+        for name in ("dataset", "columns", "system_prompt", "template_variables", "evaluation_dataset"):
+            if getattr(self.options, name) or name in self.rows:
+                raise OptionError(name, f"arithmetic makes its own problems: leave {name} out")
+        train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, self.options.held_out, seed=0)
+        return [data.Example(x) for x in train], [data.Example(x) for x in held_out]
+
+    def _examples(self) -> tuple[list[data.Example], list[data.Example] | None]:
+        """The prompts to train on, and a data set of its own for evaluation, if there is one."""
+        options = self.options
+        if options.dataset and self.task is not None:
+            raise OptionError("dataset", f"{ending(self.task)} and dataset are both data: give all of it by dataset")
+        source = self.rows.get("dataset", options.dataset or self.task)
+        train = self.examples(source, options.split)
+        other = self.rows.get("evaluation_dataset", options.evaluation_dataset)
+        return train, None if other == () else self.examples(other, options.evaluation_split)
+
+    def examples(self, source: Any, split: str) -> list[data.Example]:
+        """The prompts of a data set, with this run's names of columns and its system prompt."""
+        if source == ROWS:
+            raise UserError("the run was trained on rows of Python, which are not kept: give dataset")
+        found = data.load_examples(source, split=split, columns=self.options.columns)
+        return (
+            found if self.options.system_prompt is None else data.with_system_prompt(found, self.options.system_prompt)
+        )
+
+    def _variables(self) -> dict[str, Any] | None:
+        text = self.options.template_variables
+        return None if text is None else json.loads(text)
 
     def _model(self, progress: bool) -> tuple[nn.Module, Any]:
         options = self.options
@@ -194,6 +258,8 @@ class LanguageWorld(World):
             max_tokens=self.options.max_tokens,
             seed=seed,
             greedy=bool(greedy),
+            stop_texts=self.options.stop,
+            micro_batch=getattr(self.options, "micro_batch", None),
         )
         return self.last
 
@@ -244,6 +310,10 @@ class LanguageWorld(World):
         )
 
     def notes(self, run: Any) -> list[str]:
+        long = f"{self.dropped:,} of {self.read:,} prompts were too long and were left out"
+        return ([long] if self.dropped else []) + self._notes_on_learning(run)
+
+    def _notes_on_learning(self, run: Any) -> list[str]:
         rows = run.metrics
         uncounted = _uncounted([row for row in rows if "masked" in row])
         flat = [row["flat_groups"] for row in rows if "flat_groups" in row]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -34,6 +34,7 @@ class Own:
     policy: Any = None  # a module, or a function that makes one
     critic: Any = None
     engine: Any = None  # the function that samples completions
+    data: dict[str, Any] = field(default_factory=dict)  # rows, by the option that names a data set otherwise
 
 
 class World(ABC):

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from tiny_models import tiny
 
 import policygrad as pg
 from policygrad.errors import UserError
-from policygrad.language import models
+from policygrad.language import arithmetic, models
 from policygrad.language.generation import Completions, generate
 from policygrad.language.policies import trunk
 from policygrad.train.options import OptionError
@@ -273,3 +275,171 @@ def test_completions_that_repeat_their_prompt_are_said(language: dict[str, Any])
     ]
     run.metrics[-1]["prompt_repeats"] = 0.25
     assert run.world.notes(run) == []
+
+
+# What a data set is, and what its prompts become.
+
+CHAT = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{% if go is false %}+{% endif %}={% endif %}"
+)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rollout_of(**options: Any) -> Any:
+    """The prompts of a run that has not started."""
+    return pg.Training("grpo", **options).world
+
+
+def texts(world: Any) -> set[str]:
+    return set(world.prompts.train.texts)
+
+
+@pytest.fixture
+def chat(tmp_path: Path, language: dict[str, Any]) -> dict[str, Any]:
+    """The same, with a tokenizer that has a chat template."""
+    tokenizer = arithmetic.tokenizer()
+    tokenizer.chat_template = CHAT
+    models.save_model(tiny(), tokenizer, tmp_path / "chat")
+    return language | {"model": str(tmp_path / "chat"), "held_out": 0}
+
+
+def test_data_may_be_a_file_a_path_rows_or_a_data_set(language: dict[str, Any]) -> None:
+    path = language.pop("task")
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    expected = pg.train("grpo", **language, dataset=path).metrics
+    one = language | {"reward": language["reward"][0]}
+    handed = datasets.Dataset.from_list(rows)
+    for data in (
+        {"task": Path(path)},
+        {"task": rows},
+        {"task": handed},
+        *({"dataset": x} for x in (Path(path), rows, handed)),
+    ):
+        found = pg.train("grpo", **one, **data)
+        for row, wanted in zip(found.metrics, expected, strict=True):
+            assert {k: x for k, x in row.items() if "second" not in k} == {
+                k: x for k, x in wanted.items() if "second" not in k
+            }
+    assert found.configuration()["options"]["dataset"] == ()
+    assert found.world.name == "rows"
+    with pytest.raises(OptionError, match="are both data: give all of it by dataset"):
+        pg.train("grpo", **language, task=path, dataset=path)
+    with pytest.raises(OptionError, match="are both data: give all of it by dataset"):
+        pg.train("grpo", **language, task=rows, dataset=path)
+
+
+def test_prompts_that_are_too_long_are_named_by_their_row_or_dropped_and_counted(
+    language: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "1" * (12 if i in (17, 33) else 3), "answer": "1"} for i in range(40)]
+    data = language | {"task": write(tmp_path / "a.jsonl", rows)}
+    with pytest.raises(UserError) as caught:
+        rollout_of(**data, max_prompt_tokens=8)
+    assert str(caught.value) == (
+        "2 of 40 prompts are longer than 8 tokens, the first in row 17 with 12: raise max_prompt_tokens, or set "
+        "long_prompts to drop"
+    )
+    run = pg.train("grpo", **data, max_prompt_tokens=8, long_prompts="drop")
+    assert (len(run.world.prompts.train), len(run.world.prompts.held_out)) == (30, 8)
+    assert texts(run.world) == {"111"}
+    assert run.world.notes(run)[0] == "2 of 40 prompts were too long and were left out"
+    by_context = rollout_of(**data | {"max_tokens": 22}, long_prompts="drop")  # the model's context is 32
+    assert by_context.dropped == 2
+    assert rollout_of(**data, long_prompts="drop").dropped == 0
+
+
+def test_columns_a_system_prompt_and_template_variables(chat: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": f"{i}+", "answer": "1"} for i in range(6)]
+    options = chat | {"task": write(tmp_path / "a.jsonl", rows), "columns": {"prompt": "question"}}
+    assert texts(rollout_of(**options)) == {f"{i}+" for i in range(6)}
+
+    def written(**more: Any) -> list[str]:
+        world = rollout_of(**options, system_prompt="4:", **more)
+        assert world.prompts.train.texts[0] == [
+            {"role": "system", "content": "4:"},
+            {"role": "user", "content": "0+"},
+        ]
+        tokens, mask = world.prompts.train.padded()
+        return [world.prompts.tokenizer.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+
+    assert written() == [f"4:{i}+=" for i in range(6)]
+    assert written(template_variables={"go": False}) == [f"4:{i}++=" for i in range(6)]
+    assert written(template_variables='{"go": true}') == written()
+    with pytest.raises(OptionError, match=r"template_variables is .*: it must be a JSON object"):
+        rollout_of(**options, template_variables="[1]")
+
+
+def test_several_data_sets_are_mixed(language: dict[str, Any], tmp_path: Path) -> None:
+    del language["task"]
+    paths = [write(tmp_path / f"{x}.jsonl", [{"prompt": x, "answer": x}] * n) for x, n in (("1", 30), ("2", 10))]
+    options = language | {"dataset": paths, "held_out": 0, "prompts_per_rollout": 8}
+
+    def shares(**more: Any) -> list[int]:
+        world = rollout_of(**options, **more)
+        return [sum(world.sample._next().texts.count("2") for _ in range(5)) for _ in range(3)]
+
+    assert rollout_of(**options).name == "1+2"
+    assert shares() == [10, 10, 10]
+    assert shares(dataset_weight=[1, 3]) == [30, 30, 30]
+    with pytest.raises(OptionError, match="there are 2 data sets and 1 weights: give one weight for each"):
+        rollout_of(**options, dataset_weight=1)
+
+
+def test_an_evaluation_set_of_ones_own(language: dict[str, Any], tmp_path: Path) -> None:
+    other = write(tmp_path / "other.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}])
+    del language["held_out"]
+    run = pg.train("grpo", **language, evaluation_dataset=other, out=tmp_path / "run")
+    assert len(run.world.prompts.train) == 40, "nothing is held out"
+    assert run.world.prompts.held_out.texts == ["1+1=", "2+2="]
+    assert Run.load(tmp_path / "run").evaluate() == run.evaluate()
+    assert rollout_of(**language, evaluation_dataset=[{"prompt": "7"}]).prompts.held_out.texts == ["7"]
+    for wrong in ({"held_out": 3, "evaluation_dataset": other}, {"evaluation_split": "dev"}):
+        with pytest.raises(
+            OptionError, match=r"held_out is read only without|evaluation_split is of evaluation_dataset"
+        ):
+            rollout_of(**language, **wrong)
+
+
+def test_a_stop_text_ends_completions(language: dict[str, Any]) -> None:
+    run = pg.train("grpo", **language | {"max_tokens": 20}, stop=["7", "="])
+    ended = [row["completion"] for row in run.world.last.rows if not row["cut"]]
+    assert {text[-1] for text in ended if "7" in text or "=" in text} == {"7", "="}
+    assert all(text.count("7") + text.count("=") <= 1 for text in ended)
+    with pytest.raises(OptionError, match=r"stop is .*: it must be texts that are not empty"):
+        rollout_of(**language, stop="")
+
+
+def test_the_rows_at_a_time_change_no_completion(language: dict[str, Any]) -> None:
+    whole, parts = (pg.train("grpo", **language | {"iterations": 1}, micro_batch=x) for x in (None, 3))
+    for rows in (slice(0, 1), slice(1, 2)):
+        assert [x["reward"] for x in whole.metrics[1:][rows]] == [x["reward"] for x in parts.metrics[1:][rows]]
+    assert whole.before.rows == parts.before.rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completions": 10**9}, "4,000,000,000 completions of 6 tokens need "),
+        ({"evaluation_completions": 10**9}, "1,000,000,000 completions of 6 tokens need "),
+        ({"max_tokens": 10**9}, "the longest prompt and its completion have 1,000,000,0"),
+        ({"prompts_per_rollout": 10**9}, "there are 32 prompts to train on, and a rollout takes 1000000000"),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_memory_are_one_line(change: dict[str, Any], message: str, language: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        rollout_of(**language | change)
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) <= 200
+
+
+@pytest.mark.parametrize("option", ["columns", "system_prompt", "template_variables", "evaluation_dataset"])
+def test_arithmetic_reads_no_options_of_other_data(option: str) -> None:
+    value = "{}" if option == "template_variables" else "a=b"
+    with pytest.raises(OptionError, match=f"arithmetic makes its own problems: leave {option} out"):
+        pg.train("grpo", "arithmetic", **{option: value})
