@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,6 +15,7 @@ from tiny_models import tiny
 import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.language import arithmetic, models
+from policygrad.language.evaluation import Evaluation
 from policygrad.language.generation import Completions, generate
 from policygrad.language.policies import trunk
 from policygrad.train.options import OptionError
@@ -209,22 +209,21 @@ def test_the_memory_options_reach_policy_and_critic(language: dict[str, Any]) ->
 
 
 def test_the_verdict_compares_the_change_with_its_noise() -> None:
-    def evaluation(*rewards: list[float | None]) -> Any:
-        rows = [{"reward": x} for group in rewards for x in group]
-        return SimpleNamespace(rows=rows, completions=len(rewards[0]))
+    def evaluation(*rewards: list[float | None]) -> Evaluation:
+        made = Evaluation.__new__(Evaluation)  # the rows are all that counts
+        made.rows, made.completions = [{"reward": x} for group in rewards for x in group], len(rewards[0])
+        return made
 
-    start = evaluation([0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0])
+    right, wrong, half = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
+    start = evaluation(half, wrong, right, half)
     for after, said in (
-        (start, "changed by +0.000, and the noise of that is 0.000: nothing"),
-        (
-            evaluation([1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]),
-            "changed by +0.125, and the noise of that is 0.250",
-        ),
-        (evaluation([0.0, 0.0], [None, None], [0.0, 0.0], [0.0, 0.0]), "changed by -0.667.*: the policy is worse"),
+        (start, r"changed by \+0.000, and the noise of that is 0.000: nothing"),
+        (evaluation(right, wrong, right, half), r"changed by \+0.125, and the noise of that is 0.250: nothing"),
+        (evaluation(wrong, [None, None], wrong, wrong), r"changed by -0.667.*: the policy is worse"),
     ):
         (note,) = verdict(start, after)
         assert re.search(said, note)
-    assert verdict(start, evaluation([1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0])) == []
+    assert verdict(start, evaluation(right, half, right, right)) == []
 
 
 def lengths(completions: list[str]) -> list[float | None]:
