@@ -344,7 +344,7 @@ IMPOSSIBLE: list[tuple[str, str, Any]] = [
     ("ppo", "activation", "sine"),
     ("ppo", "hidden", (64, 0)),
     ("ppo", "hidden", (64, 1.5)),
-    ("ppo", "hidden", 64),
+    ("ppo", "hidden", "64"),
     ("ppo", "orthogonal", 1),
     ("ppo", "clip_low", 0.0),
     ("ppo", "dual_clip", 1.0),
@@ -482,7 +482,7 @@ def test_an_option_of_another_method_or_world_is_met_with_whose_it_is(
 @pytest.mark.parametrize(
     ("method", "values", "said"),
     [
-        ("grpo", {"reward": "right"}, "reward is 'right': it must be a list, each entry text"),
+        ("grpo", {"reward": 3}, "reward is 3: it must be a list, each entry text"),
         ("grpo", {"reward_weight": ("much",)}, "it must be a list, each entry a number"),
         ("grpo", {"kl_ref": "both"}, "kl_ref is 'both': it must be one of none, reward, loss"),
         ("grpo", {"minibatch_size": "all"}, "minibatch_size is 'all': it must be a whole number"),
@@ -511,8 +511,6 @@ def test_a_single_value_is_a_list_of_one() -> None:
     found = with_values(options, {"reward": "math_equal", "reward_weight": 2, "lora_targets": "q_proj"})
     assert (found.reward, found.reward_weight, found.lora_targets) == (("math_equal",), (2.0,), ("q_proj",))
     assert with_values(options_of("ppo", "control")(), {"hidden": 32}).hidden == (32,)
-    with pytest.raises(OptionError, match=r"^reward is 3: it must be a list, each entry text$"):
-        with_values(options, {"reward": 3})
 
 
 def test_a_reward_may_be_a_function() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -128,13 +129,21 @@ def _words(text: str) -> list[tuple[int, int, str]]:
 
 def _copied(completion: str, prompt: str, length: int) -> tuple[list[tuple[int, int, str]], list[bool]]:
     """The words of a completion, each with its place, and whether it stands in a piece of the prompt of this length."""
-    words, theirs = _words(completion), [word for _, _, word in _words(prompt)]
-    pieces = {tuple(theirs[i : i + length]) for i in range(len(theirs) - length + 1)}
+    words, pieces = _words(completion), _pieces(prompt, length)
     copied = [False] * len(words)
-    for i in range(len(words) - length + 1):
-        if tuple(word for _, _, word in words[i : i + length]) in pieces:
+    for i, piece in enumerate(_in_a_row([word for _, _, word in words], length)):
+        if piece in pieces:
             copied[i : i + length] = [True] * length
     return words, copied
+
+
+@lru_cache(maxsize=256)  # a prompt has many completions
+def _pieces(prompt: str, length: int) -> frozenset[tuple[str, ...]]:
+    return frozenset(_in_a_row([word for _, _, word in _words(prompt)], length))
+
+
+def _in_a_row(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[k:] for k in range(length)), strict=False)
 
 
 def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from policygrad.errors import UserError
-from policygrad.language.rewards.numerals import SPACES, plain
+from policygrad.language.rewards.numerals import LONGEST, SPACES, plain
 
 COMPARISON = Path(__file__).with_name("comparison.py")
 COMPARISON_SECONDS, START_SECONDS = 3.0, 60.0
@@ -61,7 +61,7 @@ def meets(gold: str, answer: str, prompt: str) -> bool | None:
     heavier = set(HEAVY.findall(answer)) - set(HEAVY.findall(gold))
     worded = any(word not in KNOWN and word not in gold for word in WORDS.findall(answer))
     paired = gold[0] in "([" and answer[0] not in "(["
-    if copied or heavier or worded or paired:
+    if copied or heavier or worded or paired or len(answer) > max(LONGEST, 4 * len(gold)):
         return False
     return equal(gold, answer)
 

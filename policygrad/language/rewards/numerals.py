@@ -17,7 +17,7 @@ NUMERAL = re.compile(
     rf"(?:\s*(?P<percent>%|per ?cent\b)|\s*(?P<many>hundred|thousand|million|billion|trillion)\b)?"
 )
 MANY = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-LONGEST = 400  # characters of a numeral that is read
+LONGEST = 400  # characters of a numeral or a formula that is read
 
 SPACES = r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;:! ]|~|&nbsp;"
 NAMED = (
