@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from policygrad.errors import UserError, ending
 from policygrad.language import models, templates
-from policygrad.language.data import encode_texts
+from policygrad.language.data import encode_texts, place_of
 from policygrad.language.policies import evaluating
 from policygrad.language.rewards import Column
 from policygrad.rollout import Batch
@@ -122,17 +122,18 @@ def encode(prompt: Any, completion: Any, cut: bool, tokenizer: PreTrainedTokeniz
 def encode_pairs(
     examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
 ) -> list[Pair]:
-    """Each prompt with its chosen and its rejected completion, as tokens. Raises UserError for a longer pair."""
+    """Each prompt with its chosen and its rejected completion, as tokens. Raises UserError about all longer pairs."""
     pairs = []
-    for i, example in enumerate(examples):
+    for example in examples:
         chosen, rejected = (encode(example["prompt"], example[x], False, tokenizer) for x in ("chosen", "rejected"))
-        longer = max(len(chosen), len(rejected))
-        if max_length is not None and longer > max_length:
-            raise UserError(
-                f"the pair of row {i} has {longer} tokens and the limit is {max_length}: raise max_length or leave the "
-                "row out"
-            )
         pairs.append((chosen, rejected))
+    lengths = [max(map(len, pair)) for pair in pairs]
+    long = [i for i, length in enumerate(lengths) if max_length is not None and length > max_length]
+    if long:
+        raise UserError(
+            f"{len(long):,} of {len(pairs):,} pairs are longer than {max_length} tokens, the first in "
+            f"{place_of(examples, long[0])} with {lengths[long[0]]}: raise max_length, or leave them out"
+        )
     return pairs
 
 

@@ -188,9 +188,9 @@ def train_reward_model(
     check_empty(directory)
     with _seeded(options.seed, options.threads):
         examples = preferences_of(options)
-        train, held_out = data.hold_out(examples, options.held_out, seed=0)
         model = starting_model(options, progress)
-        pairs, kept = (encode_pairs(x, model.tokenizer, max_length=limit_of(model, options)) for x in (train, held_out))
+        encoded = encode_pairs(examples, model.tokenizer, max_length=limit_of(model, options))
+        pairs, kept = data.hold_out(encoded, options.held_out, seed=0)
         result = RewardModelRun(model, options, directory, len(pairs), updates_of(len(pairs), options))
         result.before = judge(model, kept, options)
         if result.before:

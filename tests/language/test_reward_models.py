@@ -241,8 +241,10 @@ def test_pairs_as_tokens() -> None:
     assert encode_pairs(examples, words, max_length=7) == [
         (words("1+2=3<eos>").input_ids, words("1+2=12<eos>").input_ids)
     ]
-    with pytest.raises(UserError, match=r"^the pair of row 0 has 7 tokens and the limit is 6: raise max_length or"):
-        encode_pairs(examples, words, max_length=6)
+    with pytest.raises(
+        UserError, match=r"^2 of 3 pairs are longer than 6 tokens, the first in row 1 with 7: raise max_l"
+    ):
+        encode_pairs([{**examples[0], "prompt": "1="}, *examples, *examples], words, max_length=6)
 
 
 # The objective.

@@ -328,7 +328,10 @@ def test_training_starts_from_an_adapter_merged_into_its_base(small: dict, tmp_p
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"center_coefficient": -1.0}, "center_coefficient is -1.0: it must be 0 or more"),
         ({"held_out": 40}, "40 of 40 examples cannot be held out: leave at least one to train on"),
-        ({"max_length": 5}, "the pair of row 0 has 7 tokens and the limit is 5: raise max_length or leave the row out"),
+        (
+            {"max_length": 5},
+            "40 of 40 pairs are longer than 5 tokens, the first in row 0 with 7: raise max_length, or leave them",
+        ),
         ({"model": None}, "there is no model to train on DATA: give --model, a directory or a hub id"),
         ({"model": "/nowhere"}, "there is no directory /nowhere to load a tokenizer from"),
         ({"dataset": "/nowhere.jsonl"}, "there is no file /nowhere.jsonl: check the path"),
