@@ -226,7 +226,7 @@ class Saying(VectorWrapper):
     ("mode", "said"),
     [
         *((AutoresetMode.SAME_STEP, x) for x in ("SameStep", "same_step", "SAME_STEP", "AutoresetMode.SAME_STEP")),
-        *((AutoresetMode.NEXT_STEP, x) for x in ("NextStep", "next-step", AutoresetMode.NEXT_STEP, None)),
+        *((AutoresetMode.NEXT_STEP, x) for x in ("NextStep", "next-step", AutoresetMode.NEXT_STEP)),
     ],
 )
 def test_when_it_resets_may_be_said_in_words(mode: AutoresetMode, said: Any) -> None:
@@ -237,13 +237,13 @@ def test_when_it_resets_may_be_said_in_words(mode: AutoresetMode, said: Any) -> 
 
 
 def test_a_word_for_no_mode_is_refused() -> None:
-    with pytest.raises(UserError, match="autoreset_mode is 'sometimes'"):
+    with pytest.raises(UserError, match="the autoreset_mode 'sometimes'"):
         autoreset_mode(Saying(AutoresetMode.NEXT_STEP, "sometimes"))
 
 
 def test_composite_observations_are_flattened_whichever_way_it_is_said_when_it_resets() -> None:
     space = spaces.Dict({"a": spaces.Discrete(3)})
-    for said in (None, "next_step"):
+    for said in (AutoresetMode.NEXT_STEP, "next_step"):
         given = Saying(AutoresetMode.NEXT_STEP, said, lambda: Observed(space))
         assert played(make_environments(given)).stepping.steps == 7
         assert given.metadata.get("autoreset_mode") == said

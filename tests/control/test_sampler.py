@@ -86,15 +86,18 @@ def test_the_observation_after_a_step_is_its_true_successor(mode: AutoresetMode)
 
 def test_return_and_length_are_the_means_of_the_episodes_that_ended() -> None:
     sampler, sample = sampled(vector(Counting), 9)
-    assert sample().metrics == {"steps": 7, "episodes": 3, "return": (3 + 6 + 3) / 3, "length": (2 + 3 + 2) / 3}
+    found = sample().metrics
+    assert found.pop("reward_per_step") == pytest.approx((3 + 6 + 3) / 7)
+    assert found == {"steps": 7, "episodes": 3, "return": (3 + 6 + 3) / 3, "length": (2 + 3 + 2) / 3}
     metrics = sample().metrics  # episode 3, of 3 steps; 4, of 2; and the first step of 5
+    assert metrics.pop("reward_per_step") == pytest.approx((6 + 3 + 1) / 6)
     assert metrics == {"steps": 13, "episodes": 5, "return": (3 + 6 + 3 + 6 + 3) / 5, "length": 12 / 5}
     assert [x for x, _ in sampler.stepping.finished] == [3, 6, 3, 6, 3]
 
 
 def test_there_is_no_return_before_an_episode_has_ended() -> None:
     _, sample = sampled(vector(lambda: Counting((9,))), 4)
-    assert sample().metrics == {"steps": 4, "episodes": 0}
+    assert sample().metrics == {"steps": 4, "episodes": 0, "reward_per_step": (1 + 2 + 3 + 4) / 4}
 
 
 @pytest.mark.parametrize("whole", [False, True])
