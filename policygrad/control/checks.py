@@ -187,7 +187,7 @@ def checked_distribution(output: Any, rows: int, space: spaces.Space) -> Any:
     return output
 
 
-def check_memory(size: float, what: str, advice: str) -> None:
+def check_memory(size: int, what: str, advice: str) -> None:
     """Raise UserError for more bytes than the machine has, before they are allocated."""
     try:
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
