@@ -28,7 +28,7 @@ def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
     Raises UserError if the module, file or function does not exist, or if the import raises or exits.
     """
     if spec.endswith(".py"):
-        raise UserError(f"{what} {ending(spec, 40)!r} is a file: add the name of what is in it, as in file.py:NAME")
+        raise UserError(f"{what} {ending(spec, 40)!r} is a file: add the function's name, as in file.py:function")
     place, _, name = spec.rpartition(":")
     of_a_file = place.endswith(".py")
     if not name.isidentifier() or not (of_a_file or all(part.isidentifier() for part in place.split("."))):
@@ -39,13 +39,14 @@ def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
         module = _executed(Path(place), what) if of_a_file else load_module(place, what=what)
     function = getattr(module, name, None)
     if not callable(function):
+        kind = "function or class" if what == "environment" else "function"
         known = [
             other
             for other, x in vars(module).items()
             if inspect.isfunction(x) or (inspect.isclass(x) and x.__module__ == module.__name__)
             if not other.startswith("_")
         ]
-        raise UserError(f"{ending(place, 40)} has no {what} {ending(name, 40)!r}: {_nearest(name, known)}")
+        raise UserError(f"{ending(place, 40)} has no {kind} {ending(name, 40)!r}: {_nearest(name, known)}")
     return function
 
 

@@ -24,10 +24,11 @@ def save_policy(
     critic: nn.Module | None,
     normalizer: ObservationNormalizer | None,
     learned: Learned | None = None,
+    environment: str | None = None,
 ) -> None:
     """Write the policy, its critic if it has one, and the statistics that normalize its observations.
 
-    learned: what the environment's wrappers have learned.
+    learned: what the environment's wrappers have learned. environment: its name, for a reader.
 
     Each file is written under a temporary name and then renamed, so that a crash leaves the old file.
     """
@@ -43,6 +44,7 @@ def save_policy(
         "policy": getattr(policy, "description", None),
         "class": f"{type(policy).__module__}:{type(policy).__qualname__}",
         "normalizes_observations": normalizer is not None,
+        "environment": environment,
     }
     _write_tensors(directory / "policy.safetensors", tensors)
     write_json(directory / "policy.json", description)
@@ -128,10 +130,11 @@ def load_policy(
     return policy, normalizer
 
 
-def load_learned(directory: Path | str) -> Learned:
-    """What the wrappers of the environment had learned when the policy in a run directory was saved."""
-    tensors = load_file(Path(directory) / "policy.safetensors")
-    return {name: x.numpy() for name, x in _part(tensors, "wrappers.").items()}
+def load_learned(directory: Path) -> tuple[Learned, str]:
+    """What the wrappers of the environment had learned when the policy in a run directory was saved, and its name."""
+    tensors = load_file(directory / "policy.safetensors")
+    named = json.loads((directory / "policy.json").read_text()).get("environment")
+    return {name: x.numpy() for name, x in _part(tensors, "wrappers.").items()}, one_line(named or "your own", 40)
 
 
 def load_critic(directory: Path, critic: nn.Module) -> bool:

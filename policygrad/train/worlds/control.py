@@ -38,11 +38,12 @@ class ControlWorld(World):
     normalizer: ObservationNormalizer | None = None
     observation_space: gymnasium.Space  # as the policy takes it
     action_space: gymnasium.Space
+    trained_on = "an environment"  # its name, where it is all that is known
     unflattened: gymnasium.Space | None = None  # as the environment gives it
 
     @property
     def name(self) -> str:
-        return "an environment of your own" if self.task is None else label(self.task)
+        return self.trained_on if self.task is None else label(self.task)
 
     @property
     def mine(self) -> bool:
@@ -135,7 +136,7 @@ class ControlWorld(World):
     def load(self, directory: Path) -> None:
         self.policy, self.normalizer = load_policy(directory)
         self.policy.to(self.options.device)
-        self.statistics = load_learned(directory)
+        self.statistics, self.trained_on = load_learned(directory)
         if isinstance(self.policy, Policy):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         if has_critic(self.options):
@@ -146,7 +147,7 @@ class ControlWorld(World):
                 self.critic = critic.to(self.options.device)
 
     def save(self, directory: Path) -> None:
-        save_policy(directory, self.policy, self.critic, self.normalizer, self.learned())
+        save_policy(directory, self.policy, self.critic, self.normalizer, self.learned(), self.name)
 
     def stored(self) -> str | None:
         """The id, or the name of a class or function, with the whole path of its file; None without one."""
@@ -186,8 +187,8 @@ class ControlWorld(World):
         played = self.task if environment is None else environment
         if played is None:
             raise UserError(
-                "this run was trained on an environment of your own, which has no name to find it by: hand it in from "
-                "Python, as run.evaluate(environment=MyEnv)"
+                f"the environment of this run, {self.name}, has no name to find it by: in Python, "
+                f"policygrad.Run.load(RUN).evaluate(environment=...) takes {self.name} itself"
             )
         learned = self.learned()
         found = evaluate(
