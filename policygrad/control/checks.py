@@ -15,31 +15,37 @@ from policygrad.errors import UserError, one_line, shortened
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
-def check_member(obs: Any, space: spaces.Space, method: str) -> None:
-    """Raise UserError for an observation of one environment that its batch would not hold as it is."""
+def checked_member(obs: Any, space: spaces.Space, method: str) -> Any:
+    """An observation of one environment in its space's dtype, the same numbers.
+
+    Raises UserError for one that its batch would not hold as it is.
+    """
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        names = list(space.spaces) if isinstance(space, spaces.Dict) else range(len(space.spaces))
-        for name in names:
+        parts = {}
+        for name in space.spaces if isinstance(space, spaces.Dict) else range(len(space.spaces)):
             try:
                 part = obs[name]
             except (KeyError, IndexError, TypeError) as error:
                 said = f"the environment's {method} returned an observation without {shortened(name, 40)}"
                 raise UserError(f"{said}, which its observation_space has: fix one of the two") from error
-            check_member(part, space[name], method)  # type: ignore[index]
-        return
+            parts[name] = checked_member(part, space[name], method)  # type: ignore[index]
+        return parts if isinstance(space, spaces.Dict) else tuple(parts.values())
     if space.shape is None or space.dtype is None:
-        return
+        return obs
     array = obs if isinstance(obs, np.ndarray) else np.asarray(obs)
     if array.shape != space.shape:
         raise UserError(
             f"the environment's {method} returned an observation of shape {array.shape}, but its "
             f"observation_space says {space.shape}: fix one of the two"
         )
-    if array.dtype != space.dtype and (changed := _changed(array, space.dtype)) is not None:
+    if array.dtype == space.dtype:
+        return obs
+    if (changed := _changed(array, space.dtype)) is not None:
         raise UserError(
             f"the environment's {method} returned {changed} in an observation, which is no {space.dtype} number: "
             "fix it or the observation_space"
         )
+    return array.astype(space.dtype)
 
 
 def _changed(array: np.ndarray, dtype: np.dtype) -> str | None:

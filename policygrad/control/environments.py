@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
-from policygrad.control.checks import check_member, checked_number
+from policygrad.control.checks import checked_member, checked_number
 from policygrad.control.processes import Processes
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def make_environments(
-    environment: Environment,
+    environment: Any,
     num_envs: int = 1,
     *,
     vectorization: str = "auto",
@@ -184,10 +184,11 @@ def find(name: str) -> EnvSpec:
                 raise UserError(f"{said}{install}write {registers}:{ending(name, 60)}") from error
         known = {key.lower(): key for key in gymnasium.registry}
         near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
-        if near:
-            hint = f"did you mean {' or '.join(near)}?"
-        elif "/" in name and not module:
+        space = name.rpartition("/")[0]
+        if space and not module and not any(key.startswith(f"{space}/") for key in gymnasium.registry):
             hint = f"name the module that registers it, as in module:{ending(name, 40)}"
+        elif near:
+            hint = f"did you mean {' or '.join(near)}?"
         else:
             hint = "`policygrad list environments` lists the known ones"
         raise UserError(said + hint) from error
@@ -219,13 +220,12 @@ class Checked(gymnasium.Wrapper):
             self.env.action_space.seed(int(of_actions))
             self.env.observation_space.seed(int(of_observations))
         obs, info = self.env.reset(**options)
-        check_member(obs, self.observation_space, "reset")
-        return obs, _numbers(info)
+        return checked_member(obs, self.observation_space, "reset"), _numbers(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As the environment's, with the observation and the reward checked."""
         obs, reward, terminated, truncated, info = self.env.step(action)
-        check_member(obs, self.observation_space, "step")
+        obs = checked_member(obs, self.observation_space, "step")
         return obs, checked_number(reward), terminated, truncated, _numbers(info)
 
     def close(self) -> None:
@@ -241,7 +241,8 @@ def _numbers(info: Any) -> dict[str, float]:
         raise UserError(f"the environment's info is {shortened(info, 40)}: fix its step or reset to return a dict")
     found = {}
     for name, x in info.items():
-        if isinstance(x, int | float | np.number | np.bool_) and isinstance(name, str) and not name.startswith("_"):
+        named = isinstance(name, str) and not name.startswith(("_", "final_"))
+        if named and isinstance(x, int | float | np.number | np.bool_):
             try:
                 number = float(x)
             except (TypeError, OverflowError):  # complex, or an integer beyond floats

@@ -15,7 +15,7 @@ from gymnasium.wrappers import TimeLimit
 from torch import nn
 
 from policygrad.control.acting import Mode
-from policygrad.control.environments import Environment, close, label, make_environments
+from policygrad.control.environments import close, label, make_environments
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.policies import Policy
 from policygrad.control.sampler import Sampler
@@ -62,7 +62,7 @@ class Evaluation:
 
 def evaluate(
     policy: nn.Module,
-    environment: Environment,
+    environment: Any,
     episodes: int = 10,
     *,
     seed: int = 1000,
