@@ -422,10 +422,10 @@ def _quiet() -> None:
     gymnasium.logger.min_level = logging.CRITICAL
     others = warnings.formatwarning
 
-    def form(message: Any, category: type[Warning], *place: Any) -> str:
+    def formatted(message: Any, category: type[Warning], *place: Any) -> str:
         return f"policygrad: {message}\n" if issubclass(category, Note) else others(message, category, *place)
 
-    warnings.formatwarning = form
+    warnings.formatwarning = formatted  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_a_composite_observation_of_other_parts_is_one_line() -> None:
     space = spaces.Dict({"a": spaces.Discrete(3)})
     made = policy(spaces.Discrete(2), spaces.flatten_space(space))
     for wrong in ({"b": 1}, (1,), {"a": 7}):
-        with pytest.raises(UserError, match="act got a .* of other parts, and an observation is in Dict"):
+        with pytest.raises(UserError, match=r"act got a .* of other parts, and an observation is in Dict"):
             act(made, wrong, space, made.action_space)
 
 

@@ -38,6 +38,11 @@ class Ending(Known):
         return super().step(action)
 
 
+def step(made: Stepping, action: np.ndarray) -> None:
+    for _ in range(8):
+        made.step(action)
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -52,8 +57,7 @@ def test_a_process_that_is_lost_is_named(how: str, said: str, capfd: pytest.Capt
     made = Stepping(Processes(makers, time_limit=0.5 if how == "hangs" else None))
     made.reset()
     with pytest.raises(UserError, match=said) as raised:
-        for _ in range(3):
-            made.step(np.zeros((3, 2), np.float32))
+        step(made, np.zeros((3, 2), np.float32))
     assert len(str(raised.value)) <= 200
     processes: Any = made.environments
     assert not any(x.is_alive() for x in processes.processes), "no process is left"
@@ -68,8 +72,7 @@ def test_an_error_in_a_process_is_its_own_and_leaves_no_report(capfd: pytest.Cap
     with pytest.raises(
         UserError, match=r"^the environment raised RuntimeError in step: the simulator crashed"
     ) as raised:
-        for _ in range(8):
-            made.step(np.zeros(2, np.int64))
+        step(made, np.zeros(2, np.int64))
     assert "the simulator" in str(raised.value.__cause__), "with the trace of the process, for --debug"
     environments.close()
     assert capfd.readouterr().err == ""
@@ -82,8 +85,7 @@ def test_a_wrong_value_in_a_process_is_the_same_line_as_without() -> None:
         made = Stepping(environments)
         made.reset()
         with pytest.raises(UserError) as raised:
-            for _ in range(8):
-                made.step(np.zeros(2, np.int64))
+            step(made, np.zeros(2, np.int64))
         said.append(str(raised.value))
         environments.close()
     assert said[0] == said[1]

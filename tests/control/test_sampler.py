@@ -583,3 +583,31 @@ def test_the_layout_of_next_step_resets() -> None:
     assert found["ended"].flatten().tolist() == [False, True, True, False]
     assert found["reward"].flatten().tolist() == [1, 1, 0, 1]
     assert stop.tolist() == [[21]], "step 21 did not fit the row: it is the observation after its last step"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (lambda obs: (torch.zeros(len(obs), 1, 2),), "returned a tuple and no distribution of actions"),
+        (lambda obs: torch.zeros(len(obs), 1, 2), "returned a tensor, such as logits,"),
+        (
+            lambda obs: torch.distributions.Normal(torch.zeros(len(obs), 1, 2), 1.0),
+            r"wrap it in .*Independent\(\.\.\., 1\)",
+        ),
+        (
+            lambda obs: torch.distributions.Independent(
+                torch.distributions.Normal(torch.zeros(len(obs), 1, 3), 1.0), 1
+            ),
+            r"actions have shape \(3,\), and the action space's \(2,\)",
+        ),
+    ],
+    ids=["tuple", "logits", "not independent", "shape"],
+)
+def test_a_policy_that_returns_no_distribution_of_actions_is_named(output: Any, said: str) -> None:
+    class Own(nn.Module):
+        def forward(self, obs: Tensor) -> Any:
+            return output(obs)
+
+    with pytest.raises(UserError, match=said) as raised:
+        Sampler(vector(limited(Known, 8)), 4)(Own())
+    assert len(str(raised.value)) <= 200

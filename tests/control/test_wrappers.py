@@ -131,7 +131,7 @@ def test_an_evaluation_is_the_same_however_many_episodes_came_before() -> None:
 
 
 def test_numbers_of_a_users_own_wrapper_that_changed_go_along() -> None:
-    environments, policy, learned = trained(lambda: TimeLimit(OwnScale(Known()), 8), 1)
+    environments, _, learned = trained(lambda: TimeLimit(OwnScale(Known()), 8), 1)
     inside = environments.envs[0].get_wrapper_attr("level")
     assert learned["OwnScale.0.level"] == inside > 30
     assert "OwnScale.0.fixed" not in learned, "a setting is none of what was learned"
@@ -191,7 +191,7 @@ def test_the_return_is_counted_before_rewards_are_normalized(vector: bool) -> No
     ids=["fresh", "training without", "evaluation without", "processes"],
 )
 def test_statistics_that_are_not_there_are_one_line(environment: Any, learned: Any, said: str) -> None:
-    environments, policy, those = trained(normalized())
+    _, policy, those = trained(normalized())
     environment = environment() if said.startswith("learns") else environment
     try:
         with pytest.raises(UserError, match=said) as raised:
