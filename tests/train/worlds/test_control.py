@@ -176,7 +176,7 @@ def test_a_class_of_ones_own_is_trained_and_evaluated_by_its_name_and_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    monkeypatch.delitem(sys.modules, "mine_world", raising=False)
     Path("mine_world.py").write_text(MINE)
     pg.train("ppo", name, out="run", env_options={"steps": 3}, **FAST)
     monkeypatch.chdir("/")
