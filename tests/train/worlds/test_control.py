@@ -374,3 +374,12 @@ def test_an_evaluation_takes_one_thread_and_gives_the_others_back() -> None:
         assert used[-1] == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_time_limit_of_a_step_is_the_processes() -> None:
+    for limit in (None, 60.0):
+        values: dict[str, Any] = {"vectorization": "async", "step_time_limit": limit, "preset": "none"}
+        with pg.Training("ppo", "CartPole-v1", num_envs=2, **values) as training:
+            assert training.world.environments.time_limit == limit
+    with pytest.raises(UserError, match="step_time_limit is read only where vectorization is async"):
+        pg.Training("ppo", "CartPole-v1", step_time_limit=60.0)
