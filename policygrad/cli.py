@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Any, get_origin
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from policygrad.errors import UserError
+from policygrad.errors import Note, UserError
 from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
 from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named
@@ -203,7 +204,10 @@ def _command(options: Any) -> Any:
     """The dataclass of `policygrad train` with these options as defaults."""
     kind = for_command_line(type(options))
     default = kind(**{f.name: getattr(options, f.name) for f in fields(options)})
-    task = "A Gymnasium id (`module:Id-v0` imports the module first), arithmetic, a file of prompts, or exact:chain."
+    task = (
+        "A Gymnasium id (`module:Id-v0` imports the module first), a class or function that makes an environment "
+        "(my_env.py:MyEnv or module:MyEnv), arithmetic, a file of prompts, or exact:chain."
+    )
     made: list[Any] = [
         ("task", Annotated[str | None, Positional, arg(metavar="TASK", help=task)], field(default=None)),
         ("options", _flat[kind], field(default=default)),
@@ -412,10 +416,16 @@ def _last_line_alone(asked: bool) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Silence Gymnasium's warnings, which are for authors of environments."""
+    """Silence Gymnasium's warnings, which are for authors of environments, and print notes in one line."""
     import gymnasium
 
     gymnasium.logger.min_level = logging.CRITICAL
+    others = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], *place: Any) -> str:
+        return f"policygrad: {message}\n" if issubclass(category, Note) else others(message, category, *place)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ class Kept(str):
     """A note on the exception that stopped a run: what is saved of it, and where."""
 
 
+class Note(UserWarning):
+    """Something that the user should know and that stops nothing, in one line."""
+
+
 def one_line(thing: Any, length: int = 100) -> str:
     """An error's message, or any object as text, in one line of at most `length` characters."""
     said = " ".join(str(thing).split()) or type(thing).__name__

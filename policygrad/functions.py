@@ -1,4 +1,4 @@
-"""Load a user's function by name. Nothing else in the library imports users' code."""
+"""Load a user's function or class by name. Nothing else in the library imports users' code."""
 
 import contextlib
 import difflib
@@ -20,7 +20,7 @@ LONGEST = 200  # characters of a message
 
 
 def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
-    """The function that `module:function` or `path/file.py:function` names.
+    """The function or class that `module:function` or `path/file.py:function` names.
 
     A file is executed again at every call, since it may have changed. A module is imported as usual; the working
     directory is searched last. what: what error messages call the function.
@@ -39,8 +39,14 @@ def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
         module = _executed(Path(place), what) if of_a_file else load_module(place, what=what)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [other for other, x in vars(module).items() if inspect.isfunction(x) and not other.startswith("_")]
-        raise UserError(f"{ending(place, 40)} has no function {ending(name, 40)!r}: {_nearest(name, known)}")
+        kind = "function or class" if what == "environment" else "function"
+        known = [
+            other
+            for other, x in vars(module).items()
+            if inspect.isfunction(x) or (inspect.isclass(x) and x.__module__ == module.__name__)
+            if not other.startswith("_")
+        ]
+        raise UserError(f"{ending(place, 40)} has no {kind} {ending(name, 40)!r}: {_nearest(name, known)}")
     return function
 
 

@@ -78,7 +78,7 @@ def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, method: 
     assert said.out.count("\n") == 1
     result = strict(said.out)
     keys = {"run", "method", "world", "task", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
-    assert set(result) == keys | {"episodes", "preset"}
+    assert set(result) == keys | {"episodes", "preset", "reward_per_step", "success"}
     assert result["preset"] is None
     full = {"a2c": "actor_critic", "REINFORCE++": "reinforce_plus_plus"}
     assert result["method"] == full.get(method, method.lower().replace("-", "_"))

@@ -1,7 +1,7 @@
 """The world of control: Gymnasium environments, and policies for their spaces."""
 
 from policygrad.control.environments import label, make_environments
-from policygrad.control.evaluation import Evaluation, evaluate, evaluate_on
+from policygrad.control.evaluation import Evaluation, evaluate
 from policygrad.control.memory import has_memory, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.policies import Critic, Policy
@@ -15,7 +15,6 @@ __all__ = [
     "RewardScaler",
     "Sampler",
     "evaluate",
-    "evaluate_on",
     "has_memory",
     "label",
     "make_environments",

@@ -1,14 +1,75 @@
 """What an environment returns, checked before it is averaged into a batch. Each check raises UserError."""
 
+import math
+import os
+import traceback
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from torch import Tensor
 
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, one_line, shortened
 
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+
+
+def checked_member(obs: Any, space: spaces.Space, method: str) -> Any:
+    """An observation of one environment in its space's dtype, the same numbers.
+
+    Raises UserError for one that its batch would not hold as it is.
+    """
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = {}
+        for name in space.spaces if isinstance(space, spaces.Dict) else range(len(space.spaces)):
+            try:
+                part = obs[name]
+            except (KeyError, IndexError, TypeError) as error:
+                said = f"the environment's {method} returned an observation without {shortened(name, 40)}"
+                raise UserError(f"{said}, which its observation_space has: fix one of the two") from error
+            parts[name] = checked_member(part, space[name], method)  # type: ignore[index]
+        return parts if isinstance(space, spaces.Dict) else tuple(parts.values())
+    if space.shape is None or space.dtype is None:
+        return obs
+    array = obs if isinstance(obs, np.ndarray) else np.asarray(obs)
+    if array.shape != space.shape:
+        raise UserError(
+            f"the environment's {method} returned an observation of shape {array.shape}, but its "
+            f"observation_space says {space.shape}: fix one of the two"
+        )
+    if array.dtype == space.dtype:
+        return obs
+    if (changed := _changed(array, space.dtype)) is not None:
+        raise UserError(
+            f"the environment's {method} returned {changed} in an observation, which is no {space.dtype} number: "
+            "fix it or the observation_space"
+        )
+    return array.astype(space.dtype)
+
+
+def _changed(array: np.ndarray, dtype: np.dtype) -> str | None:
+    """The first number that a cast to `dtype` would change by more than rounding; None if there is none."""
+    if array.dtype.kind not in "biuf":
+        return shortened(array.reshape(-1)[0], 40)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+        wrong = np.isinf(cast) & np.isfinite(array) if np.dtype(dtype).kind == "f" else cast != array
+    return str(array[wrong].reshape(-1)[0]) if wrong.any() else None
+
+
+def checked_number(reward: Any) -> Any:
+    """The reward of one step. Raises UserError if it is not a number."""
+    if not isinstance(reward, float | int):
+        if np.ndim(reward) != 0:
+            raise UserError(
+                f"the environment's step returned a reward of shape {np.shape(reward)}: fix it to return a number"
+            )
+        if np.asarray(reward).dtype.kind not in "biuf":
+            raise UserError(
+                f"the environment's step returned a reward of {shortened(reward, 60)}: fix it to return a number"
+            )
+    return reward
 
 
 def checked_observations(obs: Any, space: spaces.Space, count: int) -> np.ndarray:
@@ -50,10 +111,31 @@ def checked_reward(reward: Any, counts: np.ndarray) -> np.ndarray:
             f"the environments returned rewards of shape {np.shape(reward)}, not {counts.shape}: fix their step"
         )
     reward = np.where(counts, reward, 0.0)
-    if not np.isfinite(reward).all():
-        wrong = reward[~np.isfinite(reward)][0]
-        raise UserError(f"the environment's step returned a reward of {wrong}: fix its step")
+    wrong = ~(np.abs(reward) <= torch.finfo(torch.get_default_dtype()).max)
+    if wrong.any():
+        beyond = " (beyond float32)" if np.isfinite(reward[wrong][0]) else ""
+        raise UserError(f"the environment's step returned a reward of {reward[wrong][0]}{beyond}: fix its step")
     return reward
+
+
+def stored(obs: np.ndarray) -> np.ndarray:
+    """Observations as a rollout stores them. Raises UserError for numbers that would change."""
+    dtype = stored_dtype(obs.dtype)
+    if obs.dtype == dtype:
+        return obs
+    if (changed := _changed(obs, dtype)) is not None:
+        raise UserError(f"the environment returned {changed} in an observation, which is beyond {dtype}: scale it down")
+    return obs.astype(dtype)
+
+
+def check_next_step(info: dict[str, Any]) -> None:
+    """Raise UserError if an environment that is said to reset on the next step reports that it already has."""
+    for name in ("final_obs", "final_observation"):
+        if info.get(name) is not None:
+            raise UserError(
+                f"the vector environment says autoreset_mode NEXT_STEP, and its info has {name}, as of SAME_STEP: "
+                "set the mode that it has in its metadata"
+            )
 
 
 def final_observations(obs: Any, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
@@ -68,6 +150,59 @@ def final_observations(obs: Any, ended: np.ndarray, info: dict[str, Any]) -> np.
             )
         final[i] = found[i]
     return final
+
+
+def checked_distribution(output: Any, rows: int, space: spaces.Space) -> Any:
+    """What a policy returned for observations [rows, 1, ...], if it is a distribution of actions in the space.
+
+    Raises UserError if it is not.
+    """
+    distribution = getattr(output, "distribution", output)  # the one that a mode is of
+    if not callable(getattr(distribution, "log_prob", None)):
+        what = "a tensor, such as logits," if isinstance(distribution, Tensor) else f"a {type(distribution).__name__}"
+        raise UserError(
+            f"the policy returned {what} and no distribution of actions: return one of torch.distributions, such as "
+            "Categorical(logits=...)"
+        )
+    if not isinstance(distribution, torch.distributions.Distribution):
+        return output
+    batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
+    if batch != (rows, 1):
+        advice = "give it obs's first two dimensions"
+        if batch[:2] == (rows, 1) and space.shape:
+            advice = "wrap it in torch.distributions.Independent(..., 1)"
+        raise UserError(f"the policy's distribution has batch_shape {batch} for obs of [{rows}, 1, ...]: {advice}")
+    if hasattr(distribution, "to_environment") or space.shape is None:
+        return output
+    if math.prod(event) != math.prod(space.shape):
+        raise UserError(
+            f"the policy's actions have shape {event}, and the action space's {space.shape}: fix the policy"
+        )
+    if isinstance(space, spaces.Discrete):
+        support: Any = distribution.support
+        if not support.is_discrete:
+            raise UserError(
+                f"the policy returned a {type(distribution).__name__}, and actions are {one_line(space, 40)}: return a "
+                "Categorical"
+            )
+        count = distribution.logits.shape[-1] if isinstance(distribution, torch.distributions.Categorical) else space.n
+        if count != space.n:
+            raise UserError(
+                f"the policy chooses among {count} actions, and the environment has {space.n}: fix the policy"
+            )
+    return output
+
+
+def check_memory(size: int, what: str, advice: str) -> None:
+    """Raise UserError for more bytes than the machine has, before they are allocated."""
+    try:
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return
+    if size > installed:
+        raise UserError(
+            f"{what} would take {size / 2**30:,.3g} GiB, and this machine has {installed / 2**30:,.3g}: {advice}"
+        )
 
 
 def check_groups(obs: np.ndarray, size: int) -> None:
@@ -89,5 +224,10 @@ def failure(method: str, error: Exception) -> UserError:
     """The environments raised an error."""
     if isinstance(error, UserError):
         return error
+    if any(frame.name == "_add_info" for frame in traceback.extract_tb(error.__traceback__)):
+        return UserError(
+            f"the environment's info changes its types or shapes, and Gymnasium cannot batch it ({one_line(error, 50)}"
+            "): keep them, or hand in a callable that makes one environment"
+        )
     text = f"the environment raised {type(error).__name__} in {method}: {one_line(error)}"
     return UserError(f"{text} (--debug shows where)")

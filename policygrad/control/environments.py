@@ -1,138 +1,303 @@
-"""Vector environments from a Gymnasium id, an environment, or a callable that makes one."""
+"""Vector environments from a Gymnasium id, an environment, or a callable that makes one, also by its name."""
 
 import difflib
+import re
+import sys
+import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
-from policygrad.errors import UserError, one_line
-from policygrad.functions import load_module
+from policygrad.control.checks import checked_member, checked_number
+from policygrad.control.processes import Processes
+from policygrad.control.wrappers import Layers, Learned
+from policygrad.errors import Note, UserError, ending, one_line, shortened
+from policygrad.functions import load_function, load_module
 
-Environment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
+Environment = str | gymnasium.Env | VectorEnv | Callable[..., gymnasium.Env]
+
+# Ids of other packages: how they begin, what to install, and the module whose import registers them.
+PACKAGES = (
+    (r"ALE/", "ale-py", "ale_py"),
+    (r"MiniGrid-|BabyAI-", "minigrid", "minigrid"),
+    (r"Fetch|Hand|PointMaze|AntMaze|Adroit|FrankaKitchen", "gymnasium-robotics", "gymnasium_robotics"),
+    (r"dm_control/", "shimmy[dm-control]", "shimmy"),
+    (r"(highway|merge|roundabout|parking|intersection|racetrack)-", "highway-env", "highway_env"),
+    (r"Meta-World/", "metaworld", "metaworld"),
+    (r"PyFlyt/", "PyFlyt", "PyFlyt.gym_envs"),
+)  # fmt: skip
 
 
 def make_environments(
-    environment: Environment, num_envs: int = 1, *, vectorization: str = "auto", **options: Any
+    environment: Any,
+    num_envs: int = 1,
+    *,
+    vectorization: str = "auto",
+    step_time_limit: float | None = None,
+    **options: Any,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
 
-    environment: an id that Gymnasium knows (`module:Id-v0` imports the module first), an environment object (for one
-    copy), a callable that makes one, or a vector environment, which stays as it is. vectorization: `auto` uses the
-    environment's own vectorized form if it has one, else `sync`; `async` runs one process per copy. options go to
-    gymnasium.make. Dict, Tuple and other composite observations are flattened into a Box.
+    environment: an id that Gymnasium knows (`module:Id-v0` imports the module first); the name of a class or function
+    that makes one, as `module:Name` or `path/file.py:Name`; such a callable itself; an environment object (for one
+    copy); or a vector environment, which stays as it is. vectorization: `auto` uses the environment's own vectorized
+    form if it has one, else `sync`; `async` runs one process per copy. step_time_limit: seconds that such a process may
+    take for a step or a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and
+    other composite observations are flattened into a Box.
 
-    Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, and for a callable that
-    returns the same object twice.
+    Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
+    the same object twice, and for settings that an object which exists already cannot follow.
     """
     if num_envs < 1:
         raise UserError(f"num_envs is {num_envs}: ask for at least one environment")
     if vectorization not in ("auto", "sync", "async"):
         raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async")
-    if isinstance(environment, VectorEnv):
-        _distinct(environment)
-        return _flat(environment)
-    if isinstance(environment, gymnasium.Env):
-        if num_envs > 1:
-            raise UserError(
-                f"one environment object cannot serve as {num_envs} environments: pass a callable that makes one"
-            )
-        return SyncVectorEnv([lambda: _prepared(environment)], autoreset_mode=AutoresetMode.NEXT_STEP)
+    if isinstance(environment, gymnasium.Env | VectorEnv):
+        return _given(environment, num_envs, vectorization, options)
+    spec, make = _maker(environment, options)
+    name = one_line(ending(label(environment), 60), 60)
     try:
-        spec = None
-        if isinstance(environment, str):
-            spec = find(environment)
-            if spec.vector_entry_point is not None and vectorization == "auto":
-                return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
-
-            def make() -> gymnasium.Env:
-                return gymnasium.make(spec, disable_env_checker=True, **options)
+        if spec is not None and spec.vector_entry_point is not None and vectorization == "auto":
+            return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
+        copies = [lambda: _prepared(make(), name)] * num_envs
+        environments: VectorEnv
+        if vectorization == "async":
+            environments = Processes(copies, step_time_limit)
         else:
-            make = environment
-        copies = [lambda: _prepared(make())] * num_envs
-        vector = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
-        environments = vector(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+            environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
         _distinct(environments)
         environments.spec = spec
         return environments
     except UserError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"{label(environment)} needs a package that is not installed: {one_line(error)}") from error
+        raise UserError(f"{name} needs a package that is not installed: {one_line(error)}") from error
     except Exception as error:
+        hint = ": its arguments are env_options" if isinstance(error, TypeError) else ""
+        said = f"the environment {name} could not be made: {type(error).__name__}: "
+        raise UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint) from error
+
+
+def _given(environment: Any, num_envs: int, vectorization: str, options: dict[str, Any]) -> VectorEnv:
+    """An object of the user's as a vector environment."""
+    if options:
         raise UserError(
-            f"the environment {label(environment)} could not be made: {type(error).__name__}: {one_line(error)}"
-        ) from error
+            f"the environment handed in is made already, and takes no {next(iter(options))}: hand in a callable that "
+            "makes one"
+        )
+    single = isinstance(environment, gymnasium.Env)
+    if vectorization == "async" or (vectorization == "sync" and not single):
+        raise UserError(
+            f"the environment handed in is made already: vectorization {vectorization} is for a callable that makes one"
+        )
+    if not single:
+        _distinct(environment)
+        return _flat(environment)
+    if num_envs > 1:
+        raise UserError(
+            f"one environment object cannot serve as {num_envs} environments: pass a callable that makes one"
+        )
+    return SyncVectorEnv([lambda: _prepared(environment, label(environment))], autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def _maker(environment: Any, options: dict[str, Any]) -> tuple[EnvSpec | None, Callable[[], Any]]:
+    """The specification of an id, None for anything else, and what makes one copy."""
+    if isinstance(environment, str):
+        found = named(environment)
+        if isinstance(found, EnvSpec):
+            return found, lambda: gymnasium.make(found, disable_env_checker=True, **options)
+        environment = found
+    if not callable(environment):
+        raise UserError(_no_environment(environment))
+    return None, partial(environment, **options)
+
+
+def named(name: str) -> EnvSpec | Callable[..., Any]:
+    """What a name stands for: an id's specification, or the class or function of `module:Name` or `file.py:Name`.
+
+    Raises UserError if nothing has that name.
+    """
+    place, _, last = name.rpartition(":")
+    if place.endswith(".py") or name.endswith(".py"):
+        return load_function(name, what="environment")
+    if place and last.isidentifier():
+        module = load_module(place, what="environment")
+        if last not in gymnasium.registry or callable(getattr(module, last, None)):
+            return load_function(name, what="environment")
+    return find(name)
+
+
+def importable(environment: Any) -> str | None:
+    """The name by which `named` finds a class or function again; None if there is none."""
+    name = getattr(environment, "__qualname__", "")
+    module = sys.modules.get(getattr(environment, "__module__", None) or "")
+    if module is None or not name.isidentifier() or getattr(module, name, None) is not environment:
+        return None
+    if module.__name__ == "__main__" or module.__name__.startswith("policygrad_file_"):
+        file = getattr(module, "__file__", None)
+        return None if file is None else f"{file}:{name}"
+    return f"{module.__name__}:{name}"
 
 
 def autoreset_mode(environments: VectorEnv) -> AutoresetMode:
-    """When the environments reset. Their metadata says so as Gymnasium's enum or in words; NEXT_STEP without it."""
+    """When the environments reset. Their metadata says so as Gymnasium's enum or in words.
+
+    Raises UserError if it does not: with the wrong one, a decision of each episode would be lost or made up.
+    """
     said = (environments.metadata or {}).get("autoreset_mode")
-    if said is None:
-        return AutoresetMode.NEXT_STEP
     word = _letters(getattr(said, "value", said))
     for mode in AutoresetMode:
         if word == _letters(mode.value):
             return mode
-    raise UserError(f"the vector environment's autoreset_mode is {said!r}: set it to NextStep, SameStep or Disabled")
+    is_said = "does not say when it resets" if said is None else f"has the autoreset_mode {shortened(said, 40)}"
+    raise UserError(
+        f'the vector environment {is_said}: set metadata["autoreset_mode"] to AutoresetMode.NEXT_STEP or SAME_STEP'
+    )
 
 
 def _letters(word: Any) -> str:
     return "".join(x for x in str(word).rpartition(".")[2].lower() if x.isalpha())
 
 
-def find(name: str) -> gymnasium.envs.registration.EnvSpec:
-    """The specification of an id. Raises UserError with similar ids if Gymnasium does not know it."""
+def find(name: str) -> EnvSpec:
+    """The specification of an id. Raises UserError with similar ids, or the package to install, if it is unknown."""
     module, _, name = name.rpartition(":")
     if module:
         load_module(module, what="environment")
     try:
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ValueError) as error:
+        said = f"unknown environment {shortened(name)}: "
+        for beginning, package, registers in PACKAGES:
+            if re.match(beginning, name) and not module:
+                installed = find_spec(registers.partition(".")[0]) is not None
+                install = "" if installed else f"install its package (pip install {package}) and "
+                raise UserError(f"{said}{install}write {registers}:{ending(name, 60)}") from error
         known = {key.lower(): key for key in gymnasium.registry}
         near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "`policygrad list environments` lists the known ones"
-        raise UserError(f"unknown environment {name!r}: {hint}") from error
+        space = name.rpartition("/")[0]
+        if space and not module and not any(key.startswith(f"{space}/") for key in gymnasium.registry):
+            hint = f"name the module that registers it, as in module:{ending(name, 40)}"
+        elif near:
+            hint = f"did you mean {' or '.join(near)}?"
+        else:
+            hint = "`policygrad list environments` lists the known ones"
+        raise UserError(said + hint) from error
 
 
 class Checked(gymnasium.Wrapper):
-    """Refuses an observation or a reward of the wrong shape, which Gymnasium would copy into the batch."""
+    """Refuses what Gymnasium would cast or copy into the batch unseen: wrong shapes, and numbers that would change.
+
+    Of `info` it passes on numbers alone, as floats, since Gymnasium's arrays take the type of the first value.
+    """
+
+    def __init__(self, environment: gymnasium.Env) -> None:
+        super().__init__(environment)
+        self.layers = Layers(environment)
+
+    @property
+    def unflattened(self) -> spaces.Space:
+        """The space of the observations as the environment gives them."""
+        return self.env.observation_space
+
+    def learned(self) -> Learned:
+        """What the wrappers inside have learned."""
+        return self.layers.learned()
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """As the environment's, with the observation's shape checked."""
+        """As the environment's, with the observation checked. A seed also decides the samples of the spaces."""
+        if options.get("seed") is not None:
+            of_actions, of_observations = np.random.SeedSequence(options["seed"], spawn_key=(2,)).generate_state(2)
+            self.env.action_space.seed(int(of_actions))
+            self.env.observation_space.seed(int(of_observations))
         obs, info = self.env.reset(**options)
-        self._check(obs, "reset")
-        return obs, info
+        return checked_member(obs, self.observation_space, "reset"), _numbers(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As the environment's, with the observation's and the reward's shape checked."""
-        obs, number, terminated, truncated, info = self.env.step(action)
-        reward: Any = number
-        self._check(obs, "step")
-        if np.ndim(reward) != 0:
-            raise UserError(
-                f"the environment's step returned a reward of shape {np.shape(reward)}: fix it to return a number"
-            )
-        return obs, reward, terminated, truncated, info
+        """As the environment's, with the observation and the reward checked."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs = checked_member(obs, self.observation_space, "step")
+        return obs, checked_number(reward), terminated, truncated, _numbers(info)
 
-    def _check(self, obs: Any, method: str) -> None:
-        shape = self.observation_space.shape
-        if shape is not None and np.shape(obs) != shape:
-            raise UserError(
-                f"the environment's {method} returned an observation of shape {np.shape(obs)}, but its "
-                f"observation_space says {shape}: fix one of the two"
-            )
+    def close(self) -> None:
+        """As the environment's. An error becomes a note: what was learned is not lost for it."""
+        close(self.env)
 
 
-def _prepared(environment: gymnasium.Env) -> gymnasium.Env:
+def _numbers(info: Any) -> dict[str, float]:
+    """The finite numbers in an info, as floats. The other entries, and Gymnasium's own names, are left out."""
+    if not info:
+        return {}
+    if not isinstance(info, dict):
+        raise UserError(f"the environment's info is {shortened(info, 40)}: fix its step or reset to return a dict")
+    found = {}
+    for name, x in info.items():
+        named = isinstance(name, str) and not name.startswith(("_", "final_"))
+        if named and isinstance(x, int | float | np.number | np.bool_):
+            try:
+                number = float(x)
+            except (TypeError, OverflowError):  # complex, or an integer beyond floats
+                continue
+            if np.isfinite(number):
+                found[name] = number
+    return found
+
+
+def close(environments: gymnasium.Env | VectorEnv) -> None:
+    """Close environments. An error becomes a note of one line."""
+    try:
+        environments.close()
+    except Exception as error:
+        said = f"the environment raised {type(error).__name__} in close: {one_line(error)}"
+        warnings.warn(f"{said} (the results are kept)", Note, stacklevel=2)
+
+
+def unflattened(environments: VectorEnv) -> spaces.Space:
+    """The space of one environment's observations as the environment gives them, before they are flattened."""
+    base = environments.unwrapped
+    if isinstance(environments, FlattenVectorObservation):
+        return environments.env.single_observation_space
+    if isinstance(base, Processes):
+        return base.call("unflattened")[0]
+    inside = base.envs[0] if isinstance(base, SyncVectorEnv) else None
+    if isinstance(inside, gymnasium.Wrapper) and inside.has_wrapper_attr("unflattened"):
+        return inside.get_wrapper_attr("unflattened")
+    return environments.single_observation_space
+
+
+def _prepared(environment: Any, name: str) -> gymnasium.Env:
+    if not isinstance(environment, gymnasium.Env):
+        raise UserError(f"{name} made no environment: {_no_environment(environment)}")
+    if type(environment).step is gymnasium.Env.step:
+        raise UserError(f"the environment {name} has no step: define step and reset in its class")
+    for part in ("observation_space", "action_space"):
+        if not isinstance(getattr(environment, part, None), spaces.Space):
+            raise UserError(f"the environment {name} has no {part}: set it to a gymnasium.spaces.Space in its __init__")
     checked = Checked(environment)
     simple = isinstance(checked.observation_space, spaces.Box | spaces.Discrete)
     return checked if simple else FlattenObservation(checked)
+
+
+def _no_environment(thing: Any) -> str:
+    """Why an object is no environment, and what to do."""
+    said = f"{shortened(thing, 40)} is no gymnasium.Env"
+    if any(x.__module__.partition(".")[0] == "gym" for x in type(thing).__mro__):
+        kind = type(thing).__name__
+        return f"{kind} is of the old package gym: convert it with shimmy.GymV26CompatibilityV0(env={kind}(...))"
+    if isinstance(thing, VectorEnv):
+        return f"{type(thing).__name__} is a vector environment: hand in the object itself"
+    if callable(getattr(thing, "step", None)):
+        return f"{said}: derive its class from gymnasium.Env"
+    return f"{said}: give an id, a class or function that makes one, an environment, or a vector environment"
 
 
 def _distinct(environments: VectorEnv) -> None:
@@ -146,10 +311,11 @@ def _distinct(environments: VectorEnv) -> None:
 
 
 def _flat(environments: VectorEnv) -> VectorEnv:
+    mode = autoreset_mode(environments)
     if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
         return environments
-    metadata, mode = environments.metadata or {}, autoreset_mode(environments)
-    if metadata.get("autoreset_mode") is not mode:  # Gymnasium's wrapper reads only the enum
+    metadata = environments.metadata
+    if metadata["autoreset_mode"] is not mode:  # Gymnasium's wrapper reads only the enum
         environments = VectorWrapper(environments)
         environments.metadata = metadata | {"autoreset_mode": mode}
     try:
@@ -162,7 +328,7 @@ def _flat(environments: VectorEnv) -> VectorEnv:
         ) from error
 
 
-def label(environment: Environment) -> str:
+def label(environment: Any) -> str:
     """The name of an environment, for a reader."""
     if isinstance(environment, str):
         return environment

@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
@@ -11,19 +12,26 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TimeLimit
-from torch import Tensor, nn
+from torch import nn
 
-from policygrad.control.environments import Environment, label, make_environments
+from policygrad.control.acting import Mode
+from policygrad.control.environments import close, label, make_environments
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.policies import Policy
 from policygrad.control.sampler import Sampler
 from policygrad.control.spaces import describe, rebuild
+from policygrad.control.stepping import info_means
+from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import UserError, one_line
 
 
 @dataclass
 class Evaluation:
-    """The returns and lengths of whole episodes."""
+    """The returns and lengths of whole episodes.
+
+    success and info: means of the numbers in the info at the end of each episode; success is the info's `is_success` or
+    `success`.
+    """
 
     return_mean: float
     return_std: float
@@ -31,6 +39,8 @@ class Evaluation:
     episodes: int
     returns: list[float]
     lengths: list[int]
+    success: float | None = None
+    info: dict[str, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -39,8 +49,9 @@ class Evaluation:
 
     def line(self) -> str:
         """For a reader."""
+        success = "" if self.success is None else f"success {self.success:.2f}, "
         return (
-            f"return {self.return_mean:,.1f} +- {self.return_std:,.1f}, length {self.length_mean:,.1f}, "
+            f"return {self.return_mean:,.1f} +- {self.return_std:,.1f}, {success}length {self.length_mean:,.1f}, "
             f"{self.episodes} episodes"
         )
 
@@ -49,83 +60,94 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
-def evaluate_on(
+def evaluate(
     policy: nn.Module,
-    normalizer: ObservationNormalizer | None,
-    environment: Environment,
-    episodes: int,
+    environment: Any,
+    episodes: int = 10,
     *,
     seed: int = 1000,
     stochastic: bool = False,
-    max_steps: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Evaluation:
-    """Evaluate a policy on an environment as make_environments takes it, and close what was made here.
-
-    Raises UserError where `evaluate` does, for a seed out of range, and for other spaces than the policy's.
-    """
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
-    single = isinstance(environment, gymnasium.Env)
-    environments = make_environments(environment, 1 if single else max(1, min(episodes, 16)))
-    with ExitStack() as stack:
-        if not isinstance(environment, gymnasium.Env | VectorEnv):
-            stack.callback(environments.close)
-        _check_spaces(policy, environments, label(environment))
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(seed)
-        return evaluate(
-            policy,
-            environments,
-            episodes,
-            seed=seed,
-            stochastic=stochastic,
-            normalizer=normalizer,
-            max_steps=max_steps,
-            device=device,
-        )
-
-
-def evaluate(
-    policy: nn.Module,
-    environments: VectorEnv,
-    episodes: int,
-    *,
-    seed: int = 0,
-    stochastic: bool = False,
     normalizer: ObservationNormalizer | None = None,
+    learned: Learned | None = None,
     max_steps: int | None = None,
+    threads: int | None = 1,
     device: torch.device | str = "cpu",
+    **options: Any,
 ) -> Evaluation:
-    """Play `episodes` whole episodes, the same number in every environment, plus or minus one.
+    """Play `episodes` whole episodes, the same number in every copy of the environment, plus or minus one.
 
     Taking the first episodes to finish would over-represent short ones. Actions are the mode of the policy's
-    distribution unless `stochastic`. The normalizer's statistics are frozen. max_steps: of an episode, by default the
-    environment's time limit, or 100,000. Raises UserError for episodes < 1, for an episode that does not end, and where
-    Sampler does.
+    distribution unless `stochastic`. environment and options: as make_environments takes them; what was made here is
+    closed. Environments and actions have random numbers of their own, which follow from the seed and are not those of
+    training.
+
+    The normalizer's statistics are frozen, and so are those of wrappers in the environment: `learned` in training
+    (`run.world.learned()`), or by default their own. The rewards of NormalizeReward are counted as they were before it.
+    max_steps cuts every episode; by default the environment's time limit ends it. threads: of torch; one is fastest for
+    small networks, and None leaves all.
+
+    Raises UserError for episodes < 1, a seed out of range, an episode that does not end, other spaces than the
+    policy's, wrappers without statistics, and where Sampler does.
     """
     if episodes < 1:
         raise UserError(f"episodes is {episodes}: ask for at least one")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
     if normalizer is not None:
         normalizer = copy.deepcopy(normalizer)
         normalizer.frozen = True
-    limit = max_steps or time_limit(environments) or 100_000
-    sample = Sampler(
-        environments, limit, seed=seed, whole_episodes=True, observation_normalizer=normalizer, device=device
-    )
-    player = policy if stochastic else Mode(policy)
-    returns: list[float] = []
-    lengths: list[int] = []
-    while len(returns) < episodes:
-        total, length, ended = sample.play(player)
-        if not ended.all():
-            raise UserError(f"an episode did not end within {limit} steps: give the environment a time limit")
-        returns += total.tolist()
-        lengths += length.tolist()
+    single = isinstance(environment, gymnasium.Env)
+    environments = make_environments(environment, 1 if single else min(episodes, 16), **options)
+    with ExitStack() as stack:
+        if not isinstance(environment, gymnasium.Env | VectorEnv):
+            stack.callback(close, environments)
+        _check_spaces(policy, environments, label(environment))
+        stack.enter_context(_own_arithmetic(seed, threads))
+        limit = max_steps or time_limit(environments) or 100_000
+        sample = Sampler(
+            stack.enter_context(Wrappers(environments).frozen(learned)),
+            limit,
+            seed=np.random.SeedSequence(seed, spawn_key=(1,)),
+            whole_episodes=True,
+            observation_normalizer=normalizer,
+            device=device,
+        )
+        player = policy if stochastic else Mode(policy)
+        returns: list[float] = []
+        lengths: list[int] = []
+        endings: list[dict[str, float]] = []
+        while len(returns) < episodes:
+            total, length, ended = sample.play(player)
+            if not ended.all() and max_steps is None:
+                raise UserError(f"an episode did not end within {limit} steps: give max_steps, or a time limit")
+            returns += total.tolist()
+            lengths += length.tolist()
+            endings += sample.stepping.ending
+    found = info_means(endings[:episodes])
     returns, lengths = returns[:episodes], lengths[:episodes]
     return Evaluation(
-        float(np.mean(returns)), float(np.std(returns)), float(np.mean(lengths)), episodes, returns, lengths
+        float(np.mean(returns)),
+        float(np.std(returns)),
+        float(np.mean(lengths)),
+        episodes,
+        returns,
+        lengths,
+        found.pop("success", None),
+        {name.removeprefix("info/"): x for name, x in found.items()},
     )
+
+
+@contextmanager
+def _own_arithmetic(seed: int, threads: int | None) -> Iterator[None]:
+    """Torch's random numbers by the seed, and its number of threads; both are restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None:
@@ -173,32 +195,3 @@ def _time_limit(environment: gymnasium.Env) -> int | None:
             return environment._max_episode_steps
         environment = environment.env
     return None
-
-
-class Mode(nn.Module):
-    """A policy without noise: its samples are the mode of its distribution."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, obs: Any) -> "Certain":
-        return Certain(self.policy(obs))
-
-
-class Certain:
-    """A distribution with its mode in place of its samples."""
-
-    def __init__(self, distribution: torch.distributions.Distribution) -> None:
-        self.distribution = distribution
-        if hasattr(distribution, "to_environment"):
-            self.to_environment = distribution.to_environment
-
-    def sample(self) -> Tensor:
-        """The mode; 0 where torch's mode is NaN, as for a coin of probability 0.5."""
-        mode = self.distribution.mode
-        return mode.masked_fill(mode.isnan(), 0)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The distribution's own."""
-        return self.distribution.log_prob(value)

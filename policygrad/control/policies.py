@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal
 from torch.nn.functional import one_hot
 
+from policygrad.control.acting import act
 from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, SquashedNormal
 from policygrad.control.spaces import describe, rebuild
 from policygrad.errors import UserError, one_line
@@ -52,6 +53,7 @@ class Policy(nn.Module):
             "state_dependent_std": state_dependent_std,
             "initial_log_std": initial_log_std,
         }
+        self.observation_space, self.action_space = observation_space, action_space
         self.encode = encoder(observation_space)
         self.head = head(action_space, squash, state_dependent_std, initial_log_std)
         sizes = [self.encode.size, *hidden, self.head.size]
@@ -59,6 +61,14 @@ class Policy(nn.Module):
 
     def forward(self, obs: Tensor) -> Distribution:
         return self.head(self.network(self.encode(obs)))
+
+    def act(self, obs: Any, *, greedy: bool = True) -> Any:
+        """The environment's action for one observation, or actions [B, ...] for a batch, as numpy has them.
+
+        greedy: the mode of the distribution, else a sample. The observations are those that the policy was trained on;
+        `run.act` normalizes the environment's own.
+        """
+        return act(self, obs, self.observation_space, self.action_space, greedy=greedy)
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "Policy":

@@ -8,6 +8,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
+from policygrad.control.checks import checked_distribution
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import to_environment
@@ -27,9 +28,10 @@ class Sampler:
     k rows that start from the same state. observation_normalizer and reward_scaler: running statistics, part of the
     state. The policy is put in evaluation mode: with dropout the scored policy would differ from the sampled one.
 
-    Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled; where groups have
-    several rows, group_std and flat_groups of the rows' total rewards. Raises UserError if the environment raises or
-    returns an invalid value, if an action or its log-probability is not finite, and if the policy has memory.
+    Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled, and the numbers
+    in their infos; reward_per_step of this rollout, unscaled; where groups have several rows, group_std and flat_groups
+    of the rows' total rewards. Raises UserError if the environment raises or returns an invalid value, if the policy
+    returns no distribution of actions, if one or its log-probability is not finite, and if the policy has memory.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Sampler:
         environments: VectorEnv,
         steps: int,
         *,
-        seed: int | None = None,
+        seed: int | np.random.SeedSequence | None = None,
         whole_episodes: bool = False,
         groups: int | str | None = None,
         observation_normalizer: ObservationNormalizer | None = None,
@@ -68,6 +70,7 @@ class Sampler:
         """Sample one rollout."""
         policy.eval()
         stepping = self.stepping
+        stepping.reward_sum, stepping.reward_count = 0.0, 0
         columns = _Columns(stepping.environments.num_envs, self.length)
         if stepping.obs is None or self.whole_episodes:
             stepping.reset()
@@ -129,7 +132,8 @@ class Sampler:
 
     def _act(self, policy: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
         """Actions [B, ...], their log-probabilities [B], both finite, and the actions as the environment takes them."""
-        distribution = policy(obs.unsqueeze(1))
+        space = self.stepping.environments.single_action_space
+        distribution = checked_distribution(policy(obs.unsqueeze(1)), len(obs), space)
         try:
             action = distribution.sample()
         except RuntimeError as error:
@@ -146,7 +150,7 @@ class Sampler:
         action = action[:, 0]
         if hasattr(distribution, "to_environment"):
             return action, logp[:, 0], distribution.to_environment(action)
-        return action, logp[:, 0], to_environment(action, self.stepping.environments.single_action_space)
+        return action, logp[:, 0], to_environment(action, space)
 
 
 class _Columns:

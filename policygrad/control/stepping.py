@@ -1,6 +1,7 @@
 """Stepping a Gymnasium vector environment: checks, normalization, auto-reset, and the statistics of its episodes."""
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +12,13 @@ from torch.utils._pytree import tree_map
 
 from policygrad.control.checks import (
     check_groups,
+    check_next_step,
     checked_observations,
     checked_reward,
     failure,
     final_observations,
     no_seeds,
-    stored_dtype,
+    stored,
 )
 from policygrad.control.environments import autoreset_mode
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
@@ -46,7 +48,7 @@ class Stepping:
         self,
         environments: VectorEnv,
         *,
-        seed: int | None = None,
+        seed: int | np.random.SeedSequence | None = None,
         whole_episodes: bool = False,
         group_size: int = 1,
         observation_normalizer: ObservationNormalizer | None = None,
@@ -62,35 +64,40 @@ class Stepping:
             raise UserError(f"the observation space is a {type(space).__name__}: flatten it with make_environments")
         if observation_normalizer is not None and not isinstance(space, spaces.Box):
             raise UserError(f"observations in {one_line(space, 60)} cannot be normalized, only a Box: leave it off")
-        if seed is not None and seed < 0:
+        if isinstance(seed, int) and seed < 0:
             raise UserError(f"seed is {seed}: choose 0 or more")
         self.environments, self.observation_space, self.same_step = environments, space, mode == AutoresetMode.SAME_STEP
         self.whole_episodes, self.group_size = whole_episodes, group_size
         self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
-        self.seed, self.generator = seed, np.random.default_rng(seed)
+        self.seeded, self.generator = seed is not None, np.random.default_rng(seed)
         self.obs: np.ndarray | None = None
         self.resetting = np.zeros(environments.num_envs, dtype=bool)
         self.episode_return = np.zeros(environments.num_envs)
         self.episode_length = np.zeros(environments.num_envs, dtype=np.int64)
         self.finished: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
+        self.endings: deque[dict[str, float]] = deque(maxlen=100)  # the numbers in info at their ends
+        self.ending: list[dict[str, float]] = [{} for _ in range(environments.num_envs)]  # of each environment
+        self.reward_sum, self.reward_count = 0.0, 0  # of the decisions since the sampler set them to 0
         self.steps, self.episodes = 0, 0
 
     def reset(self) -> None:
         """Start a new episode in every environment."""
-        seed: Any = self.seed
+        seed: Any = None
         grouped = self.group_size > 1
-        if grouped:
+        takes_list = isinstance(self.environments.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+        if grouped or self.seeded:
             groups = self.environments.num_envs // self.group_size
-            seed = self.generator.integers(2**31, size=groups).repeat(self.group_size).tolist()
+            drawn = self.generator.integers(2**31, size=groups).repeat(self.group_size).tolist()
+            seed = drawn if grouped or takes_list else drawn[0]
         try:
             obs, _ = self.environments.reset(seed=seed)
         except Exception as error:
-            takes_list = isinstance(self.environments.unwrapped, SyncVectorEnv | AsyncVectorEnv)
             raise (no_seeds(self.group_size) if grouped and not takes_list else failure("reset", error)) from error
-        self.seed = None  # later resets continue the environments' own random streams
+        self.seeded = False  # later resets continue the environments' own random streams
         self.resetting[:] = False
         self.episode_return[:] = 0.0
         self.episode_length[:] = 0
+        self.ending = [{} for _ in self.ending]
         if self.reward_scaler is not None:
             self.reward_scaler.returns[:] = 0.0
         self.obs = self._received(obs, ~self.resetting)
@@ -98,6 +105,8 @@ class Stepping:
 
     def step(self, action: np.ndarray) -> Step:
         """Step the environments."""
+        if action.dtype.kind == "f" and not np.isfinite(action).all():
+            raise UserError(f"the policy's action is beyond {action.dtype}, the action space's type: bound its mean")
         try:
             obs, reward, terminated, truncated, info = self.environments.step(action)
         except Exception as error:
@@ -105,8 +114,16 @@ class Stepping:
         counts = ~self.resetting
         reward = checked_reward(reward, counts)
         terminated, ended = terminated & counts, (terminated | truncated) & counts
+        if not self.same_step and info:
+            check_next_step(info)
+        self.reward_sum += float(reward.sum())
+        self.reward_count += int(counts.sum())
         self.episode_return += reward
         self.episode_length += counts
+        if ended.any():
+            numbers = info.get("final_info") if self.same_step else info
+            for i in np.flatnonzero(ended):
+                self.ending[i] = _numbers_of(numbers, int(i))
         self.finish(ended)
         if self.reward_scaler is not None:
             reward = self.reward_scaler(reward, ended, counts)
@@ -124,21 +141,30 @@ class Stepping:
         """Count the episodes of these environments as finished."""
         for i in np.flatnonzero(ended):
             self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
+            self.endings.append(self.ending[i])
             self.episodes += 1
             self.episode_return[i], self.episode_length[i] = 0.0, 0
 
     def metrics(self) -> dict[str, float]:
-        """steps and episodes so far; return and length, unscaled, averaged over the last 100 episodes."""
+        """What the environments have to report.
+
+        steps and episodes so far; reward_per_step of the newest rollout, unscaled; and means over the last 100
+        episodes: return, unscaled, length, success (the info's `success` or `is_success`), and info/NAME for its other
+        numbers.
+        """
         metrics = {"steps": float(self.steps), "episodes": float(self.episodes)}
+        if self.reward_count:
+            metrics["reward_per_step"] = self.reward_sum / self.reward_count
         if self.finished:
             returns, lengths = zip(*self.finished, strict=True)
             metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
-        return metrics
+        return metrics | info_means(self.endings)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes here, as tensors, numbers and strings. The environments' own state is not in it."""
         state = {name: getattr(self, name) for name in _STATE}
-        state |= {"finished": list(self.finished), "generator": self.generator.bit_generator.state}
+        state |= {"finished": list(self.finished), "endings": [dict(x) for x in self.endings]}
+        state |= {"generator": self.generator.bit_generator.state}
         if self.observation_normalizer is not None:
             state["observations"] = self.observation_normalizer.statistics.state_dict()
         if self.reward_scaler is not None:
@@ -152,6 +178,7 @@ class Stepping:
         for name in _STATE:
             setattr(self, name, state[name])
         self.finished = deque(((x, n) for x, n in state["finished"]), maxlen=100)
+        self.endings = deque(state["endings"], maxlen=100)
         self.generator.bit_generator.state = state["generator"]
         if self.observation_normalizer is not None:
             self.observation_normalizer.statistics.load_state_dict(state["observations"])
@@ -164,7 +191,26 @@ class Stepping:
         obs = checked_observations(obs, self.observation_space, self.environments.num_envs)
         if self.observation_normalizer is not None:
             obs = self.observation_normalizer(obs, counts)
-        return obs.astype(stored_dtype(obs.dtype))
+        return stored(obs)
 
 
-_STATE = ("seed", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes")
+_STATE = ("seeded", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes")
+
+
+def _numbers_of(info: Any, i: int) -> dict[str, float]:
+    """The finite numbers in environment i's part of a vector environment's info."""
+    found = {}
+    for name, x in info.items() if isinstance(info, dict) else ():
+        one_each = isinstance(x, np.ndarray) and x.ndim == 1 and i < len(x) and x.dtype.kind in "biuf"
+        if one_each and not name.startswith("_") and info.get(f"_{name}", [True] * len(x))[i] and np.isfinite(x[i]):
+            found[name] = float(x[i])
+    return found
+
+
+def info_means(endings: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over the episodes that have it, as metrics: `success`, and `info/NAME` of others."""
+    columns: dict[str, list[float]] = {}
+    for ending in endings:
+        for name, x in ending.items():
+            columns.setdefault("success" if name in ("success", "is_success") else f"info/{name}", []).append(x)
+    return {name: float(np.mean(column)) for name, column in columns.items()}

@@ -12,15 +12,23 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
+from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, one_line
 
 FORMAT = 1
 
 
 def save_policy(
-    directory: Path | str, policy: nn.Module, critic: nn.Module | None, normalizer: ObservationNormalizer | None
+    directory: Path | str,
+    policy: nn.Module,
+    critic: nn.Module | None,
+    normalizer: ObservationNormalizer | None,
+    learned: Learned | None = None,
+    environment: str | None = None,
 ) -> None:
     """Write the policy, its critic if it has one, and the statistics that normalize its observations.
+
+    learned: what the environment's wrappers have learned. environment: its name, for a reader.
 
     Each file is written under a temporary name and then renamed, so that a crash leaves the old file.
     """
@@ -30,11 +38,13 @@ def save_policy(
         tensors |= {f"critic.{name}": x for name, x in critic.state_dict().items()}
     if normalizer is not None:
         tensors |= {f"observations.{n}": torch.from_numpy(x) for n, x in normalizer.statistics.state_dict().items()}
+    tensors |= {f"wrappers.{name}": torch.from_numpy(np.array(x)) for name, x in (learned or {}).items()}
     description = {
         "format": FORMAT,
         "policy": getattr(policy, "description", None),
         "class": f"{type(policy).__module__}:{type(policy).__qualname__}",
         "normalizes_observations": normalizer is not None,
+        "environment": environment,
     }
     _write_tensors(directory / "policy.safetensors", tensors)
     write_json(directory / "policy.json", description)
@@ -118,6 +128,13 @@ def load_policy(
             ) from error
         normalizer.frozen = True
     return policy, normalizer
+
+
+def load_learned(directory: Path) -> tuple[Learned, str]:
+    """What the wrappers of the environment had learned when the policy in a run directory was saved, and its name."""
+    tensors = load_file(directory / "policy.safetensors")
+    named = json.loads((directory / "policy.json").read_text()).get("environment")
+    return {name: x.numpy() for name, x in _part(tensors, "wrappers.").items()}, one_line(named or "your own", 40)
 
 
 def load_critic(directory: Path, critic: nn.Module) -> bool:

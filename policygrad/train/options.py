@@ -98,6 +98,12 @@ class Options:
         TWO, **CONTROL, credit=("group",))
     vectorization: Literal["auto", "sync", "async"] = option("auto",
         "auto: the environment's own vectorized version, else sync; async: one process per environment.", **CONTROL)
+    step_time_limit: float | None = option(None,
+        "Seconds that an environment's process may take for a step or a reset; None: any time.",
+        POSITIVE, **CONTROL, vectorization=("async",))
+    env_options: str | None = option(None,
+        'Options of the environment as a JSON object, such as \'{"is_slippery": false}\'; from Python, a dict.',
+        OBJECT, **CONTROL)
     normalize_observations: bool = option(False,
         "Normalize observations by their running mean and standard deviation, saved with the policy.", **CONTROL)
     scale_rewards: bool = option(False,
@@ -376,7 +382,8 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
         entries = _from_python(x, kinds[name])
         texts = tuple(y for y in entries if not callable(y)) if name == "reward" else entries  # functions, from Python
         if not _fits(texts, kinds[name]):
-            raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {_said(kinds[name])}")
+            must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else _said(kinds[name])
+            raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {must_be}")
         given[name] = _plain(entries, kinds[name])
     return replace(options, **given)
 
@@ -547,8 +554,17 @@ def _from_python(x: Any, kind: Any) -> Any:
         listed = x if isinstance(x, list | tuple) else (x,)
         return tuple(str(item) if isinstance(item, Path) else item for item in listed)
     if isinstance(x, Mapping):
-        return json.dumps(x, default=str)
+        return _json_text(x)
     return str(x) if isinstance(x, Path) else x
+
+
+def _json_text(x: Mapping[str, Any]) -> Any:
+    """The JSON text of a dict; the dict itself if JSON would not keep it as it is."""
+    try:
+        text = json.dumps(x)
+        return text if json.loads(text) == x else x
+    except (TypeError, ValueError):
+        return x
 
 
 def _json(text: str) -> Any:

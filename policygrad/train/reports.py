@@ -22,6 +22,8 @@ GROUPS = {
     "return": "episodes",
     "length": "episodes",
     "episodes": "episodes",
+    "success": "episodes",
+    "reward_per_step": "episodes",
     "steps_per_second": "time",
     "seconds": "time",
     "value_loss": "critic",
@@ -53,7 +55,8 @@ class Log:
         self.file.flush()
         for name, value in row.items():
             if name != "steps":
-                self.tensorboard.add_scalar(f"{GROUPS.get(name, 'update')}/{name}", value, int(row["steps"]))
+                tag = name if "/" in name else f"{GROUPS.get(name, 'update')}/{name}"
+                self.tensorboard.add_scalar(tag, value, int(row["steps"]))
 
     def __enter__(self) -> "Log":
         return self

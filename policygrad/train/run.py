@@ -45,16 +45,32 @@ class Run:
         """The critic, if the run has one."""
         return self.world.critic
 
-    def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
+    def act(self, obs: Any, *, greedy: bool = True) -> Any:
+        """The action for one observation, or the actions for a batch, as the environment gives and takes them.
+
+        For control. The run's own normalization is applied. greedy: the mode of the distribution, else a sample.
+        """
+        if self.world.kind != "control":
+            raise UserError(f"act is for control, and this run is on {self.world.name}: call its policy instead")
+        with arithmetic(self.world, self.options.threads):
+            return self.world.act(obs, greedy=greedy)  # type: ignore[attr-defined]
+
+    def evaluate(
+        self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None, environment: Any = None
+    ) -> Evaluation:
         """Evaluate the current policy.
 
         count: episodes (control; 10), or completions of each held-out prompt (language; as in training). greedy: take
-        the policy's mode instead of samples; the default in control, not in language. On `exact:` worlds J is exact.
+        the policy's mode instead of samples; the default in control, not in language. environment: another than that of
+        training (control), as make_environments takes it. On `exact:` worlds J is exact.
         """
+        if environment is not None and self.world.kind != "control":
+            raise UserError(f"environment is for control, and this run is on {self.world.name}: leave it out")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
+        elsewhere: Any = {} if environment is None else {"environment": environment}
         with arithmetic(self.world, self.options.threads):
-            return self.world.evaluate(count, seed=seed, greedy=greedy)
+            return self.world.evaluate(count, seed=seed, greedy=greedy, **elsewhere)
 
     def save(self, directory: Path | str) -> None:
         """Write the run directory: config.json, the world's files of policy and critic, and curve.png."""

@@ -1,5 +1,7 @@
 """Ids, objects and callables become a vector environment, or one line that says why not."""
 
+import sys
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -14,7 +16,7 @@ from gymnasium.wrappers import TimeLimit
 from probes import Broken, Counting, Known, limited
 
 from policygrad.control import Policy, Sampler, make_environments
-from policygrad.control.environments import autoreset_mode, label
+from policygrad.control.environments import autoreset_mode, importable, label, named
 from policygrad.errors import UserError
 
 
@@ -226,7 +228,7 @@ class Saying(VectorWrapper):
     ("mode", "said"),
     [
         *((AutoresetMode.SAME_STEP, x) for x in ("SameStep", "same_step", "SAME_STEP", "AutoresetMode.SAME_STEP")),
-        *((AutoresetMode.NEXT_STEP, x) for x in ("NextStep", "next-step", AutoresetMode.NEXT_STEP, None)),
+        *((AutoresetMode.NEXT_STEP, x) for x in ("NextStep", "next-step", AutoresetMode.NEXT_STEP)),
     ],
 )
 def test_when_it_resets_may_be_said_in_words(mode: AutoresetMode, said: Any) -> None:
@@ -236,14 +238,27 @@ def test_when_it_resets_may_be_said_in_words(mode: AutoresetMode, said: Any) -> 
     assert rewards.tolist() == [[1, 2, 0, 1, 2, 3]]
 
 
+def test_a_vector_environment_that_does_not_say_when_it_resets_is_refused() -> None:
+    for take in (autoreset_mode, make_environments, lambda x: Sampler(x, 4)):
+        with pytest.raises(UserError, match=r"does not say when it resets: set metadata\[\"autoreset_mode\"\]"):
+            take(Saying(AutoresetMode.SAME_STEP, None))
+
+
+def test_one_that_resets_at_once_and_says_otherwise_is_refused() -> None:
+    """A decision of each episode would be lost."""
+    environments = make_environments(Saying(AutoresetMode.SAME_STEP, "NextStep"))
+    with pytest.raises(UserError, match=r"says autoreset_mode NEXT_STEP, and its info has final_obs, as of SAME_STEP"):
+        played(environments)
+
+
 def test_a_word_for_no_mode_is_refused() -> None:
-    with pytest.raises(UserError, match="autoreset_mode is 'sometimes'"):
+    with pytest.raises(UserError, match="the autoreset_mode 'sometimes'"):
         autoreset_mode(Saying(AutoresetMode.NEXT_STEP, "sometimes"))
 
 
 def test_composite_observations_are_flattened_whichever_way_it_is_said_when_it_resets() -> None:
     space = spaces.Dict({"a": spaces.Discrete(3)})
-    for said in (None, "next_step"):
+    for said in (AutoresetMode.NEXT_STEP, "next_step"):
         given = Saying(AutoresetMode.NEXT_STEP, said, lambda: Observed(space))
         assert played(make_environments(given)).stepping.steps == 7
         assert given.metadata.get("autoreset_mode") == said
@@ -319,3 +334,306 @@ def test_copies_are_seeded_apart() -> None:
     environments = make_environments(limited(Known, 8), 3)
     obs, _ = environments.reset(seed=0)
     assert len({tuple(row) for row in obs.tolist()}) == 3
+
+
+# Names of classes and functions
+
+
+MINE = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.wrappers import TimeLimit
+
+class Mine(CartPoleEnv):
+    def __init__(self, limit=5, gravity=9.8):
+        super().__init__()
+        self.gravity, self.limit = gravity, limit
+
+def limited(limit=5):
+    return TimeLimit(Mine(limit), limit)
+
+NUMBER = 3
+for name in ("Mine-v0", "unversioned"):
+    gymnasium.registry.pop(name, None)
+    gymnasium.register(name, entry_point=Mine, max_episode_steps=7)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A directory with mine_env.py, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    (tmp_path / "mine_env.py").write_text(MINE)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mine_env.py:Mine", {"gravity": 3.0}),
+        ("mine_env:Mine", {"gravity": 3.0}),
+        ("mine_env:Mine-v0", {"gravity": 3.0}),
+        ("mine_env:unversioned", {"gravity": 3.0}),
+        ("mine_env.py:limited", {"limit": 6}),
+        ("mine_env:limited", {"limit": 6}),
+    ],
+)
+def test_a_class_or_a_function_may_be_named(mine: Any, name: str, options: dict[str, Any]) -> None:
+    environments = make_environments(name, 2, **options)
+    for option, value in options.items():
+        assert [getattr(x.unwrapped, option) for x in environments.envs] == [value] * 2
+    assert played(environments).stepping.steps > 0
+    assert label(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("mine_env.py:Mien", {}, "has no function or class 'Mien': did you mean Mine"),
+        ("mine_env:Mien", {}, "has no function or class 'Mien': did you mean Mine"),
+        ("mine_env:NUMBER", {}, "has no function or class 'NUMBER'"),
+        ("mine_env.py", {}, "file.py:function"),
+        ("mine_en.py:Mine", {}, "there is no file mine_en.py: did you mean mine_env.py"),
+        ("mine_env:Mine", {"gravty": 1}, "could not be made: TypeError: .*gravty.*: its arguments are env_options"),
+    ],
+)
+def test_a_name_that_is_none_is_one_line(mine: Any, name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        make_environments(name, 2, **options)
+    assert len(str(raised.value)) <= 200
+    assert "\n" not in str(raised.value)
+
+
+def test_a_class_that_a_module_holds_is_found_again_by_its_name(mine: Any) -> None:
+    class Local(Counting):
+        pass
+
+    assert importable(Counting) == "probes:Counting"
+    assert make_environments("probes:Counting", 2).envs[0].unwrapped.__class__ is Counting
+    of_file = named("mine_env.py:Mine")
+    assert importable(of_file) == f"{mine}/mine_env.py:Mine" or importable(of_file) == "mine_env.py:Mine"
+    for nameless in (Local, lambda: Counting(), Counting(), "CartPole-v1", partial(Counting, (3,))):
+        assert importable(nameless) is None
+
+
+class Stepless(gymnasium.Env):
+    observation_space, action_space = spaces.Discrete(2), spaces.Discrete(2)
+
+
+class Spaceless(Counting):
+    def __init__(self) -> None:
+        self.action_space = spaces.Discrete(2)
+
+
+class Duck:
+    observation_space, action_space = spaces.Discrete(2), spaces.Discrete(2)
+
+    def reset(self) -> None: ...
+
+    def step(self, action: Any) -> None: ...
+
+
+class Old:
+    """As of the package that came before Gymnasium."""
+
+    __module__ = "gym.envs.classic_control"
+
+    def step(self, action: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (42, "42 is no gymnasium.Env: give an id, a class"),
+        ({"id": "CartPole-v1"}, "is no gymnasium.Env"),
+        (b"CartPole-v1", "is no gymnasium.Env"),
+        (Duck(), "is no gymnasium.Env: derive its class from gymnasium.Env"),
+        (Old(), r"old package gym: convert it with shimmy.GymV26CompatibilityV0\(env=Old"),
+        (Duck, "Duck made no environment: .*derive its class"),
+        (lambda: None, "made no environment: None is no gymnasium.Env"),
+        (dict, "dict made no environment"),
+        (lambda: CartPoleVectorEnv(2), "is a vector environment: hand in the object itself"),
+        (Stepless, "Stepless has no step: define step and reset"),
+        (Spaceless, "Spaceless has no observation_space: set it"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_what_is_no_environment_is_said_in_one_line(thing: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        make_environments(thing, 1)
+    assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize("settings", [{"vectorization": "async"}, {"gravity": 3}])
+@pytest.mark.parametrize("make", [CartPoleEnv, lambda: SyncVectorEnv([CartPoleEnv])])
+def test_what_is_made_already_takes_no_settings(make: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is made already"):
+        make_environments(make(), 1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ALE/Pong-v5", r"install its package \(pip install ale-py\) and write ale_py:ALE/Pong-v5"),
+        ("MiniGrid-Empty-5x5-v0", r"pip install minigrid\) and write minigrid:MiniGrid-Empty-5x5-v0"),
+        ("FetchReach-v4", r"pip install gymnasium-robotics\) and write gymnasium_robotics:FetchReach-v4"),
+        ("Nobodys/Game-v0", r"name the module that registers it, as in module:Nobodys/Game-v0"),
+    ],
+)
+def test_an_id_of_another_package_says_what_to_install_or_import(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        make_environments(name, 2)
+    assert len(str(raised.value)) <= 200
+
+
+# What passes on to the batch
+
+
+class Returning(Counting):
+    """Returns these observations, rewards and infos, one after the other."""
+
+    def __init__(self, space: spaces.Space, obs: Any, reward: Any = 1.0, infos: tuple[Any, ...] = ({},)) -> None:
+        super().__init__()
+        self.observation_space, self.obs, self.given, self.infos = space, obs, reward, infos
+
+    def reset(self, **options: Any) -> Any:
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        return self.obs, self.given, False, self.t == 3, self.infos[(self.t - 1) % len(self.infos)]
+
+
+IMAGE = spaces.Box(0, 255, (2,), np.uint8)
+FLOATS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("space", "obs", "said"),
+    [
+        (IMAGE, np.array([0.5, 1.0]), "0.5 in an observation, which is no uint8 number"),
+        (IMAGE, np.array([-1, 1]), "-1 in an observation"),
+        (IMAGE, np.array([1, 256]), "256 in an observation"),
+        (spaces.Box(-9, 9, (2,), np.int8), np.array([1, 300]), "300 in an observation"),
+        (spaces.Box(-9, 9, (2,), np.int32), np.array([1, 2**40]), "1099511627776 in an observation"),
+        (FLOATS, np.array([1e39, 0.0]), r"1e\+39 in an observation, which is no float32 number"),
+        (FLOATS, np.array([1 + 2j, 0]), "in an observation, which is no float32"),
+        (FLOATS, np.array(["1", "2"]), "in an observation, which is no float32"),
+        (spaces.Discrete(3), 1.5, "1.5 in an observation, which is no int64"),
+        (spaces.MultiBinary(2), np.array([0.3, 1]), "0.3 in an observation, which is no int8"),
+        (spaces.Dict({"a": IMAGE}), {"a": np.array([0.5, 1.0])}, "0.5 in an observation"),
+        (
+            spaces.Dict({"a": IMAGE, "b": IMAGE}),
+            {"a": np.array([0, 1])},
+            "without 'b', which its observation_space has",
+        ),
+        (spaces.Tuple((spaces.Discrete(2), IMAGE)), (1,), "an observation without 1"),
+    ],
+)
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_number_that_a_cast_would_change_is_refused(
+    space: spaces.Space, obs: Any, said: str, vectorization: str
+) -> None:
+    environments = make_environments(lambda: Returning(space, obs), 2, vectorization=vectorization)
+    try:
+        with pytest.raises(UserError, match=said) as raised:
+            played(environments)
+    finally:
+        environments.close()
+    assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize(
+    ("space", "obs"),
+    [
+        (IMAGE, np.array([0.0, 255.0])),
+        (IMAGE, [3, 7]),
+        (FLOATS, np.array([0.1, -3.0])),
+        (FLOATS, np.array([1, 2])),
+        (spaces.Discrete(3), 2.0),
+        (spaces.Discrete(3), np.int8(2)),
+        (spaces.MultiBinary(2), np.array([True, False])),
+    ],
+)
+def test_a_number_of_another_type_that_stays_the_same_is_none_of_these(space: spaces.Space, obs: Any) -> None:
+    sampler = played(make_environments(lambda: Returning(space, obs), 2))
+    assert sampler.stepping.steps == 14
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("1.5", "reward of '1.5': fix it to return a number"),
+        (None, "reward of None"),
+        (1 + 2j, r"reward of \(1\+2j\)"),
+        (1e39, r"reward of 1e\+39 \(beyond float32\)"),
+        (np.float64(-1e300), r"reward of -1e\+300 \(beyond float32\)"),
+        (np.array([1.0]), r"reward of shape \(1,\)"),
+    ],
+)
+def test_a_reward_that_is_no_number_of_a_rollout_is_refused(reward: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        played(make_environments(lambda: Returning(FLOATS, np.zeros(2, np.float32), reward), 2))
+
+
+@pytest.mark.parametrize("reward", [2, True, np.float32(2), np.int64(2), np.array(2.0), np.bool_(True)])
+def test_any_number_is_a_reward(reward: Any) -> None:
+    rollout = Sampler(make_environments(lambda: Returning(FLOATS, np.zeros(2, np.float32), reward), 1), 3)
+    policy = Policy(FLOATS, spaces.Discrete(2), hidden=(4,))
+    assert rollout(policy).reward.tolist() == [[float(reward)] * 3]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_infos_that_change_their_types_stop_nothing(vectorization: str) -> None:
+    infos: Any = (
+        {"x": 1, "y": np.zeros(2), "_x": 7, "final_obs": 3.0, 5: 1.0, "big": 10**400},
+        {"x": "text", "y": np.zeros(3), "z": {"deep": 1}, "gone": None},
+        {"x": np.float32(0.5), "y": [1, 2], "done": np.bool_(True), "not_finite": np.nan, "complex": 1j},
+    )
+    environments = make_environments(
+        lambda: Returning(FLOATS, np.zeros(2, np.float32), 1.0, infos), 2, vectorization=vectorization
+    )
+    sampler = played(environments)
+    environments.close()
+    assert {name: x for name, x in sampler.stepping.metrics().items() if "info" in name} == {
+        "info/x": 0.5,
+        "info/done": 1.0,
+    }
+
+
+def test_an_info_that_is_no_dict_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the environment's info is \[1\]: .*return a dict"):
+        played(make_environments(lambda: Returning(FLOATS, np.zeros(2, np.float32), 1.0, ([1],)), 2))
+
+
+def test_an_info_that_gymnasium_cannot_batch_is_named_as_such() -> None:
+    """In a vector environment of the user's, where nothing stands between."""
+    infos: Any = ({"x": np.zeros(2)}, {"x": np.zeros(2)})
+    one = lambda: Returning(FLOATS, np.zeros(2, np.float32), 1.0, infos)  # noqa: E731
+    other = lambda: Returning(FLOATS, np.zeros(2, np.float32), 1.0, ({"x": np.zeros(3)},))  # noqa: E731
+    with pytest.raises(UserError, match=r"info changes its types or shapes, and Gymnasium cannot batch it") as raised:
+        played(make_environments(SyncVectorEnv([one, other])))
+    assert len(str(raised.value)) <= 200
+
+
+def test_the_seed_decides_what_the_spaces_sample() -> None:
+    class Sampled(Counting):
+        def reset(self, **options: Any) -> Any:
+            super().reset(**options)
+            return self.observation_space.sample(), {}
+
+        def step(self, action: Any) -> Any:
+            return np.array([self.action_space.sample(), 0], np.float32), *super().step(action)[1:]
+
+    rows = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        environments = make_environments(Sampled, 2)
+        policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(4,))
+        rows.append(Sampler(environments, 12, seed=seed)(policy).obs)
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])

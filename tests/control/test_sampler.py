@@ -86,15 +86,18 @@ def test_the_observation_after_a_step_is_its_true_successor(mode: AutoresetMode)
 
 def test_return_and_length_are_the_means_of_the_episodes_that_ended() -> None:
     sampler, sample = sampled(vector(Counting), 9)
-    assert sample().metrics == {"steps": 7, "episodes": 3, "return": (3 + 6 + 3) / 3, "length": (2 + 3 + 2) / 3}
+    found = sample().metrics
+    assert found.pop("reward_per_step") == pytest.approx((3 + 6 + 3) / 7)
+    assert found == {"steps": 7, "episodes": 3, "return": (3 + 6 + 3) / 3, "length": (2 + 3 + 2) / 3}
     metrics = sample().metrics  # episode 3, of 3 steps; 4, of 2; and the first step of 5
+    assert metrics.pop("reward_per_step") == pytest.approx((6 + 3 + 1) / 6)
     assert metrics == {"steps": 13, "episodes": 5, "return": (3 + 6 + 3 + 6 + 3) / 5, "length": 12 / 5}
     assert [x for x, _ in sampler.stepping.finished] == [3, 6, 3, 6, 3]
 
 
 def test_there_is_no_return_before_an_episode_has_ended() -> None:
     _, sample = sampled(vector(lambda: Counting((9,))), 4)
-    assert sample().metrics == {"steps": 4, "episodes": 0}
+    assert sample().metrics == {"steps": 4, "episodes": 0, "reward_per_step": (1 + 2 + 3 + 4) / 4}
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -580,3 +583,31 @@ def test_the_layout_of_next_step_resets() -> None:
     assert found["ended"].flatten().tolist() == [False, True, True, False]
     assert found["reward"].flatten().tolist() == [1, 1, 0, 1]
     assert stop.tolist() == [[21]], "step 21 did not fit the row: it is the observation after its last step"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (lambda obs: (torch.zeros(len(obs), 1, 2),), "returned a tuple and no distribution of actions"),
+        (lambda obs: torch.zeros(len(obs), 1, 2), "returned a tensor, such as logits,"),
+        (
+            lambda obs: torch.distributions.Normal(torch.zeros(len(obs), 1, 2), 1.0),
+            r"wrap it in .*Independent\(\.\.\., 1\)",
+        ),
+        (
+            lambda obs: torch.distributions.Independent(
+                torch.distributions.Normal(torch.zeros(len(obs), 1, 3), 1.0), 1
+            ),
+            r"actions have shape \(3,\), and the action space's \(2,\)",
+        ),
+    ],
+    ids=["tuple", "logits", "not independent", "shape"],
+)
+def test_a_policy_that_returns_no_distribution_of_actions_is_named(output: Any, said: str) -> None:
+    class Own(nn.Module):
+        def forward(self, obs: Tensor) -> Any:
+            return output(obs)
+
+    with pytest.raises(UserError, match=said) as raised:
+        Sampler(vector(limited(Known, 8)), 4)(Own())
+    assert len(str(raised.value)) <= 200

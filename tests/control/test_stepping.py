@@ -1,7 +1,8 @@
 """Stepping: what counts, what the statistics contain, how resets work, and what the state restores."""
 
 import io
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
 from probes import BROKEN, Broken, Counting, Known, limited
 
-from policygrad.control import ObservationNormalizer, RewardScaler, make_environments
+from policygrad.control import ObservationNormalizer, Policy, RewardScaler, evaluate, make_environments
 from policygrad.control.stepping import Stepping
 from policygrad.errors import UserError
 
@@ -337,3 +338,81 @@ def test_the_metrics_are_those_of_the_last_100_episodes() -> None:
     assert made.metrics() == {"steps": 0, "episodes": 0}
     made.finished.extend((float(i), i) for i in range(150))
     assert made.metrics() == {"steps": 0, "episodes": 0, "return": 99.5, "length": 99.5}
+
+
+class Seeded(Known):
+    """Keeps every seed that any copy was reset with."""
+
+    seeds: ClassVar[list[int]] = []
+
+    def reset(self, **options: Any) -> Any:
+        if options.get("seed") is not None:
+            self.seeds.append(options["seed"])
+        return super().reset(**options)
+
+
+def seeds_of(play: Any) -> set[int]:
+    Seeded.seeds.clear()
+    play()
+    return set(Seeded.seeds)
+
+
+def test_no_two_runs_share_the_seed_of_an_environment() -> None:
+    """Neither those of neighboring seeds, nor a run and its evaluation, nor groups."""
+
+    def training(seed: int, size: int = 1) -> Any:
+        environments = SyncVectorEnv([limited(Seeded, 8)] * 8)
+        return Stepping(environments, seed=seed, whole_episodes=True, group_size=size).reset
+
+    policy = Policy(spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-1.0, 1.0, (2,)), hidden=(4,))
+    of_training = [seeds_of(training(seed)) for seed in range(101)] + [seeds_of(training(1000))]
+    of_evaluation = [seeds_of(partial(evaluate, policy, limited(Seeded, 8), 8, seed=seed)) for seed in (0, 1, 1000)]
+    assert [len(x) for x in of_training + of_evaluation] == [8] * 105
+    assert len(set.union(*of_training, *of_evaluation)) == 8 * 105
+    assert len(seeds_of(training(0, size=2))) == 4
+
+
+def test_a_native_vector_environment_gets_one_seed_that_follows_from_the_runs() -> None:
+    given = []
+
+    class Native(VectorWrapper):
+        def reset(self, *, seed: Any = None, **options: Any) -> Any:
+            given.append(seed)
+            return super().reset(seed=seed, **options)
+
+    for seed in (0, 0, 1, None):
+        made = Stepping(Native(CartPoleVectorEnv(4)), seed=seed)
+        made.reset()
+        made.reset()
+    assert given[0] == given[2] not in (0, None)
+    assert given[4] not in (0, 1, given[0], given[0] + 1, None)
+    assert given[1] is given[3] is given[5] is given[6] is None, "later resets go on with the environment's own stream"
+
+
+class Told(Counting):
+    """Says in its info whether it has succeeded, how far it came, and something only now and then."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, _ = super().step(action)
+        info: dict[str, Any] = {"is_success": terminated, "distance": 10 * self.t}
+        return obs, reward, terminated, truncated, info | ({"rare": 4.0} if self.episode == 1 else {})
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_the_numbers_in_the_infos_of_episodes_that_end_are_metrics(mode: AutoresetMode) -> None:
+    made = Stepping(SyncVectorEnv([lambda: Told((2, 3))], autoreset_mode=mode))
+    made.reset()
+    while made.episodes < 4:  # of 2, 3, 2, 3 steps; the first and the third terminate
+        made.step(action(made))
+    found = {name: x for name, x in made.metrics().items() if "/" in name or name == "success"}
+    assert found == {"success": 0.5, "info/distance": 25.0, "info/rare": 4.0}
+    again = Stepping(SyncVectorEnv([lambda: Told((2, 3))], autoreset_mode=mode))
+    again.load_state_dict(made.state_dict())
+    assert {name: again.metrics()[name] for name in found} == found
+
+
+def test_an_action_beyond_the_spaces_type_is_refused() -> None:
+    made = Stepping(SyncVectorEnv([limited(Known, 8)]))
+    made.reset()
+    with pytest.raises(UserError, match="the policy's action is beyond float32"):
+        made.step(np.array([[np.inf, 0]], np.float32))

@@ -1,5 +1,9 @@
 """Control: Gymnasium environments."""
 
+import json
+import math
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +14,60 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
-from policygrad.control.environments import label
-from policygrad.control.evaluation import Evaluation, evaluate_on, time_limit
+from policygrad.control.acting import act
+from policygrad.control.checks import check_memory
+from policygrad.control.environments import close, importable, label, unflattened
+from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
 from policygrad.control.spaces import rebuild
-from policygrad.errors import UserError
-from policygrad.train.checkpoints import load_critic, load_policy, save_policy
+from policygrad.control.wrappers import Learned, Wrappers
+from policygrad.errors import UserError, one_line
+from policygrad.train.checkpoints import load_critic, load_learned, load_policy, save_policy
 from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
 
 
 class ControlWorld(World):
-    """A Gymnasium id, an environment, a callable that makes one, or a vector environment."""
+    """A Gymnasium id, an environment, a callable that makes one or its name, or a vector environment."""
 
     kind = "control"
     environments: VectorEnv | None = None
+    wrappers: Wrappers | None = None  # of the open environments
+    statistics: Learned | None = None  # what wrappers had learned when they were last in reach
     normalizer: ObservationNormalizer | None = None
+    observation_space: gymnasium.Space  # as the policy takes it
+    action_space: gymnasium.Space
+    trained_on = "an environment"  # its name, where it is all that is known
+    unflattened: gymnasium.Space | None = None  # as the environment gives it
 
     @property
     def name(self) -> str:
-        return label(self.task)
+        return self.trained_on if self.task is None else label(self.task)
+
+    @property
+    def mine(self) -> bool:
+        """Whether the environments are made here, and not handed in."""
+        return not isinstance(self.task, gymnasium.Env | VectorEnv)
 
     def build(self, own: Own, progress: bool) -> None:
         options = self.options
         vectorization = options.vectorization
-        if getattr(options, "group_size", None) is not None and vectorization == "auto":
+        if getattr(options, "group_size", None) is not None and vectorization == "auto" and self.mine:
             vectorization = "sync"  # a native vector environment takes one seed for all
-        self.environments = make_environments(self.task, options.num_envs, vectorization=vectorization)
+        check_memory(2**11 * options.num_envs, f"{options.num_envs} environments", "lower num_envs")
+        limit = {"step_time_limit": options.step_time_limit} if vectorization == "async" else {}
+        self.environments = self._made(options.num_envs, vectorization=vectorization, **limit)
+        self.wrappers = Wrappers(self.environments)
+        self.unflattened = unflattened(self.environments)
         self.sample = self._sampler(self.environments)
         self.normalizer = self.sample.stepping.observation_normalizer
-        observation_space = self.environments.single_observation_space
-        action_space = self.environments.single_action_space
+        observation_space = self.observation_space = self.environments.single_observation_space
+        action_space = self.action_space = self.environments.single_action_space
+        if own.policy is None:
+            sizes = [math.prod(observation_space.shape or ()), *options.hidden]
+            size = 4 * 2 * 4 * sum(inputs * outputs for inputs, outputs in pairwise(sizes))  # with gradient and Adam's
+            check_memory(size, f"networks with hidden {one_line(list(options.hidden), 40)}", "lower hidden")
         if own.policy is None:
             gaussian = {name: getattr(options, name) for name in ("squash", "state_dependent_std", "initial_log_std")}
             self.policy = Policy(observation_space, action_space, **self._shape(), **gaussian)
@@ -62,6 +88,19 @@ class ControlWorld(World):
         if own.critic is not None:
             refuse_memory(self.critic, observations(observation_space).to(options.device), "critic")
 
+    def _made(self, num_envs: int, **how: Any) -> VectorEnv:
+        """The task's environments, with the options of the environment."""
+        return make_environments(self.task, num_envs, **how, **self._environment_options(how))
+
+    def _environment_options(self, taken: Any = ()) -> dict[str, Any]:
+        given = json.loads(self.options.env_options or "{}")
+        for name in given:
+            if name in taken or name in ("environment", "num_envs", "vectorization", "step_time_limit"):
+                raise OptionError(
+                    "env_options", f"env_options has {name}, which is an option of the run: give it there"
+                )
+        return given
+
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
         return {name: getattr(self.options, name) for name in ("hidden", "activation", "orthogonal")}
@@ -74,6 +113,12 @@ class ControlWorld(World):
             raise OptionError(
                 "episode_steps", "the environment has no time limit: say how long an episode may be, with episode_steps"
             )
+        numbers = math.prod(space.shape or ()) * np.dtype(space.dtype or np.float32).itemsize + 24
+        rollout = numbers * environments.num_envs * steps
+        name = "episode_steps" if whole else "num_steps"
+        check_memory(
+            rollout, f"a rollout of {environments.num_envs} environments and {steps} steps", f"lower num_envs or {name}"
+        )
         groups: Any = None
         if options.credit == "group":
             groups = options.group_size or "all"
@@ -91,6 +136,9 @@ class ControlWorld(World):
     def load(self, directory: Path) -> None:
         self.policy, self.normalizer = load_policy(directory)
         self.policy.to(self.options.device)
+        self.statistics, self.trained_on = load_learned(directory)
+        if isinstance(self.policy, Policy):
+            self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         if has_critic(self.options):
             assert isinstance(self.policy, Policy)  # load_policy has refused any other
             description: dict[str, Any] = self.policy.description
@@ -99,43 +147,90 @@ class ControlWorld(World):
                 self.critic = critic.to(self.options.device)
 
     def save(self, directory: Path) -> None:
-        save_policy(directory, self.policy, self.critic, self.normalizer)
+        save_policy(directory, self.policy, self.critic, self.normalizer, self.learned(), self.name)
 
-    def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
-        """Play `count` whole episodes (10 by default) with the policy's mode, or with samples if not `greedy`."""
-        if self.task is None:
+    def stored(self) -> str | None:
+        """The id, or the name of a class or function, with the whole path of its file; None without one."""
+        name = self.task if isinstance(self.task, str) else importable(self.task)
+        place, colon, last = (name or "").rpartition(":")
+        return f"{Path(place).resolve()}:{last}" if colon and place.endswith(".py") else name
+
+    def learned(self) -> Learned | None:
+        """What the wrappers inside the environments have learned so far; part of the run."""
+        if self.wrappers is not None and not self.wrappers.environments.closed:
+            with suppress(Exception):  # an environment that has failed; what it learned before is kept
+                self.statistics = self.wrappers.learned()
+        return self.statistics
+
+    def act(self, obs: Any, *, greedy: bool = True) -> Any:
+        """The action for one observation or a batch, as the environment gives and takes them."""
+        space = self.observation_space
+        flat = not isinstance(obs, dict | tuple) and np.shape(obs) in (
+            space.shape,
+            (len(np.atleast_1d(obs)), *(space.shape or ())),
+        )
+        if not flat:
+            if self.unflattened is None:
+                environments = self._made(1)
+                self.unflattened = unflattened(environments)
+                close(environments)
+            space = self.unflattened
+        return act(self.policy, obs, space, self.action_space, greedy=greedy, normalizer=self.normalizer)
+
+    def evaluate(
+        self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None, environment: Any = None
+    ) -> Evaluation:
+        """Play `count` whole episodes (10 by default) with the policy's mode, or with samples if not `greedy`.
+
+        environment: another one than that of training. What wrappers learned in training is used, and does not change.
+        """
+        played = self.task if environment is None else environment
+        if played is None:
             raise UserError(
-                "this run was trained on an environment without an id: load the policy with policygrad.load_policy, "
-                "and hand it to policygrad.evaluate"
+                f"the environment of this run, {self.name}, has no name to find it by: in Python, "
+                f"policygrad.Run.load(RUN).evaluate(environment=...) takes {self.name} itself"
             )
-        return evaluate_on(
+        learned = self.learned()
+        found = evaluate(
             self.policy,
-            self.normalizer,
-            self.task,
+            played,
             10 if count is None else count,
             seed=seed,
             stochastic=greedy is False,
+            normalizer=self.normalizer,
+            learned=learned,
+            max_steps=self.options.episode_steps,
+            threads=self.options.threads,
             device=self.options.device,
+            **self._environment_options() if environment is None else {},
         )
+        if played is self.task and not self.mine and self.environments is not None:
+            self.sample.stepping.obs = None  # its episodes were cut: training goes on with new ones
+        return found
 
     def solved(self, row: Row) -> bool:
         return row["episodes"] >= 100 and row["return"] >= self.options.stop_at_return
 
     def status(self, row: Row) -> list[str]:
-        parts = [f"return {row['return']:,.1f}"] if "return" in row else []
+        parts = [f"return {row['return']:,.1f}"] if "return" in row else [f"{row['reward_per_step']:.4g} reward/step"]
+        parts += [f"success {row['success']:.2f}"] if "success" in row else []
         parts += [f"KL {row['kl_old']:.4f}"] if "kl_old" in row else []
         return [*parts, f"{row['steps_per_second']:,.0f} steps/s"]
 
     def curve(self) -> Curve:
-        return Curve()
+        if self.sample.stepping.finished:
+            return Curve()
+        return Curve(y=("reward_per_step", "mean reward of a step in a rollout"))
 
     def summary(self, rows: list[Row]) -> dict[str, Any]:
-        """return_mean and return_std cover the last 100 training episodes."""
-        recent = np.array(self._recent())
+        """return_mean, return_std and success cover the last 100 training episodes."""
+        recent, last = np.array(self._recent()), rows[-1] if rows else {}
         return {
             "episodes": int(rows[-1]["episodes"]) if rows else 0,
             "return_mean": float(recent.mean()) if len(recent) else None,
             "return_std": float(recent.std()) if len(recent) else None,
+            "reward_per_step": last.get("reward_per_step"),
+            "success": last.get("success"),
         }
 
     def result(self, rows: list[Row], seconds: float) -> str:
@@ -144,6 +239,10 @@ class ControlWorld(World):
         if found["return_mean"] is not None:
             spread = f"{found['return_mean']:,.1f} +- {found['return_std']:,.1f}"
             score = f"return {spread} (last {len(self._recent())} episodes)"
+        elif found["reward_per_step"] is not None:
+            score = f"{found['reward_per_step']:.4g} reward per step (no episode has ended)"
+        if found["success"] is not None:
+            score += f", success {found['success']:.2f}"
         speed = f"{steps:,.0f} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):,.0f} steps/s)"
         return f"{score}, {speed}"
 
@@ -154,9 +253,10 @@ class ControlWorld(World):
         return {**super().versions(), "gymnasium": gymnasium.__version__}
 
     def close(self) -> None:
-        mine = isinstance(self.task, str) or not isinstance(self.task, gymnasium.Env | VectorEnv)
-        if self.environments is not None and mine:
-            self.environments.close()
+        if self.environments is not None and not self.environments.closed:
+            self.learned()
+            if self.mine:
+                close(self.environments)
 
 
 def own_module(name: str, module: Any, *spaces: gymnasium.Space, learns: bool = True) -> nn.Module:

@@ -1,5 +1,7 @@
 """Control: any Gymnasium environment, by any method, however its copies are stepped."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -9,11 +11,12 @@ import torch
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
-from probes import Known
+from gymnasium.wrappers import NormalizeObservation, TimeLimit
+from probes import Counting, Known, Potential, limited
 from torch import nn
 
 import policygrad as pg
-from policygrad.errors import UserError
+from policygrad.errors import Note, UserError
 from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
 from policygrad.train.worlds import kind_of
@@ -147,3 +150,236 @@ def test_a_module_by_name_is_refused() -> None:
 )
 def test_a_task_names_its_world(task: Any, values: dict[str, Any], kind: str) -> None:
     assert kind_of(task, values) == kind
+
+
+FAST: dict[str, Any] = {**SMALL, "num_steps": 16, "minibatch_size": 16, "num_envs": 2}
+
+MINE = """
+import gymnasium, numpy as np
+class Mine(gymnasium.Env):
+    def __init__(self, steps=4):
+        self.observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space, self.steps = gymnasium.spaces.Discrete(2), steps
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+    def step(self, action):
+        self.t += 1
+        return np.zeros(2, np.float32), 1.0, self.t == self.steps, False, {"is_success": True}
+"""
+
+
+@pytest.mark.parametrize("name", ["mine_world.py:Mine", "mine_world:Mine"])
+def test_a_class_of_ones_own_is_trained_and_evaluated_by_its_name_and_options(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "mine_world", raising=False)
+    Path("mine_world.py").write_text(MINE)
+    pg.train("ppo", name, out="run", env_options={"steps": 3}, **FAST)
+    monkeypatch.chdir("/")
+    again = pg.Run.load(tmp_path / "run")
+    assert again.options.env_options == {"steps": 3}
+    if name.endswith(".py:Mine"):
+        assert again.world.task == f"{tmp_path}/mine_world.py:Mine", "found from anywhere"
+    found = again.evaluate(2)
+    assert (found.lengths, found.success) == ([3, 3], 1.0)
+
+
+def test_a_class_that_a_module_holds_is_kept_with_its_name(tmp_path: Path) -> None:
+    run = pg.train("ppo", Counting, out=tmp_path, **FAST)
+    assert run.world.stored() == "probes:Counting"
+    assert pg.Run.load(tmp_path).evaluate(2).returns == run.evaluate(2).returns
+
+
+def test_a_class_without_a_name_says_how_to_evaluate_it(tmp_path: Path) -> None:
+    class Local(Counting):
+        pass
+
+    run = pg.train("ppo", Local, out=tmp_path, **FAST)
+    again = pg.Run.load(tmp_path)
+    with pytest.raises(UserError, match=r"this run, Local, has no name .*evaluate\(environment=\.\.\.\) takes Local"):
+        again.evaluate(2)
+    assert again.evaluate(2, environment=Local) == run.evaluate(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("{", "env_options is '{': it must be a JSON object"),
+        ("[1]", r"env_options is '\[1\]': it must be a JSON object"),
+        ({1: 2}, "env_options is .*JSON object, whose names are text"),
+        ({"a": {1, 2}}, "env_options is .*JSON object"),
+        ({"num_envs": 3}, "env_options has num_envs, which is an option of the run"),
+        ({"no_such": 3}, "could not be made: TypeError"),
+    ],
+)
+def test_options_that_no_environment_can_take_are_one_line(options: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        pg.train("ppo", "CartPole-v1", env_options=options, **FAST)
+
+
+def test_options_of_an_environment_may_be_json_text() -> None:
+    text, plain = (
+        pg.train("ppo", "FrozenLake-v1", env_options=x, **FAST)
+        for x in ('{"is_slippery": false, "map_name": "8x8"}', {"is_slippery": False, "map_name": "8x8"})
+    )
+    assert text.options.env_options == plain.options.env_options
+    assert plain.world.observation_space == spaces.Discrete(64)
+
+
+def test_what_wrappers_learned_is_kept_with_the_run(tmp_path: Path) -> None:
+    def make() -> gymnasium.Env:
+        return TimeLimit(NormalizeObservation(Known()), 8)
+
+    run = pg.train("ppo", make, out=tmp_path, **FAST)
+    learned = run.world.learned()
+    assert learned["NormalizeObservation.0.obs_rms.count"] > 30
+    again = pg.Run.load(tmp_path)
+    for name, x in learned.items():
+        np.testing.assert_array_equal(again.world.learned()[name], x)
+    assert again.evaluate(6, environment=make) == run.evaluate(6) == run.evaluate(6)
+
+
+def test_an_evaluation_of_the_environment_in_training_lets_training_go_on_with_new_episodes() -> None:
+    environment = TimeLimit(Counting((100,)), 50)
+    with pg.Training("ppo", environment, steps=96, **{**FAST, "num_envs": 1, "iterations": None}) as training:
+        next(training)
+        training.run.evaluate(1)
+        rollout = training.world.sample(training.world.policy)
+    assert rollout.obs[0, :, 1].tolist() == list(range(16))
+
+
+def test_a_run_acts_as_it_is_evaluated() -> None:
+    class Pairs(Known):
+        """Observations in a Dict, and normalized by the run."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = spaces.Dict({"x": spaces.Box(-np.inf, np.inf, (3,), np.float32)})
+
+        def _obs(self) -> Any:
+            return {"x": super()._obs()}
+
+        def step(self, action: Any) -> Any:
+            obs, _, *rest = super().step(action)
+            return obs, float(obs["x"][0] * action[0]), *rest
+
+    def make() -> gymnasium.Env:
+        return TimeLimit(Pairs(), 8)
+
+    run = pg.train("ppo", make, normalize_observations=True, **FAST)
+    returns = []
+    for seed in np.random.default_rng(np.random.SeedSequence(7, spawn_key=(1,))).integers(2**31, size=5).tolist():
+        environment = make()
+        obs, _ = environment.reset(seed=seed)
+        total, over = 0.0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = environment.step(run.act(obs))
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    assert run.evaluate(5, seed=7).returns == pytest.approx(returns, rel=1e-4)
+    count = run.world.normalizer.statistics.count
+    run.act({"x": np.zeros((4, 3), np.float32)})
+    assert run.world.normalizer.statistics.count == count
+    with pytest.raises(UserError, match="act is for control"):
+        pg.train("ppo", "exact:bandit", iterations=1, progress=False).act(0)
+
+
+def test_a_task_without_an_end_shows_the_reward_of_a_step(tmp_path: Path) -> None:
+    run = pg.train("ppo", "probes:Endless-v0", out=tmp_path, **FAST | {"iterations": 1})
+    row = run.metrics[-1]
+    if "return" not in row:
+        assert f"{row['reward_per_step']:.4g} reward per step (no episode has ended)" in run.world.result([row], 1.0)
+        assert f"{row['reward_per_step']:.4g} reward/step" in run.world.status(row)
+    run = pg.train("ppo", Potential, **FAST)
+    row = run.metrics[-1]
+    assert "return" not in row
+    assert run.world.summary([row])["reward_per_step"] == row["reward_per_step"]
+    assert f"{row['reward_per_step']:.4g} reward per step (no episode has ended)" in run.world.result([row], 1.0)
+    assert run.world.status(row)[0] == f"{row['reward_per_step']:.4g} reward/step"
+    assert run.world.curve().y[0] == "reward_per_step"
+    assert set(run.evaluate(1, environment=limited(Potential, 8)).lengths) == {8}
+
+
+def test_the_share_of_successes_is_in_the_line() -> None:
+    class Told(Counting):
+        def step(self, action: Any) -> Any:
+            obs, reward, terminated, truncated, _ = super().step(action)
+            return obs, reward, terminated, truncated, {"is_success": terminated}
+
+    run = pg.train("ppo", Told, **FAST)
+    row = run.metrics[-1]
+    assert 0.4 < row["success"] < 0.6
+    assert f"success {row['success']:.2f}" in run.world.status(row)
+    assert f", success {row['success']:.2f}" in run.world.result(run.metrics, 1.0)
+    found = run.evaluate(8)
+    assert (found.success, found.summary()["success"]) == (0.5, 0.5) or found.success in (0.0, 1.0, 0.5)
+    assert f"success {found.success:.2f}" in found.line()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_envs": 10**9}, "1000000000 environments would take .* GiB, and this machine has .*: lower num_envs"),
+        ({"num_steps": 10**12}, "a rollout of 2 environments and 1000000000000 steps would take .*: lower num_envs or"),
+        ({"hidden": (10**9, 10**9)}, r"networks with hidden \[1000000000, 1000000000\] would take .*: lower hidden"),
+    ],
+)
+def test_sizes_beyond_memory_are_refused_before_they_are_allocated(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        pg.train("ppo", "CartPole-v1", **FAST | options)
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path: Path) -> None:
+    class Unclosed(Counting):
+        def close(self) -> None:
+            raise RuntimeError("the window is gone")
+
+    with pytest.warns(Note, match="RuntimeError in close: the window is gone"):
+        run = pg.train("ppo", Unclosed, out=tmp_path, **FAST)
+    assert len(run.metrics) == 2
+    assert (tmp_path / "policy.safetensors").exists()
+    with pytest.warns(Note, match="in close"):
+        assert run.evaluate(2).episodes == 2
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.Dict({"a": spaces.Discrete(2)})]
+)
+def test_actions_that_are_no_numbers_are_one_line(space: spaces.Space) -> None:
+    with pytest.raises(UserError, match=f"a {type(space).__name__} space is not supported: wrap") as raised:
+        pg.train("ppo", lambda: Known(space), **FAST)
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_evaluation_takes_one_thread_and_gives_the_others_back() -> None:
+    used = []
+
+    class Watching(nn.Module):
+        def forward(self, obs: torch.Tensor) -> Any:
+            used.append(torch.get_num_threads())
+            return torch.distributions.Categorical(logits=torch.zeros(*obs.shape[:2], 2))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pg.evaluate(Watching(), Counting, 1)
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 2
+        pg.evaluate(Watching(), Counting, 1, threads=None)
+        assert used[-1] == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_time_limit_of_a_step_is_the_processes() -> None:
+    for limit in (None, 60.0):
+        values: dict[str, Any] = {"vectorization": "async", "step_time_limit": limit, "preset": "none"}
+        with pg.Training("ppo", "CartPole-v1", num_envs=2, **values) as training:
+            assert training.world.environments.time_limit == limit
+    with pytest.raises(UserError, match="step_time_limit is read only where vectorization is async"):
+        pg.Training("ppo", "CartPole-v1", step_time_limit=60.0)

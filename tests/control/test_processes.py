@@ -1,0 +1,121 @@
+"""One process per environment: what happens to one is said in one line, and nothing waits for it."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from probes import Broken, Known, limited
+
+from policygrad.control import make_environments
+from policygrad.control.environments import close
+from policygrad.control.processes import Processes
+from policygrad.control.stepping import Stepping
+from policygrad.errors import Note, UserError
+
+
+class Ending(Known):
+    """Ends its process, or hangs, at the second step."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.t = how, 0
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        if self.t == 2:
+            match self.how:
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "terminated":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                case "exit":
+                    os._exit(3)
+                case "hangs":
+                    time.sleep(600)
+        return super().step(action)
+
+
+def step(made: Stepping, action: np.ndarray) -> None:
+    for _ in range(8):
+        made.step(action)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("killed", r"the process of environment 1 of 3 was ended by SIGKILL \(out of memory\?\) in step"),
+        ("terminated", r"environment 1 of 3 was ended by SIGTERM in step"),
+        ("exit", r"environment 1 of 3 exited with code 3 in step"),
+        ("hangs", r"environment 1 of 3 did not answer step within 0\.5 s: .*step_time_limit"),
+    ],
+)
+def test_a_process_that_is_lost_is_named(how: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    makers = [lambda: Ending("well"), lambda: Ending(how), lambda: Ending("well")]
+    made = Stepping(Processes(makers, time_limit=0.5 if how == "hangs" else None))
+    made.reset()
+    with pytest.raises(UserError, match=said) as raised:
+        step(made, np.zeros((3, 2), np.float32))
+    assert len(str(raised.value)) <= 200
+    processes: Any = made.environments
+    assert not any(x.is_alive() for x in processes.processes), "no process is left"
+    made.environments.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_in_a_process_is_its_own_and_leaves_no_report(capfd: pytest.CaptureFixture[str]) -> None:
+    environments = make_environments(Broken, 2, vectorization="async")
+    made = Stepping(environments)
+    made.reset()
+    with pytest.raises(
+        UserError, match=r"^the environment raised RuntimeError in step: the simulator crashed"
+    ) as raised:
+        step(made, np.zeros(2, np.int64))
+    assert "the simulator" in str(raised.value.__cause__), "with the trace of the process, for --debug"
+    environments.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_wrong_value_in_a_process_is_the_same_line_as_without() -> None:
+    said = []
+    for vectorization in ("sync", "async"):
+        environments = make_environments(lambda: Broken("wrong reward shape"), 2, vectorization=vectorization)
+        made = Stepping(environments)
+        made.reset()
+        with pytest.raises(UserError) as raised:
+            step(made, np.zeros(2, np.int64))
+        said.append(str(raised.value))
+        environments.close()
+    assert said[0] == said[1]
+
+
+def test_a_time_limit_that_is_kept_changes_nothing() -> None:
+    found = []
+    for limit in (None, 60.0):
+        made = Stepping(make_environments(limited(Known, 8), 2, vectorization="async", step_time_limit=limit), seed=0)
+        made.reset()
+        found.append([made.step(np.zeros((2, 2), np.float32)).reward for _ in range(12)])
+        made.environments.close()
+    np.testing.assert_array_equal(*found)
+
+
+class Unclosed(Known):
+    def close(self) -> None:
+        raise RuntimeError("the window\nis gone")
+
+
+@pytest.mark.filterwarnings("ignore::policygrad.errors.Note")
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_error_in_close_is_a_note(vectorization: str, capfd: pytest.CaptureFixture[str]) -> None:
+    environments = make_environments(Unclosed, 2, vectorization=vectorization)
+    environments.reset(seed=0)
+    said = r"^the environment raised RuntimeError in close: the window is gone \(the results are kept\)$"
+    if vectorization == "sync":
+        with pytest.warns(Note, match=said):
+            close(environments)
+    else:
+        close(environments)
+        assert "Traceback" not in capfd.readouterr().err
+    assert environments.closed
