@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import gymnasium
 import torch
@@ -17,6 +17,7 @@ from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.train import presets
 from policygrad.train.checkpoints import write_json
 from policygrad.train.compose import compose
+from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.reports import Log, ProgressLine, Row
@@ -41,8 +42,8 @@ class Training:
     exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
     settings, or "none"; by default the task's preset if it has one. policy, critic: for control, your own modules, or
     callables that make them from (observation_space, action_space) and (observation_space); for language, critic is a
-    text, the option of that name. engine: the function that samples completions. values: any option of the method (see
-    policygrad.train.options); they override the preset.
+    text, the option of that name. engine: the function that samples completions. keywords: any option of the method
+    (see policygrad.train.options); they override the preset.
 
     The seed determines all random numbers: the same seed gives the same parameters, bit for bit, on the same machine
     with the same number of threads. torch's global generator is left unchanged.
@@ -61,9 +62,9 @@ class Training:
         critic: Any = None,
         engine: Any = None,
         progress: bool = False,
-        **values: Any,
+        **keywords: Unpack[Keywords],
     ) -> None:
-        name = method_named(method).name
+        name, values = method_named(method).name, dict[str, Any](keywords)
         if isinstance(task, Path):
             task = str(task)
         if isinstance(critic, str):  # for a language model, critic is an option
@@ -241,7 +242,7 @@ class Training:
                     self.random["cuda"] = torch.cuda.get_rng_state(self.options.device)
 
 
-def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Any) -> Run:
+def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Unpack[Arguments]) -> Run:
     """Train a policy to the end. The arguments are those of Training. progress: show a line on the terminal."""
     with Training(method, task, progress=progress, **arguments) as training:
         complete(training, progress)
