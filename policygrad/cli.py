@@ -181,6 +181,7 @@ def _train(rest: list[str]) -> int:
 
 def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, command: Any, values: dict[str, Any]) -> Any:
     """Train, and print the preset and the evaluations before and after."""
+    from policygrad.train.reports import at_terminal
     from policygrad.train.samples import samples_table
     from policygrad.train.training import Training, complete
 
@@ -191,10 +192,11 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
                 samples_table(result.rows[:: result.completions], limit=command.samples)
 
     if preset is not None:
-        print(f"preset {preset}: " + ", ".join(f"{x}={values[x]}" for x in tuned), flush=True)
-    with Training(name, task, out=out, preset=preset or "none", progress=True, **values) as training:
+        print(presets.said(preset, tuned, command.options), flush=True)
+    progress = not command.json or at_terminal()  # beside one JSON object a bar, but no lines in a log
+    with Training(name, task, out=out, preset=preset or "none", progress=progress, **values) as training:
         judged("before:", training.run.before)
-        complete(training)
+        complete(training, progress)
         judged("after: ", training.run.after)
     return training.run
 

@@ -25,6 +25,7 @@ from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
 
 HERE = Path(__file__).parent
+PLACES = f"{HERE}{os.pathsep}{Path(cli.__file__).parent.parent}"  # of the environments here, and of policygrad
 SMALL = ("--num-envs", "4", "--num-steps", "16", "--hidden", "8")
 PPO = ("train", "ppo", "probes:Known-v0", *SMALL, "--minibatch-size", "16", "--steps", "100")
 
@@ -62,7 +63,7 @@ def strict(text: str) -> Any:
 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": PLACES}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
 
 
@@ -78,7 +79,9 @@ def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, method: 
     assert said.out.count("\n") == 1
     result = strict(said.out)
     keys = {"run", "method", "world", "task", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
-    assert set(result) == keys | {"episodes", "preset"}
+    assert set(result) == keys | {"episodes", "preset", "ended"}
+    assert strict(Path(result["run"], "summary.json").read_text()) == result
+    assert result["ended"] == "finished"
     assert result["preset"] is None
     full = {"a2c": "actor_critic", "REINFORCE++": "reinforce_plus_plus"}
     assert result["method"] == full.get(method, method.lower().replace("-", "_"))
@@ -511,6 +514,8 @@ def test_eval_refuses_what_cannot_be_meant(policygrad: Any, run: Path, flag: tup
 def test_training_that_explodes_is_one_line_and_exit_code_2(policygrad: Any, tmp_path: Path) -> None:
     said = policygrad(*PPO, "--steps", 5000, "--learning-rate", 1e30, "--out", tmp_path / "run")
     assert_one_line(said, "training stopped")
+    ended = strict((tmp_path / "run" / "summary.json").read_text())["ended"]
+    assert said.err == f"policygrad: {ended}\n"
     policy, _ = load_policy(tmp_path / "run")
     assert all(p.isfinite().all() for p in policy.parameters())
 
@@ -565,7 +570,7 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
     """Ctrl-C goes to the workers as well."""
     script = "from policygrad.cli import main; main()"
     some = [*PPO[:-1], "1000000000", "--vectorization", "async", "--out", "run"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": PLACES}
     command = subprocess.Popen(
         [sys.executable, "-c", script, *some],
         stdout=subprocess.PIPE,
@@ -581,6 +586,9 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=60)
     assert (command.returncode, out, err) == (130, "", "policygrad: stopped; what was learned so far is kept\n")
+    summary = strict((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ended"] == "interrupted"
+    assert summary["steps"] >= 64
 
 
 def test_a_directory_that_the_system_refuses_is_one_line(

@@ -1,4 +1,4 @@
-"""The public names: found at first use, listed for editors, checked by type checkers, and `import policygrad` is instant."""
+"""The public names: found at first use, listed for editors, checked by type checkers; importing them is instant."""
 
 import importlib
 import os

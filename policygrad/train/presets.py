@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from importlib.resources import files
 from typing import Any
@@ -50,6 +51,25 @@ def settings(table: dict[str, dict[str, Any]], method: str, kind: str) -> dict[s
     """A preset's values for a method: those for any method (if this one has the option), then those for this method."""
     known = {f.name for f in fields(options_of(method, kind))}
     return {name: x for name, x in table.get(ANY, {}).items() if name in known} | table.get(method, {})
+
+
+def said(preset: str, tuned: Mapping[str, Any], options: Any) -> str:
+    """A line that says which preset is used, and the values that the run has for its options."""
+    return f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned)
+
+
+def passed_over(task: Any, environments: Any, method: str) -> str | None:
+    """A line about a preset that is for the id of these environments, and not applied to an object or a function."""
+    if isinstance(task, str) or environments is None:
+        return None
+    specs = [environments.spec]
+    with suppress(Exception):  # a vector environment of another make may not know the call
+        specs += environments.get_attr("spec")
+    name = next((spec.id for spec in specs if spec is not None), None)
+    if name not in names() or not {method, ANY} & set(load(name)):
+        return None
+    some = "" if callable(task) or hasattr(task, "num_envs") else ", with a function that makes the environment"
+    return f'note: {name} has a preset, which is for its id and not used here: preset="{name}" uses it{some}'
 
 
 def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given: Collection[str]) -> str:

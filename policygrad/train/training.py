@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,8 +72,8 @@ class Training:
             values["critic"], critic = critic, None
         kind = kind_of(task, values)
         _check_count(task, values)
-        self.preset, tuned = presets.choose(preset, name, task, values)
-        defaults = with_values(options_of(name, kind)(), tuned, f"preset {self.preset}: ")
+        self.preset, self.tuned = presets.choose(preset, name, task, values)
+        defaults = with_values(options_of(name, kind)(), self.tuned, f"preset {self.preset}: ")
         options = with_values(defaults, values)
         validate(options, defaults)
         if kind == "control":
@@ -165,6 +166,12 @@ class Training:
             self.learner.coefficients[name].load_state_dict(saved)
         self.learner.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
 
+    def note(self) -> str | None:
+        """A line about the preset that is used, or about one that is for the task's id only and not used."""
+        if self.preset is not None:
+            return presets.said(self.preset, self.tuned, self.options)
+        return presets.passed_over(self.world.task, getattr(self.world, "environments", None), self.run.method)
+
     def close(self) -> None:
         """Close the environments; the policy stays usable."""
         self.world.close()
@@ -243,8 +250,15 @@ class Training:
 
 
 def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Unpack[Arguments]) -> Run:
-    """Train a policy to the end. The arguments are those of Training. progress: show a line on the terminal."""
+    """Train a policy to the end. The arguments are those of Training.
+
+    progress: say on standard error which preset is used, and show a progress line: on a terminal at once, elsewhere now
+    and then.
+    """
     with Training(method, task, progress=progress, **arguments) as training:
+        note = training.note()
+        if progress and note is not None and arguments.get("preset") != "none":
+            print(note, file=sys.stderr, flush=True)
         complete(training, progress)
     return training.run
 
@@ -280,13 +294,24 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
         run = self.training.run
+        run.ended = how_it_ended(error)
         if self.log is None or run.directory is None:
             return
-        self.log.__exit__(*error)
+        self.log.__exit__(kind, error, at)
         if self.training.sound():  # also where it stopped in the middle of an iteration
             run.save(run.directory)
+        write_json(run.directory / "summary.json", run.summary())
+
+
+def how_it_ended(error: BaseException | None) -> str:
+    """The end of a run, for its summary: finished, interrupted, or the error."""
+    if error is None:
+        return "finished"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return one_line(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}", 200)
 
 
 def _as_row(metrics: dict[str, Tensor | float]) -> Row:
