@@ -283,7 +283,7 @@ def test_json_names_the_preset(policygrad: Any) -> None:
 
 def test_a_clash_with_a_preset_names_it(policygrad: Any) -> None:
     said = policygrad("train", "ppo", "CartPole-v1", "--num-envs", 1)
-    blamed = " (preset CartPole-v1 sets minibatch_size=256; --preset none leaves it)\n"
+    blamed = " (preset CartPole-v1 sets minibatch_size=256; preset none leaves it)\n"
     assert_one_line(said, "minibatch_size is 256")
     assert said.err.endswith(blamed)
     said = policygrad("train", "ppo", "CartPole-v1", "--num-envs", 1, "--minibatch-size", 255)
@@ -588,7 +588,7 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
     assert (command.returncode, out, err) == (130, "", "policygrad: stopped; what was learned so far is kept\n")
     summary = strict((tmp_path / "run" / "summary.json").read_text())
     assert summary["ended"] == "interrupted"
-    assert summary["steps"] >= 64
+    assert summary["steps"] == strict(metrics.read_text().splitlines()[-1])["steps"]
 
 
 def test_a_directory_that_the_system_refuses_is_one_line(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -335,7 +336,7 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
             raise OptionError(name, f"{origin}{options.method} has no option {name!r}{_why_not(name, options, kinds)}")
         given[name] = tuple(x) if isinstance(x, list) else x
         if not _fits(given[name], kinds[name]):
-            raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {_said(kinds[name])}")
+            raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {in_words(kinds[name])}")
         given[name] = _plain(given[name], kinds[name])
     return replace(options, **given)
 
@@ -510,14 +511,14 @@ def _fits(x: Any, kind: Any) -> bool:
     return isinstance(x, kind)
 
 
-def _said(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """The type of an option in words."""
     if get_origin(kind) is Annotated:
-        return _said(get_args(kind)[0])
+        return in_words(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        return f"a list, each entry {_said(get_args(kind)[0])}"
+        return f"a list, each entry {in_words(get_args(kind)[0])}"
     if isinstance(kind, UnionType):
-        return " or ".join(_said(one) for one in get_args(kind) if one is not type(None))
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
+        return " or ".join(in_words(one) for one in get_args(kind) if one is not type(None))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}[kind]

@@ -7,8 +7,8 @@ from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
-from policygrad.errors import UserError
-from policygrad.train.methods import nearest
+from policygrad.errors import UserError, listed, one_line, shortened
+from policygrad.train.methods import METHODS, nearest
 from policygrad.train.options import options_of
 from policygrad.train.worlds import kind_of
 
@@ -22,10 +22,17 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, dict[str, Any]]:
-    """A preset: method -> option -> value. Raises UserError with the nearest names for an unknown name."""
+    """A preset: method -> option -> value. Raises UserError for an unknown name or a damaged file."""
     if name not in names():
-        raise UserError(f"unknown preset {name!r}: {nearest(name, names())} (or none)")
-    return tomllib.loads((FOLDER / f"{name}.toml").read_text())
+        raise UserError(f"unknown preset {shortened(name)}: {nearest(str(name), names())} (or none)")
+    try:
+        table = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"the preset {name}.toml cannot be read ({one_line(error)}): mend it, or use none") from error
+    for method, values in table.items():
+        if method not in (*METHODS, ANY) or not isinstance(values, dict):
+            raise UserError(f"the preset {name}.toml has {shortened(method)}, which is no table of a method: mend it")
+    return table
 
 
 def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -39,7 +46,7 @@ def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]
     if preset is not None:
         table = load(preset)
         if method not in table and ANY not in table:
-            raise UserError(f"preset {preset} has no settings for {method}, only for {', '.join(table)}; or use none")
+            raise UserError(f"preset {preset} has no settings for {method}, only for {listed(table, 90)}; or use none")
         return preset, settings(table, method, kind_of(task, values))
     own = task.split(":")[-1] if isinstance(task, str) and not task.startswith("exact:") else None
     if own in names() and values.get("model") is None and {method, ANY} & set(table := load(own)):
@@ -80,4 +87,4 @@ def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given
     name: str = getattr(error, "option", "")
     if preset is None or name not in tuned or name in given:
         return ""
-    return f" (preset {preset} sets {name}={tuned[name]}; --preset none leaves it)"
+    return f" (preset {preset} sets {name}={tuned[name]}; preset none leaves it)"

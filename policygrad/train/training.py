@@ -75,7 +75,11 @@ class Training:
         self.preset, self.tuned = presets.choose(preset, name, task, values)
         defaults = with_values(options_of(name, kind)(), self.tuned, f"preset {self.preset}: ")
         options = with_values(defaults, values)
-        validate(options, defaults)
+        try:
+            validate(options, defaults)
+        except OptionError as error:
+            blamed = presets.blamed(error, self.preset, self.tuned, values)
+            raise OptionError(error.option, f"{error}{blamed}") from error
         if kind == "control":
             _check_shape_read(options, defaults, policy, critic)
         check_device(options.device)

@@ -169,7 +169,7 @@ def test_what_is_set_for_any_method_is_set_where_a_method_has_it(monkeypatch: py
 
 def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:
     error, tuned = OptionError("lam", "lam is 2.5"), {"lam": 2.5, "n": 2}
-    assert presets.blamed(error, "P", tuned, {"n"}) == " (preset P sets lam=2.5; --preset none leaves it)"
+    assert presets.blamed(error, "P", tuned, {"n"}) == " (preset P sets lam=2.5; preset none leaves it)"
     for nobody in (
         presets.blamed(error, "P", tuned, {"lam"}),
         presets.blamed(error, None, {}, {}),
