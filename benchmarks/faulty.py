@@ -54,7 +54,8 @@ ACTIONS: dict[str, Any] = {
 }  # fmt: skip
 OBSERVATIONS: dict[str, Any] = {
     "text": spaces.Text(3), "dict": spaces.Dict({"a": BOX, "b": spaces.Discrete(2)}), "none": None, "class": int,
-    "sequence": spaces.Sequence(BOX), "empty": spaces.Box(-1.0, 1.0, (0,)), "image": spaces.Box(0, 255, (8, 8, 3), np.uint8),
+    "sequence": spaces.Sequence(BOX), "empty": spaces.Box(-1.0, 1.0, (0,)),
+    "image": spaces.Box(0, 255, (8, 8, 3), np.uint8),
     "huge": spaces.Box(-1.0, 1.0, (10**6,), np.float32), "state": spaces.Discrete(5, start=2),
     "binary": spaces.MultiBinary(4), "scalar": spaces.Box(-1.0, 1.0, (), np.float32),
     "double": spaces.Box(-1.0, 1.0, (2,), np.float64),
@@ -68,13 +69,15 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "none": lambda obs: None, "four": lambda obs: (obs, 1.0, False, {}), "number": lambda obs: 3,
     "shape": lambda obs: (np.zeros((2, 2)), 1.0, False, False, {}), "absent": lambda obs: (None, 1.0, False, False, {}),
     "nan": lambda obs: (obs * np.nan, 1.0, False, False, {}), "inf": lambda obs: (obs + np.inf, 1.0, False, False, {}),
-    "nan-reward": lambda obs: (obs, np.nan, False, False, {}), "inf-reward": lambda obs: (obs, -np.inf, False, False, {}),
+    "nan-reward": lambda obs: (obs, np.nan, False, False, {}),
+    "inf-reward": lambda obs: (obs, -np.inf, False, False, {}),
     "no-reward": lambda obs: (obs, None, False, False, {}), "text-reward": lambda obs: (obs, "one", False, False, {}),
-    "list-reward": lambda obs: (obs, [1.0], False, False, {}), "large-reward": lambda obs: (obs, 1e300, False, False, {}),
+    "list-reward": lambda obs: (obs, [1.0], False, False, {}),
+    "large-reward": lambda obs: (obs, 1e300, False, False, {}),
     "complex-reward": lambda obs: (obs, 1j, False, False, {}), "end": lambda obs: (obs, 1.0, None, False, {}),
     "text-end": lambda obs: (obs, 1.0, "no", False, {}), "info": lambda obs: (obs, 1.0, False, False, None),
     "integer": lambda obs: (obs, 10**400, False, False, {}), "listed": lambda obs: (obs.tolist(), 1, 0, 1, {}),
-    "changing-info": lambda obs: (obs, 1.0, False, False, {"a": [1, "x", None][np.random.randint(3)]}),
+    "changing-info": lambda obs: (obs, 1.0, False, False, {"a": [1, "x", None][int(abs(obs[0]) * 100) % 3]}),
 }  # fmt: skip
 
 

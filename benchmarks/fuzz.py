@@ -14,6 +14,7 @@ Exits with 1 if anything is violated.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -25,7 +26,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -45,12 +47,24 @@ GRACE = 15.0  # seconds from SIGINT to the end
 MEMORY = 8 * 2**30  # bytes of address space
 LINE = 200  # characters of a message
 ASIDE = re.compile(r"(preset|note:|before:|after:) |.* left$")  # lines beside the message: the preset, the progress
+
+
+def split(*lines: str) -> list[str]:
+    """The words of the lines."""
+    return " ".join(lines).split()
+
+
 ODD = [
-    "", " ", "-", "--", "0", "-1", "1.5", "1e400", "-inf", "nan", "None", "none", "null", "True", "[]", "{}", "'", '"', "\\",
-    "a b", "a\nb", "\t", "\0", "a\0b", "\udcff", "\ud800", "é", "日本語", "🙂", "\x1b[31m", "x" * 300, "9" * 400, "../..", "/", "~",
-    "/dev/null", "/dev/full", "/proc/self/mem", "/etc/passwd", ".", "%s%n", "$(id)", "*", "--help", "-h", "--json", "1,2",
-    "0x10", "1_000", "١٢", "a=b", "=", ":", "::", "a:b", "a:b:c", "os:system", "os:_exit", "sys:exit", "file.py:f", "exact:", "@",
+    *split("- -- 0 -1 1.5 1e400 -inf nan None none null True [] {} ' \" \\ é 日本語 🙂 ١٢ 0x10 1_000 1,2 ../.. /"),
+    *split("/dev/null /dev/full /proc/self/mem /etc/passwd %s%n $(id) --help -h --json a=b a:b a:b:c :: file.py:f"),
+    *split("os:system os:_exit sys:exit ~ . * @ = : exact:"), "x" * 300, "9" * 400,
+    "", " ", "a b", "a\nb", "\t", "\0", "a\0b", "\udcff", "\ud800", "\x1b[31m",
 ]  # fmt: skip
+
+
+def pick(chance: random.Random, usual: list[str], odd: float = 0.1) -> str:
+    """One of the usual words, or now and then an odd one."""
+    return chance.choice(ODD if chance.random() < odd else usual)
 
 
 @dataclass
@@ -136,51 +150,34 @@ number = 3
 class Thing: pass
 """
 FUNCTION_NAMES = re.findall(r"^(?:def|class) (\w+)", FUNCTIONS, re.MULTILINE) + ["number", "absent"]
+TINY = split("--model @model --dataset @prompts.jsonl --reward exact_match")
 SMALL = {
-    "control": {"iterations": "1", "num_envs": "2", "num_steps": "8", "minibatch_size": "8", "hidden": "4", "epochs": "1",
-                "episode_steps": "8", "critic_epochs": "1", "critic_minibatch_size": "8"},
-    "exact": {"iterations": "1", "num_envs": "2", "minibatch_size": "4", "epochs": "1", "critic_epochs": "1",
-              "critic_minibatch_size": "8", "episode_steps": "8"},
-    "language": {"iterations": "1", "prompts_per_rollout": "2", "completions": "2", "max_tokens": "3", "held_out": "2",
-                 "minibatch_size": "2", "epochs": "1", "evaluation_completions": "1", "critic_epochs": "1",
-                 "critic_minibatch_size": "2"},
+    "control": split("iterations=1 num_envs=2 num_steps=8 minibatch_size=8 hidden=4 epochs=1 episode_steps=8",
+                     "critic_epochs=1 critic_minibatch_size=8"),
+    "exact": split("iterations=1 num_envs=2 minibatch_size=4 epochs=1 episode_steps=8",
+                   "critic_epochs=1 critic_minibatch_size=8"),
+    "language": split("iterations=1 prompts_per_rollout=2 completions=2 max_tokens=3 held_out=2 minibatch_size=2",
+                      "epochs=1 evaluation_completions=1 critic_epochs=1 critic_minibatch_size=2"),
 }  # fmt: skip
-TINY = ["--model", "@model", "--dataset", "@prompts.jsonl", "--reward", "exact_match"]
+GRPO = split(
+    "--iterations 1 --prompts-per-rollout 2 --completions 2 --max-tokens 3 --held-out 2 --evaluation-completions 1"
+)
 RUNS = {
-    "control-run": ["train", "ppo", "CartPole-v1", "--preset", "none", "--iterations", "1", "--num-envs", "2", "--num-steps",
-                    "32", "--hidden", "4"],
-    "exact-run": ["train", "ppo", "exact:bandit", "--iterations", "1", "--num-envs", "2", "--minibatch-size", "2"],
-    "language-run": ["train", "grpo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "exact_match", "--iterations",
-                     "1", "--prompts-per-rollout", "2", "--completions", "2", "--max-tokens", "3", "--held-out", "2"],
-    "reward-run": ["reward-model", "--model", "model", "--dataset", "pairs.jsonl", "--held-out", "4", "--batch-size", "8"],
-}  # fmt: skip
-TASKS = {
-    "control": [
-        "CartPole-v1",
-        "Pendulum-v1",
-        "FrozenLake-v1",
-        "Acrobot-v1",
-        "CliffWalking-v1",
-        "MountainCarContinuous-v0",
-    ],
-    "exact": ["exact:chain", "exact:bandit", "exact:cliff", "exact:garnet", "exact:two_states", "exact:tokens"],
+    "control-run": split("train ppo CartPole-v1 --preset none --iterations 1 --num-envs 2 --num-steps 32 --hidden 4"),
+    "exact-run": split("train ppo exact:bandit --iterations 1 --num-envs 2 --minibatch-size 2"),
+    "language-run": ["train", "grpo", *TINY, *GRPO],
+    "reward-run": split("reward-model --model @model --dataset @pairs.jsonl --held-out 4 --batch-size 8"),
 }
-WRONG_TASKS = [
-    "cartpole-v1", "CartPole", "CartPole-v9", "ALE/Pong-v5", "MiniGrid-Empty-5x5-v0", "exact:", "exact:chian", "absent:Env-v0",
-    "@mine.py", "@mine.py:Thing", "@mine.py:number", "@mine.py:absent", "@syntax.py:f", "@quits.py:f", "@prompts.jsonl",
-    "@empty.jsonl", "@model", "faulty", "faulty:", ":CartPole-v1", "CartPole-v1:", "policygrad", "train", "ppo", "arithmetics",
-]  # fmt: skip
-PATHS = [
-    "@control-run",
-    "@exact-run",
-    "@language-run",
-    "@reward-run",
-    "@model",
-    "@prompts.jsonl",
-    "@nowhere",
-    "@mine.py",
-    "@",
-]
+TASKS = {
+    "control": split("CartPole-v1 Pendulum-v1 FrozenLake-v1 Acrobot-v1 CliffWalking-v1 MountainCarContinuous-v0"),
+    "exact": split("exact:chain exact:bandit exact:cliff exact:garnet exact:two_states exact:tokens"),
+}
+WRONG_TASKS = split(
+    "cartpole-v1 CartPole CartPole-v9 ALE/Pong-v5 MiniGrid-Empty-5x5-v0 exact: exact:chian absent:Env-v0 @mine.py",
+    "@mine.py:Thing @mine.py:number @mine.py:absent @syntax.py:f @quits.py:f @prompts.jsonl @empty.jsonl @model faulty",
+    "faulty: :CartPole-v1 CartPole-v1: policygrad train ppo arithmetics",
+)
+PATHS = split("@control-run @exact-run @language-run @reward-run @model @prompts.jsonl @nowhere @mine.py @")
 
 
 # Cases
@@ -189,9 +186,7 @@ PATHS = [
 def make(number: int, seed: int) -> Case:
     """The case of a number."""
     chance = random.Random(f"{seed}/{number}")
-    kinds = [usage] * 2 + [control] * 5 + [exact] * 2 + [language] * 3 + [environments] * 3
-    kinds += [evaluation] * 2 + [hostile] * 4 + [lists] + [verification] + [reward_models] * 2
-    kind = kinds[number % len(kinds)]
+    kind = KINDS[number % len(KINDS)]
     case = kind(chance)
     case.kind = kind.__name__
     if chance.random() < 0.03 and case.words:
@@ -250,7 +245,7 @@ def train(chance: random.Random, world: str, task: list[str], most: int = 3) -> 
 
     typed, name = method(chance)
     known = {f.name: f for f in fields(options_of(name, world))}
-    given = {x: value for x, value in SMALL[world].items() if x in known}
+    given = {x: value for x, value in (pair.split("=") for pair in SMALL[world]) if x in known}
     if known["credit"].default in EPISODIC:
         given.pop("num_steps", None)
     else:
@@ -280,9 +275,9 @@ def train(chance: random.Random, world: str, task: list[str], most: int = 3) -> 
         if chance.random() < share:
             words.append(word)
             if word == "--preset":
-                words.append(chance.choice(["none", "none", "CartPole-v1", "arithmetic", "absent", *ODD]))
+                words.append(pick(chance, ["none", "none", "none", "CartPole-v1", "arithmetic", "absent"]))
             if word == "--out":
-                words.append(chance.choice(["run", "deep/down/run", "full", "file", "run/", "/dev/null/run", *ODD]))
+                words.append(pick(chance, ["run", "run", "deep/down/run", "full", "file", "run/", "/dev/null/run"]))
             if word == "--samples":
                 words.append(chance.choice(["0", "1", "-1", "x"]))
     if chance.random() < 0.02:
@@ -329,7 +324,7 @@ def occupied(place: Path) -> None:
 def control(chance: random.Random) -> Case:
     """Gymnasium's environments."""
     wrong = chance.random() < 0.15
-    return train(chance, "control", [chance.choice([*WRONG_TASKS, *ODD] if wrong else TASKS["control"])])
+    return train(chance, "control", [pick(chance, WRONG_TASKS if wrong else TASKS["control"], 0.02)])
 
 
 def exact(chance: random.Random) -> Case:
@@ -358,7 +353,7 @@ def language(chance: random.Random) -> Case:
         ]
         for name, choices in (("--reward", rewards), ("--dataset", files), ("--model", [*PATHS, "org/absent"])):
             if name in task and chance.random() < 0.5:
-                task[task.index(name) + 1] = chance.choice([*choices, *choices, *ODD])
+                task[task.index(name) + 1] = pick(chance, choices)
         if chance.random() < 0.1:
             task[at] = chance.choice(ODD)
     return train(chance, "language", task, most=2)
@@ -376,12 +371,12 @@ def environments(chance: random.Random) -> Case:
 
 def evaluation(chance: random.Random) -> Case:
     """Options of eval on good runs and on paths that are none."""
-    words = ["eval", chance.choice([*PATHS, *PATHS[:3], *PATHS[:3], *ODD])]
+    words = ["eval", pick(chance, [*PATHS, *PATHS[:3], *PATHS[:3]])]
     if words[1] == "@control-run" and chance.random() < 0.7:
         words += ["--episodes", "1"]
     for word in ("--episodes", "--completions", "--seed", "--samples"):
         if chance.random() < 0.15:
-            words += [word, chance.choice(["1", "2", "0", "-1", "x", *ODD])]
+            words += [word, pick(chance, ["1", "1", "2", "0", "-1", "x"])]
     words += [word for word in ("--greedy", "--sampled", "--json", "--help", "--trust") if chance.random() < 0.15]
     return Case("", words)
 
@@ -392,33 +387,18 @@ def hostile(chance: random.Random) -> Case:
     seed = chance.random()
     words = ["eval", "run", *(["--episodes", "1"] if run == "control-run" else [])]
     if run == "reward-run":
-        words = ["train", "grpo", *TINY[:4], "--reward", "run"]
-        words += [
-            x for name, value in SMALL["language"].items() if name in known_of_grpo() for x in (flag(name), value)
-        ]
+        words = ["train", "grpo", *TINY[:4], "--reward", "run", *GRPO]
     elif run == "language-run" and chance.random() < 0.3:
-        words = ["train", "grpo", "--model", "run", *TINY[2:]]
-        words += [
-            x for name, value in SMALL["language"].items() if name in known_of_grpo() for x in (flag(name), value)
-        ]
+        words = ["train", "grpo", "--model", "run", *TINY[2:], *GRPO]
     if chance.random() < 0.3:
         words.append("--json")
     return Case("", words, lambda place: damage(place, run, random.Random(seed)))
 
 
-def known_of_grpo() -> set[str]:
-    from policygrad.train.options import options_of
-
-    return {f.name for f in fields(options_of("grpo", "language"))} - {
-        "minibatch_size",
-        "critic_epochs",
-        "critic_minibatch_size",
-    }
-
-
 VALUES: list[Any] = [
-    None, True, 0, -1, 1.5, 10**30, "", "x", "x" * 10**5, [], [1], [[]], {}, {"a": 1}, "inf", "nan", "../../etc/passwd", "\0", "\ud800",
-    "os:system", "evil.py:f", "ppo", "control", "language", "exact", ["evil.py:f"], 1e308, [10**9, 10**9], "CartPole-v1",
+    None, True, 0, -1, 1.5, 10**30, "", "x", "x" * 10**5, [], [1], [[]], {}, {"a": 1}, "inf", "nan", "\0", "\ud800",
+    "../../etc/passwd", "os:system", "evil.py:f", ["evil.py:f"], "ppo", "control", "language", "exact",
+    1e308, [10**9] * 2, "CartPole-v1",
 ]  # fmt: skip
 
 
@@ -484,27 +464,21 @@ def altered(content: Any, chance: random.Random) -> Any:
 
 def lists(chance: random.Random) -> Case:
     """What there is."""
-    topics = ["methods", "variants", "presets", "environments", "--help", "method", "PRESETS", *ODD]
-    return Case("", ["list", *(chance.choice(topics) for _ in range(chance.randrange(3)))])
+    topics = ["methods", "variants", "presets", "environments", "--help", "method", "PRESETS"]
+    return Case("", ["list", *(pick(chance, topics) for _ in range(chance.randrange(3)))])
 
 
 def verification(chance: random.Random) -> Case:
     """Estimators of one's own on the smallest worlds."""
-    words = [
-        "verify",
-        "--world",
-        chance.choice(["bandit", "bandit", "bandit", "tokens", "chian", *ODD]),
-        "--samples",
-        "1000",
-    ]
+    words = ["verify", "--world", pick(chance, ["bandit"] * 8 + ["tokens", "chian"], 0.03), "--samples", "1000"]
     if chance.random() < 0.8:
         words += [
             "--estimator",
-            chance.choice([*(f"@mine.py:{name}" for name in FUNCTION_NAMES), "@syntax.py:f", "@quits.py:f", *ODD]),
+            pick(chance, [*(f"@mine.py:{name}" for name in FUNCTION_NAMES), "@syntax.py:f", "@quits.py:f"]),
         ]
     for word, values in (("--samples", ["999", "1e3", "10**4"]), ("--seed", ["0", "1", "-1", "1" * 40])):
         if chance.random() < 0.15:
-            words += [word, chance.choice([*values, *ODD])]
+            words += [word, pick(chance, values)]
     return Case("", [*words, *(["--json"] if chance.random() < 0.3 else [])])
 
 
@@ -532,6 +506,9 @@ def reward_models(chance: random.Random) -> Case:
     words += ["--json"] if chance.random() < 0.3 else []
     return Case("", ["reward-model", *words, *(["--out", "run"] if chance.random() < 0.5 else [])])
 
+
+KINDS = [usage] * 2 + [control] * 5 + [exact] * 2 + [language] * 3 + [environments] * 3 + [evaluation] * 2
+KINDS += [hostile] * 4 + [lists] + [verification] + [reward_models] * 2
 
 # Running them
 
@@ -664,17 +641,13 @@ def violations(o: Outcome) -> list[str]:
     return found
 
 
-def worker(numbers: range, seed: int) -> Iterator[Outcome]:
-    for number in numbers:
-        yield outcome(number, seed)
-
-
 def main() -> int:
     global FURNITURE
     parser = argparse.ArgumentParser(description="Fuzz the command line.")
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--kind", help="only the cases of this kind")
     parser.add_argument("--show", action="store_true", help="print every case with its message")
     parser.add_argument("--only", type=int, help="run this case alone, and print all that it prints")
     options = parser.parse_args()
@@ -697,32 +670,33 @@ def main() -> int:
             found = outcome(options.only, options.seed)
             print(f"{found.case.kind}: {found.case.words}\n{found.out}{found.err}exit code {found.code}, {found.wrong}")
             return int(bool(found.wrong))
-        outcomes = shared(options.cases, options.seed, options.jobs, options.show)
+        numbers = [k for k in range(options.cases) if options.kind in (None, KINDS[k % len(KINDS)].__name__)]
+        outcomes = shared(numbers, options.seed, options.jobs, options.show)
     finally:
         shutil.rmtree(FURNITURE.parent, ignore_errors=True)
     return report(outcomes, time.monotonic() - begin)
 
 
-def shared(cases: int, seed: int, jobs: int, show: bool) -> list[Outcome]:
+def shared(numbers: list[int], seed: int, jobs: int, show: bool) -> list[Outcome]:
     """All cases, by some processes that take every `jobs`-th each."""
-    import multiprocessing
-
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        done = pool.imap_unordered(run_one, [(number, seed) for number in range(cases)], chunksize=4)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         outcomes = []
-        for k, found in enumerate(done, 1):
-            found.case.prepare = None
+        for k, done in enumerate(as_completed([pool.submit(run_one, number, seed) for number in numbers]), 1):
+            found = done.result()
             outcomes.append(found)
             for wrong in found.wrong or ["right"] * show:
                 said = found.err.strip()[-300:]
-                print(f"{found.number} {found.case.kind}: {wrong}: {found.case.words!r}\n    {found.code}: {said!r}", flush=True)
+                print(
+                    f"{found.number} {found.case.kind}: {wrong}: {found.case.words!r}\n    {found.code}: {said!r}",
+                    flush=True,
+                )
             if k % 200 == 0:
-                print(f"{k} of {cases}", file=sys.stderr, flush=True)
+                print(f"{k} of {len(numbers)}", file=sys.stderr, flush=True)
     return sorted(outcomes, key=lambda x: x.number)
 
 
-def run_one(what: tuple[int, int]) -> Outcome:
-    found = outcome(*what)
+def run_one(number: int, seed: int) -> Outcome:
+    found = outcome(number, seed)
     found.case.prepare = None  # which does not travel between processes
     return found
 

@@ -416,7 +416,8 @@ def _complaint(kind: Any, arguments: list[str], said: str) -> str:
     given += [after for x, after in pairwise(arguments) if x == named and after not in kinds]
     if "Missing value" in said or not given:
         return f"{named} has no value: it must be {in_words(kinds[named])}."
-    return f"{named} is {shortened(given[-1])}: it must be {in_words(kinds[named])}."
+    value = next((x for x in given if repr(x) in said), given[-1])
+    return f"{named} is {shortened(value)}: it must be {in_words(kinds[named])}."
 
 
 def _no_option(word: str, flags: Iterable[str]) -> str:
@@ -433,8 +434,8 @@ def _kinds(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     parts = {name: get_args(x)[0] if get_origin(x) is Annotated else x for name, x in hints.items()}
     nested = [_kinds(x) for x in parts.values() if is_dataclass(x)]
-    own = {as_flag(name): x for name, x in parts.items() if not is_dataclass(x)}
-    return {name: x for kinds in (*nested, own) for name, x in kinds.items()}
+    own = {as_flag(x): kind for x, kind in parts.items() if not is_dataclass(kind) and x not in ("task", "run")}
+    return {name: kind for kinds in (*nested, own) for name, kind in kinds.items()}
 
 
 def as_flag(name: str) -> str:

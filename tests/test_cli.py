@@ -416,8 +416,38 @@ def test_list_environments_names_gymnasiums(policygrad: Any) -> None:
 
 # Bad input
 
+NOT_TEXT = "is no text: it has a null byte or bytes that are not UTF-8"
 BAD: list[tuple[str, tuple[Any, ...], str]] = [
-    ("unknown command", ("trian",), "train"),
+    ("unknown command", ("trian",), "unknown command 'trian': did you mean train?"),
+    ("command in capitals", ("TRAIN", "ppo"), "did you mean train?"),
+    ("long command", ("x" * 1000,), "xxx...: there are train, reward-model, eval, verify, list"),
+    ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
+    ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),
+    ("null byte in a task", ("train", "ppo", "Cart\0Pole-v1"), NOT_TEXT),
+    ("null byte in a number", ("verify", "--seed=1\0"), NOT_TEXT),
+    ("null byte in a topic", ("list", "\0"), NOT_TEXT),
+    ("half a pair", ("reward-model", "--dataset", "\ud800"), f"'\\ud800' {NOT_TEXT}"),
+    ("bytes that are no text", ("eval", os.fsdecode(b"run\xff")), NOT_TEXT),
+    ("a capital too few", ("train", "PPO", "cartpole-v1"), "did you mean CartPole-v1"),
+    ("long method", ("train", "p" * 1000, "CartPole-v1"), "unknown method 'ppp"),
+    ("no method", ("train", "--steps", "3"), "there is no method"),
+    ("long preset", ("train", "ppo", "CartPole-v1", "--preset", "x" * 1000), "(or none)"),
+    ("empty task", ("train", "ppo", ""), "unknown environment ''"),
+    ("long task", ("train", "ppo", "x" * 1000), "unknown environment"),
+    ("escapes in a task", ("train", "ppo", "\x1b[31m\n\r"), "\\x1b[31m"),
+    ("two tasks", ("train", "ppo", "CartPole-v1", "Acrobot-v1"), "'Acrobot-v1' belongs to no option"),
+    ("a misspelled switch before the task", ("train", "ppo", "--squahs", "CartPole-v1"), "did you mean --squash?"),
+    ("no value", ("train", "ppo", "CartPole-v1", "--seed", "--json"), "--seed has no value: it must be a whole number"),
+    ("a later value is bad", ("verify", "--seed", "1", "--seed", "x"), "--seed is 'x': it must be a whole number"),
+    ("long value", ("train", "ppo", "CartPole-v1", "--steps", "9" * 5000), "--steps is '999"),
+    (
+        "not a path",
+        ("reward-model", "--lerning-rate", "3"),
+        "there is no option --lerning-rate: did you mean --learning",
+    ),
+    ("second topic", ("list", "methods", "preset"), "nothing to list under 'preset': did you mean presets?"),
+    ("not of the worlds", ("verify", "--world", "chian"), "--world is 'chian': it must be one of all, random, cliff,"),
+    ("a file as run", ("eval", __file__), "Not a directory"),
     ("unknown method", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
     ("unknown environment", ("train", "ppo", "CartPol-v1"), "did you mean CartPole-v1"),
     ("unknown version", ("train", "ppo", "CartPole-v7"), "CartPole-v1"),
@@ -482,6 +512,8 @@ def assert_one_line(said: Said, expected: str) -> None:
     assert said.err.startswith("policygrad: ")
     assert said.err.count("\n") == 1, said.err
     assert "Traceback" not in said.err
+    assert said.err[:-1].isprintable()
+    assert len(said.err) - len("policygrad: \n") <= 200
     assert expected in said.err
     assert said.out == ""
 
@@ -509,6 +541,65 @@ def test_an_unsupported_action_space_is_named(policygrad: Any, space: str) -> No
 @pytest.mark.parametrize("flag", [("--episodes", 0), ("--episodes", -3), ("--seed", -1), ("--seed", 10**30)], ids=str)
 def test_eval_refuses_what_cannot_be_meant(policygrad: Any, run: Path, flag: tuple[str, int]) -> None:
     assert_one_line(policygrad("eval", run, *flag), f"{flag[0].removeprefix('--')} is {flag[1]}")
+
+
+def test_options_may_come_before_the_method_and_the_task(policygrad: Any) -> None:
+    method, task, *options = PPO[1:]
+    plain = policygrad("train", method, task, *options, "--seed", 3, "--json", "--out", "a")
+    mixed = policygrad("train", *options, "--json", method, "--seed", 3, "--hidden", 8, 4, task, "--out=b")
+    assert (plain.code, mixed.code) == (0, 0), mixed.err
+    configurations = [strict(Path(out, "config.json").read_text()) for out in ("a", "b")]
+    assert configurations[1]["options"] == configurations[0]["options"] | {"hidden": [8, 4]}
+    assert configurations[1]["task"] == task
+
+
+EXITS = """
+import gymnasium, probes, sys
+class Exits(probes.Known):
+    def step(self, action):
+        sys.exit(0)
+gymnasium.register("Exits-v0", Exits)
+"""
+
+
+def test_code_that_ends_the_program_is_an_error_and_no_success(
+    policygrad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exits.py").write_text(EXITS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = policygrad("train", "ppo", "exits:Exits-v0", *PPO[3:])
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "exit" in said.err.lower()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 3 TiB"), RuntimeError("x: can't allocate memory: y")]
+)
+def test_too_little_memory_is_one_line(policygrad: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(rest: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", run)
+    assert_one_line(policygrad("train"), f"there is not enough memory ({error}): lower num_envs")
+
+
+def test_a_damaged_preset_is_one_line_that_names_its_file(
+    policygrad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    for text, expected in (
+        ("[ppo", "CartPole-v1.toml cannot be read"),
+        ("gamma = 0.9", "CartPole-v1.toml has 'gamma', which is no table of a method"),
+        ("[pppo]\ngamma = 0.9", "CartPole-v1.toml has 'pppo'"),
+        ('[ppo]\ngamma = "high"', "preset CartPole-v1: gamma is 'high': it must be a number"),
+        ("[ppo]\ngama = 0.9", "preset CartPole-v1: ppo has no option 'gama': did you mean gamma"),
+        ("[ppo]\ngamma = 2.0", "gamma is 2.0: it must be between 0 and 1 (preset CartPole-v1 sets gamma=2.0"),
+        ("[ppo]\nminibatch_size = 5000", "minibatch_size is 5000"),
+    ):
+        (tmp_path / "CartPole-v1.toml").write_text(text)
+        assert_one_line(policygrad("train", "ppo", "CartPole-v1"), expected)
+    (tmp_path / "CartPole-v1.toml").write_bytes(b"\xff")
+    assert_one_line(policygrad("train", "ppo", "CartPole-v1"), "CartPole-v1.toml cannot be read")
 
 
 def test_training_that_explodes_is_one_line_and_exit_code_2(policygrad: Any, tmp_path: Path) -> None:
