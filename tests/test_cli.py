@@ -355,6 +355,9 @@ def test_help_is_everywhere_and_imports_no_torch() -> None:
     commands += [["reward-model", "--help"], ["verify", "--help"], ["train", "a2c", "--help"]]
     commands += [["train", "grpo", "--model", "m", "--help"], ["train", "grpo", "prompts.jsonl", "--help"]]
     commands += [["train", name, "--help"] for name in METHODS]
+    commands += [["train", "ppo", task, "--help"] for task in (*TASKS.values(), "mine.py:Env", "module:Env-v0")]
+    commands += [["train", "--seed", "1", "ppo", "CartPole-v1", "-h"], ["eval", "run", "--help"], ["list", "presets"]]
+    commands += [["list", "environments", "--help"], ["verify", "--estimator", "mine.py:f", "--help"]]
     script = f"""
 import contextlib, io, sys
 from policygrad.cli import main

@@ -1,6 +1,7 @@
 """The public names: found at first use, listed for editors, checked by type checkers; importing them is instant."""
 
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -56,6 +57,13 @@ def test_the_namespaces_of_the_lower_level_are_modules() -> None:
     for name in [*names.split(), "score", "updates", "verify", "weights"]:
         assert isinstance(getattr(pg, name), ModuleType), name
         assert getattr(pg, name).__name__ == f"policygrad.{name}"
+
+
+def test_train_shows_the_arguments_of_the_function_whichever_way_it_is_found() -> None:
+    from policygrad.train.training import train
+
+    assert inspect.signature(pg.train) == inspect.signature(train)
+    assert inspect.signature(sys.modules["policygrad.train"]) == inspect.signature(train)
 
 
 def test_every_method_is_a_name_of_its_own() -> None:

@@ -136,6 +136,20 @@ def test_a_bar_of_steps_has_plain_lines_too(
     assert re.fullmatch(r"warm-up: 1/600  loss 0  \d+ (s|min|h) left\n", capsys.readouterr().err)
 
 
+def test_a_notebook_has_plain_lines_and_no_widgets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = type("ZMQInteractiveShell", (), {})()  # by which rich knows a notebook
+    monkeypatch.setattr("builtins.get_ipython", lambda: shell, raising=False)
+    monkeypatch.setattr(reports, "FIRST", 0.0)
+    assert Console().is_jupyter
+    with ProgressLine("ppo Somewhere-v0", 1000) as line:
+        line.update(500.0, PARTS)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"ppo Somewhere-v0: 500/1k  return 12.5  KL 0.0123  4,321 steps/s  \S+ s left\n", said.err)
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (9000, "2.5 h")])
 def test_durations_are_short(seconds: float, said: str) -> None:
     assert reports._duration(seconds) == said
