@@ -10,19 +10,20 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from policygrad.errors import Note, UserError
+from policygrad.errors import Note, UserError, one_line, shortened, within
 from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
-from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named
-from policygrad.train.options import Options, for_command_line, options_of, validate, with_values
+from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named, nearest
+from policygrad.train.options import Options, for_command_line, in_words, options_of, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.worlds import kind_of
 from policygrad.verify.options import VerifyOptions
@@ -75,26 +76,33 @@ class Eval:
     """Print one JSON object and nothing else."""
 
 
+class Helped(Exception):
+    """Help was asked for, and printed."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `policygrad`. An error that the user can fix is printed as one line, with exit code 2."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
     rest = [x for x in rest if x != "--debug"]
+    code: int | None
     try:
-        sys.exit(_dispatch(rest))
-    except (Exception, KeyboardInterrupt) as error:
+        code = _dispatch(rest)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, line = _ending(error)
         if code is None:
             raise
-        if debug:
+        if debug and line is not None:
             traceback.print_exc()
         if line is not None:
-            print(f"policygrad: {line}", file=sys.stderr)
-        sys.exit(code)
+            print(f"policygrad: {within(line)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _ending(error: BaseException) -> tuple[int | None, str | None]:
     """The exit code and the message of an error; no exit code if the error is a bug."""
+    if isinstance(error, Helped):
+        return 0, None
     chain = [error]  # cleanup after the first error may raise another one
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
@@ -103,6 +111,14 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
     told = [x for x in chain if isinstance(x, UserError)]
     if told and isinstance(error, UserError | OSError | EOFError):
         return 2, str(told[0])
+    if isinstance(error, SystemExit):
+        return (
+            2,
+            f"code that was called ended the program, by exit({shortened(error.code, 60)}): let it return or raise",
+        )
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        said = one_line(error, 80)
+        return 2, f"there is not enough memory ({said}): lower num_envs, num_steps, hidden, completions or another size"
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,9 +138,21 @@ def _dispatch(rest: list[str]) -> int:
 
         print(__version__)
         return 0
+    for word in rest:
+        if "\0" in word or not _is_unicode(word):
+            raise UserError(
+                f"the argument {shortened(word)} is no text: it has a null byte or bytes that are not UTF-8"
+            )
     if rest[0] not in commands:
-        raise UserError(f"unknown command {rest[0]!r}: there are {', '.join(commands)}")
+        raise UserError(f"unknown command {shortened(rest[0])}: {nearest(rest[0].lower(), list(commands))}")
     return commands[rest[0]](rest[1:])
+
+
+def _is_unicode(word: str) -> bool:
+    try:
+        return bool(word.encode()) or not word
+    except UnicodeEncodeError:
+        return False
 
 
 def _train(rest: list[str]) -> int:
@@ -133,10 +161,15 @@ def _train(rest: list[str]) -> int:
             print("usage: policygrad train METHOD TASK [options]\n       policygrad train METHOD TASK --help\n")
             _list(["methods"])
         return 0 if rest else 2
-    name, rest = method_named(rest[0]).name, rest[1:]
+    (method, task, *_), rest = _free_first(rest)
+    if method is None:
+        raise UserError("there is no method: write policygrad train METHOD TASK; policygrad list shows the methods")
+    name, rest = method_named(method).name, rest[1:]
     asked = {"-h", "--help"} & set(rest)
-    task = rest[0] if rest and not rest[0].startswith("-") else None
     named = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}
+    known = {f.name for f in fields(Options)} | {"out", "preset", "json", "samples", "help"}
+    if task is None and named - known:  # its value may have been meant as the task
+        raise UserError(_no_option(as_flag(min(named - known)), map(as_flag, known)))
     kind = (
         "control"
         if asked and task is None and not named & {"model", "dataset"}
@@ -180,8 +213,29 @@ def _train(rest: list[str]) -> int:
     return 0
 
 
+def _free_first(words: list[str]) -> tuple[list[Any], list[str]]:
+    """The method, the task and whatever else is no option or value of one, or None; and the words in that order."""
+    kinds = {f.name: str(f.type) for f in fields(Options)} | {"json": "bool"}
+    free, options, waiting = list[str](), list[str](), list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("-"):
+            free.append(word)
+            continue
+        options.append(word)
+        kind = kinds.get(word.removeprefix("--").replace("-", "_"), "")
+        if "=" in word or kind == "bool" or word in ("-h", "--help"):
+            continue
+        if waiting and not waiting[0].startswith("--"):
+            options.append(waiting.pop(0))
+        while "tuple[int" in kind and waiting and waiting[0].isdigit():
+            options.append(waiting.pop(0))
+    return [*free, None, None], free + options
+
+
 def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, command: Any, values: dict[str, Any]) -> Any:
     """Train, and print the preset and the evaluations before and after."""
+    from policygrad.train.reports import at_terminal
     from policygrad.train.samples import samples_table
     from policygrad.train.training import Training, complete
 
@@ -192,10 +246,11 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
                 samples_table(result.rows[:: result.completions], limit=command.samples)
 
     if preset is not None:
-        print(f"preset {preset}: " + ", ".join(f"{x}={values[x]}" for x in tuned), flush=True)
-    with Training(name, task, out=out, preset=preset or "none", progress=True, **values) as training:
+        print(presets.said(preset, tuned, command.options), flush=True)
+    progress = not command.json or at_terminal()  # beside one JSON object a bar, but no lines in a log
+    with Training(name, task, out=out, preset=preset or "none", progress=progress, **values) as training:
         judged("before:", training.run.before)
-        complete(training)
+        complete(training, progress)
         judged("after: ", training.run.after)
     return training.run
 
@@ -307,11 +362,12 @@ def _verify(rest: list[str]) -> int:
 
 def _list(rest: list[str]) -> int:
     topics = {"methods": _methods, "variants": _variants, "presets": _presets, "environments": _environments}
-    if rest and rest[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(rest):
         print(f"usage: policygrad list [{'|'.join(topics)}]")
         return 0
-    if rest and rest[0] not in topics:
-        raise UserError(f"nothing to list under {rest[0]!r}: there are {', '.join(topics)}")
+    for topic in rest:
+        if topic not in topics:
+            raise UserError(f"nothing to list under {shortened(topic)}: {nearest(topic.lower(), list(topics))}")
     print("\n".join(line for topic in rest or ["methods", "variants", "presets"] for line in topics[topic]()))
     return 0
 
@@ -353,16 +409,48 @@ def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
             return tyro.cli(kind, prog=f"policygrad {name}", args=arguments, config=config)
     except SystemExit as stop:
         if not stop.code:
-            raise
-        lines = [re.sub(r"[\s\u2500-\u257f]+", " ", line).strip() for line in said.getvalue().splitlines()]
-        # drop the frame, which is made of dashes without Unicode
-        title, *lines = [line for line in lines if line.strip("-")] or ["bad arguments"]
-        if title == "Required options":
-            raise UserError(f"{lines[1].split()[0]} is missing: see policygrad {name} --help") from None
-        meant = [line.split()[0] for line in lines if line.startswith("--")]
-        near = difflib.get_close_matches(lines[0].split(": ")[-1].split(",")[0], meant, n=1, cutoff=0) if meant else []
-        hint = f"did you mean {near[0]}? " if "Perhaps you meant:" in lines and near else ""
-        raise UserError(f"{lines[0] if lines else title}: {hint}see policygrad {name} --help") from None
+            raise Helped from None
+        raise UserError(f"{_complaint(kind, arguments, said.getvalue())} See policygrad {name} --help.") from None
+
+
+def _complaint(kind: Any, arguments: list[str], said: str) -> str:
+    """What tyro says in a frame, in a few words."""
+    kinds = _kinds(kind)
+    said = " ".join(re.sub(r"[\s\u2500-\u257f]+|-{3,}", " ", said).split())
+    if unknown := re.search(r"Unrecognized options: ([^\s,]*)", said):
+        return _no_option(unknown[1], kinds)
+    named = next((x for x in re.findall(r"--[\w-]+", said) if x in kinds), None)
+    if named is None:
+        return "RUN is missing." if "Required options" in said else one_line(said, 120)
+    given = [x.removeprefix(f"{named}=") for x in arguments if x.startswith(f"{named}=")]
+    given += [after for x, after in pairwise(arguments) if x == named and after not in kinds]
+    if "Missing value" in said or not given:
+        return f"{named} has no value: it must be {in_words(kinds[named])}."
+    value = next((x for x in given if repr(x) in said), given[-1])
+    return f"{named} is {shortened(value)}: it must be {in_words(kinds[named])}."
+
+
+def _no_option(word: str, flags: Iterable[str]) -> str:
+    """What is said of a word that nothing takes."""
+    if not word.startswith("-"):
+        return f"{shortened(word)} belongs to no option: leave it out."
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, flags, n=1, cutoff=0.6)
+    return f"there is no option {shortened(name)[1:-1]}: " + (f"did you mean {near[0]}?" if near else "leave it out.")
+
+
+def _kinds(kind: Any) -> dict[str, Any]:
+    """The flags of a command, each with the type of its value."""
+    hints = get_type_hints(kind)
+    parts = {name: get_args(x)[0] if get_origin(x) is Annotated else x for name, x in hints.items()}
+    nested = [_kinds(x) for x in parts.values() if is_dataclass(x)]
+    own = {as_flag(x): kind for x, kind in parts.items() if not is_dataclass(kind) and x not in ("task", "run")}
+    return {name: kind for kinds in (*nested, own) for name, kind in kinds.items()}
+
+
+def as_flag(name: str) -> str:
+    """An option as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 @contextlib.contextmanager

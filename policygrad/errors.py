@@ -25,8 +25,18 @@ class Note(UserWarning):
 
 def one_line(thing: Any, length: int = 100) -> str:
     """An error's message, or any object as text, in one line of at most `length` characters."""
-    said = " ".join(str(thing).split()) or type(thing).__name__
+    try:
+        said = " ".join(str(thing).split()) or type(thing).__name__
+    except Exception:  # an object of the user's may not be printable
+        said = type(thing).__name__
     return said if len(said) <= length else said[: length - 3] + "..."
+
+
+def within(message: str, length: int = 200) -> str:
+    """A message as one printable line. A long one loses its middle, because its end says what to change."""
+    said = "".join(x if x.isprintable() else repr(x)[1:-1] for x in " ".join(message.split()))
+    half = (length - 5) // 2
+    return said if len(said) <= length else f"{said[:half]} ... {said[-half:]}"
 
 
 def shortened(value: Any, length: int = 60) -> str:

@@ -25,6 +25,7 @@ from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
 
 HERE = Path(__file__).parent
+PLACES = f"{HERE}{os.pathsep}{Path(cli.__file__).parent.parent}"  # of the environments here, and of policygrad
 SMALL = ("--num-envs", "4", "--num-steps", "16", "--hidden", "8")
 PPO = ("train", "ppo", "probes:Known-v0", *SMALL, "--minibatch-size", "16", "--steps", "100")
 
@@ -62,7 +63,7 @@ def strict(text: str) -> Any:
 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": PLACES}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
 
 
@@ -78,7 +79,10 @@ def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, method: 
     assert said.out.count("\n") == 1
     result = strict(said.out)
     keys = {"run", "method", "world", "task", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
-    assert set(result) == keys | {"episodes", "preset", "reward_per_step", "success"}
+    keys |= {"episodes", "preset", "reward_per_step", "success", "ended"}
+    assert set(result) == keys
+    assert strict(Path(result["run"], "summary.json").read_text()) == result
+    assert result["ended"] == "finished"
     assert result["preset"] is None
     full = {"a2c": "actor_critic", "REINFORCE++": "reinforce_plus_plus"}
     assert result["method"] == full.get(method, method.lower().replace("-", "_"))
@@ -280,7 +284,7 @@ def test_json_names_the_preset(policygrad: Any) -> None:
 
 def test_a_clash_with_a_preset_names_it(policygrad: Any) -> None:
     said = policygrad("train", "ppo", "CartPole-v1", "--num-envs", 1)
-    blamed = " (preset CartPole-v1 sets minibatch_size=256; --preset none leaves it)\n"
+    blamed = " (preset CartPole-v1 sets minibatch_size=256; preset none leaves it)\n"
     assert_one_line(said, "minibatch_size is 256")
     assert said.err.endswith(blamed)
     said = policygrad("train", "ppo", "CartPole-v1", "--num-envs", 1, "--minibatch-size", 255)
@@ -352,6 +356,9 @@ def test_help_is_everywhere_and_imports_no_torch() -> None:
     commands += [["reward-model", "--help"], ["verify", "--help"], ["train", "a2c", "--help"]]
     commands += [["train", "grpo", "--model", "m", "--help"], ["train", "grpo", "prompts.jsonl", "--help"]]
     commands += [["train", name, "--help"] for name in METHODS]
+    commands += [["train", "ppo", task, "--help"] for task in (*TASKS.values(), "mine.py:Env", "module:Env-v0")]
+    commands += [["train", "--seed", "1", "ppo", "CartPole-v1", "-h"], ["eval", "run", "--help"], ["list", "presets"]]
+    commands += [["list", "environments", "--help"], ["verify", "--estimator", "mine.py:f", "--help"]]
     script = f"""
 import contextlib, io, sys
 from policygrad.cli import main
@@ -413,8 +420,38 @@ def test_list_environments_names_gymnasiums(policygrad: Any) -> None:
 
 # Bad input
 
+NOT_TEXT = "is no text: it has a null byte or bytes that are not UTF-8"
 BAD: list[tuple[str, tuple[Any, ...], str]] = [
-    ("unknown command", ("trian",), "train"),
+    ("unknown command", ("trian",), "unknown command 'trian': did you mean train?"),
+    ("command in capitals", ("TRAIN", "ppo"), "did you mean train?"),
+    ("long command", ("x" * 1000,), "xxx...: there are train, reward-model, eval, verify, list"),
+    ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
+    ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),
+    ("null byte in a task", ("train", "ppo", "Cart\0Pole-v1"), NOT_TEXT),
+    ("null byte in a number", ("verify", "--seed=1\0"), NOT_TEXT),
+    ("null byte in a topic", ("list", "\0"), NOT_TEXT),
+    ("half a pair", ("reward-model", "--dataset", "\ud800"), f"'\\ud800' {NOT_TEXT}"),
+    ("bytes that are no text", ("eval", os.fsdecode(b"run\xff")), NOT_TEXT),
+    ("a capital too few", ("train", "PPO", "cartpole-v1"), "did you mean CartPole-v1"),
+    ("long method", ("train", "p" * 1000, "CartPole-v1"), "unknown method 'ppp"),
+    ("no method", ("train", "--steps", "3"), "there is no method"),
+    ("long preset", ("train", "ppo", "CartPole-v1", "--preset", "x" * 1000), "(or none)"),
+    ("empty task", ("train", "ppo", ""), "unknown environment ''"),
+    ("long task", ("train", "ppo", "x" * 1000), "unknown environment"),
+    ("escapes in a task", ("train", "ppo", "\x1b[31m\n\r"), "\\x1b[31m"),
+    ("two tasks", ("train", "ppo", "CartPole-v1", "Acrobot-v1"), "'Acrobot-v1' belongs to no option"),
+    ("a misspelled switch before the task", ("train", "ppo", "--squahs", "CartPole-v1"), "did you mean --squash?"),
+    ("no value", ("train", "ppo", "CartPole-v1", "--seed", "--json"), "--seed has no value: it must be a whole number"),
+    ("a later value is bad", ("verify", "--seed", "1", "--seed", "x"), "--seed is 'x': it must be a whole number"),
+    ("long value", ("train", "ppo", "CartPole-v1", "--steps", "9" * 5000), "--steps is '999"),
+    (
+        "not a path",
+        ("reward-model", "--lerning-rate", "3"),
+        "there is no option --lerning-rate: did you mean --learning",
+    ),
+    ("second topic", ("list", "methods", "preset"), "nothing to list under 'preset': did you mean presets?"),
+    ("not of the worlds", ("verify", "--world", "chian"), "--world is 'chian': it must be one of all, random, cliff,"),
+    ("a file as run", ("eval", __file__), "Not a directory"),
     ("unknown method", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
     ("unknown environment", ("train", "ppo", "CartPol-v1"), "did you mean CartPole-v1"),
     ("unknown version", ("train", "ppo", "CartPole-v7"), "CartPole-v1"),
@@ -483,6 +520,8 @@ def assert_one_line(said: Said, expected: str) -> None:
     assert said.err.startswith("policygrad: ")
     assert said.err.count("\n") == 1, said.err
     assert "Traceback" not in said.err
+    assert said.err[:-1].isprintable()
+    assert len(said.err) - len("policygrad: \n") <= 200
     assert expected in said.err
     assert said.out == ""
 
@@ -512,9 +551,70 @@ def test_eval_refuses_what_cannot_be_meant(policygrad: Any, run: Path, flag: tup
     assert_one_line(policygrad("eval", run, *flag), f"{flag[0].removeprefix('--')} is {flag[1]}")
 
 
+def test_options_may_come_before_the_method_and_the_task(policygrad: Any) -> None:
+    method, task, *options = PPO[1:]
+    plain = policygrad("train", method, task, *options, "--seed", 3, "--json", "--out", "a")
+    mixed = policygrad("train", *options, "--json", method, "--seed", 3, "--hidden", 8, 4, task, "--out=b")
+    assert (plain.code, mixed.code) == (0, 0), mixed.err
+    configurations = [strict(Path(out, "config.json").read_text()) for out in ("a", "b")]
+    assert configurations[1]["options"] == configurations[0]["options"] | {"hidden": [8, 4]}
+    assert configurations[1]["task"] == task
+
+
+EXITS = """
+import gymnasium, probes, sys
+class Exits(probes.Known):
+    def step(self, action):
+        sys.exit(0)
+gymnasium.register("Exits-v0", Exits)
+"""
+
+
+def test_code_that_ends_the_program_is_an_error_and_no_success(
+    policygrad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exits.py").write_text(EXITS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = policygrad("train", "ppo", "exits:Exits-v0", *PPO[3:])
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "exit" in said.err.lower()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 3 TiB"), RuntimeError("x: can't allocate memory: y")]
+)
+def test_too_little_memory_is_one_line(policygrad: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(rest: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", run)
+    assert_one_line(policygrad("train"), f"there is not enough memory ({error}): lower num_envs")
+
+
+def test_a_damaged_preset_is_one_line_that_names_its_file(
+    policygrad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    for text, expected in (
+        ("[ppo", "CartPole-v1.toml cannot be read"),
+        ("gamma = 0.9", "CartPole-v1.toml has 'gamma', which is no table of a method"),
+        ("[pppo]\ngamma = 0.9", "CartPole-v1.toml has 'pppo'"),
+        ('[ppo]\ngamma = "high"', "preset CartPole-v1: gamma is 'high': it must be a number"),
+        ("[ppo]\ngama = 0.9", "preset CartPole-v1: ppo has no option 'gama': did you mean gamma"),
+        ("[ppo]\ngamma = 2.0", "gamma is 2.0: it must be between 0 and 1 (preset CartPole-v1 sets gamma=2.0"),
+        ("[ppo]\nminibatch_size = 5000", "minibatch_size is 5000"),
+    ):
+        (tmp_path / "CartPole-v1.toml").write_text(text)
+        assert_one_line(policygrad("train", "ppo", "CartPole-v1"), expected)
+    (tmp_path / "CartPole-v1.toml").write_bytes(b"\xff")
+    assert_one_line(policygrad("train", "ppo", "CartPole-v1"), "CartPole-v1.toml cannot be read")
+
+
 def test_training_that_explodes_is_one_line_and_exit_code_2(policygrad: Any, tmp_path: Path) -> None:
     said = policygrad(*PPO[:-1], "5000", "--learning-rate", 1e30, "--out", tmp_path / "run")
     assert_one_line(said, "training stopped")
+    ended = strict((tmp_path / "run" / "summary.json").read_text())["ended"]
+    assert said.err == f"policygrad: {ended}\n"
     policy, _ = load_policy(tmp_path / "run")
     assert all(p.isfinite().all() for p in policy.parameters())
 
@@ -569,7 +669,7 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
     """Ctrl-C goes to the workers as well."""
     script = "from policygrad.cli import main; main()"
     some = [*PPO[:-1], "1000000000", "--vectorization", "async", "--out", "run"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": PLACES}
     command = subprocess.Popen(
         [sys.executable, "-c", script, *some],
         stdout=subprocess.PIPE,
@@ -585,6 +685,9 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=60)
     assert (command.returncode, out, err) == (130, "", "policygrad: stopped; what was learned so far is kept\n")
+    summary = strict((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ended"] == "interrupted"
+    assert summary["steps"] == strict(metrics.read_text().splitlines()[-1])["steps"]
 
 
 def test_a_directory_that_the_system_refuses_is_one_line(

@@ -1,6 +1,8 @@
 """Values and errors in a message of one line."""
 
-from policygrad.errors import ending, listed, one_line, shortened
+import pytest
+
+from policygrad.errors import ending, listed, one_line, shortened, within
 
 
 def test_what_is_short_stays_and_what_is_long_is_as_long_as_it_may_be() -> None:
@@ -16,3 +18,29 @@ def test_an_error_is_one_line() -> None:
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(ValueError()) == "ValueError"
     assert one_line(ValueError("a " * 99), 10) == "a a a a..."
+
+
+def test_an_error_that_cannot_be_shown_is_its_type() -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert one_line(Unprintable()) == "Unprintable"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("mend this", "mend this"),
+        ("two\n  lines", "two lines"),
+        (
+            "a null \0, an escape \x1b[31m and half a pair \udcff",
+            r"a null \x00, an escape \x1b[31m and half a pair \udcff",
+        ),
+        ("日本語 é", "日本語 é"),
+        ("a" * 200, "a" * 200),
+        ("a" * 150 + "b" * 150, "a" * 97 + " ... " + "b" * 97),
+    ],
+)
+def test_a_message_is_one_printable_line_that_keeps_its_end(message: str, said: str) -> None:
+    assert within(message) == said

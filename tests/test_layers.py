@@ -10,7 +10,7 @@ import policygrad
 
 ROOT = Path(policygrad.__file__).parent
 LAYER = {
-    **dict.fromkeys(["errors", "files", "functions", "rollout", "weights"], 0),
+    **dict.fromkeys(["errors", "files", "functions", "lazy", "rollout", "weights"], 0),
     **dict.fromkeys(["score", "returns", "advantages", "divergences", "objectives", "diagnostics"], 1),
     **dict.fromkeys(["linalg", "updates", "critics", "credit", "samplers"], 2),
     **dict.fromkeys(["algorithms"], 3),
@@ -18,7 +18,7 @@ LAYER = {
 }
 WORLDS = {"control", "language", "exact"}
 ALSO = {"language": {"divergences"}}  # what a world may know besides
-LOADERS = {"functions"}  # where a name becomes a module
+LOADERS = {"functions", "lazy"}  # where a name becomes a module
 ABOVE = {"__init__", "__main__"}  # the public names: anything, lazily
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from policygrad.errors import UserError
 from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch
 from policygrad.samplers import KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
+from policygrad.train.keywords import Keywords
 from policygrad.train.methods import METHODS, method_named
 from policygrad.train.options import has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
@@ -145,7 +146,7 @@ def assemble(
     critic: nn.Module | None = None,
     reference: nn.Module | None = None,
     world: str = "control",
-    **values: Any,
+    **values: Unpack[Keywords],
 ) -> Learner:
     """Build a method for your own modules: `pg.dapo(policy, sample)` is `assemble("dapo", policy, sample)`.
 

@@ -9,8 +9,8 @@ from policygrad.errors import UserError
 
 
 def file_name(name: str) -> str:
-    """The name with only characters that are safe in a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    """The name with only characters that are safe in a file name, and at most 100 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
 
 
 def free_directory(directory: Path) -> Path:

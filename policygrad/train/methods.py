@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from policygrad.errors import UserError, listed
+from policygrad.errors import UserError, listed, shortened
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,12 @@ VARIANTS = (
 
 def method_named(name: str) -> Method:
     """The method of a name, in any case, with dashes or underscores. Raises UserError with the nearest names."""
+    if not isinstance(name, str):
+        raise UserError(f"the method is {shortened(name)}: give its name, such as ppo")
     full = name.lower().replace("-", "_")
     full = ALIASES.get(full, full)
     if full not in METHODS:
-        raise UserError(f"unknown method {name!r}: {nearest(name.lower(), [*METHODS, *ALIASES])}")
+        raise UserError(f"unknown method {shortened(name)}: {nearest(name.lower(), [*METHODS, *ALIASES])}")
     return METHODS[full]
 
 

@@ -382,7 +382,7 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
         entries = _from_python(x, kinds[name])
         texts = tuple(y for y in entries if not callable(y)) if name == "reward" else entries  # functions, from Python
         if not _fits(texts, kinds[name]):
-            must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else _said(kinds[name])
+            must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else in_words(kinds[name])
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {must_be}")
         given[name] = _plain(entries, kinds[name])
     return replace(options, **given)
@@ -600,14 +600,14 @@ def _fits(x: Any, kind: Any) -> bool:
     return isinstance(x, kind)
 
 
-def _said(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """The type of an option in words."""
     if get_origin(kind) is Annotated:
-        return _said(get_args(kind)[0])
+        return in_words(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        return f"a list, each entry {_said(get_args(kind)[0])}"
+        return f"a list, each entry {in_words(get_args(kind)[0])}"
     if isinstance(kind, UnionType):
-        return " or ".join(_said(one) for one in get_args(kind) if one is not type(None))
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
+        return " or ".join(in_words(one) for one in get_args(kind) if one is not type(None))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}[kind]

@@ -2,12 +2,13 @@
 
 import tomllib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
-from policygrad.errors import UserError
-from policygrad.train.methods import nearest
+from policygrad.errors import UserError, listed, one_line, shortened
+from policygrad.train.methods import METHODS, nearest
 from policygrad.train.options import options_of
 from policygrad.train.worlds import kind_of
 
@@ -21,10 +22,17 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, dict[str, Any]]:
-    """A preset: method -> option -> value. Raises UserError with the nearest names for an unknown name."""
+    """A preset: method -> option -> value. Raises UserError for an unknown name or a damaged file."""
     if name not in names():
-        raise UserError(f"unknown preset {name!r}: {nearest(name, names())} (or none)")
-    return tomllib.loads((FOLDER / f"{name}.toml").read_text())
+        raise UserError(f"unknown preset {shortened(name)}: {nearest(str(name), names())} (or none)")
+    try:
+        table = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"the preset {name}.toml cannot be read ({one_line(error)}): mend it, or use none") from error
+    for method, values in table.items():
+        if method not in (*METHODS, ANY) or not isinstance(values, dict):
+            raise UserError(f"the preset {name}.toml has {shortened(method)}, which is no table of a method: mend it")
+    return table
 
 
 def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -38,7 +46,7 @@ def choose(preset: str | None, method: str, task: Any, values: Mapping[str, Any]
     if preset is not None:
         table = load(preset)
         if method not in table and ANY not in table:
-            raise UserError(f"preset {preset} has no settings for {method}, only for {', '.join(table)}; or use none")
+            raise UserError(f"preset {preset} has no settings for {method}, only for {listed(table, 90)}; or use none")
         return preset, settings(table, method, kind_of(task, values))
     own = task.split(":")[-1] if isinstance(task, str) and not task.startswith("exact:") else None
     if own in names() and values.get("model") is None and {method, ANY} & set(table := load(own)):
@@ -52,6 +60,25 @@ def settings(table: dict[str, dict[str, Any]], method: str, kind: str) -> dict[s
     return {name: x for name, x in table.get(ANY, {}).items() if name in known} | table.get(method, {})
 
 
+def said(preset: str, tuned: Mapping[str, Any], options: Any) -> str:
+    """A line that says which preset is used, and the values that the run has for its options."""
+    return f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned)
+
+
+def passed_over(task: Any, environments: Any, method: str) -> str | None:
+    """A line about a preset that is for the id of these environments, and not applied to an object or a function."""
+    if isinstance(task, str) or environments is None:
+        return None
+    specs = [environments.spec]
+    with suppress(Exception):  # a vector environment of another make may not know the call
+        specs += environments.get_attr("spec")
+    name = next((spec.id for spec in specs if spec is not None), None)
+    if name not in names() or not {method, ANY} & set(load(name)):
+        return None
+    some = "" if callable(task) or hasattr(task, "num_envs") else ", with a function that makes the environment"
+    return f'note: {name} has a preset, which is for its id and not used here: preset="{name}" uses it{some}'
+
+
 def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given: Collection[str]) -> str:
     """The end of an error message if the bad value comes from the preset and not from the user; else nothing.
 
@@ -60,4 +87,4 @@ def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given
     name: str = getattr(error, "option", "")
     if preset is None or name not in tuned or name in given:
         return ""
-    return f" (preset {preset} sets {name}={tuned[name]}; --preset none leaves it)"
+    return f" (preset {preset} sets {name}={tuned[name]}; preset none leaves it)"

@@ -3,8 +3,9 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, float]
+
+FIRST, EVERY = 3.0, 30.0  # seconds to the first plain line of progress, and between the others
 
 # The TensorBoard folder of each metric; other metrics go to `update`.
 GROUPS = {
@@ -66,10 +69,31 @@ class Log:
         self.tensorboard.close()
 
 
+class PlainLines:
+    """Progress as a plain line on standard error now and then: for logs and notebooks, which show no bar."""
+
+    def __init__(self, description: str, total: float, show: bool) -> None:
+        self.description, self.total, self.show = description, total, show
+        self.start = time.perf_counter()
+        self.next = self.start + FIRST
+
+    def update(self, done: float, status: str) -> None:
+        """Print a line if one is due: how much is done, the newest numbers, and the time left."""
+        now = time.perf_counter()
+        if not self.show or now < self.next or sys.stderr is None:
+            return
+        self.next = now + EVERY
+        left = (now - self.start) * max(self.total - done, 0) / max(done, 1e-9)
+        parts = [f"{self.description}: {_short(done)}/{_short(self.total)}", status, f"{_duration(left)} left"]
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
-    """A progress bar on standard error, if that is a terminal. Yields a function that adds a step with a status."""
+    """A progress bar on standard error, or plain lines. Yields a function that adds a step with a status."""
     console = _terminal()
+    plain = PlainLines(description, total, show and not console.is_terminal)
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
@@ -79,14 +103,20 @@ def progress_bar(description: str, total: int, show: bool = True) -> Iterator[Ca
     )
     with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
         task = progress.add_task(description, total=total, status="")
-        yield lambda status: progress.update(task, advance=1, status=status)
+
+        def advance(status: str) -> None:
+            progress.update(task, advance=1, status=status)
+            plain.update(progress.tasks[0].completed, status)
+
+        yield advance
 
 
 class ProgressLine:
-    """A progress line on standard error, if that is a terminal: progress, the newest numbers, the time left."""
+    """A progress line on standard error, or plain lines: progress, the newest numbers, the time left."""
 
     def __init__(self, description: str, total: int, show: bool = True) -> None:
         console = _terminal()
+        self.plain = PlainLines(description, total, show and not console.is_terminal)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             *([BarColumn(bar_width=24)] if console.width >= 110 else []),  # the numbers take precedence
@@ -104,6 +134,7 @@ class ProgressLine:
         """Show that `done` of the total is complete, and the newest numbers."""
         count = f"{_short(done)}/{_short(self.total)}"
         self.progress.update(self.task, completed=done, count=count, status="  ".join(parts))
+        self.plain.update(done, "  ".join(parts))
 
     def __enter__(self) -> "ProgressLine":
         self.progress.start()
@@ -115,7 +146,12 @@ class ProgressLine:
 
 def _terminal() -> Console:
     """A console on standard error. FORCE_COLOR does not make it a terminal."""
-    return Console(stderr=True, force_terminal=sys.stderr is not None and sys.stderr.isatty())
+    return Console(stderr=True, force_terminal=at_terminal())
+
+
+def at_terminal() -> bool:
+    """Whether standard error is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _short(count: int | float) -> str:
@@ -124,6 +160,13 @@ def _short(count: int | float) -> str:
         if count >= size:
             return f"{count / size:.1f}".removesuffix(".0") + letter
     return f"{count:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Run:
     directory: Path | None = None
     metrics: list[Row] = field(default_factory=list)
     seconds: float = 0.0
+    ended: str | None = None  # finished, interrupted, or the error; None while the run goes on
     before: Evaluation | None = None  # scores before and after training, if the world evaluates
     after: Evaluation | None = None
 
@@ -122,7 +123,7 @@ class Run:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The JSON that `policygrad train --json` prints."""
+        """The JSON that `policygrad train --json` prints and that a run's directory keeps as summary.json."""
         steps = int(self.metrics[-1]["steps"]) if self.metrics else 0
         judged = {"before": self.before, "after": self.after} if self.world.judged else {}
         return {
@@ -131,6 +132,7 @@ class Run:
             "world": self.world.kind,
             "task": self.world.name,
             "preset": self.preset,
+            "ended": self.ended,
             "steps": steps,
             "seconds": round(self.seconds, 3),
             "steps_per_second": round(steps / max(self.seconds, 1e-9), 1),

@@ -2,11 +2,12 @@
 
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import gymnasium
 import torch
@@ -17,6 +18,7 @@ from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.train import presets
 from policygrad.train.checkpoints import write_json
 from policygrad.train.compose import compose
+from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.reports import Log, ProgressLine, Row
@@ -43,8 +45,8 @@ class Training:
     exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
     settings, or "none"; by default the task's preset if it has one. policy, critic: for control, your own modules, or
     callables that make them from (observation_space, action_space) and (observation_space); for language, critic is a
-    text, the option of that name. engine: the function that samples completions. values: any option of the method (see
-    policygrad.train.options); they override the preset.
+    text, the option of that name. engine: the function that samples completions. keywords: any option of the method
+    (see policygrad.train.options); they override the preset.
 
     The seed determines all random numbers: the same seed gives the same parameters, bit for bit, on the same machine
     with the same number of threads. torch's global generator is left unchanged.
@@ -63,9 +65,9 @@ class Training:
         critic: Any = None,
         engine: Any = None,
         progress: bool = False,
-        **values: Any,
+        **keywords: Unpack[Keywords],
     ) -> None:
-        name = method_named(method).name
+        name, values = method_named(method).name, dict[str, Any](keywords)
         if isinstance(task, Path):
             task = str(task)
         if isinstance(critic, str):  # for a language model, critic is an option
@@ -73,10 +75,14 @@ class Training:
         task, rows = _rows_apart(task, values)
         kind = kind_of(task, values)
         _check_count(task, values)
-        self.preset, tuned = presets.choose(preset, name, task, values)
-        defaults = with_values(options_of(name, kind)(), tuned, f"preset {self.preset}: ")
+        self.preset, self.tuned = presets.choose(preset, name, task, values)
+        defaults = with_values(options_of(name, kind)(), self.tuned, f"preset {self.preset}: ")
         options = with_values(defaults, values)
-        validate(options, defaults)
+        try:
+            validate(options, defaults)
+        except OptionError as error:
+            blamed = presets.blamed(error, self.preset, self.tuned, values)
+            raise OptionError(error.option, f"{error}{blamed}") from error
         if kind == "control":
             _check_shape_read(options, defaults, policy, critic)
         check_device(options.device)
@@ -167,6 +173,12 @@ class Training:
             self.learner.coefficients[name].load_state_dict(saved)
         self.learner.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
 
+    def note(self) -> str | None:
+        """A line about the preset that is used, or about one that is for the task's id only and not used."""
+        if self.preset is not None:
+            return presets.said(self.preset, self.tuned, self.options)
+        return presets.passed_over(self.world.task, getattr(self.world, "environments", None), self.run.method)
+
     def close(self) -> None:
         """Close the environments; the policy stays usable."""
         self.world.close()
@@ -244,9 +256,16 @@ class Training:
                     self.random["cuda"] = torch.cuda.get_rng_state(self.options.device)
 
 
-def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Any) -> Run:
-    """Train a policy to the end. The arguments are those of Training. progress: show a line on the terminal."""
+def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Unpack[Arguments]) -> Run:
+    """Train a policy to the end. The arguments are those of Training.
+
+    progress: say on standard error which preset is used, and show a progress line: on a terminal at once, elsewhere now
+    and then.
+    """
     with Training(method, task, progress=progress, **arguments) as training:
+        note = training.note()
+        if progress and note is not None and arguments.get("preset") != "none":
+            print(note, file=sys.stderr, flush=True)
         complete(training, progress)
     return training.run
 
@@ -282,13 +301,24 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
         run = self.training.run
+        run.ended = how_it_ended(error)
         if self.log is None or run.directory is None:
             return
-        self.log.__exit__(*error)
+        self.log.__exit__(kind, error, at)
         if self.training.sound():  # also where it stopped in the middle of an iteration
             run.save(run.directory)
+        write_json(run.directory / "summary.json", run.summary())
+
+
+def how_it_ended(error: BaseException | None) -> str:
+    """The end of a run, for its summary: finished, interrupted, or the error."""
+    if error is None:
+        return "finished"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return one_line(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}", 200)
 
 
 def _as_row(metrics: dict[str, Tensor | float]) -> Row:

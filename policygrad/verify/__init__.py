@@ -7,4 +7,9 @@ estimates on a batch of rows is the gradient of
 
 in the policy's parameters. What it should expect comes from `policygrad.exact`, or is written out in `written_out.py`;
 neither shares a line with what is under test. Every line of the table of methods has its rows.
+`__init__.pyi` lists the names.
 """
+
+from policygrad.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from policygrad.algorithms.actor_critic import ActorCriticObjective
 from policygrad.credit import Assign, Credit, bootstrapped, discounted
-from policygrad.errors import UserError
+from policygrad.errors import UserError, ending, one_line
 from policygrad.rollout import Rollout
 from policygrad.verify.settings import Setting
 from policygrad.verify.statistics import Experience, Row
@@ -21,6 +24,7 @@ from policygrad.weights import per_episode
 # my_advantage(reward [B, T], value [B, T + 1], terminated [B, T], ended [B, T], gamma) -> [B, T]
 Advantage = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
+CALL_SECONDS = 60.0  # the most that a call of a user's function may take
 PAIRS = 50_000  # of trajectories, on each of which a user's function may be called
 
 
@@ -82,27 +86,45 @@ def _advantages(name: str, credit: Assign, rollout: Rollout) -> Tensor:
     """Those of the decisions. Raises UserError for one that is not finite."""
     advantage = credit(rollout).advantage
     if not advantage[rollout.mask].isfinite().all():
-        raise UserError(f"{_short(name)} returned an advantage that is NaN or infinite: fix the function")
+        raise UserError(f"{ending(name, 50)} returned an advantage that is NaN or infinite: fix the function")
     return advantage.where(rollout.mask, 0.0)
 
 
 def _called(
     name: str, function: Advantage, gamma: float, reward: Tensor, value: Tensor, terminated: Tensor, ended: Tensor
 ) -> Tensor:
-    """One call, of copies. Raises UserError if it raises or returns another shape."""
+    """One call, of copies. Raises UserError if it raises, exits, hangs, or returns anything but real numbers [B, T]."""
     arrays = [x.clone() for x in (reward, value, terminated, ended)]
     try:
-        advantage: Any = function(arrays[0], arrays[1], arrays[2], arrays[3], gamma)
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raised = f"{type(error).__name__}: {said if len(said) <= 80 else said[:77] + '...'}"
-        raise UserError(f"{_short(name)} raised {raised}: fix the function") from error
+        with _limited(CALL_SECONDS):
+            advantage: Any = function(arrays[0], arrays[1], arrays[2], arrays[3], gamma)
+    except (Exception, SystemExit) as error:
+        raised = f"{type(error).__name__}: {one_line(error, 80)}"
+        raise UserError(f"{ending(name, 50)} raised {raised}: fix the function") from error
     if not isinstance(advantage, Tensor) or advantage.shape != reward.shape:
         what = list(advantage.shape) if isinstance(advantage, Tensor) else type(advantage).__name__
-        raise UserError(f"{_short(name)} returned {what} for rewards of shape {list(reward.shape)}: return [B, T]")
+        raise UserError(f"{ending(name, 50)} returned {what} for rewards of shape {list(reward.shape)}: return [B, T]")
+    dense = advantage.layout == torch.strided and advantage.device.type != "meta"
+    if not dense or advantage.is_complex() or advantage.dtype == torch.bool:
+        what = f"{advantage.dtype}, {advantage.layout}, on {advantage.device}"
+        raise UserError(f"{ending(name, 50)} returned numbers that are {what}: return real numbers, as reward's are")
     return advantage.detach().to(reward)
 
 
-def _short(name: str) -> str:
-    """A name, or the last 50 characters of a long one."""
-    return name if len(name) <= 50 else "..." + name[-47:]
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer. Only the main thread of a Unix process can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"a call took more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -11,7 +11,13 @@ from policygrad.train.directories import file_name, free_directory, run_director
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("ALE/Pong-v5", "ALE-Pong-v5"), ("a:b c", "a-b-c"), ("exact:chain", "exact-chain"), ("x_1.y", "x_1.y")],
+    [
+        ("ALE/Pong-v5", "ALE-Pong-v5"),
+        ("a:b c", "a-b-c"),
+        ("exact:chain", "exact-chain"),
+        ("x_1.y", "x_1.y"),
+        ("x" * 999, "x" * 100),
+    ],
 )
 def test_a_file_name_has_nothing_in_it_that_a_file_system_minds(name: str, said: str) -> None:
     assert file_name(name) == said

@@ -93,6 +93,12 @@ def test_an_unknown_name_is_met_with_the_nearest(name: str, advice: str) -> None
         method_named(name)
 
 
+@pytest.mark.parametrize("name", [3, None, ["ppo"]])
+def test_a_name_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(UserError, match=r"the method is .*: give its name, such as ppo"):
+        method_named(name)  # type: ignore[arg-type]
+
+
 # At the old policy: sum over groups of P(group) sum_i c_i grad log P(y_i|x), with c_i written out.
 # reward R and length L of the completions of each group: [K, SIZE] -> c [K, SIZE].
 

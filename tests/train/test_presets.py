@@ -1,7 +1,10 @@
 """Presets: every file fits its methods and its environment, and the right one is taken."""
 
+from typing import Any
+
 import gymnasium
 import pytest
+from probes import Known
 
 import policygrad as pg
 from policygrad.errors import UserError
@@ -97,6 +100,53 @@ def test_what_is_given_goes_before_the_preset() -> None:
     assert run.options.gamma == tuned["gamma"]
 
 
+FEW: dict[str, Any] = {"iterations": 1, "epochs": 1}
+
+
+def test_from_python_the_preset_and_its_values_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    pg.train("PPO", "CartPole-v1", gamma=0.5, **FEW)
+    tuned = presets.load("CartPole-v1")["ppo"] | {"gamma": 0.5, "epochs": 1}
+    assert capsys.readouterr() == ("", "preset CartPole-v1: " + ", ".join(f"{x}={tuned[x]}" for x in tuned) + "\n")
+    pg.train("ppo", "CartPole-v1", progress=False, **FEW)
+    pg.train("ppo", "CartPole-v1", preset="none", **FEW)
+    assert capsys.readouterr() == ("", "")
+
+
+def cartpole() -> gymnasium.Env:
+    return gymnasium.make("CartPole-v1")
+
+
+UNUSED = 'note: CartPole-v1 has a preset, which is for its id and not used here: preset="CartPole-v1" uses it'
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        (cartpole, {}, f"{UNUSED}\n"),
+        (cartpole, {"vectorization": "async", "num_envs": 2}, f"{UNUSED}\n"),
+        (lambda: gymnasium.wrappers.ClipReward(cartpole(), 0, 1), {}, f"{UNUSED}\n"),
+        (cartpole(), {"minibatch_size": 16}, f"{UNUSED}, with a function that makes the environment\n"),
+        (gymnasium.make_vec("CartPole-v1", 4), {}, f"{UNUSED}\n"),
+        (cartpole, {"preset": "none"}, ""),
+        (cartpole, {"progress": False}, ""),
+        (Known, {}, ""),
+    ],
+    ids=["function", "processes", "wrapped", "object", "vector", "none", "quiet", "no preset"],
+)
+def test_one_that_is_not_used_for_an_environment_of_ones_own_is_named(
+    task: Any, options: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pg.train("ppo", task, **FEW, **options)
+    assert capsys.readouterr() == ("", said)
+    assert run.preset is None
+
+
+def test_what_the_note_says_can_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    run = pg.train("ppo", cartpole, preset="CartPole-v1", **FEW)
+    assert run.options.num_envs == presets.load("CartPole-v1")["ppo"]["num_envs"]
+    assert capsys.readouterr().err.startswith("preset CartPole-v1: num_envs=8, ")
+
+
 def test_without_a_preset_the_defaults_are_the_methods() -> None:
     run = pg.train("actor_critic", "CartPole-v1", preset="none", iterations=1, progress=False)
     assert run.preset is None
@@ -119,7 +169,7 @@ def test_what_is_set_for_any_method_is_set_where_a_method_has_it(monkeypatch: py
 
 def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:
     error, tuned = OptionError("lam", "lam is 2.5"), {"lam": 2.5, "n": 2}
-    assert presets.blamed(error, "P", tuned, {"n"}) == " (preset P sets lam=2.5; --preset none leaves it)"
+    assert presets.blamed(error, "P", tuned, {"n"}) == " (preset P sets lam=2.5; preset none leaves it)"
     for nobody in (
         presets.blamed(error, "P", tuned, {"lam"}),
         presets.blamed(error, None, {}, {}),

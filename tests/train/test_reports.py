@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,56 @@ def test_the_line_is_quiet_where_there_is_no_terminal(monkeypatch: pytest.Monkey
 
 def test_the_line_is_quiet_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, terminal=True, show=False) == ""
+
+
+def test_where_there_is_no_terminal_a_plain_line_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first after 3 s, the next 30 s later. The clock is the test's."""
+    now = 100.0
+    monkeypatch.setattr(reports.time, "perf_counter", lambda: now)
+    with ProgressLine("ppo Somewhere-v0", 1000) as line:
+        for second in range(100):
+            now = 100.0 + second
+            line.update(10.0 * second, PARTS)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"ppo Somewhere-v0: {done}/1k  return 12.5  KL 0.0123  4,321 steps/s  {left} left"
+        for done, left in [("30", "97 s"), ("330", "67 s"), ("630", "37 s"), ("930", "7 s")]
+    ]
+    with ProgressLine("ppo Somewhere-v0", 1000, show=False) as line:
+        now += 100.0
+        line.update(500.0, PARTS)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_of_steps_has_plain_lines_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reports, "FIRST", 0.0)
+    with reports.progress_bar("warm-up", 600) as advance:
+        for step in range(100):
+            advance(f"loss {step}")
+    assert re.fullmatch(r"warm-up: 1/600  loss 0  \d+ (s|min|h) left\n", capsys.readouterr().err)
+
+
+def test_a_notebook_has_plain_lines_and_no_widgets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = type("ZMQInteractiveShell", (), {})()  # by which rich knows a notebook
+    monkeypatch.setattr("builtins.get_ipython", lambda: shell, raising=False)
+    monkeypatch.setattr(reports, "FIRST", 0.0)
+    assert Console().is_jupyter
+    with ProgressLine("ppo Somewhere-v0", 1000) as line:
+        line.update(500.0, PARTS)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"ppo Somewhere-v0: 500/1k  return 12.5  KL 0.0123  4,321 steps/s  \S+ s left\n", said.err)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (9000, "2.5 h")])
+def test_durations_are_short(seconds: float, said: str) -> None:
+    assert reports._duration(seconds) == said
 
 
 def test_training_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:

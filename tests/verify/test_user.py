@@ -8,6 +8,7 @@ from policygrad.errors import UserError
 from policygrad.exact.closed_form import action_value, visitation, weighted_gradient
 from policygrad.exact.worlds import garnet, with_clock
 from policygrad.functions import load_function
+from policygrad.verify import user
 from policygrad.verify.command import exactly, run, verify
 from policygrad.verify.options import VerifyOptions
 from policygrad.verify.settings import listed
@@ -35,6 +36,29 @@ def raises(reward, value, terminated, ended, gamma):
     raise RuntimeError("out of luck")
 def shape(reward, value, terminated, ended, gamma):
     return value
+def exits(reward, value, terminated, ended, gamma):
+    import sys
+    sys.exit("the license has run out")
+def hangs(reward, value, terminated, ended, gamma):
+    while True:
+        pass
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError
+def unprintable(reward, value, terminated, ended, gamma):
+    raise Odd
+def long(reward, value, terminated, ended, gamma):
+    raise ValueError("x y" * 1000)
+def complex_numbers(reward, value, terminated, ended, gamma):
+    return reward * 1j
+def truths(reward, value, terminated, ended, gamma):
+    return reward > 0
+def sparse(reward, value, terminated, ended, gamma):
+    return reward.to_sparse()
+def meta(reward, value, terminated, ended, gamma):
+    return reward.to("meta")
+def array(reward, value, terminated, ended, gamma):
+    return reward.numpy()
 def nothing(reward, value, terminated, ended, gamma):
     return None
 def nan(reward, value, terminated, ended, gamma):
@@ -98,12 +122,23 @@ def test_a_module_is_found_by_name(file, monkeypatch):
         ("shape", r"returned \[6, 2\] for rewards of shape \[6, 1\]: return \[B, T\]"),
         ("nothing", "returned NoneType"),
         ("nan", "NaN or infinite"),
+        ("exits", "raised SystemExit: the license has run out: fix the function"),
+        ("hangs", "raised TimeoutError: a call took more than 0.2 seconds"),
+        ("unprintable", "raised Odd: Odd: fix"),
+        ("long", "raised ValueError: x yx y"),
+        ("complex_numbers", "numbers that are torch.complex128"),
+        ("truths", "numbers that are torch.bool"),
+        ("sparse", "torch.sparse_coo"),
+        ("meta", "on meta"),
+        ("array", "returned ndarray"),
     ],
 )
-def test_a_function_that_fails_is_one_line(file, name, message):
+def test_a_function_that_fails_is_one_line(file, name, message, monkeypatch):
+    monkeypatch.setattr(user, "CALL_SECONDS", 0.2 if name == "hangs" else 60.0)
     with pytest.raises(UserError, match=message) as error:
         users(file, name, "bandit")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 200
 
 
 @pytest.mark.parametrize(

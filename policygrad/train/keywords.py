@@ -1,0 +1,115 @@
+"""The options of every method and world as keywords, so that editors and type checkers know them.
+
+Written by `python tests/train/test_keywords.py` from options.py, which says what each means and where it applies.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+
+class Keywords(TypedDict, total=False):
+    """The options."""
+
+    steps: int | None
+    iterations: int | None
+    seed: int
+    device: str
+    threads: int | None
+    stop_at_return: float
+    evaluate_every: int
+    evaluation_completions: int
+    num_envs: int
+    num_steps: int
+    episode_steps: int | None
+    group_size: int | None
+    vectorization: Literal["auto", "sync", "async"]
+    normalize_observations: bool
+    scale_rewards: bool
+    hidden: Sequence[int]
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"]
+    orthogonal: bool
+    squash: bool
+    state_dependent_std: bool
+    initial_log_std: float
+    model: str | Path | None
+    tokenizer: str | Path | None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"]
+    attention: str | None
+    trust_remote_code: bool
+    lora_rank: int
+    lora_alpha: float | None
+    lora_targets: Sequence[str]
+    gradient_checkpointing: bool
+    autocast: Literal["none", "bfloat16"]
+    dataset: Any
+    split: str
+    held_out: int
+    max_prompt_tokens: int | None
+    reward: Any
+    reward_weight: Sequence[float]
+    reward_time_limit: float
+    overlong_fraction: float
+    prompts_per_rollout: int
+    completions: int
+    max_tokens: int
+    temperature: float
+    cut: Literal["kept", "masked", "penalized"]
+    cut_penalty: float
+    old_logp: Literal["sampled", "recomputed"]
+    importance_bound: float
+    sampling_rounds: int
+    credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"]
+    gamma: float | None
+    lam: float
+    n: int
+    rho_bar: float
+    c_bar: float
+    baseline: Literal["none", "mean", "time_mean", "optimal", "value"]
+    discounted: bool
+    group_baseline: Literal["mean", "leave_one_out"]
+    group_scale: Literal["std", "none"]
+    normalize_advantages: Literal["none", "batch", "minibatch"]
+    weights: Literal["token", "row", "episode", "budget"]
+    entropy_coefficient: float
+    value_coefficient: float
+    value_clip: float
+    ratio: Literal["token", "sequence"]
+    gain: Literal["surrogate", "weight"]
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    kl_old_coefficient: float
+    kl_old_target: float
+    target_kl: float
+    kl_ref: Literal["none", "reward", "loss"]
+    kl_ref_coefficient: float
+    kl_ref_target: float
+    kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"]
+    learning_rate: float
+    learning_rate_schedule: Literal["constant", "linear"]
+    adam_epsilon: float
+    epochs: int
+    minibatch_size: int | None
+    micro_batch: int | None
+    max_grad_norm: float
+    delta: float
+    damping: float
+    cg_iters: int
+    backtracks: int
+    shrink: float
+    step_rule: Literal["kl_radius", "learning_rate"]
+    natural_learning_rate: float
+    critic_learning_rate: float | None
+    critic_epochs: int
+    critic_minibatch_size: int
+
+
+class Arguments(Keywords, total=False):
+    """The options, and what else `train` takes."""
+
+    out: Path | str | None
+    preset: str | None
+    policy: Any
+    critic: Any
+    engine: Any
