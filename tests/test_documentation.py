@@ -56,6 +56,14 @@ def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest
         exec(compile(short, f"{document.name}: {source[:40]}", "exec"), names)
 
 
+def shortened(rest: list[str]) -> list[str]:
+    """The arguments, with one step of training."""
+    if "--steps" in rest:
+        at = rest.index("--steps")
+        rest = rest[:at] + rest[at + 2 :]
+    return [*rest, "--steps", "1"]
+
+
 @every_document
 def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in one directory, each training for a single iteration."""
@@ -81,7 +89,7 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             rest += ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "2", "--held-out", "2"]
             rest += ["--minibatch-size", "4"] if rest[0] == "ppo" else []
         elif name == "train" and "--help" not in rest:
-            rest += ["--steps", "1"]
+            rest = shortened(rest)
         with pytest.raises(SystemExit) as stop:
             cli.main([name, *rest])
         assert not stop.value.code, f"{document.name}: policygrad {name} {' '.join(rest)}"
