@@ -94,6 +94,8 @@ import policygrad as pg
 from policygrad import dapo, train
 run: pg.Run = pg.train("ppo", "CartPole-v1", steps=3, hidden=[8], critic=None, out="x", preset="none")
 train("ppo", steps=3, iterations=None)
+train("ppo", "FrozenLake-v1", env_options={"is_slippery": False}, hidden=8)
+train("grpo", dataset=[{"prompt": "1+1="}], reward=[len, "exact_match"], columns={"prompt": "question"}, stop="END")
 pg.Training("ppo", "CartPole-v1", steps=3, progress=True)
 pg.load("runs/mine").evaluate(3)
 pg.advantages.gae, pg.exact.chain(), pg.exact.worlds.cliff(), pg.language.Rewards, pg.verify.verify, pg.fit_critic

@@ -25,10 +25,10 @@ class Keywords(TypedDict, total=False):
     group_size: int | None
     vectorization: Literal["auto", "sync", "async"]
     step_time_limit: float | None
-    env_options: str | None
+    env_options: str | dict[str, Any] | None
     normalize_observations: bool
     scale_rewards: bool
-    hidden: Sequence[int]
+    hidden: int | Sequence[int]
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"]
     orthogonal: bool
     squash: bool
@@ -39,32 +39,32 @@ class Keywords(TypedDict, total=False):
     dtype: Literal["float32", "bfloat16", "float16", "auto"]
     attention: str | None
     trust_remote_code: bool
-    base_model: str | None
+    base_model: str | Path | None
     trust: bool
     lora_rank: int
     lora_alpha: float | None
-    lora_targets: Sequence[str]
+    lora_targets: str | Sequence[str]
     gradient_checkpointing: bool
     autocast: Literal["none", "bfloat16"]
     dataset: Any
-    dataset_weight: Sequence[float]
+    dataset_weight: float | Sequence[float]
     split: str
-    columns: Sequence[str]
+    columns: str | dict[str, str] | Sequence[str]
     system_prompt: str | None
-    template_variables: str | None
+    template_variables: str | dict[str, Any] | None
     held_out: int
-    evaluation_dataset: Sequence[str]
+    evaluation_dataset: Any
     evaluation_split: str
     max_prompt_tokens: int | None
     long_prompts: Literal["refuse", "drop"]
     reward: Any
-    reward_weight: Sequence[float]
+    reward_weight: float | Sequence[float]
     reward_time_limit: float
     overlong_fraction: float
     prompts_per_rollout: int
     completions: int
     max_tokens: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     temperature: float
     cut: Literal["kept", "masked", "penalized"]
     cut_penalty: float

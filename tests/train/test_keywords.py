@@ -37,14 +37,19 @@ class Arguments(Keywords, total=False):
     engine: Any
 '''
 # From Python these may be more than text.
-IN_PYTHON = {"model": "str | Path | None", "tokenizer": "str | Path | None", "dataset": "Any", "reward": "Any"}
+IN_PYTHON = {
+    **dict.fromkeys(["model", "tokenizer", "base_model"], "str | Path | None"),
+    **dict.fromkeys(["dataset", "evaluation_dataset", "reward"], "Any"),
+    **dict.fromkeys(["env_options", "template_variables"], "str | dict[str, Any] | None"),
+    "columns": "str | dict[str, str] | Sequence[str]",
+}
 ARGUMENTS = {"critic"}  # of train and Training themselves
 
 
 def written(kind: object) -> str:
     """A type as it stands in the source."""
     if get_origin(kind) is tuple:
-        return f"Sequence[{written(get_args(kind)[0])}]"
+        return f"{written(get_args(kind)[0])} | Sequence[{written(get_args(kind)[0])}]"
     text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
     return text.replace("typing.", "").replace("'", '"')
 
