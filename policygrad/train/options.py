@@ -558,7 +558,7 @@ def _from_python(x: Any, kind: Any) -> Any:
     return str(x) if isinstance(x, Path) else x
 
 
-def _json_text(x: Mapping[str, Any]) -> Any:
+def _json_text(x: Mapping[Any, Any]) -> Any:
     """The JSON text of a dict; the dict itself if JSON would not keep it as it is."""
     try:
         text = json.dumps(x)

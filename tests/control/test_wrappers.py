@@ -11,6 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TimeLimit
 from gymnasium.wrappers.utils import RunningMeanStd
 from gymnasium.wrappers.vector import NormalizeObservation as NormalizeVectorObservation
+from gymnasium.wrappers.vector import NormalizeReward as NormalizeVectorReward
 from probes import Known, limited
 
 from policygrad.control import Policy, Sampler, evaluate, make_environments
@@ -164,20 +165,16 @@ def test_a_vector_wrapper_keeps_its_statistics_through_an_evaluation() -> None:
 
 @pytest.mark.parametrize("vector", [False, True])
 def test_the_return_is_counted_before_rewards_are_normalized(vector: bool) -> None:
-    def make() -> gymnasium.Env:
-        return TimeLimit(NormalizeReward(Known()), 8)
-
-    _, policy, learned = trained(make)
-    assert learned == {}
-    plain = evaluate(policy, limited(Known, 8), 5, seed=1)
+    """By wrappers that have learned a scale, in one environment each or around all of them."""
     if vector:
-        from gymnasium.wrappers.vector import NormalizeReward as NormalizeVectorReward
-
-        environments = NormalizeVectorReward(SyncVectorEnv([limited(Known, 8)] * 5))
-        found = evaluate(policy, environments, 5, seed=1)
+        environments: Any = NormalizeVectorReward(SyncVectorEnv([limited(Known, 8)] * 5))
     else:
-        found = evaluate(policy, make, 5, seed=1, learned=learned)
+        environments = SyncVectorEnv([lambda: TimeLimit(NormalizeReward(Known()), 8)] * 5)
+    policy = policy_of(environments)
+    Sampler(environments, 40, seed=0)(policy)
+    plain, found = (evaluate(policy, x, 5, seed=1) for x in (limited(Known, 8), environments))
     assert found.returns == pytest.approx(plain.returns, rel=1e-6)
+    assert Wrappers(environments).learned() == {}, "no policy looks at it"
 
 
 @pytest.mark.parametrize(
