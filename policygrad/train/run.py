@@ -167,7 +167,7 @@ def make_directory(directory: Path) -> None:
 def json_number(x: Any) -> Any:
     """The value, with what JSON does not have as text: infinity and NaN, and functions, as module:name."""
     if isinstance(x, tuple):
-        return [json_number(entry) for entry in x]
+        return tuple(json_number(entry) for entry in x)
     if callable(x):
         return f"{x.__module__}:{getattr(x, '__qualname__', type(x).__qualname__)}"
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

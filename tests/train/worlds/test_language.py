@@ -268,12 +268,13 @@ def never_ending(*arguments: Any) -> Completions:
 def test_completions_that_repeat_their_prompt_are_said(language: dict[str, Any]) -> None:
     run = pg.train("grpo", **language)
     run.metrics = [{"masked": 0.0, "unjudged": 0.0, "prompt_repeats": share, "reward": 1.0} for share in (0.125, 0.75)]
-    assert run.world.notes(run) == [
+    note = (
         "75% of the completions of the last rollout repeat their prompt (12% of the first): read samples.jsonl, for "
         "the reward may be earned without an answer"
-    ]
+    )
+    assert note in run.world.notes(run)
     run.metrics[-1]["prompt_repeats"] = 0.25
-    assert run.world.notes(run) == []
+    assert not any("repeat" in note for note in run.world.notes(run))
 
 
 # What a data set is, and what its prompts become.
