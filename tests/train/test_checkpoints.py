@@ -216,10 +216,12 @@ def test_an_environment_without_an_id_is_evaluated_from_python(tmp_path: Path) -
     from probes import Known, limited
 
     pg.train("ppo", limited(Known, 8), out=tmp_path, **SMALL)
-    with pytest.raises(UserError, match=r"load_policy"):
-        pg.Run.load(tmp_path).evaluate(1)
+    run = pg.Run.load(tmp_path)
+    with pytest.raises(UserError, match=r"evaluate\(environment=\.\.\.\)"):
+        run.evaluate(1)
+    found = run.evaluate(4, environment=limited(Known, 8))
     policy, _ = pg.load_policy(tmp_path)
-    found = pg.evaluate(policy, pg.make_environments(limited(Known, 8), 2), 4)
+    assert pg.evaluate(policy, limited(Known, 8), 4) == found
     assert found.episodes == len(found.returns) == len(found.lengths) == 4
 
 
