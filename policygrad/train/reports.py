@@ -72,7 +72,7 @@ class Log:
 class PlainLines:
     """Progress as a plain line on standard error now and then: for logs and notebooks, which show no bar."""
 
-    def __init__(self, description: str, total: float, show: bool) -> None:
+    def __init__(self, description: str, total: int, show: bool) -> None:
         self.description, self.total, self.show = description, total, show
         self.start = time.perf_counter()
         self.next = self.start + FIRST

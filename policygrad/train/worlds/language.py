@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import UserError, listed
+from policygrad.errors import UserError, ending, listed
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled
