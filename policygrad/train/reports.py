@@ -72,12 +72,12 @@ class Log:
 class PlainLines:
     """Progress as a plain line on standard error now and then: for logs and notebooks, which show no bar."""
 
-    def __init__(self, description: str, total: float, show: bool) -> None:
+    def __init__(self, description: str, total: int | float, show: bool) -> None:
         self.description, self.total, self.show = description, total, show
         self.start = time.perf_counter()
         self.next = self.start + FIRST
 
-    def update(self, done: float, status: str) -> None:
+    def update(self, done: int | float, status: str) -> None:
         """Print a line if one is due: how much is done, the newest numbers, and the time left."""
         now = time.perf_counter()
         if not self.show or now < self.next or sys.stderr is None:
@@ -130,7 +130,7 @@ class ProgressLine:
         self.total = total
         self.task = self.progress.add_task(description, total=total, count="", status="")
 
-    def update(self, done: float, parts: list[str]) -> None:
+    def update(self, done: int | float, parts: list[str]) -> None:
         """Show that `done` of the total is complete, and the newest numbers."""
         count = f"{_short(done)}/{_short(self.total)}"
         self.progress.update(self.task, completed=done, count=count, status="  ".join(parts))
