@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from language.conftest import BASE, every_architecture, prompts, tiny
+from language.conftest import BASE, PAD, VOCABULARY, every_architecture, tiny
 from policygrad.errors import UserError
 from policygrad.language.checks import check_scored_as_sampled
 from policygrad.language.policies import LanguagePolicy
@@ -14,7 +14,8 @@ from policygrad.language.sampler import Prompts
 
 
 def some_prompts() -> Prompts:
-    return Prompts(["a", "b", "c"], *prompts(3, 7, 5), {})
+    rows = [torch.randint(2, VOCABULARY, (length,)).tolist() for length in (3, 7, 5)]
+    return Prompts.of(["a", "b", "c"], rows, pad=PAD)
 
 
 def recurrent() -> Any:
@@ -52,4 +53,4 @@ def test_a_cache_that_lies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = generation.positions
     monkeypatch.setattr(generation, "positions", lambda mask: 2 * right(mask))
     with pytest.raises(UserError, match="LlamaForCausalLM gives other log-probabilities"):
-        check_scored_as_sampled(LanguagePolicy(tiny()), Prompts(["a", "b"], *prompts(3, 7), {}), 20)
+        check_scored_as_sampled(LanguagePolicy(tiny()), some_prompts(), 20)

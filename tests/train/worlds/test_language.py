@@ -266,7 +266,7 @@ def never_ending(*arguments: Any) -> Completions:
 
 
 def test_completions_that_repeat_their_prompt_are_said(language: dict[str, Any]) -> None:
-    run = pg.train("grpo", **language)
+    run = pg.train("grpo", **language | {"held_out": 0})
     run.metrics = [{"masked": 0.0, "unjudged": 0.0, "prompt_repeats": share, "reward": 1.0} for share in (0.125, 0.75)]
     note = (
         "75% of the completions of the last rollout repeat their prompt (12% of the first): read samples.jsonl, for "
@@ -325,7 +325,7 @@ def test_data_may_be_a_file_a_path_rows_or_a_data_set(language: dict[str, Any]) 
             assert {k: x for k, x in row.items() if "second" not in k} == {
                 k: x for k, x in wanted.items() if "second" not in k
             }
-    assert found.configuration()["options"]["dataset"] == ()
+    assert found.configuration()["options"]["dataset"] == []
     assert found.world.name == "rows"
     with pytest.raises(OptionError, match="are both data: give all of it by dataset"):
         pg.train("grpo", **language, task=path, dataset=path)
