@@ -3,6 +3,12 @@
 `__init__.pyi` lists the public names. Each is imported at first use, so `import policygrad` is instant.
 """
 
+import sys
+
+# `python -m policygrad` puts the working directory first on the path, where its files would hide installed modules.
+if sys.argv[:1] == ["-m"] and "policygrad" in sys.orig_argv and not sys.flags.safe_path:
+    del sys.path[0]
+
 from functools import partial
 from typing import Any
 

@@ -2,4 +2,5 @@
 
 from policygrad.cli import main
 
-main()
+if __name__ == "__main__":  # not in a process of its own environments, which imports this file again
+    main()

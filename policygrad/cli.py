@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +22,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from policygrad.errors import Note, UserError, one_line, shortened, within
+from policygrad.errors import Kept, Note, UserError, one_line, shortened, within
 from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
 from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named, nearest
+from policygrad.train.names import trusting
 from policygrad.train.options import Options, for_command_line, in_words, options_of, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.worlds import kind_of
 from policygrad.verify.options import VerifyOptions
 
+LONGEST = 200  # characters of a message
+# The options of eval that override what a run was trained with.
+REPEATED = ("environment", "reward", "dataset", "model", "critic", "trust_remote_code", "device")
 _flat: Any = OmitArgPrefixes
 
 USAGE = """\
@@ -56,7 +63,11 @@ for example:
 
 @dataclass
 class Eval:
-    """Play whole episodes with a trained policy, or answer held-out prompts, and report the score."""
+    """Play whole episodes with a trained policy, or answer held-out prompts, and report the score.
+
+    A run directory is data: code that it names, and files of elsewhere, are used only if the name is repeated here, or
+    with --trust.
+    """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Directory of a run, as written by train."""
@@ -68,10 +79,26 @@ class Eval:
     """Take the most likely action; the default in control."""
     sampled: FlagCreatePairsOff[bool] = False
     """Sample actions from the policy; the default for language models."""
-    seed: int = 1000
-    """Random seed of the environments and of sampling."""
-    samples: int = 4
-    """Number of completions to show (language models)."""
+    seed: int | None = None
+    """Random seed of the environments and of sampling; 1000 by default."""
+    samples: int | None = None
+    """Number of completions to show (language models); 4 by default."""
+    trust: FlagCreatePairsOff[bool] = False
+    """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
+    environment: str | None = None
+    """Environment, if it is of a module or file (control)."""
+    reward: tuple[str, ...] = ()
+    """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
+    dataset: str | None = None
+    """Prompts to evaluate on, in place of those that were held out from training (language models)."""
+    model: str | None = None
+    """The model below an adapter (language models)."""
+    critic: str | None = None
+    """The model of the critic (language models)."""
+    trust_remote_code: FlagCreatePairsOff[bool] = False
+    """Run Python code that comes with the model (language models)."""
+    device: str | None = None
+    """Device of the policy; by default as in training."""
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object and nothing else."""
 
@@ -87,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rest = [x for x in rest if x != "--debug"]
     code: int | None
     try:
-        code = _dispatch(rest)
+        with _stopped_by_signals():
+            code = _dispatch(rest)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, line = _ending(error)
         if code is None:
@@ -106,11 +134,15 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
     chain = [error]  # cleanup after the first error may raise another one
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
-    if any(isinstance(x, KeyboardInterrupt) for x in chain):
-        return 130, "stopped; what was learned so far is kept"
+    kept = next((str(x) for one in chain for x in getattr(one, "__notes__", ()) if isinstance(x, Kept)), None)
+    stops = [x for x in chain if isinstance(x, KeyboardInterrupt)]
+    if stops:
+        number = next((x.number for x in stops if isinstance(x, Stopped)), int(signal.SIGINT))
+        return 128 + number, f"stopped; {kept or 'nothing was saved'}"
     told = [x for x in chain if isinstance(x, UserError)]
     if told and isinstance(error, UserError | OSError | EOFError):
-        return 2, str(told[0])
+        line = str(told[0])
+        return 2, f"{line}; {kept}" if kept is not None and len(line) + len(kept) <= LONGEST - 2 else line
     if isinstance(error, SystemExit):
         return (
             2,
@@ -126,6 +158,40 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
     if isinstance(error, OSError):
         return 2, " ".join(str(error).split()) or type(error).__name__
     return None, None
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the process: it stops training as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, once: a second signal ends the process at once.
+
+    A signal that is ignored stays so (nohup), and processes started here keep the system's behavior.
+    """
+    names = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
+    main, owner = threading.current_thread() is threading.main_thread(), os.getpid()
+    before = {x: signal.getsignal(x) for x in names if main and signal.getsignal(x) is not signal.SIG_IGN}
+
+    def stop(number: int, frame: Any) -> None:
+        for x in before:
+            signal.signal(x, signal.SIG_DFL)
+        if os.getpid() != owner and number != signal.SIGINT:
+            os.kill(os.getpid(), number)
+        raise Stopped(number)
+
+    for x in before:
+        signal.signal(x, stop)
+    try:
+        yield
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
 
 
 def _dispatch(rest: list[str]) -> int:
@@ -209,7 +275,8 @@ def _train(rest: list[str]) -> int:
     for note in run.world.notes(run):
         print(f"note: {note}")
     print(f"{name} on {run.world.name}: {run.world.result(run.metrics, run.seconds)}")
-    print(f"run: {out} (evaluate: policygrad eval {out})")
+    flags = trusting(run.world.kind, run.world.stored(), run.options)
+    print(f"run: {out} (evaluate: policygrad eval {shlex.quote(str(out))}{flags})")
     return 0
 
 
@@ -311,6 +378,7 @@ def _reward_model(rest: list[str]) -> int:
     options = command.options
     default = Path("runs") / file_name(Path(options.dataset).stem) / f"reward-model-seed{options.seed}"
     with _aside(command.json), run_directory(command.out, default) as out:
+        _quiet()
         from policygrad.train.reward_model import train_reward_model
 
         values = {f.name: getattr(options, f.name) for f in fields(options)}
@@ -327,7 +395,12 @@ def _reward_model(rest: list[str]) -> int:
 
 
 def _eval(rest: list[str]) -> int:
-    command = _parse(Eval, rest, "eval")
+    known = {f.name for f in fields(Eval)}
+    named = [x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")]
+    unread = [x for x in named if x not in known and x in {f.name for f in fields(Options)}]
+    if unread:
+        raise UserError(f"eval does not read {unread[0]}, which the run has from training: leave it out")
+    command = _parse(Eval, rest, "eval", UseAppendAction)
     if command.greedy and command.sampled:
         raise UserError("--greedy and --sampled exclude each other: give one")
     with _aside(command.json):
@@ -335,20 +408,24 @@ def _eval(rest: list[str]) -> int:
         from policygrad.train.run import Run
         from policygrad.train.samples import samples_table
 
-        run = Run.load(command.run)
-        counts = {"control": command.episodes, "language": command.completions}
-        for world, count in counts.items():
-            if count is not None and world != run.world.kind:
-                flag = "episodes" if world == "control" else "completions"
-                raise UserError(f"--{flag} is for {world}, and {command.run} is on {run.world.name}: leave it out")
+        repeated = {name: x for name in REPEATED if (x := getattr(command, name))}
+        run = Run.load(command.run, trust=command.trust, **repeated)
+        worlds = {"episodes": "control", "completions": "language", "samples": "language"}
+        for name, world in worlds.items():
+            if getattr(command, name) is not None and world != run.world.kind:
+                raise UserError(f"--{name} is for {world}, and {command.run} is on {run.world.name}: leave it out")
+        if command.seed is not None and run.world.kind == "exact":
+            raise UserError(f"{run.world.name} is evaluated exactly, without random numbers: leave --seed out")
         greedy = True if command.greedy else False if command.sampled else None
-        result: Any = run.evaluate(counts.get(run.world.kind), seed=command.seed, greedy=greedy)
+        count = command.completions if command.episodes is None else command.episodes
+        seed = 1000 if command.seed is None else command.seed
+        result: Any = run.evaluate(count, seed=seed, greedy=greedy)
     if command.json:
-        print(json.dumps(result.summary()))
+        print(json.dumps({**result.summary(), "policy": vars(run.stage)}))
         return 0
-    print(result.line())
+    print(f"{result.line()}; {run.standing()}")
     if hasattr(result, "rows"):
-        samples_table(result.rows[:: result.completions], limit=command.samples)
+        samples_table(result.rows[:: result.completions], limit=4 if command.samples is None else command.samples)
     return 0
 
 

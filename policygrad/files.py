@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from policygrad.errors import UserError, ending, one_line, shortened
@@ -28,7 +28,7 @@ def as_path(place: Path | str) -> Path:
     return Path(place)
 
 
-def check_file(path: Path, within: Path, largest: float | int = float("inf")) -> None:
+def check_file(path: Path, within: Path, largest: float = float("inf")) -> None:
     """Raise UserError unless `path` is a regular file of at most `largest` bytes.
 
     A link may lead anywhere inside the directory `within`, and not out of it.
@@ -78,7 +78,7 @@ def read_tensors(path: Path, within: Path | None = None) -> tuple[dict[str, Tens
     """The tensors of a safetensors file, all of them finite, and its metadata. Raises UserError."""
     metadata = read_metadata(path, within)
     try:
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # load_file maps it, and a file that shrinks later would end the process
         bad = next((name for name, x in tensors.items() if not x.isfinite().all()), None)
     except Exception as error:  # safetensors has its own exceptions, and torch others for types that it lacks
         raise damaged(path, one_line(error)) from error
@@ -149,7 +149,7 @@ def add_metadata(path: Path, metadata: dict[str, str]) -> None:
         header = json.loads(file.read(length))
         header["__metadata__"] = header.get("__metadata__", {}) | metadata
         text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % 64)  # tensors are aligned as new ones are, and so computed with bit for bit
+        text += b" " * (-(8 + len(text)) % 64)  # tensors begin where torch's own do, at a multiple of 64 bytes
         temporary = path.with_name(path.name + ".new")
         try:
             with temporary.open("wb") as copy:

@@ -22,8 +22,8 @@ LONGEST = 200  # characters of a message
 def load_function(spec: str, *, what: str = "function") -> Callable[..., Any]:
     """The function or class that `module:function` or `path/file.py:function` names.
 
-    A file is executed again at every call, since it may have changed. A module is imported as usual; the working
-    directory is searched last. what: what error messages call the function.
+    A file is executed again at every call, since it may have changed. A module is imported as usual. The working
+    directory and the file's own are searched last, also by what is imported. what: what error messages call it.
 
     Raises UserError if the module, file or function does not exist, or if the import raises or exits.
     """
@@ -57,6 +57,7 @@ def _executed(path: Path, what: str) -> ModuleType:
         found = [ending(f"{x}.py", 40) for x in difflib.get_close_matches(path.stem, known, n=2)]
         advice = f"did you mean {' or '.join(found)}?" if found else f"give the path of the {what}'s file"
         raise UserError(f"there is no file {ending(str(path), 40)}: {advice}")
+    _search_last(os.getcwd(), str(path.resolve().parent))
     name = f"policygrad_file_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -73,7 +74,7 @@ def _executed(path: Path, what: str) -> ModuleType:
 
 def load_module(place: str, *, what: str = "function") -> ModuleType:
     """A module by name; the working directory is searched last. Raises UserError as load_function does."""
-    _search_here()
+    _search_last(os.getcwd())
     importlib.invalidate_caches()  # a file may be newer than the directory's listing
     with _errors_in_one_line(place):
         try:
@@ -90,14 +91,12 @@ def load_module(place: str, *, what: str = "function") -> ModuleType:
             raise UserError(f"there is no module {ending(place, 40)!r} for the {what}: {advice}") from error
 
 
-def _search_here() -> None:
-    """Add the working directory to the end of the search path, so that it hides no installed module.
+def _search_last(*folders: str) -> None:
+    """Add folders to the end of the search path, so that they hide no installed module.
 
-    It stays there, because the imported code may import its neighbors later.
+    They stay there, because the imported code may import its neighbors later.
     """
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,7 +123,7 @@ gymnasium.register("Loud-v0", Loud, max_episode_steps=8)
 def test_json_is_alone_on_standard_output_however_loud_the_environment_is(tmp_path: Path, vectorization: str) -> None:
     (tmp_path / "loud.py").write_text(LOUD)
     train = [*PPO[:2], "loud:Loud-v0", *PPO[3:], "--vectorization", vectorization, "--json", "--out", "run"]
-    commands = [train, ["eval", "run", "--episodes", "2", "--json"]]
+    commands = [train, ["eval", "run", "--trust", "--episodes", "2", "--json"]]
     script = f"""
 from policygrad.cli import main
 for command in {commands!r}:
@@ -165,11 +166,14 @@ def test_any_method_trains_on_any_world_and_leaves_a_run_that_eval_judges(
     assert ("before: " in said.out) == ("after:  " in said.out) == (expected["world"] != "control")
     config = strict(Path(run, "config.json").read_text())
     assert {name: config[name] for name in expected} == expected
-    words, judged = policygrad("eval", run), policygrad("eval", run, "--json")
+    words, judged = policygrad("eval", run), policygrad("eval", run, "--trust", "--json")
     assert (words.code, judged.code) == (0, 0)
     assert strict(judged.out)
+    assert strict(judged.out)["policy"]["run"] == "ended"
+    score, stage = words.out.splitlines()[0].split("; ")
+    assert re.fullmatch(r"policy of iteration \d+ \([\d,]+ steps\) of a run that ended", stage)
     if expected["world"] == "exact":
-        assert f"after:  {words.out}" in said.out
+        assert f"after:  {score}\n" in said.out
 
 
 @pytest.fixture
@@ -206,6 +210,7 @@ def test_json_is_alone_in_every_other_command_too(
         if arguments_of_command[0] != "verify":
             result = SimpleNamespace(summary=lambda: {"a": 1}, world=SimpleNamespace(kind="language"))
             result.evaluate = lambda *_, **__: result
+            result.stage = SimpleNamespace()
             return result
         print(json.dumps({"a": 1}))
         return 0
@@ -216,7 +221,7 @@ def test_json_is_alone_in_every_other_command_too(
         cli.main([*arguments, "--json"])
     said = captured.readouterr()
     assert not stop.value.code
-    assert strict(said.out) == {"a": 1}
+    assert strict(said.out) == {"a": 1} | ({"policy": {}} if arguments[0] == "eval" else {})
     assert "hello\n" in said.err
 
 
@@ -319,17 +324,19 @@ def run(policygrad: Any, tmp_path: Path) -> Path:
 
 
 def test_eval_prints_one_json_object_and_nothing_else(policygrad: Any, run: Path) -> None:
-    said = policygrad("eval", run, "--episodes", 5, "--json")
+    said = policygrad("eval", run, "--trust", "--episodes", 5, "--json")
     assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
     result = strict(said.out)
-    assert set(result) == {"return_mean", "return_std", "length_mean", "episodes", "returns", "lengths"}
+    names = {"return_mean", "return_std", "length_mean", "episodes", "returns", "lengths", "policy"}
+    assert set(result) == names
+    assert result["policy"] == {"iteration": 2, "steps": 111, "run": "ended", "partway": False}
     assert result["episodes"] == len(result["returns"]) == 5
     assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 5)
     assert 1 <= result["length_mean"] <= 8
 
 
 def test_eval_repeats_itself_and_its_seed_and_noise_change_it(policygrad: Any, run: Path) -> None:
-    few = ("eval", run, "--episodes", 4, "--json")
+    few = ("eval", run, "--trust", "--episodes", 4, "--json")
     plain = policygrad(*few).out
     assert policygrad(*few).out == plain
     others = [policygrad(*few, *more).out for more in (("--seed", 7), ("--sampled",), ("--sampled", "--seed", 7))]
@@ -339,7 +346,7 @@ def test_eval_repeats_itself_and_its_seed_and_noise_change_it(policygrad: Any, r
 
 
 def test_eval_says_it_in_words(policygrad: Any, run: Path) -> None:
-    said = policygrad("eval", run, "--episodes", 3)
+    said = policygrad("eval", run, "--trust", "--episodes", 3)
     assert said.code == 0
     assert "3 episodes" in said.out
 
@@ -548,7 +555,7 @@ def test_an_unsupported_action_space_is_named(policygrad: Any, space: str) -> No
 
 @pytest.mark.parametrize("flag", [("--episodes", 0), ("--episodes", -3), ("--seed", -1), ("--seed", 10**30)], ids=str)
 def test_eval_refuses_what_cannot_be_meant(policygrad: Any, run: Path, flag: tuple[str, int]) -> None:
-    assert_one_line(policygrad("eval", run, *flag), f"{flag[0].removeprefix('--')} is {flag[1]}")
+    assert_one_line(policygrad("eval", run, "--trust", *flag), f"{flag[0].removeprefix('--')} is {flag[1]}")
 
 
 def test_options_may_come_before_the_method_and_the_task(policygrad: Any) -> None:
@@ -626,13 +633,70 @@ def test_debug_shows_the_traceback(policygrad: Any) -> None:
     assert said.err.splitlines()[-1].startswith("policygrad: gamma is 1.2")
 
 
-def test_an_interrupt_says_that_what_was_learned_is_kept(policygrad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_does_not_say_that_anything_is_kept_where_nothing_is(
+    policygrad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(rest: list[str]) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupt)
     said = policygrad("train")
-    assert (said.code, said.err.count("\n")) == (130, 1)
+    assert (said.code, said.err) == (130, "policygrad: stopped; nothing was saved\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_stops_it_once_and_a_second_one_ends_it_at_once(
+    policygrad: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = signal.Signals[name]
+    handlers = []
+
+    def stopped(rest: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            handlers.extend(signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        raise AssertionError("the signal came to nothing")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(cli, "_dispatch", stopped)
+    said = policygrad("train")
+    assert (said.code, said.err) == (128 + number, "policygrad: stopped; nothing was saved\n")
+    assert handlers == [signal.SIG_DFL] * 3
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(policygrad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+
+    def hung_up(rest: list[str]) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    monkeypatch.setattr(cli, "_dispatch", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert policygrad("train").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("task", ["probes:Known-v0", "exact:chain"])
+def test_a_run_that_is_terminated_says_what_it_keeps_and_eval_says_so_too(policygrad: Any, task: str) -> None:
+    from policygrad.train.reports import ProgressLine
+
+    def update(line: ProgressLine, done: float, parts: list[str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    some = ("--num-envs", 4, "--steps", 10**9, "--out", "it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressLine, "update", update)
+        said = policygrad("train", "a2c", task, *some)
+    assert said.code == 128 + signal.SIGTERM
+    kept = re.fullmatch(r"policygrad: stopped; the (policy of iteration 1 \(\d+ steps\)) is kept in it\n", said.err)
+    assert kept, said.err
+    assert policygrad("eval", "it", "--trust").out.endswith(f"; {kept[1]} of a run that was stopped\n")
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError, EOFError, RuntimeError])
@@ -649,7 +713,7 @@ def test_an_interrupt_is_one_though_what_is_closed_raises_again(
 
     monkeypatch.setattr(cli, "_dispatch", interrupt)
     said = policygrad("train")
-    assert (said.code, said.err) == (130, "policygrad: stopped; what was learned so far is kept\n")
+    assert (said.code, said.err) == (130, "policygrad: stopped; nothing was saved\n")
 
 
 def test_what_the_user_can_mend_is_said_though_what_is_closed_raises_again(
@@ -684,7 +748,9 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
         time.sleep(0.05)
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=60)
-    assert (command.returncode, out, err) == (130, "", "policygrad: stopped; what was learned so far is kept\n")
+    assert (command.returncode, out) == (130, "")
+    kept = r"policygrad: stopped; the policy (of|from the middle of) iteration [\d,]+ .*is kept in run\n"
+    assert re.fullmatch(kept, err)
     summary = strict((tmp_path / "run" / "summary.json").read_text())
     assert summary["ended"] == "interrupted"
     assert summary["steps"] == strict(metrics.read_text().splitlines()[-1])["steps"]
@@ -728,6 +794,22 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_files_beside_the_user_hide_no_module(tmp_path: Path) -> None:
+    for name in ("gymnasium", "code", "typing", "tyro"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "mine.py").write_text("import gymnasium, probes\ngymnasium.register('Mine-v0', probes.Known)\n")
+    for arguments in (["list", "environments"], ["train", "ppo", "mine:Min-v0"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "policygrad", *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": PLACES},
+            cwd=tmp_path,
+        )
+        assert "the wrong one" not in done.stderr
+        assert "CartPole-v1" in done.stdout or "did you mean Mine-v0" in done.stderr, done.stderr
+
+
 def test_as_a_process_it_behaves_the_same(tmp_path: Path) -> None:
     """Also: a module beside the user is found, though the command is not run by `python -m`."""
     (tmp_path / "mine.py").write_text("import gymnasium, probes\ngymnasium.register('Mine-v0', probes.Known)\n")
@@ -759,7 +841,7 @@ def test_training_shows_samples_before_and_after_and_a_second_run_goes_beside_th
     before, after = said.index("before: reward"), said.index("after:  reward")
     assert said.count("completion", before, after) >= 1
     assert "tokens/s sampling" in said
-    assert "run: runs/sums/grpo-seed0 (evaluate: policygrad eval runs/sums/grpo-seed0)" in said
+    assert "run: runs/sums/grpo-seed0 (evaluate: policygrad eval runs/sums/grpo-seed0 --trust)" in said
     assert Path("runs/sums/grpo-seed0/model/model.safetensors").is_file()
     assert Path("runs/sums/grpo-seed0/samples.jsonl").is_file()
     said = policygrad("train", "grpo", *files, *SMALL_LANGUAGE, "--samples", 0).out
@@ -774,18 +856,18 @@ def test_json_of_a_language_run_is_all_that_is_printed(policygrad: Any, files: l
     assert (summary["method"], summary["world"], summary["task"]) == ("rloo", "language", "sums")
     assert summary["completions"] == 16
     assert set(summary["after"]) >= {"reward", "pass_at_k", "length", "cut_fraction"}
-    assert strict(policygrad("eval", "run", "--json", "--completions", 2).out)["completions"] == 2
+    assert strict(policygrad("eval", "run", "--trust", "--json", "--completions", 2).out)["completions"] == 2
 
 
 def test_a_language_run_is_evaluated(policygrad: Any, files: list[str]) -> None:
     right = [*files[:-1], files[-1].replace(":sevens", ":right")]
     assert policygrad("train", "grpo", *right, *SMALL_LANGUAGE, "--out", "run").code == 0
-    said = policygrad("eval", "run", "--completions", 4, "--samples", 2).out
+    said = policygrad("eval", "run", "--trust", "--completions", 4, "--samples", 2).out
     assert said.startswith("accuracy 0.")
     assert "pass@4" in said
-    assert "pass@" not in policygrad("eval", "run", "--greedy", "--completions", 1).out
-    assert_one_line(policygrad("eval", "run", "--episodes", 3), "--episodes is for control")
-    assert_one_line(policygrad("eval", "run", "--completions", 0), "completions is 0")
+    assert "pass@" not in policygrad("eval", "run", "--trust", "--greedy", "--completions", 1).out
+    assert_one_line(policygrad("eval", "run", "--trust", "--episodes", 3), "--episodes is for control")
+    assert_one_line(policygrad("eval", "run", "--trust", "--completions", 0), "completions is 0")
 
 
 def test_ppo_is_of_language_where_a_model_is_named(policygrad: Any, files: list[str]) -> None:
@@ -881,14 +963,42 @@ def test_mistakes_with_language_models_are_one_line(policygrad: Any, arguments: 
     assert_one_line(policygrad("train", *arguments), expected)
 
 
-@pytest.mark.parametrize("flag", [("--completions", 2), ("--greedy", "--sampled")], ids=str)
-def test_eval_refuses_what_is_not_for_the_run(policygrad: Any, run: Path, flag: tuple[Any, ...]) -> None:
-    said = policygrad("eval", run, *flag)
-    assert_one_line(said, "--completions is for language" if flag[0] == "--completions" else "exclude each other")
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (("--completions", 2), "--completions is for language"),
+        (("--samples", 2), "--samples is for language"),
+        (("--greedy", "--sampled"), "exclude each other"),
+        (("--gamma", 0.9), "eval does not read gamma"),
+        (("--num-envs=3",), "eval does not read num_envs"),
+        (("--reward", "exact_match"), "no option 'reward' on control"),
+        (("--dataset", "x.jsonl"), "dataset is for language"),
+        (("--device", "abacus"), "device 'abacus' cannot be used"),
+    ],
+    ids=str,
+)
+def test_eval_refuses_what_is_not_for_the_run(policygrad: Any, run: Path, flag: tuple[Any, ...], said: str) -> None:
+    assert_one_line(policygrad("eval", run, "--trust", *flag), said)
+
+
+def test_a_null_byte_is_one_line(policygrad: Any, run: Path) -> None:
+    for arguments in (["eval", "a\0b"], ["train", "ppo", "CartPole-v1", "--out", "a\0b"], ["tra\0in"]):
+        assert_one_line(policygrad(*arguments), "null byte")
+
+
+def test_the_line_that_train_prints_evaluates_the_run_as_it_stands(policygrad: Any, tmp_path: Path) -> None:
+    said = policygrad(*PPO, "--out", "a run of mine")
+    printed = re.search(r"\(evaluate: policygrad (.*)\)", said.out)
+    assert printed is not None
+    assert shlex.split(printed[1]) == ["eval", "a run of mine", "--trust"]
+    assert policygrad(*shlex.split(printed[1])).code == 0
+    assert_one_line(policygrad("eval", "a run of mine"), "environment 'probes:Known-v0': repeat")
+    assert policygrad("eval", "a run of mine", "--environment", "probes:Known-v0").code == 0
 
 
 def test_eval_of_an_exact_run_takes_neither_a_count_nor_greedy(policygrad: Any) -> None:
     policygrad("train", "ppo", "exact:bandit", "--iterations", 1, "--out", "run")
-    assert_one_line(policygrad("eval", "run", "--greedy"), "evaluated exactly")
-    assert_one_line(policygrad("eval", "run", "--episodes", 3), "--episodes is for control")
-    assert_one_line(policygrad("eval", "run", "--completions", 3), "--completions is for language")
+    assert_one_line(policygrad("eval", "run", "--trust", "--greedy"), "evaluated exactly")
+    assert_one_line(policygrad("eval", "run", "--seed", 3), "evaluated exactly, without random numbers")
+    assert_one_line(policygrad("eval", "run", "--trust", "--episodes", 3), "--episodes is for control")
+    assert_one_line(policygrad("eval", "run", "--trust", "--completions", 3), "--completions is for language")

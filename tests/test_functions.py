@@ -76,6 +76,17 @@ def test_a_module_in_the_working_directory_is_found(tmp_path: Path, monkeypatch:
     assert sys.path == [*before, str(tmp_path)]
 
 
+def test_a_file_finds_its_neighbors_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", before := [x for x in sys.path if x])
+    before = list(before)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "mine.py").write_text("from neighbor_of_mine import f\n")
+    (tmp_path / "inner" / "neighbor_of_mine.py").write_text("def f():\n    return 'mine'\n")
+    assert load_function("inner/mine.py:f")() == "mine"
+    assert sys.path == [*before, str(tmp_path), str(tmp_path / "inner")]
+
+
 def test_a_module_in_the_working_directory_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own colorsys.py, beside a reward, is not the standard library's."""
     monkeypatch.chdir(tmp_path)

@@ -178,7 +178,7 @@ def task_of(
     max_tokens: of a completion. reward_weight: one for each function; all 1 by default. overlong_fraction: adds the
     soft overlong penalty over this last share of max_tokens (DAPO). policy: the options of policy_of.
     """
-    longest = max(int(x.lengths.max()) for x in (train, held_out) if x is not None)
+    longest = max((int(x.lengths.max()) for x in (train, held_out) if x), default=0)
     models.check_pair(model, tokenizer, longest + max_tokens)  # type: ignore[arg-type]
     weights = list(reward_weight) or [1.0] * len(functions)
     plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)

@@ -1,21 +1,57 @@
 """Save and load policies: tensors in policy.safetensors, the architecture in policy.json. Nothing is unpickled."""
 
-import json
-import os
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.wrappers import Learned
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, ending, one_line, shortened
+from policygrad.files import as_path, damaged, read_json, read_tensors, write_bytes, write_json
 
 FORMAT = 1
+ENDINGS = {"unfinished": "has not ended", "ended": "ended", "stopped": "was stopped", "failed": "failed"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far training was when a policy was saved. It stands in the policy's own file, so the two cannot part."""
+
+    iteration: int = 0  # the last whole one
+    steps: int = 0
+    run: str = "unfinished"  # one of ENDINGS
+    partway: bool = False  # the policy has a part of the next iteration, too
+
+    def metadata(self) -> dict[str, str]:
+        """As the metadata of a safetensors file, which are texts."""
+        return {name: str(x) for name, x in vars(self).items()}
+
+    @classmethod
+    def of(cls, metadata: dict[str, str], path: Path) -> "Stage":
+        """The stage in a file's metadata. Raises UserError if it is not there or makes no sense."""
+        iteration, steps, run, partway = (metadata.get(name, "") for name in ("iteration", "steps", "run", "partway"))
+        counts = all(x.isdecimal() and x.isascii() and len(x) < 19 for x in (iteration, steps))
+        if not counts or run not in ENDINGS or partway not in ("True", "False"):
+            raise damaged(path, "it does not say of which iteration it is")
+        return cls(int(iteration), int(steps), run, partway == "True")
+
+    def policy(self) -> str:
+        """The policy in words."""
+        if self.partway:
+            return f"policy from the middle of iteration {self.iteration + 1:,}"
+        return f"policy of iteration {self.iteration:,} ({self.steps:,} steps)"
+
+    def line(self) -> str:
+        """The policy and its run in words."""
+        return f"{self.policy()} of a run that {ENDINGS[self.run]}"
 
 
 def save_policy(
@@ -23,14 +59,13 @@ def save_policy(
     policy: nn.Module,
     critic: nn.Module | None,
     normalizer: ObservationNormalizer | None,
+    stage: Stage | None = None,
     learned: Learned | None = None,
     environment: str | None = None,
 ) -> None:
-    """Write the policy, its critic if it has one, and the statistics that normalize its observations.
+    """Write the policy, its critic if it has one, and the statistics that normalize its observations, atomically.
 
     learned: what the environment's wrappers have learned. environment: its name, for a reader.
-
-    Each file is written under a temporary name and then renamed, so that a crash leaves the old file.
     """
     directory = Path(directory)
     tensors = {f"policy.{name}": x for name, x in policy.state_dict().items()}
@@ -46,31 +81,49 @@ def save_policy(
         "normalizes_observations": normalizer is not None,
         "environment": environment,
     }
-    _write_tensors(directory / "policy.safetensors", tensors)
+    write_tensors(directory / "policy.safetensors", tensors, stage)
     write_json(directory / "policy.json", description)
 
 
-def save_tensors(path: Path, module: nn.Module) -> None:
-    """Write a module's tensors atomically."""
-    _write_tensors(path, module.state_dict())
-
-
-def load_tensors(path: Path, module: nn.Module) -> None:
-    """Load the tensors of save_tensors into a module of the same architecture. Raises UserError if that fails."""
-    try:
-        module.load_state_dict(load_file(path))
-    except OSError as error:
-        said = "No such file or directory" if isinstance(error, FileNotFoundError) else one_line(error)
-        raise UserError(f"{path} cannot be read ({said}): give a run's directory"[:200]) from error
-    except Exception as error:  # safetensors has its own exception for a truncated file
-        raise UserError(f"{path} is damaged or of another policy: {one_line(error)}"[:200]) from error
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".new")
+def write_tensors(path: Path, tensors: dict[str, Tensor], stage: Stage | None = None) -> None:
+    """Write tensors with the stage of their run, atomically."""
     # save_file would make the file readable by its owner only, whatever the umask
-    temporary.write_bytes(save({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}))
-    os.replace(temporary, path)
+    content = save(
+        {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()},
+        None if stage is None else stage.metadata(),
+    )
+    write_bytes(path, content)
+
+
+def load_tensors(path: Path, module: nn.Module) -> Stage:
+    """Load the tensors of write_tensors into a module of the same architecture. Raises UserError if that fails."""
+    tensors, metadata = read_tensors(path)
+    fill(module, tensors, path)
+    return Stage.of(metadata, path)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors of a file into a module. Raises UserError if they do not fit, in kind too: nothing is cast."""
+    state = module.state_dict()
+    other = [name for name, x in tensors.items() if name in state and _real(x) != _real(state[name])]
+    try:
+        if other:
+            raise RuntimeError(f"{other[0][:60]!r} holds {tensors[other[0]].dtype}")
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise damaged(path, one_line(error), "has weights that do not fit the policy") from error
+
+
+@dataclass
+class Saved:
+    """What a run directory holds of a policy, from one look at its files, which training may be replacing."""
+
+    policy: nn.Module
+    normalizer: ObservationNormalizer | None
+    critic: dict[str, Tensor]
+    learned: Learned  # by the wrappers of the environment
+    environment: str  # its name
+    metadata: dict[str, str]
 
 
 def load_policy(
@@ -80,85 +133,98 @@ def load_policy(
 
     Raises UserError if the directory has no policy, or one that does not fit.
     """
-    directory = Path(directory)
-    try:
-        description = json.loads((directory / "policy.json").read_text())
-        tensors = load_file(directory / "policy.safetensors")
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(
-            f"{directory} holds no policy that can be read ({said}): give a run's directory"[:200]
-        ) from error
-    except Exception as error:  # safetensors has its own exception for a truncated file
-        raise UserError(f"{directory}/policy.safetensors is damaged: {one_line(error)}"[:200]) from error
+    saved = read_policy(as_path(directory), policy)
+    return saved.policy, saved.normalizer
+
+
+def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
+    """As load_policy, with the rest of the files."""
+    if not (directory / "policy.json").exists():
+        raise UserError(f"{ending(str(directory), 80)} holds no policy: give a run's directory")
+    path, weights = directory / "policy.json", directory / "policy.safetensors"
+    description = read_json(path)
+    tensors, metadata = read_tensors(weights)
     if not isinstance(description, dict):
-        raise UserError(f"{directory}/policy.json is damaged: it describes no policy")
+        raise damaged(path, "it describes no policy")
     if description.get("format") != FORMAT:
-        raise UserError(f"{directory}/policy.json is of format {description.get('format')}, and this is {FORMAT}")
+        raise damaged(path, f"this is format {FORMAT}", f"is of format {shortened(description.get('format'), 20)}")
     missing = [name for name in ("policy", "class", "normalizes_observations") if name not in description]
     if missing:
-        raise UserError(f"{directory}/policy.json is damaged: {missing[0]} is missing")
+        raise damaged(path, f"{missing[0]} is missing")
     if policy is None:
         if description["policy"] is None:
             raise UserError(
-                f"the policy in {directory} is a {description['class']} of your own: load it from Python with "
-                "load_policy(directory, policy)"
+                f"the policy in {ending(str(directory), 50)} is a {ending(str(description['class']), 50)} of your own: "
+                "load it from Python with load_policy(directory, policy)"
             )
         try:
-            _check_size(description["policy"]["hidden"], tensors)
+            sizes = [feature_count(description["policy"][x]) for x in ("observation_space", "action_space")]
+            check_size([sizes[0], *description["policy"]["hidden"], sizes[1]], tensors)
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
-            raise UserError(
-                f"{directory}/policy.json is damaged: {type(error).__name__}: {one_line(error)}"[:200]
-            ) from error
-    try:
-        policy.load_state_dict(_part(tensors, "policy."))
-    except RuntimeError as error:
-        raise UserError(f"the weights in {directory} do not fit the policy: {one_line(error)}"[:200]) from error
+            raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+    fill(policy, _part(tensors, "policy."), weights)
     normalizer = None
-    if description["normalizes_observations"]:
+    if description["normalizes_observations"] is not False:
         statistics = {name: x.numpy() for name, x in _part(tensors, "observations.").items()}
+        shape = description["policy"] and tuple(description["policy"]["observation_space"]["shape"])
         try:
-            normalizer = ObservationNormalizer(np.shape(statistics["mean"]))
-            normalizer.statistics.load_state_dict(statistics)
+            normalizer = _normalizer(statistics, shape)
         except KeyError as error:
-            raise UserError(
-                f"{directory}/policy.safetensors is damaged: policy.json says normalizes_observations, and "
-                f"observations.{error.args[0]} is missing"
-            ) from error
-        normalizer.frozen = True
-    return policy, normalizer
+            said = f"policy.json says normalizes_observations, and observations.{error.args[0]} is missing"
+            raise damaged(weights, said) from error
+        except ValueError as error:
+            raise damaged(weights, f"the statistics of observations make no sense: {error}") from error
+    learned: Learned = {name: x.numpy() for name, x in _part(tensors, "wrappers.").items()}
+    environment = one_line(description.get("environment") or "your own", 40)
+    return Saved(policy, normalizer, _part(tensors, "critic."), learned, environment, metadata)
 
 
-def load_learned(directory: Path) -> tuple[Learned, str]:
-    """What the wrappers of the environment had learned when the policy in a run directory was saved, and its name."""
-    tensors = load_file(directory / "policy.safetensors")
-    named = json.loads((directory / "policy.json").read_text()).get("environment")
-    return {name: x.numpy() for name, x in _part(tensors, "wrappers.").items()}, one_line(named or "your own", 40)
+def _normalizer(statistics: dict[str, np.ndarray], shape: tuple[int, ...] | None) -> ObservationNormalizer:
+    """A frozen normalizer with these statistics. shape: that of an observation, if it is known."""
+    mean, var, count = (statistics[name] for name in ("mean", "var", "count"))
+    if any(x.dtype.kind != "f" for x in (mean, var, count)):
+        raise ValueError("they are no real numbers")
+    if mean.shape != var.shape or count.shape != () or (shape or mean.shape) != mean.shape or (var < 0).any():
+        raise ValueError(f"mean {mean.shape}, var {var.shape}, count {count.shape}")
+    normalizer = ObservationNormalizer(mean.shape)
+    normalizer.statistics.load_state_dict(statistics)
+    normalizer.frozen = True
+    return normalizer
 
 
-def load_critic(directory: Path, critic: nn.Module) -> bool:
-    """Load the critic of a run directory into `critic`. False if the directory has none of this architecture."""
-    tensors = _part(load_file(directory / "policy.safetensors"), "critic.")
-    expected = {name: x.shape for name, x in critic.state_dict().items()}
-    if {name: x.shape for name, x in tensors.items()} != expected:
-        return False
-    critic.load_state_dict(tensors)
-    return True
+def finite(module: nn.Module) -> bool:
+    """Are all parameters finite? In one look."""
+    largest = torch._foreach_norm([p.detach() for p in module.parameters()], math.inf)
+    return bool(torch.stack([x.float() for x in largest]).isfinite().all())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary file and rename it."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+def fits(module: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors are those of a module of this architecture."""
+    shapes = [{name: (x.shape, _real(x)) for name, x in one.items()} for one in (tensors, module.state_dict())]
+    return shapes[0] == shapes[1]
 
 
-def _check_size(hidden: list[int], tensors: dict[str, Tensor]) -> None:
+def _real(x: Tensor) -> Any:
+    """The kind of a tensor's numbers: real ones of any precision are one kind."""
+    return "real" if x.is_floating_point() else x.dtype
+
+
+def check_size(sizes: Sequence[int], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError if the layers are larger than the saved tensors, before memory is allocated for them."""
     saved = sum(x.numel() for x in tensors.values())
-    if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *hidden])):
-        raise ValueError(f"hidden is {hidden}, and policy.safetensors has {saved:,} numbers in all")
+    if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *sizes])):
+        raise ValueError(f"layers have {sizes} units, and policy.safetensors has {saved:,} numbers in all")
+
+
+def feature_count(space: dict[str, Any]) -> int:
+    """The numbers that a described space has as features or logits."""
+    match space["kind"]:
+        case "Discrete":
+            return space["n"]
+        case "MultiDiscrete":
+            return int(np.sum(space["nvec"]))
+    return math.prod(space["shape"])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, ending
+
+CLAIM = "metrics.jsonl"  # the first file of a run: who creates it has the directory
 
 
 def file_name(name: str) -> str:
@@ -28,7 +30,7 @@ def free_directory(directory: Path) -> Path:
             number += 1
             candidate = directory.with_name(f"{directory.name}-{number}")
     except OSError as error:
-        raise UserError(f"the directory {directory} cannot be written ({error.strerror}): choose another") from error
+        raise _unwritable(directory, error) from error
 
 
 @contextmanager
@@ -45,3 +47,45 @@ def run_directory(given: Path | None, default: Path) -> Iterator[Path]:
         with suppress(OSError):  # not empty
             for path in (directory, *above):
                 path.rmdir()
+
+
+def check_empty(directory: Path | None) -> None:
+    """Raise UserError for a directory that is not empty."""
+    if directory is not None and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(
+            f"{ending(str(directory), 100)} is not empty, and nothing is overwritten: choose another directory"
+        )
+
+
+def claim(directory: Path) -> list[Path]:
+    """Create a directory, or take an empty one, for one run alone: of two processes one gets it.
+
+    Returns the directories that it has created. Raises UserError if it is not empty or cannot be written.
+    """
+    try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        check_empty(directory)
+        (directory / CLAIM).open("x").close()
+        return made
+    except FileExistsError as error:
+        if not directory.is_dir():
+            raise _unwritable(directory, error) from error
+        raise UserError(
+            f"{ending(str(directory), 100)} was taken by another run just now: choose another directory"
+        ) from error
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def release(directory: Path, made: list[Path], names: tuple[str, ...] = ()) -> None:
+    """Remove what a run that never began has written (`names`), its claim, and the directories made for it."""
+    with suppress(OSError):
+        for path in sorted((x for name in (CLAIM, *names) for x in directory.glob(name)), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        for path in made:
+            path.rmdir()
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"the directory {ending(str(directory), 80)} cannot be written ({error.strerror}): choose another")

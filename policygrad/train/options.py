@@ -381,6 +381,8 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
             raise OptionError(name, f"{origin}{options.method} has no option {name!r}{_why_not(name, options, kinds)}")
         entries = _from_python(x, kinds[name])
         texts = tuple(y for y in entries if not callable(y)) if name == "reward" else entries  # functions, from Python
+        if any(isinstance(y, str) and "\0" in y for y in (texts if isinstance(texts, tuple) else (texts,))):
+            raise OptionError(name, f"{origin}{name} is {shortened(x)}: no name holds a null byte")
         if not _fits(texts, kinds[name]):
             must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else in_words(kinds[name])
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {must_be}")

@@ -1,20 +1,27 @@
 """Reports of a run: metrics.jsonl, TensorBoard events, the progress line, and the learning curve."""
 
+import errno
+import io
 import json
 import math
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from policygrad.errors import Note, ending
 
 Row = dict[str, float]
 
@@ -46,27 +53,59 @@ GROUPS = {
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events in a run directory; a context manager."""
+    """metrics.jsonl and TensorBoard events in a run directory. A full disk stops neither: it delays them."""
 
     def __init__(self, directory: Path) -> None:
-        self.file = (directory / "metrics.jsonl").open("w")
-        self.tensorboard = SummaryWriter(str(directory / "tensorboard"))
+        events = directory / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
+        self.metrics, self.events = Tail(directory / "metrics.jsonl"), Tail(events)
+        self.events.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
 
     def write(self, row: Row) -> None:
         """Write one line of metrics.jsonl and one point of each TensorBoard curve."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            if name != "steps":
-                tag = name if "/" in name else f"{GROUPS.get(name, 'update')}/{name}"
-                self.tensorboard.add_scalar(tag, value, int(row["steps"]))
+        self.metrics.write((json.dumps(row) + "\n").encode())
+        points = [
+            Summary.Value(tag=name if "/" in name else f"{GROUPS.get(name, 'update')}/{name}", simple_value=value)
+            for name, value in row.items()
+            if name != "steps"
+        ]
+        step = int(row["steps"])
+        self.events.write(_record(Event(wall_time=time.time(), step=step, summary=Summary(value=points))))
 
-    def __enter__(self) -> "Log":
-        return self
+    def close(self) -> None:
+        """Write what is left."""
+        self.metrics.write(b"")
+        self.events.write(b"")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.file.close()
-        self.tensorboard.close()
+
+class Tail:
+    """A file that grows by whole records. What a full disk refuses is written later, and said once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting, self.written, self.warned = path, b"", 0, False
+
+    def write(self, record: bytes) -> None:
+        """Append a record, and those before it that are not written yet."""
+        self.waiting += record
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+                file.truncate(self.written)  # without the part of a record that a full disk took
+                file.seek(self.written)
+                if (file.write(self.waiting) or 0) < len(self.waiting):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.written, self.waiting = self.written + len(self.waiting), b""
+        except OSError as error:
+            if not self.warned:
+                name = ending(str(self.path), 60)
+                warnings.warn(f"{name} cannot be written ({error.strerror}): training goes on", Note, stacklevel=3)
+            self.warned = True
+
+
+def _record(event: Event) -> bytes:
+    """An event as TensorBoard's files hold it, with its length and checksums."""
+    content = io.BytesIO()
+    RecordWriter(content).write(event.SerializeToString())
+    return content.getvalue()
 
 
 class PlainLines:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from policygrad.errors import Kept, NonFiniteError, UserError
+from policygrad.errors import Kept, NonFiniteError, Note, UserError
+from policygrad.files import as_path, write_bytes
 from policygrad.language import arithmetic, data, models
 from policygrad.language.policies import evaluating, width, without_dropout
 from policygrad.language.reward_models import (
@@ -29,11 +31,12 @@ from policygrad.language.reward_models import (
 )
 from policygrad.language.tasks import ARITHMETIC
 from policygrad.rollout import minibatches
+from policygrad.train.directories import CLAIM, check_empty, claim, release
 from policygrad.train.options import check_bounds, with_values
 from policygrad.train.reports import Row, progress_bar
 from policygrad.train.reward_options import RewardModelOptions
-from policygrad.train.run import make_directory
-from policygrad.train.training import check_device, check_empty
+from policygrad.train.run import check_device
+from policygrad.train.training import SaveClock, rescued, unwritable
 from policygrad.train.worlds.language import warm_model
 from policygrad.updates import MasterWeightsAdam, ascend
 from policygrad.weights import normalized
@@ -42,7 +45,6 @@ PROBLEMS, KEPT_PROBLEMS = 48_000, 512  # arithmetic problems; the kept ones eval
 # The default learning rate times the width of the model: Adam's best rate falls as the width grows (Yang et al. 2022,
 # arXiv 2203.03466). 1e-5 for a width of 4,096, 7e-5 for 576, 4e-4 for the arithmetic task's own model.
 RATE_TIMES_WIDTH = 0.04
-SAVE_SECONDS = 30.0  # between two saves of the model
 
 
 @dataclass
@@ -79,15 +81,23 @@ class RewardModelRun:
     before: PairEvaluation | None = None
     after: PairEvaluation | None = None
 
-    def save(self, directory: Path) -> None:
-        """Write the model and its tokenizer in the Hugging Face layout, with a model card.
+    def save(self, directory: Path | str) -> None:
+        """Write the model and its tokenizer in the Hugging Face layout, with a model card and the metrics.
 
-        The file of the weights says of which update they are, and whether that was the last.
+        The file of the weights says of which update they are, and whether that was the last. Raises UserError for
+        another directory than the run's own that is not empty.
         """
-        make_directory(directory)
+        directory = as_path(directory)
+        if directory != self.directory:
+            claim(directory)
+        self.write(directory)
+
+    def write(self, directory: Path) -> None:
+        """Write all files of `save` to a directory that this run has claimed."""
         metadata = {"iteration": str(len(self.metrics)), "of": str(self.updates), "ended": str(self.ended).lower()}
         models.save_model(self.model.model, self.model.tokenizer, directory, metadata)
-        (directory / "README.md").write_text(self.card())
+        write_bytes(directory / "README.md", self.card().encode())
+        write_bytes(directory / CLAIM, "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
 
     def stage(self) -> str:
         """How far training is, in words."""
@@ -184,7 +194,7 @@ def train_reward_model(
     options = with_values(RewardModelOptions(dataset=dataset), values)
     check_bounds(options)
     check_device(options.device)
-    directory = None if out is None else Path(out)
+    directory = None if out is None else as_path(out)
     check_empty(directory)
     with _seeded(options.seed, options.threads):
         examples = preferences_of(options)
@@ -195,8 +205,6 @@ def train_reward_model(
         result.before = judge(model, kept, options)
         if result.before:
             announce(f"before: {result.before.line()}")
-        if directory is not None:
-            make_directory(directory)
         torch.manual_seed(options.seed)
         with _saved(result) as save_when_due:
             for row in fit_preferences(model, pairs, options, progress=progress):
@@ -215,24 +223,41 @@ def _saved(result: RewardModelRun) -> Iterator[Callable[[], None]]:
 
     A note on the exception says what is kept.
     """
-    directory, start = result.directory, time.perf_counter()
-    next_save, stage = start + SAVE_SECONDS, ""
+    directory, start, clock, stage = result.directory, time.perf_counter(), SaveClock(), ""
+    made = [] if directory is None else claim(directory)
 
-    def save() -> None:
-        nonlocal next_save, stage
-        result.seconds = time.perf_counter() - start
-        if directory is not None:
-            result.save(directory)
-            stage, next_save = result.stage(), time.perf_counter() + SAVE_SECONDS
+    def kept(where: str) -> str:
+        return f"{stage} is kept {where}" if stage else "nothing was saved"
+
+    def save(directory: Path) -> str | None:
+        """Save the model. Returns what is wrong if that fails."""
+        nonlocal stage
+        try:
+            result.write(directory)
+        except Exception as error:  # of the system or of a library's own kind
+            return unwritable(directory, error)
+        stage = result.stage()
+        return None
+
+    def save_when_due() -> None:
+        if directory is not None and clock.due():
+            with clock:
+                if (said := save(directory)) is not None:
+                    warnings.warn(f"{said}: training goes on, and {kept('there')}", Note, stacklevel=2)
 
     try:
-        yield lambda: save() if time.perf_counter() >= next_save else None
+        yield save_when_due
     except BaseException as error:
-        if result.sound():
-            save()
-        error.add_note(Kept(f"{stage} is kept in {directory}" if stage else "nothing was saved"))
+        result.seconds = time.perf_counter() - start
+        if directory is not None and result.sound() and result.metrics:
+            save(directory)
+        if directory is not None and not stage:
+            release(directory, made)
+        error.add_note(Kept(kept(f"in {directory}")))
         raise
-    save()
+    result.seconds = time.perf_counter() - start
+    if directory is not None and (said := save(directory)) is not None:
+        raise UserError(f"{said}: {rescued(result.write, result.stage(), kept('there'))}")
 
 
 @contextmanager

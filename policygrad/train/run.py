@@ -1,7 +1,6 @@
 """A run: a trained policy to evaluate, save and load, on any world."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from policygrad.errors import UserError
-from policygrad.train.checkpoints import write_json
+from policygrad.errors import UserError, ending, one_line, shortened
+from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
+from policygrad.train.checkpoints import Stage
+from policygrad.train.directories import claim
 from policygrad.train.methods import METHODS
-from policygrad.train.options import check_bounds, options_of, with_values
+from policygrad.train.names import check_trusted, outside
+from policygrad.train.options import OptionError, check_bounds, options_of, with_values
 from policygrad.train.reports import Row, draw_curve
 from policygrad.train.worlds import world_of
 from policygrad.train.worlds.world import Evaluation, World
@@ -30,6 +32,9 @@ class Run:
     preset: str | None
     world: World
     directory: Path | None = None
+    stage: Stage = field(default_factory=Stage)  # how far training was
+    places: set[Path] = field(default_factory=set)  # the directories that this run has claimed
+    saved: Stage | None = None  # how far it was when it was last saved in `directory`
     metrics: list[Row] = field(default_factory=list)
     seconds: float = 0.0
     ended: str | None = None  # finished, interrupted, or the error; None while the run goes on
@@ -74,42 +79,120 @@ class Run:
             return self.world.evaluate(count, seed=seed, greedy=greedy, **elsewhere)
 
     def save(self, directory: Path | str) -> None:
-        """Write the run directory: config.json, the world's files of policy and critic, and curve.png."""
-        directory = Path(directory)
-        make_directory(directory)
-        write_json(directory / "config.json", self.configuration())
-        self.world.save(directory)
+        """Write the run directory: the world's files of policy and critic, config.json, and curve.png.
+
+        Raises UserError for a directory that holds anything else than this run.
+        """
+        directory = as_path(directory)
+        if directory.resolve() not in self.places:
+            claim(directory)
+            self.places.add(directory.resolve())
+            self.directory = self.directory or directory
+        try:
+            self.write(directory)
+        except OSError as error:
+            said = f"{ending(str(directory), 80)} cannot be written"
+            raise UserError(f"{said} ({error.strerror}): make room, or choose another directory") from error
+
+    def write(self, directory: Path) -> None:
+        """Write all files of `save` to a directory that this run has claimed. Raises OSError."""
+        self.write_policy(directory)
+        self.describe(directory)
+
+    def write_policy(self, directory: Path) -> None:
+        """Write policy and critic alone, as often as one likes. Raises OSError, or a library's own exception."""
+        self.world.save(directory, self.stage)
+        if directory == self.directory:
+            self.saved = self.stage
+
+    def describe(self, directory: Path) -> None:
+        """Write what describes the run: config.json, the model card, summary.json and curve.png. Raises OSError."""
+        write_json(directory / "config.json", self.configuration())  # last: where it is, the others are
         if self.world.kind == "language":
             from policygrad.train.worlds.language import card
 
-            (directory / "model" / "README.md").write_text(card(self))
+            write_bytes(directory / "model" / "README.md", card(self).encode())
+        if self.ended is not None:
+            self.summarize(directory)
         if self.metrics:
             draw_curve(self.metrics, f"{self.method} on {self.world.name}", directory / "curve.png", self.world.curve())
 
+    def summarize(self, directory: Path) -> None:
+        """Write summary.json. Raises OSError."""
+        write_json(directory / "summary.json", self.summary())
+
     @classmethod
-    def load(cls, directory: Path | str) -> "Run":
-        """Load the run in a directory, for use and evaluation. Raises UserError if the run is missing or damaged."""
-        directory = Path(directory)
+    def load(
+        cls,
+        directory: Path | str,
+        *,
+        trust: bool = False,
+        environment: str | None = None,
+        dataset: str | None = None,
+        **repeated: Any,
+    ) -> "Run":
+        """Load the run in a directory, for use and evaluation. Raises UserError if the run is missing or damaged.
+
+        The directory is data: code that its config.json names (a reward `file.py:function`, an environment `module:Id`)
+        is not run, and no file of elsewhere is read, unless the name is repeated here, or `trust` is set for a run of
+        one's own. environment: the task of a control run. dataset: prompts to evaluate on in place of the held-out
+        ones. repeated: options, which override the run's; `trust_remote_code` is taken from here alone.
+        """
+        directory = as_path(directory)
+        path = directory / "config.json"
+        if not path.exists():
+            raise UserError(f"{ending(str(directory), 80)} is no run directory: give one that train wrote")
+        config = read_json(path)
         try:
-            config = json.loads((directory / "config.json").read_text())
             method, kind, task, given = (config[name] for name in ("method", "world", "task", "options"))
-            values = {name: float(x) if x in ("inf", "-inf", "nan") else x for name, x in given.items()}
             if method not in METHODS or kind not in ("control", "language", "exact"):
-                raise ValueError(f"there is no {method} on {kind}")
+                raise ValueError(f"there is no {shortened(method, 30)} on {shortened(kind, 30)}")
+            if not isinstance(task, str | None) or not isinstance(config.get("preset"), str | None):
+                raise ValueError("task and preset must be text")
+            values = {name: float(x) if x in ("inf", "-inf", "nan") else x for name, x in given.items()}
+            values |= dict.fromkeys({"trust", "trust_remote_code"} & values.keys(), False)
             options = with_values(options_of(method, kind)(), values)
             check_bounds(options)
-        except UserError as error:
-            raise UserError(f"{directory}/config.json is damaged: {error}"[:200]) from error
-        except OSError as error:
-            raise UserError(f"{directory} is no run directory ({error.strerror}): give one that train wrote") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{directory}/config.json is damaged ({type(error).__name__}: {error}): give a run's directory"[:200]
-            ) from error
-        run = cls(method, options, config.get("preset"), world_of(kind)(task, options), directory)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            said = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+            raise damaged(path, said) from error
+        names = outside(kind, task, options)
+        for name, x, its in (("environment", environment, "control"), ("dataset", dataset, "language")):
+            if x is not None and kind != its:
+                raise UserError(f"{name} is for {its}, and this run is on {kind}: leave it out")
+        if environment is not None:
+            task = environment
+            names.pop("environment", None)
+        options = with_values(options, repeated)
+        check_bounds(options)
+        check_device(options.device)
+        if trust and hasattr(options, "trust"):
+            options = with_values(options, {"trust": True})
+        if not trust:
+            check_trusted({name: texts for name, texts in names.items() if name not in repeated})
+        try:
+            world = world_of(kind)(task, options)
+        except (UserError, TypeError, AttributeError) as error:
+            raise damaged(path, one_line(error)) from error
+        if dataset is not None:
+            world.evaluated_on = dataset
+        run = cls(method, options, config.get("preset"), world, directory)
+        run.places.add(directory.resolve())
         with arithmetic(run.world, options.threads), torch.random.fork_rng([]):  # new modules draw their weights
-            run.world.load(directory)
+            run.stage = run.world.load(directory)
         return run
+
+    def kept(self, where: str = "") -> str:
+        """What is saved, and where."""
+        if self.saved is None:
+            return "nothing was saved"
+        return f"the {self.saved.policy()} is kept {where or f'in {ending(str(self.directory), 80)}'}"
+
+    def standing(self) -> str:
+        """Of which iteration the policy is, and how its run ended."""
+        critic = self.world.critic_stage
+        apart = "" if critic in (None, self.stage) else f"; its critic's file is of iteration {critic.iteration:,}"
+        return self.stage.line() + apart
 
     def configuration(self) -> dict[str, Any]:
         """Everything that the run was started with."""
@@ -154,14 +237,13 @@ def arithmetic(world: World, threads: int | None) -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def make_directory(directory: Path) -> None:
-    """Create a writable directory. Raises UserError if that fails."""
+def check_device(name: str) -> None:
+    """Raise UserError for a device that cannot be used."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".writable").touch()
-        (directory / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"the directory {directory} cannot be written ({error.strerror}): choose another") from error
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = f"device {shortened(name)} cannot be used: {one_line(str(error).splitlines()[0])}"
+        raise OptionError("device", said) from error
 
 
 def json_number(x: Any) -> Any:

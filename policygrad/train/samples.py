@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, one_line
+from policygrad.files import check_file, damaged, parse_json, write_bytes
 from policygrad.language.rewards import text_of
 
 Row = dict[str, Any]  # prompt, completion, reward, cut, and the data set's columns
+HELD_OUT = "held_out.jsonl"  # the examples of a run that were held out from training
 TABLE_TEXT = 240  # maximum characters shown of a prompt or a completion
 
 
@@ -57,6 +61,55 @@ def write_samples(path: Path | str, rows: Sequence[Row]) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def write_examples(path: Path, examples: Sequence[Row]) -> None:
+    """Write the rows of a data set as JSON, one per line, atomically. `read_examples` gives the same rows."""
+    write_bytes(path, "".join(json.dumps(row, default=_tagged) + "\n" for row in examples).encode())
+
+
+def read_examples(path: Path) -> list[Row]:
+    """The rows that write_examples wrote. Raises UserError for a file that is damaged."""
+    check_file(path, path.parent)
+    rows: list[Row] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = _untagged(parse_json(line, finite=False))
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
+                raise ValueError(f"row {len(rows)} has no prompt")
+            rows.append(row)
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
+        raise damaged(path, one_line(error)) from error
+    return rows
+
+
+# Values of Parquet files and of the hub that JSON lacks: to text and back, each under its name.
+_KINDS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
+    "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
+    "date": (date, date.isoformat, date.fromisoformat),
+    "time": (time, time.isoformat, time.fromisoformat),
+    "Decimal": (Decimal, str, Decimal),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+}
+
+
+def _tagged(value: Any) -> Any:
+    """A value that JSON lacks as {"policygrad:KIND": text}; arrays become lists, and anything else becomes text."""
+    for name, (kind, write, _) in _KINDS.items():
+        if isinstance(value, kind):
+            return {f"policygrad:{name}": write(value)}
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untagged(x) for x in value]
+    if isinstance(value, dict):
+        kind = next(iter(value), "").removeprefix("policygrad:") if len(value) == 1 else ""
+        if kind in _KINDS and next(iter(value)) != kind:
+            return _KINDS[kind][2](value[f"policygrad:{kind}"])
+        return {name: _untagged(x) for name, x in value.items()}
+    return value
 
 
 def _shown(said: Any) -> str:

@@ -2,10 +2,14 @@
 
 import math
 import re
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,20 +18,26 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from policygrad.errors import NonFiniteError, UserError, one_line
+from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, one_line
+from policygrad.files import add_metadata, as_path
 from policygrad.train import presets
-from policygrad.train.checkpoints import write_json
+from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.compose import compose
+from policygrad.train.directories import check_empty, claim, release
 from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
+from policygrad.train.names import absolute, located
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.reports import Log, ProgressLine, Row
-from policygrad.train.run import Run, arithmetic, make_directory
+from policygrad.train.run import Run, arithmetic, check_device
 from policygrad.train.worlds import ROWS as OF_ROWS
 from policygrad.train.worlds import kind_of, world_of
 from policygrad.train.worlds.world import Own
 
-SAVE_SECONDS = 30.0  # between two saves of the policy
+SAVE_SECONDS = 30.0  # between two saves of the policy, or longer
+SAVE_SHARE = 0.05  # of the time may go into saving
+# What a run writes before it trains, removed again if it cannot begin.
+WRITTEN = ("config.json", "policy.*", "critic.safetensors", "held_out.jsonl", "samples.jsonl", "model", "model/*")
 ROWS = 1000  # maximum rows of metrics in a run
 
 
@@ -86,14 +96,17 @@ class Training:
         if kind == "control":
             _check_shape_read(options, defaults, policy, critic)
         check_device(options.device)
-        directory = None if out is None else Path(out)
+        directory = None if out is None else as_path(out)
         check_empty(directory)
-        self.world = world_of(kind)(task, options)
+        if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in ("arithmetic", OF_ROWS))):
+            task = absolute(task)
+        self.world = world_of(kind)(task, located(options))
         self.options = options = self.world.options
         self.run = Run(name, options, self.preset, self.world, directory)
         self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = _own_random(options.seed)
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
+        made: list[Path] | None = None
         try:
             with self._inside():
                 self.world.build(Own(policy, critic, engine, rows), progress)
@@ -102,16 +115,25 @@ class Training:
                 )
                 self.iterations = iter(self.learner)
                 if directory is not None:
-                    make_directory(directory)
-                    write_json(directory / "config.json", self.run.configuration())
-                    if kind != "language":  # the starting language model is already at its source
-                        self.world.save(directory)
+                    made = claim(directory)
+                    self.run.places.add(directory.resolve())
+                    self._begin(directory)
                 if self.world.judged:
                     self.run.before = self.world.evaluate()
+                self.fingerprint = self.world.fingerprint()
         except BaseException:
             self.world.close()
+            if directory is not None and made is not None:
+                release(directory, made, WRITTEN)
             raise
         self.rates = [group["lr"] for group in self._groups()]
+
+    def _begin(self, directory: Path) -> None:
+        """Save the run as it is before training, so that a process that is killed leaves a directory that loads."""
+        try:
+            self.run.write(directory)
+        except Exception as error:  # of the system, or of a library's own kind
+            raise UserError(f"{unwritable(directory, error)}: make room, or choose another directory") from error
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -135,6 +157,7 @@ class Training:
             self._check(row)
             seconds = time.perf_counter() - start
             self.done = self.world.solved(row) or self._share(row["steps"], self.iteration) >= 1
+            self.run.stage = Stage(self.iteration, int(row["steps"]), "ended" if self.done else "unfinished")
             self._judge(row)
             self.clock += time.perf_counter() - start
             row["seconds"] = self.run.seconds = self.clock
@@ -145,6 +168,7 @@ class Training:
                 self.run.metrics.append(row)
                 self.next_row = share + 1 / ROWS
             self._schedule(share)
+            self.fingerprint = self.world.fingerprint()
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,7 +210,9 @@ class Training:
     def __enter__(self) -> "Training":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        if error is not None and not any(isinstance(note, Kept) for note in getattr(error, "__notes__", ())):
+            error.add_note(Kept(self.run.kept()))
         self.close()
 
     def _share(self, steps: float, iteration: int) -> float:
@@ -228,15 +254,14 @@ class Training:
         """Raise UserError for a metric or a parameter that is not finite."""
         at = f"training stopped in iteration {self.iteration}, after {row['steps']:,.0f} steps, because"
         if not self.sound():
-            raise UserError(f"{at} a parameter is not finite: what was saved before stays; lower the learning rate")
+            raise UserError(f"{at} a parameter is not finite: lower learning_rate")
         for name, x in row.items():
             if not math.isfinite(x):
                 raise UserError(f"{at} {name} is {x}: a lower learning_rate or scale_rewards may help")
 
     def sound(self) -> bool:
-        """Are all parameters finite? In one look."""
-        largest = torch._foreach_norm([p.detach() for p in self.world.modules().parameters()], math.inf)
-        return bool(torch.stack([x.float() for x in largest]).isfinite().all())
+        """Are all parameters finite?"""
+        return finite(self.world.modules())
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -282,34 +307,65 @@ def complete(training: Training, progress: bool = True) -> None:
 
 
 class Recorder:
-    """Writes a run to its directory: its rows, the policy every 30 seconds, and everything at the end."""
+    """Writes a run to its directory: rows as they come, the policy now and then, and everything at the end.
+
+    What cannot be written does not stop training: it is tried again. When a run is stopped or fails, a note (`Kept`)
+    on the exception says what is saved.
+    """
 
     def __init__(self, training: Training) -> None:
-        self.training, self.next_save = training, SAVE_SECONDS
-        self.log = None if training.run.directory is None else Log(training.run.directory)
+        self.training, self.run, self.clock = training, training.run, SaveClock()
+        self.log = None if self.run.directory is None else Log(self.run.directory)
 
     def __call__(self, row: Row) -> None:
-        run = self.training.run
-        if self.log is None or run.directory is None:
+        if self.log is None or self.run.directory is None:
             return
-        if run.metrics and run.metrics[-1] is row:
+        if self.run.metrics and self.run.metrics[-1] is row:
             self.log.write(row)
-        if row["seconds"] >= self.next_save:  # so that a killed process leaves a policy
-            run.world.save(run.directory)
-            self.next_save = row["seconds"] + SAVE_SECONDS
+        if self.clock.due():
+            with self.clock:
+                try:
+                    self.run.write_policy(self.run.directory)
+                except Exception as error:  # of the system or of a library's own kind: a later save may succeed
+                    said = f"{unwritable(self.run.directory, error)}: training goes on, and {self.run.kept('there')}"
+                    warnings.warn(said, Note, stacklevel=2)
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
-        run = self.training.run
-        run.ended = how_it_ended(error)
-        if self.log is None or run.directory is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        self.run.ended = how_it_ended(error)
+        if self.log is None or self.run.directory is None:
             return
-        self.log.__exit__(kind, error, at)
-        if self.training.sound():  # also where it stopped in the middle of an iteration
-            run.save(run.directory)
-        write_json(run.directory / "summary.json", run.summary())
+        self.log.close()
+        if error is not None:
+            partway = self.training.world.fingerprint() != self.training.fingerprint
+            how = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.run.stage = replace(self.run.stage, run=how, partway=partway)
+        problem = self._finish(self.run.directory)
+        if error is not None:
+            error.add_note(Kept(problem or self.run.kept()))
+        elif problem is not None:
+            raise UserError(problem)
+
+    def _finish(self, directory: Path) -> str | None:
+        """Save for the last time. If the directory cannot be written, save elsewhere, and return what happened."""
+        if not self.training.sound():  # it stopped in the middle of an iteration: what was saved before stays
+            with suppress(OSError):
+                for path in directory.rglob("*.safetensors"):
+                    add_metadata(path, {"run": self.run.stage.run})
+                self.run.summarize(directory)
+            return None
+        try:
+            self.run.write_policy(directory)
+        except Exception as error:
+            what = f"the {self.run.stage.policy()}"
+            return f"{unwritable(directory, error)}: {rescued(self.run.write, what, self.run.kept('there'))}"
+        try:
+            self.run.describe(directory)
+        except Exception as error:
+            warnings.warn(f"{unwritable(directory, error)}: {self.run.kept('there')}, undescribed", Note, stacklevel=2)
+        return None
 
 
 def how_it_ended(error: BaseException | None) -> str:
@@ -319,6 +375,42 @@ def how_it_ended(error: BaseException | None) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return one_line(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}", 200)
+
+
+def rescued(write: Callable[[Path], None], what: str, kept: str) -> str:
+    """Write what has no room in its own directory to a new temporary one. Returns what is saved where."""
+    place = Path(tempfile.mkdtemp(prefix="policygrad-"))
+    try:
+        write(place)
+    except Exception:  # no room there either
+        shutil.rmtree(place, ignore_errors=True)
+        return f"{kept}, the rest is lost"
+    return f"{what} is saved in {place}"
+
+
+def unwritable(directory: Path, error: Exception) -> str:
+    """What is wrong with a directory, in a few words."""
+    cause = error.__cause__ or error  # of an error that names the directory itself
+    said = one_line(getattr(cause, "strerror", None) or cause, 40)
+    return f"{ending(str(directory), 40)} cannot be written ({said})"
+
+
+class SaveClock:
+    """Says when to save next: SAVE_SECONDS after the last save, and so that saving takes SAVE_SHARE of the time."""
+
+    def __init__(self) -> None:
+        self.start, self.next = 0.0, time.monotonic() + SAVE_SECONDS
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() >= self.next
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        now = time.monotonic()
+        self.next = now + max(SAVE_SECONDS, (now - self.start) / SAVE_SHARE)
 
 
 def _as_row(metrics: dict[str, Tensor | float]) -> Row:
@@ -336,9 +428,7 @@ def _next(iterations: Iterator[Any], iteration: int) -> Any:
     try:
         return next(iterations)
     except NonFiniteError as error:
-        raise UserError(
-            f"training stopped in iteration {iteration}: {error}; the policy before that step is kept"
-        ) from error
+        raise UserError(f"training stopped in iteration {iteration}: {error}") from error
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError) or re.search(r"\bnan\b", str(error), re.IGNORECASE) is None:
             raise
@@ -385,17 +475,3 @@ def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> 
     for name, ignored in unread.items():
         if ignored and getattr(options, name) != getattr(defaults, name):
             raise OptionError(name, f"{name} shapes the networks made here, and you hand in your own: leave {name} out")
-
-
-def check_device(name: str) -> None:
-    """Raise UserError for a device that cannot be used."""
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError("device", f"device {name!r} cannot be used: {str(error).splitlines()[0]}"[:200]) from error
-
-
-def check_empty(directory: Path | None) -> None:
-    """Raise UserError for a directory that is not empty."""
-    if directory is not None and directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty, and nothing is overwritten: choose another directory")

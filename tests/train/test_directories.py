@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from policygrad.errors import UserError
-from policygrad.train.directories import file_name, free_directory, run_directory
+from policygrad.train.directories import CLAIM, claim, file_name, free_directory, release, run_directory
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,38 @@ def test_a_place_where_no_directory_can_be_made_is_one_line(tmp_path: Path) -> N
     for place in (tmp_path / "file" / "a" / "b", tmp_path / "link" / "a", tmp_path / ("x" * 400)):
         with pytest.raises(UserError, match="cannot be written"):
             free_directory(place)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_many_runs_with_one_directory_one_gets_it(there: bool, tmp_path: Path) -> None:
+    def attempt(place: Path) -> str:
+        try:
+            claim(place)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    for number in range(20):
+        place = tmp_path / str(number) / "it"
+        if there:
+            place.mkdir(parents=True)
+        with ThreadPoolExecutor(8) as pool:
+            said = list(pool.map(attempt, [place] * 8))
+        assert said.count("") == 1
+        assert all("choose another directory" in x for x in said if x)
+
+
+def test_a_run_that_never_began_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for place, left in ((tmp_path / "mine", ["mine"]), (tmp_path / "a" / "b", ["mine"])):
+        made = claim(place)
+        (place / "model").mkdir()
+        for name in ("config.json", "model/config.json"):
+            (place / name).touch()
+        release(place, made, ("config.json", "model", "model/*"))
+        assert [x.name for x in tmp_path.iterdir()] == left
+    claim(tmp_path / "mine")
+    (tmp_path / "mine" / "notes").touch()
+    release(tmp_path / "mine", [tmp_path / "mine"])
+    assert [x.name for x in (tmp_path / "mine").iterdir()] == ["notes"]
+    assert not (tmp_path / "mine" / CLAIM).exists()

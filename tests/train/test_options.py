@@ -551,3 +551,10 @@ def test_the_command_line_has_the_same_options_with_their_help() -> None:
     shown = for_command_line(kind)
     assert [f.name for f in dataclasses.fields(shown)] == [f.name for f in dataclasses.fields(kind)]
     assert dataclasses.asdict(shown()) == dataclasses.asdict(kind())
+
+
+@pytest.mark.parametrize("values", [{"model": "a\0b"}, {"reward": ("exact_match", "a\0b")}, {"device": "\0"}], ids=str)
+def test_a_null_byte_is_in_no_name(values: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="no name holds a null byte") as raised:
+        with_values(options_of("ppo", "language")(), values)
+    assert "\0" not in str(raised.value)

@@ -1,6 +1,8 @@
 """Samples for people: the table and the file."""
 
 import json
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from rich.console import Console
 
 from policygrad.errors import UserError
-from policygrad.train.samples import samples_table, write_samples
+from policygrad.train.samples import read_examples, samples_table, write_examples, write_samples
 
 
 def printed(rows: list[dict[str, Any]], limit: int = 10, width: int = 200) -> str:
@@ -91,3 +93,34 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         UserError, match=r"file/samples.jsonl cannot be written \((File exists|Not a directory)\): give another place"
     ):
         write_samples(tmp_path / "file" / "samples.jsonl", [row()])
+
+
+EXAMPLES: list[dict[str, Any]] = [
+    {"prompt": "1+1=", "answer": "007", "number": 2**60 + 1, "share": 0.1, "none": None, "yes": True},
+    {"prompt": [{"role": "user", "content": "\u2028 ⏎ \ud800"}], "list": [[1], {"a": "b"}], "policygrad:date": 3},
+    {"prompt": "", "day": date(2024, 2, 29), "moment": datetime(2024, 2, 29, 1, 2, 3, 4, UTC), "hour": time(5, 6)},
+    {"prompt": "x", "price": Decimal("1.10"), "picture": b"\x00\xff", "deep": [{"day": date(1, 1, 1)}]},
+]
+
+
+def test_held_out_examples_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    write_examples(path, EXAMPLES)
+    found = read_examples(path)
+    assert found == EXAMPLES
+    assert [type(x) for row in found for x in row.values()] == [type(x) for row in EXAMPLES for x in row.values()]
+    write_examples(path, [])
+    assert read_examples(path) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "[1]", "{}", '{"prompt": 3}', '{"prompt": "x"', '{"prompt": {"policygrad:date": "x"}}',
+      '{"prompt": "x", "a": {"policygrad:bytes": "xyz"}}',
+     '{"prompt": "x", "a": {"policygrad:Decimal": "x"}}', "[" * 1000],
+)  # fmt: skip
+def test_damaged_examples_are_one_line(line: str, tmp_path: Path) -> None:
+    (tmp_path / "held_out.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"held_out\.jsonl is damaged") as raised:
+        read_examples(tmp_path / "held_out.jsonl")
+    assert "\n" not in str(raised.value)

@@ -1,7 +1,11 @@
-"""However a run ends, what was learned is on disk, and nothing that is not finite."""
+"""However a run ends, what was learned is on disk, says what it is, and nothing of it is not finite."""
 
 import dataclasses
+import importlib
 import math
+import resource
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -9,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from outcomes import strict
-from probes import Broken
+from outcomes import parameters, strict
+from probes import Broken, Known, limited
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -19,6 +24,7 @@ import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.train import compose as composing
 from policygrad.train import training as module
+from policygrad.train.checkpoints import Stage
 from policygrad.train.options import EPISODIC, options_of
 
 SHORT: dict[str, Any] = {"num_envs": 4, "num_steps": 16, "steps": 100, "minibatch_size": 16, "progress": False}
@@ -167,6 +173,204 @@ def test_the_policy_on_disk_is_the_one_that_the_environment_failed_under(make: A
     saved, _ = pg.load_policy(tmp_path)
     assert values(saved) == values(made[0]) != values(made[1])
     assert (tmp_path / "curve.png").exists()
+
+
+# What is on disk at any moment
+
+
+WORLDS = {
+    "control": ("a2c", {"task": "CartPole-v1", "num_envs": 2, "hidden": (4,), "normalize_observations": True}),
+    "exact": ("ppo", {"task": "exact:chain", "num_envs": 4}),
+    "language": ("grpo", {}),
+}
+
+
+@pytest.fixture(params=WORLDS)
+def training(request: pytest.FixtureRequest, tmp_path: Path) -> pg.Training:
+    method, arguments = WORLDS[request.param]
+    if request.param == "language":
+        arguments = request.getfixturevalue("language") | {"learning_rate": 1e-2}
+    return pg.Training(method, **arguments | {"iterations": 3, "progress": False}, out=tmp_path / "run")
+
+
+def test_every_world_saves_at_the_start_now_and_then_and_at_the_end(
+    training: pg.Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", math.inf)
+    directory = training.run.directory
+    assert directory is not None
+    with module.Recorder(training) as record:
+        for iteration in range(4):
+            found = pg.Run.load(directory, trust=True)
+            ending = "ended" if iteration == 3 else "unfinished"
+            assert (found.stage.iteration, found.stage.run, found.stage.partway) == (iteration, ending, False)
+            assert found.stage.steps == (training.last["steps"] if iteration else 0)
+            assert torch.equal(parameters(found), parameters(training.run))
+            assert found.evaluate() == training.run.evaluate()
+            for row in training:
+                record(row)
+                break
+    assert pg.Run.load(directory, trust=True).stage == training.run.stage
+
+
+def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    clock = module.SaveClock()
+    saves = []
+    for second in range(100, 4000):
+        now[0] = float(second)
+        if clock.due():
+            with clock:
+                saves.append(now[0])
+                now[0] += 10.0 if len(saves) > 3 else 0.5
+    assert saves[:4] == [130.0, 161.0, 192.0, 223.0]
+    assert saves[4] - saves[3] == pytest.approx(10 + 10 / module.SAVE_SHARE, abs=1)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no")], ids=repr)
+def test_a_run_says_how_it_ended_and_whether_an_iteration_was_whole(
+    error: BaseException, training: pg.Training
+) -> None:
+    directory = training.run.directory
+    assert directory is not None
+    how = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+    for change, partway in ((0.0, False), (1.0, True)):
+        with pytest.raises(type(error)) as raised, module.Recorder(training):  # noqa: PT012
+            next(training)
+            with torch.no_grad():
+                next(iter(training.run.policy.parameters())).add_(change)
+            raise error
+        stage = pg.Run.load(directory, trust=True).stage
+        assert (stage.run, stage.partway) == (how, partway)
+        assert stage.iteration == training.iteration
+        assert raised.value.__notes__[-1] == f"the {stage.policy()} is kept in {directory}"
+
+
+def test_what_is_not_finite_is_not_saved_and_what_was_says_that_the_run_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def loop(policy: nn.Module, critic: nn.Module) -> Iterator[Any]:
+        fill(policy, 1)
+        yield {"steps": 1.0, "episodes": 0.0}
+        fill(policy, math.nan)
+        yield {"steps": 2.0, "episodes": 0.0}
+
+    replaced(monkeypatch, loop)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    with pytest.raises(UserError) as raised:
+        pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
+    assert raised.value.__notes__ == [f"the policy of iteration 1 (1 steps) is kept in {tmp_path}/run"]
+    assert pg.Run.load(tmp_path / "run").stage == Stage(1, 1, "failed")
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(language: dict[str, Any], tmp_path: Path) -> None:
+    reward = language["reward"][0].replace("sevens", "broken")
+    with pytest.raises(UserError):
+        pg.train("grpo", **language | {"reward": (reward,)}, out=tmp_path / "a" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[bool], None]]:
+    """(full) -> whether no file can grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (1 if full else before[0], before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def filled(full: set[int], limit_files: Callable[[bool], None]) -> Callable[[nn.Module, nn.Module], Iterator[Any]]:
+    """A loop of four iterations, some of which meet a full disk."""
+
+    def loop(policy: nn.Module, critic: nn.Module) -> Iterator[Any]:
+        for k in range(1, 5):
+            fill(policy, k)
+            limit_files(k in full)
+            yield {"steps": 25.0 * k, "episodes": 0.0}
+
+    return loop
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    limit_files: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replaced(monkeypatch, filled({2, 3}, limit_files))
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", math.inf)
+    with pytest.warns(UserWarning, match="cannot be written") as warned:
+        pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
+    said = [str(x.message) for x in warned]
+    assert sum("training goes on, and the policy of iteration 1 (25 steps) is kept there" in x for x in said) == 2
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("episodes/episodes")] == [25, 50, 75, 100]
+    assert [row["steps"] for row in lines(tmp_path / "run")] == [25, 50, 75, 100]
+    assert on_disk(tmp_path / "run") == {4.0}
+    assert pg.Run.load(tmp_path / "run").stage == Stage(4, 100, "ended")
+    assert not list((tmp_path / "run").glob("*.new"))
+
+
+def test_a_disk_that_stays_full_is_one_line_that_says_what_is_kept(
+    limit_files: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replaced(monkeypatch, filled({3, 4}, limit_files))
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    said = (
+        r"cannot be written \(File too large\): the policy of iteration 2 \(50 steps\) is kept there, the rest is lost"
+    )
+    with pytest.warns(UserWarning, match="cannot be written"), pytest.raises(UserError, match=said) as raised:
+        pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
+    assert len(str(raised.value)) <= 200
+    assert on_disk(tmp_path / "run") == {2.0}
+    assert pg.Run.load(tmp_path / "run").stage == Stage(2, 50, "unfinished")
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_what_has_no_room_in_its_place_is_saved_elsewhere(
+    training: pg.Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").touch()  # nothing can be written below a file
+    with (
+        pytest.warns(UserWarning, match="cannot be written"),
+        pytest.raises(UserError, match=r"iteration 3 .*is saved in ") as raised,
+    ):
+        module.complete(training, progress=False)
+    (place,) = (tmp_path / "temporary").iterdir()
+    assert str(raised.value).endswith(f" is saved in {place}")
+    assert len(str(raised.value).replace(str(tmp_path / "temporary"), "/tmp")) <= 200
+    found = pg.Run.load(place, trust=True)
+    assert torch.equal(parameters(found), parameters(training.run))
+    assert (found.stage.iteration, found.stage.run) == (3, "ended")
+
+
+def test_an_environment_that_fails_to_close_leaves_a_finished_run(tmp_path: Path) -> None:
+    class Stuck(Known):
+        def close(self) -> None:
+            raise RuntimeError("the window\nis stuck")
+
+    with pytest.warns(UserWarning, match="closing the environments raised RuntimeError: the window is stuck"):
+        run = pg.train("ppo", limited(Stuck, 8), out=tmp_path / "run", **SMALL)
+    assert run.stage.run == "ended"
+
+
+def test_runs_that_are_killed_hold_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/kills.py, with three kills."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    kills = importlib.import_module("kills")
+    directories = [tmp_path / str(number) for number in range(3)]
+    for number, directory in enumerate(directories):
+        assert kills.killed("control", signal.SIGKILL, directory, 0.2 * number) == -signal.SIGKILL
+    assert kills.judged("control", directories) == []
 
 
 def test_torch_is_as_it_was_after_a_language_run_and_after_one_that_fails(language: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from policygrad.control.memory import refuse_memory
 from policygrad.control.spaces import rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import UserError, one_line
-from policygrad.train.checkpoints import load_critic, load_learned, load_policy, save_policy
+from policygrad.train.checkpoints import Stage, check_size, feature_count, fits, read_policy, save_policy
 from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
@@ -133,21 +133,29 @@ class ControlWorld(World):
             device=options.device,
         )
 
-    def load(self, directory: Path) -> None:
-        self.policy, self.normalizer = load_policy(directory)
-        self.policy.to(self.options.device)
-        self.statistics, self.trained_on = load_learned(directory)
+    def load(self, directory: Path) -> Stage:
+        saved = read_policy(directory)
+        self.policy, self.normalizer = saved.policy.to(self.options.device), saved.normalizer
+        self.statistics, self.trained_on = saved.learned, saved.environment
         if isinstance(self.policy, Policy):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
-        if has_critic(self.options):
-            assert isinstance(self.policy, Policy)  # load_policy has refused any other
-            description: dict[str, Any] = self.policy.description
-            critic = Critic(rebuild(description["observation_space"]), **self._shape())
-            if load_critic(directory, critic):  # else it is the user's own class
-                self.critic = critic.to(self.options.device)
+        if has_critic(self.options) and saved.critic:
+            assert isinstance(self.policy, Policy)  # read_policy has refused any other
+            space: Any = self.policy.description["observation_space"]
+            with suppress(ValueError):  # it is of the user's own class, which is larger or smaller
+                check_size([feature_count(space), *self.options.hidden, 1], saved.critic)
+                critic = Critic(rebuild(space), **self._shape())
+                if fits(critic, saved.critic):
+                    critic.load_state_dict(saved.critic)
+                    self.critic = critic.to(self.options.device)
+        return Stage.of(saved.metadata, directory / "policy.safetensors")
 
-    def save(self, directory: Path) -> None:
-        save_policy(directory, self.policy, self.critic, self.normalizer, self.learned(), self.name)
+    def save(self, directory: Path, stage: Stage) -> None:
+        save_policy(directory, self.policy, self.critic, self.normalizer, stage, self.learned(), self.name)
+
+    def fingerprint(self) -> list[float]:
+        seen = [] if self.normalizer is None else [self.normalizer.statistics.count]
+        return [*super().fingerprint(), *seen, *(float(np.sum(x)) for x in (self.learned() or {}).values())]
 
     def stored(self) -> str | None:
         """The id, or the name of a class or function, with the whole path of its file; None without one."""

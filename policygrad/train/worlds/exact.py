@@ -13,7 +13,7 @@ from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilitie
 from policygrad.exact.sampler import CompletionSampler, EpisodeSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, token_world, tree
 from policygrad.exact.worlds import world_named
-from policygrad.train.checkpoints import load_tensors, save_tensors
+from policygrad.train.checkpoints import Stage, load_tensors, write_tensors
 from policygrad.train.options import OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
@@ -60,12 +60,9 @@ class ExactWorld(World):
             raise UserError(
                 "policy, critic and engine are for other worlds: an exact one has its own tables; leave them out"
             )
-        states, actions = self.world.reward.shape
-        self.table = SoftmaxPolicy(tabular(states, actions))
-        critic = TabularCritic(torch.zeros(states)) if has_critic(self.options) else None
+        self._make_tables()
         rows, seed = self.options.num_envs, self.options.seed
         if self.tokens is None:
-            self.policy, self.critic = self.table, critic
             horizon = self.options.episode_steps or self.world.time_limit or HORIZON
             self.sample: Any = EpisodeSampler(self.world, rows, horizon, seed)
             return
@@ -75,16 +72,22 @@ class ExactWorld(World):
             raise UserError(
                 f"num_envs is {rows}: {self.name} answers each prompt {COMPLETIONS} times; give a multiple of it"
             )
-        self.policy = OnPrefixes(self.tokens, self.table)
-        self.critic = None if critic is None else OnPrefixes(self.tokens, critic)
         self.sample = CompletionSampler(self.tokens, rows // COMPLETIONS, COMPLETIONS, seed)
 
-    def load(self, directory: Path) -> None:
-        self.build(Own(), progress=False)
-        load_tensors(directory / "policy.safetensors", self.modules())
+    def _make_tables(self) -> None:
+        states, actions = self.world.reward.shape
+        self.policy = self.table = SoftmaxPolicy(tabular(states, actions))
+        self.critic = TabularCritic(torch.zeros(states)) if has_critic(self.options) else None
+        if self.tokens is not None:
+            self.policy = OnPrefixes(self.tokens, self.table)
+            self.critic = None if self.critic is None else OnPrefixes(self.tokens, self.critic)
 
-    def save(self, directory: Path) -> None:
-        save_tensors(directory / "policy.safetensors", self.modules())
+    def load(self, directory: Path) -> Stage:
+        self._make_tables()
+        return load_tensors(directory / "policy.safetensors", self.modules())
+
+    def save(self, directory: Path, stage: Stage) -> None:
+        write_tensors(directory / "policy.safetensors", self.modules().state_dict(), stage)
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """The exact J of the stochastic policy. Raises UserError for `count` and `greedy`, which do not apply."""

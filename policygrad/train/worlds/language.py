@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from policygrad.errors import UserError, ending, listed
+from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled
@@ -30,10 +31,11 @@ from policygrad.language.tasks import (
     task_of,
 )
 from policygrad.language.warmup import RECIPE, warmed_up
+from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
-from policygrad.train.samples import write_samples
+from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.worlds import ROWS
 from policygrad.train.worlds.world import Own, World
 
@@ -47,6 +49,7 @@ class LanguageWorld(World):
     last: Evaluation | None = None
     rows: Mapping[str, Any] = {}  # rows that were handed in, by the option that names a data set otherwise
     dropped = read = 0  # prompts that were too long, of those read
+    evaluated_on: str | None = None  # another data set to evaluate a loaded run on
 
     def __init__(self, task: Any, options: Any) -> None:
         super().__init__(task, with_rate(options))
@@ -103,7 +106,8 @@ class LanguageWorld(World):
         check_memory(self.policy, min(together, len(prompts)), int(prompts.lengths.max()), request)
         return request
 
-    def _task(self, progress: bool) -> Task:
+    def _task(self, progress: bool, saved: list[dict[str, Any]] | None = None) -> Task:
+        """The task from the options. saved: the examples to evaluate on, if there is nothing to train on."""
         options = self.options
         arithmetics = self.task == ARITHMETIC or (self.task is None and not options.dataset)
         if not arithmetics and options.model is None:
@@ -113,7 +117,10 @@ class LanguageWorld(World):
             raise OptionError(
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
             )
-        train, held_out = self._problems() if arithmetics else self._examples()
+        train: Sequence[Any] = []
+        held_out: Sequence[Any] | None = saved
+        if saved is None:
+            train, held_out = self._problems() if arithmetics else self._examples()
         functions: list[Any] = [arithmetic.right] if arithmetics else []
         if options.reward:
             trust = options.trust_remote_code
@@ -215,27 +222,42 @@ class LanguageWorld(World):
     def _autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.options.autocast == "bfloat16" else None
 
-    def load(self, directory: Path) -> None:
-        adapter = self.options.lora_rank > 0
-        if not adapter:
-            self.options = dataclasses.replace(self.options, model=str(directory / "model"), tokenizer=None)
+    def load(self, directory: Path) -> Stage:
+        folder = directory / "model"
+        stage = _stage(folder, directory)
+        if self.options.lora_rank == 0:
+            self.options = dataclasses.replace(self.options, model=str(folder), tokenizer=str(folder), base_model=None)
+        elif self.options.model is not None:  # the base of the adapter
+            self.options = dataclasses.replace(self.options, tokenizer=str(folder))
+        if self.evaluated_on is None:
+            saved = read_examples(directory / HELD_OUT)
+        else:
+            saved = list(self.examples(self.evaluated_on, self.options.split))
         with models.quiet():
-            self.prompts = self._task(progress=False)
+            self.prompts = self._task(progress=False, saved=saved)
             self.policy = self.prompts.policy
-            if adapter:
-                self._load_adapter(directory / "model")
-            if (directory / "critic.safetensors").is_file():
+            if self.options.lora_rank > 0:
+                load_adapter(self.policy.model, folder)
+            path = directory / "critic.safetensors"
+            if path.exists():
+                self.critic_stage = Stage.of(read_metadata(path), path)
                 self.critic = self._critic()
-                models.load_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
+                models.load_critic(self.critic, path, self.policy)  # type: ignore[arg-type]
+        if not finite(self.modules()):
+            raise damaged(folder, "a weight is not finite")
+        if _stage(folder, directory) != stage:
+            raise UserError(f"{ending(str(folder), 80)} changed while it was read: training goes on there; try again")
+        return stage
 
-    def _load_adapter(self, folder: Path) -> None:
-        load_adapter(self.policy.model, folder)
-
-    def save(self, directory: Path) -> None:
-        """Write model/ in the Hugging Face layout, critic.safetensors, and samples.jsonl of the last evaluation."""
-        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model")
+    def save(self, directory: Path, stage: Stage) -> None:
+        """Write model/ in the Hugging Face layout, critic.safetensors, the held-out examples and the last samples."""
+        metadata = stage.metadata()
+        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata)
         if self.critic is not None:
-            models.save_critic(self.critic, directory / "critic.safetensors", self.policy)  # type: ignore[arg-type]
+            path = directory / "critic.safetensors"
+            models.save_critic(self.critic, path, self.policy, metadata)  # type: ignore[arg-type]
+        if not (directory / HELD_OUT).exists():
+            write_examples(directory / HELD_OUT, examples_of(self.prompts.held_out))
         if self.last is not None:
             write_samples(directory / "samples.jsonl", self.last.rows)
 
@@ -336,6 +358,14 @@ class LanguageWorld(World):
         return {**super().versions(), "transformers": transformers.__version__}
 
 
+def examples_of(prompts: Prompts | None) -> list[dict[str, Any]]:
+    """Prompts as rows of a data set, as they were before they became tokens."""
+    if prompts is None:
+        return []
+    columns = {"prompt": prompts.texts, **prompts.columns}
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(prompts))]
+
+
 def _uncounted(rows: list[Row]) -> list[str]:
     """Notes about completions that did not count, and about those that repeat their prompt."""
     notes: list[str] = []
@@ -357,6 +387,15 @@ def _uncounted(rows: list[Row]) -> list[str]:
             "samples.jsonl, for the reward may be earned without an answer"
         )
     return notes
+
+
+def _stage(folder: Path, directory: Path) -> Stage:
+    """The stage of a model's weights. Raises UserError for a damaged folder, and for weights of two iterations."""
+    check_directory(folder, directory)
+    stages = {Stage.of(read_metadata(path), path) for path in folder.glob("*.safetensors")}
+    if len(stages) != 1:
+        raise damaged(folder, "its weights are of different iterations" if stages else "it holds no weights")
+    return stages.pop()
 
 
 def warm_model(progress: bool, device: str) -> Any:

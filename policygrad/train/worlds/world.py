@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from policygrad.train.checkpoints import Stage
 from policygrad.train.reports import Curve, Row
 
 
@@ -45,6 +46,7 @@ class World(ABC):
     judged: str | None = None  # the metric name of the evaluation score in training; None: no evaluation in training
     policy: nn.Module
     critic: nn.Module | None = None
+    critic_stage: Stage | None = None  # that of the critic's own file, where it has one
     sample: Any  # the sampler, with `steps` (decisions so far) and a state_dict
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -60,12 +62,12 @@ class World(ABC):
         """Make policy, critic and sampler from the options. Random numbers come from torch's global generator."""
 
     @abstractmethod
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path) -> Stage:
         """Load policy, critic and their state from a run directory. Raises UserError if that fails."""
 
     @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write policy, critic and their state to a run directory, each file atomically."""
+    def save(self, directory: Path, stage: Stage) -> None:
+        """Write policy, critic and their state to a run directory, each file atomically and with the stage in it."""
 
     @abstractmethod
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
@@ -74,6 +76,11 @@ class World(ABC):
     def reference(self) -> nn.Module:
         """A frozen copy of the current policy."""
         return deepcopy(self.policy).requires_grad_(False)
+
+    def fingerprint(self) -> list[float]:
+        """Numbers that change whenever training changes something that `save` writes."""
+        parameters = [p.detach() for p in self.modules().parameters()]
+        return torch.stack(list(torch._foreach_norm(parameters, 1, dtype=torch.float64))).tolist()
 
     def modules(self) -> nn.ModuleDict:
         """The modules to train."""

@@ -46,7 +46,7 @@ def critic_state(run: Run) -> dict[str, torch.Tensor]:
 def test_the_critic_is_saved_and_loaded(kind: str, method: str, language: dict[str, Any], tmp_path: Path) -> None:
     more = {"minibatch_size": 8} if method == "ppo" else {}
     run = pg.train(method, **language, **more, critic=kind, learning_rate=1e-2, out=tmp_path / "run")
-    loaded = Run.load(tmp_path / "run")
+    loaded = Run.load(tmp_path / "run", trust=True)
     ours, theirs = critic_state(run), critic_state(loaded)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -59,7 +59,7 @@ def test_the_critic_is_saved_and_loaded(kind: str, method: str, language: dict[s
 def test_a_run_without_a_critic_has_none(language: dict[str, Any], tmp_path: Path) -> None:
     run = pg.train("grpo", **language, out=tmp_path / "run")
     assert run.critic is None
-    assert Run.load(tmp_path / "run").critic is None
+    assert Run.load(tmp_path / "run", trust=True).critic is None
     assert not (tmp_path / "run" / "critic.safetensors").exists()
 
 
@@ -90,7 +90,7 @@ def test_a_run_directory_is_a_hugging_face_model_with_a_card(language: dict[str,
     assert "- after: " in card
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "completion", "reward", "cut"} <= set(rows[0])
-    loaded = Run.load(tmp_path / "run")
+    loaded = Run.load(tmp_path / "run", trust=True)
     assert loaded.evaluate() == run.evaluate()
     assert loaded.evaluate(2, greedy=True).completions == 2
 
@@ -98,7 +98,7 @@ def test_a_run_directory_is_a_hugging_face_model_with_a_card(language: dict[str,
 def test_an_adapter_is_saved_and_loaded(language: dict[str, Any], tmp_path: Path) -> None:
     run = pg.train("grpo", **language, lora_rank=2, learning_rate=1e-2, out=tmp_path / "run")
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
-    assert Run.load(tmp_path / "run").evaluate() == run.evaluate()
+    assert Run.load(tmp_path / "run", trust=True).evaluate() == run.evaluate()
 
 
 def test_the_gradient_is_differentiated_again_only_with_eager_attention(language: dict[str, Any]) -> None:

@@ -1,0 +1,97 @@
+"""Names of a run that lead out of its directory: code to import, and files, models and data sets to read.
+
+A run directory may come from anyone, so such a name is believed only if the user repeats it, or says so for all.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from policygrad.errors import UserError, ending, shortened
+
+# Options that hold such names, and their values that are names of this library's own.
+NAMES: dict[str, tuple[Any, ...]] = {
+    "model": (),
+    "base_model": (),
+    "tokenizer": (),
+    "dataset": (),
+    "evaluation_dataset": (),
+    "critic": ("copy", "shared"),
+    "reward": ("exact_match", "math_equal"),
+    "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    "env_options": (),
+}
+# What a run keeps itself, so that loading it does not read the name; a model is kept unless it is an adapter's base.
+KEPT = ("model", "base_model", "tokenizer", "dataset", "evaluation_dataset")
+PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
+
+
+def outside(kind: str, task: Any, options: Any) -> dict[str, list[str]]:
+    """The names that loading and evaluating a run follows out of its directory: option -> names."""
+    found: dict[str, list[str]] = {}
+    if kind == "control" and isinstance(task, str) and ":" in task:
+        found["environment"] = [task]
+    adapter = getattr(options, "lora_rank", 0) > 0
+    for name in NAMES:
+        if name in KEPT and not (adapter and name in ("model", "base_model")):
+            continue
+        texts = [x for x in _texts(name, getattr(options, name, None)) if not _built_in(name, x)]
+        if texts:
+            found[name] = texts
+    return found
+
+
+def check_trusted(names: Mapping[str, list[str]]) -> None:
+    """Raise UserError if there are names that the user has not repeated."""
+    if names:
+        said = ", ".join(f"{name} {shortened(ending(x, 56), 60)}" for name, texts in names.items() for x in texts)
+        start, end = "the run names what is not its own, ", ": repeat that as an option, or give --trust (trust=True)"
+        room = 200 - len(start) - len(end)
+        raise UserError(start + (said if len(said) <= room else said[: room - 3] + "...") + end)
+
+
+def trusting(kind: str, task: Any, options: Any) -> str:
+    """The flags that `policygrad eval` needs for a run of one's own."""
+    flags = [" --trust"] if outside(kind, task, options) else []
+    return "".join(flags + ([" --trust-remote-code"] if getattr(options, "trust_remote_code", False) else []))
+
+
+def located(options: Any) -> Any:
+    """The options with every local path absolute, so that the run can be used from another directory."""
+    values = {f.name: getattr(options, f.name) for f in fields(options) if f.name in NAMES and f.name != "env_options"}
+    return replace(options, **{name: _absolute(name, x) for name, x in values.items()})
+
+
+def absolute(name: str) -> str:
+    """A path that exists, or the path of `path/file.py:function`, made absolute; any other name as it is."""
+    place, colon, rest = name.rpartition(":")
+    if place.endswith(".py") and rest.isidentifier():
+        return absolute(place) + colon + rest
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
+
+
+def _absolute(option: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_absolute(option, x) for x in value)
+    return absolute(value) if isinstance(value, str) and value and not _built_in(option, value) else value
+
+
+def _built_in(option: str, name: str) -> bool:
+    """Whether a name is of this library's own, or in env_options a word that leads nowhere."""
+    if option == "env_options":
+        return not set(name) & set("/\\:.")
+    return name in NAMES[option] or (option == "reward" and name.startswith(PATTERNS))
+
+
+def _texts(option: str, value: Any) -> Iterator[str]:
+    """All texts in an option's value."""
+    if isinstance(value, str) and option == "env_options" and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _texts(option, x)
