@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.errors import UserError, one_line
 
-FORMAT = 1
+FORMAT = 2  # 2: actions in the units of their bounds; critics with a scale
 
 
 def save_policy(

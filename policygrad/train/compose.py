@@ -119,6 +119,11 @@ def compose(
     fit: Fit = no_fit
     if has_critic(options) and getattr(objective, "critic", None) is None:
         assert critic is not None
+        if {p for p in critic.parameters() if p.requires_grad} & set(policy.parameters()):
+            raise UserError(
+                f"critic and policy share parameters, and {options.method} fits its critic alone, which would move the "
+                "policy: give the critic a network of its own, or use ppo or actor_critic"
+            )
         optimizers.append(_adam(options, [(critic, critic_rate(options))]))
         fit = partial(
             fit_critic, critic=critic, optimizer=optimizers[-1], epochs=options.critic_epochs,
