@@ -45,10 +45,11 @@ def unit(critic: nn.Module) -> Tensor | float:
 
 
 def rescale(objective: Any, batch: Batch) -> None:
-    """Let the objective's critic, if it has a scale, adapt it to the size of the targets before it is fitted to them."""
+    """Let the objective's critic, if it has a scale, adapt it to the targets before it is fitted to them."""
     critic = getattr(objective, "critic", None)
     if hasattr(critic, "rescale"):
-        critic.rescale(average(batch.target**2, normalized(batch.weight)).sqrt())
+        share = normalized(batch.weight)
+        critic.rescale(average(batch.target, share), average(batch.target**2, share))
 
 
 class ValueObjective(Objective):

@@ -26,7 +26,7 @@ class Policy(nn.Module):
     MultiBinary, or Box with a diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units). `squash`
     maps the Gaussian onto the bounds by tanh; without it the action is clipped at them on the way to the environment,
     and its log-probability is that of the unclipped action. The standard deviation is a parameter, or a function of the
-    observation with `state_dependent_std`; at first its logarithm is initial_log_std, from -10 to 10. `orthogonal`:
+    observation with `state_dependent_std`; at first its logarithm is initial_log_std, from -20 to 10. `orthogonal`:
     orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises UserError for any other space.
     """
 
@@ -69,12 +69,14 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """obs [B, T, ...] -> V(s) = scale network(s), [B, T]. The arguments are Policy's; V is 0 at first.
+    """obs [B, T, ...] -> V(s) = mean + scale network(s), [B, T]. The arguments are Policy's; V is 0 at first.
 
-    The scale follows the size of the targets, so that the network's own numbers are near 1 in any unit of reward
-    (without the shift, PopArt, van Hasselt et al. 2016, arXiv 1602.07714).
+    Mean and scale follow those of the targets, so that the network learns the same numbers in any unit of reward
+    (PopArt, van Hasselt et al. 2016, arXiv 1602.07714).
     """
 
+    mean: Tensor
+    square: Tensor
     scale: Tensor
     rescaled: Tensor
 
@@ -89,6 +91,8 @@ class Critic(nn.Module):
         super().__init__()
         self.encode = encoder(observation_space)
         self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=0.0 if orthogonal else None)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("square", torch.ones(()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("rescaled", torch.zeros((), dtype=torch.long))  # how often
         with torch.no_grad():
@@ -96,23 +100,26 @@ class Critic(nn.Module):
                 p.zero_()  # before the first targets, no number has the right unit
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.scale * self.network(self.encode(obs)).squeeze(-1)
+        return self.mean + self.scale * self.network(self.encode(obs)).squeeze(-1)
 
     @torch.no_grad()
-    def rescale(self, size: Tensor) -> None:
-        """Move scale^2 toward size^2, the mean square of new targets, and keep every V(s) as it is.
+    def rescale(self, mean: Tensor, square: Tensor) -> None:
+        """Follow the mean and the mean square of new targets, and keep every V(s) as it is.
 
-        The first targets set it; then it is the mean of the first ten, and later a moving average. Targets of only 0
-        say nothing.
+        Both are averages over the first ten calls, and moving averages after that. The scale is the standard deviation,
+        and at least a hundredth of the root mean square. Targets of only 0 say nothing.
         """
-        if not 0 < size < math.inf:
+        if not 0 < square < math.inf:
             return
         self.rescaled += 1
         rate = (1 / self.rescaled).clamp(min=0.1)
-        scale = ((1 - rate) * self.scale**2 + rate * size**2).sqrt()
-        for p in self.network[-1].parameters():
-            p.mul_(self.scale / scale)
-        self.scale.copy_(scale)
+        shift, scale = self.mean.clone(), self.scale.clone()
+        self.mean.lerp_(mean, rate)
+        self.square.lerp_(square, rate)
+        self.scale.copy_((self.square - self.mean**2).clamp(min=1e-4 * self.square).sqrt())
+        last = self.network[-1]
+        last.weight.mul_(scale / self.scale)
+        last.bias.mul_(scale).add_(shift - self.mean).div_(self.scale)
 
 
 def perceptron(sizes: Sequence[int], activation: str, last_gain: float | None) -> nn.Sequential:
@@ -225,8 +232,8 @@ class NormalHead(nn.Module):
 
     def __init__(self, space: spaces.Box, squash: bool, state_dependent_std: bool, initial_log_std: float) -> None:
         super().__init__()
-        if not -10 <= initial_log_std <= 10:
-            raise UserError(f"initial_log_std is {initial_log_std}: it must be between -10 and 10")
+        if not -20 <= initial_log_std <= 10:
+            raise UserError(f"initial_log_std is {initial_log_std}: it must be between -20 and 10")
         self.space, self.squash, self.units = space, squash, units(space)
         if squash:
             _check_bounds(space)

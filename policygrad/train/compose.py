@@ -134,7 +134,7 @@ def compose(
         credit_of(options, policy, critic),
         objective,
         update,
-        loop_of(options, fit, diagnosis(options, objective, due)),
+        loop_of(options, fit, diagnosis(options, objective, due), getattr(sample, "length", None)),
         optimizers,
         coefficients,
     )
@@ -257,10 +257,17 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
     return ascend(optimizer, max_grad_norm=options.max_grad_norm, micro_batch=options.micro_batch), [optimizer]
 
 
-def loop_of(options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics]) -> Callable[..., Iterator[Any]]:
-    """The method's loop, a partial that still takes sample, credit, objective and update."""
+def loop_of(
+    options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics], limit: int | None = None
+) -> Callable[..., Iterator[Any]]:
+    """The method's loop, a partial that still takes sample, credit, objective and update.
+
+    limit: the most decisions that a row may have, if the sampler's rows can be shorter.
+    """
     named = METHODS[options.method].objective
-    loop = partial(LOOPS[named], weights=WEIGHTS[options.weights], fit=fit, diagnose=diagnose)
+    average = WEIGHTS[options.weights]
+    average = partial(average, limit=limit) if options.weights == "budget" else average
+    loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
     return partial(

@@ -34,7 +34,7 @@ class Bound(NamedTuple):
 
 
 POSITIVE = Bound(lambda x: x > 0, "more than 0")
-LOG_STD = Bound(lambda x: -10 <= x <= 10, "between -10 and 10")
+LOG_STD = Bound(lambda x: -20 <= x <= 10, "between -20 and 10")
 RATE = Bound(lambda x: 0 < x < math.inf, "more than 0 and finite")
 NOT_NEGATIVE = Bound(lambda x: 0 <= x < math.inf, "0 or more and finite")
 COUNT = Bound(lambda x: x >= 1, "at least 1")

@@ -14,6 +14,7 @@ from torch import nn
 
 from policygrad.errors import UserError
 from policygrad.train.checkpoints import write_json
+from policygrad.train.generators import Generators
 from policygrad.train.methods import METHODS
 from policygrad.train.options import check_bounds, options_of, with_values
 from policygrad.train.reports import Row, draw_curve
@@ -53,7 +54,7 @@ class Run:
         """
         if not 0 <= seed < 2**63:
             raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
-        with arithmetic(self.world, self.options.threads):
+        with Generators(seed).inside(), arithmetic(self.world, self.options.threads):
             return self.world.evaluate(count, seed=seed, greedy=greedy)
 
     def save(self, directory: Path | str) -> None:
