@@ -101,15 +101,24 @@ def leave_one_out(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Flo
 
 
 def group_std(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Sample standard deviation (n - 1) of each row's group, in two passes; 0 for a group of one."""
+    """Sample standard deviation (n - 1) of each row's group, in two passes.
+
+    0 for a group of one, and where the returns are equal up to rounding.
+    """
     same, _ = _same(returns, group)
     squares = _sum(same, (returns - group_mean(returns, group)) ** 2)
-    return (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
+    std = (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
+    return std.where(std > _rounding(returns.abs().where(same, 0.0).amax(1)), 0.0)
 
 
 def group_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """GRPO's divisor, group std + 1e-4: prompts that are almost always or almost never solved get the most weight."""
-    return group_std(returns, group) + 1e-4
+    """GRPO's divisor, the group's std: prompts that are almost always or almost never solved get the most weight.
+
+    Infinity where the std is 0, so that the advantage is 0. A constant added to the std would have the unit of the
+    rewards, and change what is learned with it.
+    """
+    std = group_std(returns, group)
+    return std.where(std > 0, torch.inf)
 
 
 def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -117,20 +126,26 @@ def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
     return torch.ones_like(returns)
 
 
-def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 1e-8) -> Float[Tensor, "B T"]:
-    """(x - mean) / (std + epsilon) over the mask. Exactly 0 if all numbers are equal, or if there is only one."""
+def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """(x - mean) / std over the mask, whatever the unit of x. 0 if all are equal up to rounding, or if there is one."""
+    largest = x.abs().where(mask, 0.0).amax()
     # Subtract the smallest first: equal numbers become exactly 0, so the result is exactly 0.
     smallest = x.where(mask, torch.inf).amin()
     x = (x - smallest).where(mask, 0.0)
     count = mask.sum()
     centered = (x - x.sum() / count.clamp(min=1)).where(mask, 0.0)
     std = ((centered**2).sum() / (count - 1).clamp(min=1)).sqrt()
-    return centered / (std + epsilon)
+    return (centered / std).where(mask & (std > _rounding(largest)), 0.0)
 
 
 def unnormalized(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """x unchanged: the alternative to `standardize`."""
     return x
+
+
+def _rounding(largest: Tensor) -> Tensor:
+    """The standard deviation up to which numbers of this size may differ by rounding alone."""
+    return 2 * torch.finfo(largest.dtype).eps * largest
 
 
 def _same(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,15 @@ of the way first and put back afterwards, so that it adds no value and no discou
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from policygrad.advantages import group_mean, group_scale, no_baseline, standardize
-from policygrad.critics import bootstrap_values
+from policygrad.critics import bootstrap_values, no_fit
+from policygrad.errors import UserError
 from policygrad.returns import discount, reward_to_go
 from policygrad.returns import vtrace as vtrace_returns
 from policygrad.rollout import Rollout, holes_last
@@ -47,7 +48,7 @@ def baselined(
         value = baseline(rollout, target)
         return Credit(target - value, target, value)
 
-    return assign
+    return _reading(assign, **getattr(baseline, "keywords", {}))
 
 
 def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: int | None = None) -> Assign:
@@ -63,7 +64,7 @@ def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_ba
         advantage = steps.back(estimate(steps.reward, steps.values(value), steps.terminated, steps.ended))
         return Credit(advantage, advantage + value[:, :-1], value[:, :-1])
 
-    return assign
+    return _reading(assign, critic=critic)
 
 
 def vtrace(
@@ -87,7 +88,7 @@ def vtrace(
         target, advantage = vtrace_returns(*arrays, gamma, lam, rho_bar, c_bar)
         return Credit(steps.back(advantage), steps.back(target), value[:, :-1])
 
-    return assign
+    return _reading(assign, policy=policy, critic=critic)
 
 
 def grouped(
@@ -96,10 +97,16 @@ def grouped(
     """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards. All decisions of a row have the same advantage.
 
     baseline and scale: (returns [B], group [B]) -> [B]. group_mean and group_scale give GRPO (arXiv 2402.03300,
-    section 4.1.2); leave_one_out and unit_scale give RLOO (arXiv 2402.14740, eq. 8).
+    section 4.1.2); leave_one_out and unit_scale give RLOO (arXiv 2402.14740, eq. 8). Raises UserError if every row is a
+    group of its own.
     """
 
     def assign(rollout: Rollout) -> Credit:
+        if len(rollout.group.unique()) == len(rollout.group) and bool(rollout.mask.any(1).all()):
+            raise UserError(
+                "every row is a group of its own, and there is no other return to compare it with: make groups, with "
+                "Sampler(..., whole_episodes=True, groups=4) or several completions of each prompt"
+            )
         returns = rollout.reward.sum(1)
         advantage = (returns - baseline(returns, rollout.group)) / scale(returns, rollout.group)
         nothing = torch.zeros_like(rollout.reward)
@@ -115,7 +122,7 @@ def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] =
         credit = assign(rollout)
         return credit._replace(advantage=normalize(credit.advantage, rollout.mask))
 
-    return normalized
+    return _reading(normalized, **modules_of(assign))
 
 
 def discounted(assign: Assign, gamma: float) -> Assign:
@@ -125,7 +132,32 @@ def discounted(assign: Assign, gamma: float) -> Assign:
         credit = assign(rollout)
         return credit._replace(advantage=credit.advantage * discount(rollout.mask, rollout.ended, gamma))
 
-    return weighed
+    return _reading(weighed, **modules_of(assign))
+
+
+def modules_of(assign: Assign) -> dict[str, nn.Module]:
+    """The policy and the critic that the credit reads, by these names, as far as it was made here."""
+    return getattr(assign, "modules", {})
+
+
+def check_modules(assign: Assign, objective: Any, fit: Any) -> None:
+    """Raise UserError if the credit reads another policy or critic than the one that learns, or one that never does."""
+    for name, module in modules_of(assign).items():
+        learning = getattr(objective, name, None) or getattr(fit, "keywords", {}).get(name)
+        own = set(module.parameters())
+        if learning is not None and own != set(learning.parameters()):
+            raise UserError(f"the credit reads another {name} than the one that learns: hand the same module to both")
+        if learning is None and fit is no_fit and any(p.requires_grad for p in own):
+            raise UserError(
+                f"the credit reads a {name} that never learns: fit it with fit=partial(fit_critic, critic=critic, "
+                "optimizer=...), give it to the objective, or freeze it with requires_grad_(False)"
+            )
+
+
+def _reading(assign: Assign, **modules: nn.Module) -> Assign:
+    """The same credit, which says what modules it reads."""
+    assign.modules = modules  # type: ignore[attr-defined]
+    return assign
 
 
 class _Decisions:

@@ -1,6 +1,7 @@
 """Critics: bootstrap values, fitting a critic to targets, and baselines that need a policy or a critic."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,15 +36,32 @@ def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | Non
     return torch.cat([value, torch.cat(last)], 1)
 
 
+def unit(critic: nn.Module) -> Tensor | float:
+    """The unit of a critic's values: its `scale`, or 1 if it has none.
+
+    The error is measured in it, so that the unit of the rewards does not change what is learned.
+    """
+    return getattr(critic, "scale", 1.0)
+
+
+def rescale(objective: Any, batch: Batch) -> None:
+    """Let the objective's critic, if it has a scale, adapt it to the targets before it is fitted to them."""
+    critic = getattr(objective, "critic", None)
+    if hasattr(critic, "rescale"):
+        share = normalized(batch.weight)
+        critic.rescale(average(batch.target, share), average(batch.target**2, share))
+
+
 class ValueObjective(Objective):
-    """-E[(V(s) - target)^2], the mean over the batch's decisions."""
+    """-E[((V(s) - target) / unit)^2], the mean over the batch's decisions."""
 
     def __init__(self, critic: nn.Module) -> None:
         super().__init__()
         self.critic = critic
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        loss = average(squared_error(self.critic(batch.obs), batch.target), batch.weight)
+        one = unit(self.critic)
+        loss = average(squared_error(self.critic(batch.obs) / one, batch.target / one), batch.weight)
         return -loss, {"value_loss": loss.detach()}
 
 
@@ -57,16 +75,16 @@ def fit_critic(
     max_grad_norm: float = torch.inf,
     micro_batch: int | None = None,
 ) -> Metrics:
-    """Regress V(s) on batch.target: minimize the mean of (V(s) - target)^2 in minibatches.
+    """Regress V(s) on batch.target: minimize the mean of ((V(s) - target) / unit)^2 in minibatches.
 
     Returns value_loss and critic_gradient_norm (means over all minibatches), and the explained_variance of
     batch.value, the critic's predictions before the fit.
     """
     share = normalized(batch.weight)
     objective, update = ValueObjective(critic), ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch)
+    rescale(objective, batch)
     parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
     metrics = mean_metrics([update(objective, part) for part in parts])
-    metrics["critic_gradient_norm"] = metrics.pop("gradient_norm")
     metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
     return metrics
 
@@ -74,6 +92,18 @@ def fit_critic(
 def no_fit(batch: Batch) -> Metrics:
     """Fit nothing: there is no critic."""
     return {}
+
+
+def fitted(fit: Fit, batch: Batch, policy: nn.Module) -> Metrics:
+    """Fit the critic after the policy's update. Raises UserError if that moves the policy: they share parameters."""
+    before = [p._version for p in policy.parameters()]
+    metrics = fit(batch)
+    if [p._version for p in policy.parameters()] != before:
+        raise UserError(
+            "fitting the critic moved the policy, because they share parameters: give the critic a network of its own, "
+            "or train both in one objective (actor_critic, ppo)"
+        )
+    return metrics
 
 
 def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: nn.Module) -> Float[Tensor, "B T"]:

@@ -78,8 +78,12 @@ def clip_fraction_by_side(
 def explained_variance(
     value: Float[Tensor, "B T"], target: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant one or for equal targets."""
+    """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant one.
+
+    Also 0 where all targets are equal up to rounding.
+    """
     share = normalized(weight)
+    rounding = 2 * torch.finfo(target.dtype).eps * target.abs().where(weight != 0, 0.0).amax()
     first = share.argmax()  # subtract one target from all: equal targets become exactly 0
     target, value = target - target.flatten()[first], value - target.flatten()[first]
 
@@ -87,7 +91,7 @@ def explained_variance(
         return average((x - average(x, share)) ** 2, share)
 
     spread = variance(target)
-    return torch.where(spread > 0, 1 - variance(target - value) / spread, 0.0)
+    return torch.where(spread.sqrt() > rounding, 1 - variance(target - value) / spread, 0.0)
 
 
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 
-from policygrad.errors import NonFiniteError, UserError
+from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, micro_batches
 
@@ -52,25 +52,39 @@ StepSize = Callable[[Tensor], Tensor]
 def ascend(optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None) -> Update:
     """theta <- theta + step(grad objective): one ascent step of a torch optimizer.
 
-    A gradient with a norm above `max_grad_norm` is scaled down to it. micro_batch: rows that the objective sees at a
-    time while gradients accumulate; it changes only the memory. The update returns the objective's metrics and
-    gradient_norm, the norm before scaling. It raises NonFiniteError before the step if the gradient is NaN or infinite.
+    A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
+    has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
+    objective sees at a time while gradients accumulate; it changes only the memory. The update returns the objective's
+    metrics, and gradient_norm and critic_gradient_norm, the norms before scaling. It raises NonFiniteError before the
+    step if a gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the
+    objective's, or no gradient reaches them.
     """
+    checked: Scalar | None = None
+    parts: dict[str, list[Tensor]] = {}
 
     def update(objective: Scalar, batch: Batch) -> Metrics:
+        nonlocal checked, parts
+        first = objective is not checked
+        if first:
+            parts = _parts(objective, optimizer)
         optimizer.zero_grad()
         total: Metrics = {}
         in_parts = micro_batch is not None and micro_batch < len(batch.mask)
         for share, part in micro_batches(batch, micro_batch or 1) if in_parts else [(1.0, batch)]:
             value, metrics = objective(part)
+            if not value.requires_grad:
+                raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
             (-share * value).backward()  # the one minus sign: torch's optimizers descend
             for name, x in metrics.items():
                 total[name] = total[name] + share * x if name in total else share * x
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = clip_grad_norm_(parameters, max_grad_norm)
-        _check_finite(norm)
+        if first:
+            _check_reached(parts)
+            checked = objective
+        norms = {f"{name}gradient_norm": clip_grad_norm_(found, max_grad_norm) for name, found in parts.items()}
+        for norm in norms.values():
+            _check_finite(norm)
         optimizer.step()
-        return {**total, "gradient_norm": norm}
+        return {**total, **norms}
 
     return update
 
@@ -120,6 +134,46 @@ class MasterWeightsAdam(Adam):
             for p, x in rounded:
                 master = self.state[p].setdefault("master", p.data)
                 p.data = x.copy_(master)
+
+
+def _parts(objective: Any, optimizer: Optimizer) -> dict[str, list[Tensor]]:
+    """The optimizer's parameters: those of a critic that shares none with the policy as `critic_`, the others as ``.
+
+    Raises UserError if the objective has a parameter to learn that the optimizer lacks, or the other way round.
+    """
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(objective, nn.Module):  # a function: it may depend on any tensor
+        return {"": given}
+    known, own = set(given), dict(objective.named_parameters())
+    for name, p in own.items():
+        if p.requires_grad and p not in known:
+            raise UserError(
+                f"the optimizer lacks {shortened(name)} of the objective, which would never learn: make it of "
+                "objective.parameters() as they are now, or freeze that with requires_grad_(False)"
+            )
+    if strange := known - set(own.values()):
+        shape = tuple(next(p for p in given if p in strange).shape)
+        raise UserError(
+            f"the optimizer has {len(strange)} parameters that the objective lacks, the first of shape {shape}: make "
+            "it of objective.parameters(), and another one for what is fitted apart"
+        )
+    policy, critic = (
+        set() if module is None else set(module.parameters())
+        for module in (getattr(objective, name, None) for name in ("policy", "critic"))
+    )
+    critic = set() if critic & policy else critic
+    parts = {"": [p for p in given if p not in critic], "critic_": [p for p in given if p in critic]}
+    return {name: found for name, found in parts.items() if found}
+
+
+def _check_reached(parts: dict[str, list[Tensor]]) -> None:
+    """Raise UserError if no gradient has reached the policy, or the critic."""
+    for name, found in parts.items():
+        if all(p.grad is None for p in found):
+            raise UserError(
+                f"no gradient reaches the {'critic' if name else 'policy'}: its output does not depend on its "
+                "parameters; look for detach(), torch.no_grad() or .data in its forward"
+            )
 
 
 def kl_radius(slope: Tensor, *, delta: float) -> Tensor:

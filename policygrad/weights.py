@@ -29,9 +29,12 @@ def per_episode(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return mask.to(torch.get_default_dtype()) / _rows(mask)
 
 
-def per_budget(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """w = m / (B T): constant, with T the maximum number of decisions in a row (Dr. GRPO, arXiv 2503.20783)."""
-    return mask.to(torch.get_default_dtype()) / (_rows(mask) * mask.shape[1])
+def per_budget(mask: Bool[Tensor, "B T"], limit: int | None = None) -> Float[Tensor, "B T"]:
+    """w = m / (B limit): constant, with `limit` the most decisions that a row may have (Dr. GRPO, arXiv 2503.20783).
+
+    None: T. Rows of whole episodes in control are only as long as the longest episode: give the limit of an episode.
+    """
+    return mask.to(torch.get_default_dtype()) / (_rows(mask) * (limit or mask.shape[1]))
 
 
 def normalized(weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

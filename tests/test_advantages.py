@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from policygrad.advantages import (
     gae,
     group_mean,
+    group_scale,
     group_std,
     leave_one_out,
     mean_baseline,
@@ -273,3 +274,31 @@ def test_unnormalized_is_as_it_was() -> None:
 def test_lambda_return_is_gae_plus_the_value(segments: Segments) -> None:
     target = gae(*segments, GAMMA, 0.8) + segments.value[:, :-1]
     assert_close(target, lambda_return(*segments, GAMMA, 0.8))
+
+
+# Units
+
+
+@pytest.mark.parametrize("c", [2.0**-30, 2.0**30, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_unit_of_the_rewards_makes_no_difference(c: float, dtype: torch.dtype) -> None:
+    x, mask, group = torch.randn(6, 5, dtype=dtype), torch.rand(6, 5) < 0.8, torch.arange(6) // 3
+    assert torch.equal(standardize(c * x, mask), (1 if c > 0 else -1) * standardize(x, mask)) or c < 0
+    returns = x.sum(1)
+    assert torch.equal(group_std(c * returns, group), abs(c) * group_std(returns, group))
+    assert torch.equal(
+        c * returns / group_scale(c * returns, group), (c / abs(c)) * returns / group_scale(returns, group)
+    )
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_what_is_equal_up_to_rounding_is_0(size: float) -> None:
+    x = torch.full((4, 3), size / 3, dtype=torch.float32)
+    x[0] = torch.nextafter(x[0], torch.tensor(torch.inf))
+    mask, group = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, dtype=torch.long)
+    assert standardize(x, mask).eq(0).all()
+    assert group_std(x[:, 0], group).eq(0).all()
+    assert ((x[:, 0] - x[1, 0]) / group_scale(x[:, 0], group)).eq(0).all()
+    apart = x * (1 + torch.arange(4) * 1e-5).unsqueeze(1)
+    assert standardize(apart, mask).std().item() == pytest.approx(1, abs=1e-3)
+    assert group_std(apart[:, 0], group).gt(0).all()

@@ -1,9 +1,12 @@
 """Every credit against its definition, written out decision by decision; and that holes in the mask are not there."""
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -24,8 +27,20 @@ from policygrad.advantages import (
     unit_scale,
     unnormalized,
 )
-from policygrad.credit import Assign, Credit, baselined, bootstrapped, discounted, grouped, standardized, vtrace
-from policygrad.critics import optimal_baseline, value_baseline
+from policygrad.credit import (
+    Assign,
+    Credit,
+    baselined,
+    bootstrapped,
+    check_modules,
+    discounted,
+    grouped,
+    modules_of,
+    standardized,
+    vtrace,
+)
+from policygrad.critics import fit_critic, no_fit, optimal_baseline, value_baseline
+from policygrad.errors import UserError
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, tabular
 from policygrad.returns import reward_to_go, trajectory_return
 from policygrad.rollout import Rollout, decisions
@@ -303,7 +318,7 @@ def by_group(baseline: str, scale: str) -> tuple[Callable[[Case], Assign], Calla
             mean = sum(own) / len(own)
             b = mean if baseline == "group_mean" else sum(rest) / max(len(rest), 1)
             spread = (sum((x - mean) ** 2 for x in own) / max(len(own) - 1, 1)) ** 0.5
-            s = spread + 1e-4 if scale == "group_scale" else 1.0
+            s = (spread or math.inf) if scale == "group_scale" else 1.0
             advantage.append([(total[i] - b) / s] * len(row))
         return advantage, zeros(c, advantage), zeros(c, advantage)
 
@@ -382,7 +397,7 @@ def test_standardized_it_is_of_mean_0_and_deviation_1_over_the_decisions(name: s
     c = with_holes(plain, seed + 100, torch.nan) if holes else plain
     advantage, *rest = defined(plain)
     flat = torch.tensor([x for row in advantage for x in row])
-    wanted = [[((x - flat.mean()) / (flat.std() + 1e-8)).item() for x in row] for row in advantage]
+    wanted = [[((x - flat.mean()) / flat.std()).item() for x in row] for row in advantage]
     assert_defined(c, standardized(made(c))(c.rollout()), (wanted, *rest))
     assert_defined(c, standardized(made(c), unnormalized)(c.rollout()), (advantage, *rest))
 
@@ -527,3 +542,49 @@ def test_standardized_reward_to_go_does_not_look_at_groups(softmax: nn.Module, s
     rollout = sample(softmax)
     regrouped = replace(rollout, group=torch.zeros(6, dtype=torch.long))
     assert torch.equal(*(standardized(baselined())(x).advantage for x in (rollout, regrouped)))
+
+
+def test_groups_of_one_row_each_are_refused(softmax: nn.Module, sample: Callable[..., Rollout]) -> None:
+    """Each return is its group's mean: the gradient would be 0 for ever."""
+    alone = sample(softmax, rows=4, group=torch.arange(4))
+    with pytest.raises(UserError, match="every row is a group of its own.*groups=4") as raised:
+        grouped()(alone)
+    assert len(str(raised.value)) <= 200
+    grouped()(replace(alone, group=torch.tensor([0, 1, 2, 2])))
+    cut = alone.mask.index_fill(0, torch.tensor(1), False)  # its group was not always of one
+    assert grouped()(replace(alone, mask=cut)).advantage.eq(0).all()
+
+
+# Who reads what
+
+
+def who(credit: Assign) -> set[str]:
+    return set(modules_of(credit))
+
+
+def test_a_credit_says_which_modules_it_reads(softmax: nn.Module, critic: nn.Module) -> None:
+    estimate = partial(gae, gamma=0.9, lam=0.9)
+    assert modules_of(bootstrapped(critic, estimate)) == {"critic": critic}
+    assert modules_of(vtrace(softmax, critic, gamma=0.9)) == {"policy": softmax, "critic": critic}
+    assert modules_of(baselined(baseline=partial(value_baseline, critic=critic))) == {"critic": critic}
+    assert modules_of(baselined(baseline=partial(optimal_baseline, policy=softmax))) == {"policy": softmax}
+    assert who(standardized(discounted(bootstrapped(critic, estimate), 0.9))) == {"critic"}
+    assert who(baselined()) == who(grouped()) == set()
+
+
+def test_a_critic_or_policy_that_is_not_the_one_that_learns_is_refused(softmax: nn.Module, critic: nn.Module) -> None:
+    credit, objective = bootstrapped(critic, partial(gae, gamma=0.9, lam=0.9)), SimpleNamespace(policy=softmax)
+    fit = partial(fit_critic, critic=critic)
+    check_modules(credit, SimpleNamespace(policy=softmax, critic=critic), no_fit)
+    check_modules(credit, objective, fit)
+    check_modules(credit, objective, lambda batch: {})  # nobody knows what it fits
+    other = copy.deepcopy(critic)
+    for wrong, fitting in ((SimpleNamespace(critic=other), no_fit), (objective, partial(fit_critic, critic=other))):
+        with pytest.raises(UserError, match="another critic than the one that learns"):
+            check_modules(credit, wrong, fitting)
+    with pytest.raises(UserError, match="another policy than the one that learns"):
+        check_modules(vtrace(softmax, critic, gamma=0.9), SimpleNamespace(policy=copy.deepcopy(softmax)), fit)
+    with pytest.raises(UserError, match="a critic that never learns") as raised:
+        check_modules(credit, objective, no_fit)
+    assert len(str(raised.value)) <= 200
+    check_modules(bootstrapped(other.requires_grad_(False), partial(gae, gamma=0.9, lam=0.9)), objective, no_fit)

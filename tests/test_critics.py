@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from policygrad.critics import bootstrap_values, fit_critic, no_fit, optimal_baseline, value_baseline
+from policygrad.critics import bootstrap_values, fit_critic, fitted, no_fit, optimal_baseline, value_baseline
 from policygrad.errors import UserError
 from policygrad.linalg import flat_gradient
 from policygrad.rollout import Batch, Rollout, decisions
@@ -196,3 +197,54 @@ def test_a_critic_is_taught_nothing_by_steps_that_do_not_count(
         fit_critic(batch, critic, torch.optim.SGD(critic.parameters(), lr=0.01), epochs=2, minibatch_size=4)
         fitted.append(nn.utils.parameters_to_vector(critic.parameters()).detach().clone())
     assert torch.equal(*fitted)
+
+
+# Units
+
+
+class Scaled(nn.Module):
+    """As control's critic: a linear value in units of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Linear(3, 1), torch.tensor(1.0)
+        self.seen: list[tuple[float, float]] = []
+        nn.init.zeros_(self.net.weight)
+        nn.init.zeros_(self.net.bias)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.scale * self.net(obs).squeeze(-1)
+
+    def rescale(self, mean: Tensor, square: Tensor) -> None:
+        self.seen.append((mean.item(), square.item()))
+        self.scale = square.sqrt()
+
+
+def test_a_critic_sees_the_mean_and_the_mean_square_of_the_decisions_targets(policy: nn.Module, sample: Sample) -> None:
+    critic = Scaled()
+    batch = fitting(policy, critic, sample, False)
+    target = batch.target[batch.mask]
+    fit_critic(batch, critic, torch.optim.Adam(critic.parameters()), epochs=3)
+    assert critic.seen == [(pytest.approx(target.mean().item()), pytest.approx(target.square().mean().item()))]
+
+
+@pytest.mark.parametrize("c", [2.0**-30, 2.0**30])
+def test_a_critic_with_a_scale_is_fitted_alike_in_any_unit(c: float, policy: nn.Module, sample: Sample) -> None:
+    batch, found = fitting(policy, Scaled(), sample, True), []
+    for factor in (1.0, c):
+        critic = Scaled()
+        torch.manual_seed(3)
+        target = batch._replace(target=factor * batch.target)
+        metrics = fit_critic(target, critic, torch.optim.Adam(critic.parameters(), lr=0.01), max_grad_norm=0.5)
+        found.append((critic.net.weight.detach().clone(), metrics["value_loss"], critic(batch.obs).detach() / factor))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_fit_that_moves_the_policy_is_refused(policy: nn.Module, critic: nn.Module, sample: Sample) -> None:
+    batch = fitting(policy, critic, sample, True)
+    optimizer = torch.optim.Adam(critic.parameters())
+    fit = partial(fit_critic, critic=critic, optimizer=optimizer)
+    assert fitted(fit, batch, policy).keys() >= {"value_loss"}
+    with pytest.raises(UserError, match="fitting the critic moved the policy") as raised:
+        fitted(fit, batch, nn.Sequential(nn.Linear(2, 2), critic.net))
+    assert len(str(raised.value)) <= 200

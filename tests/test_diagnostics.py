@@ -170,3 +170,19 @@ def test_metrics_have_no_gradient() -> None:
 def test_mean_metrics_are_means() -> None:
     rows = [{"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, {"a": torch.tensor(2.0), "b": torch.tensor(7.0)}]
     assert mean_metrics(rows) == {"a": torch.tensor(1.5), "b": torch.tensor(6.0)}
+
+
+@pytest.mark.parametrize("c", [2.0**-30, 2.0**30])
+def test_the_unit_of_the_values_makes_no_difference_to_what_is_explained(c: float) -> None:
+    target, weight = torch.randn(4, 3, dtype=torch.float32), torch.full((4, 3), 1 / 12, dtype=torch.float32)
+    value = target + 0.3 * torch.randn(4, 3, dtype=torch.float32)
+    found = explained_variance(value, target, weight)
+    assert 0.5 < found < 1
+    assert torch.equal(explained_variance(c * value, c * target, weight), found)
+
+
+def test_the_rounding_of_equal_targets_is_nothing_to_explain() -> None:
+    target = torch.full((4, 3), 1e6 / 3, dtype=torch.float32)
+    target[0] = torch.nextafter(target[0], torch.tensor(torch.inf))
+    weight = torch.full((4, 3), 1 / 12, dtype=torch.float32)
+    assert explained_variance(torch.zeros(4, 3), target, weight) == 0

@@ -541,3 +541,99 @@ def test_float16_is_not_trained() -> None:
     ) as raised:
         _adam(_weights(torch.float16))
     assert len(str(raised.value)) <= 200
+
+
+# Policy and critic apart
+
+
+class Together(Objective):
+    """A slope of 3 in the policy, and of 4,000 in the critic."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.policy, self.critic = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        if shared:
+            self.critic = nn.Sequential(self.policy, self.critic)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        one = torch.ones(1, 1)
+        return (3 * self.policy(one) - 4000 * self.critic(one)).sum(), {}
+
+
+@pytest.fixture
+def batch(softmax: nn.Module, batch_of: BatchOf) -> Batch:
+    return batch_of(softmax)
+
+
+def test_the_size_of_the_critics_error_does_not_shrink_the_policys_step(batch: Batch) -> None:
+    objective = Together()
+    before = flat(objective.parameters())
+    metrics = ascend(torch.optim.SGD(objective.parameters(), lr=1.0), max_grad_norm=0.5)(objective, batch)
+    assert_close(flat(objective.parameters()) - before, torch.tensor([0.5, -0.5]), rtol=1e-5, atol=0)
+    assert_close((metrics["gradient_norm"], metrics["critic_gradient_norm"]), (torch.tensor(3.0), torch.tensor(4000.0)))
+
+
+def test_where_they_share_a_parameter_there_is_one_norm(batch: Batch) -> None:
+    objective = Together(shared=True)
+    before = flat(objective.parameters())
+    metrics = ascend(torch.optim.SGD(objective.parameters(), lr=1.0), max_grad_norm=0.5)(objective, batch)
+    assert_close((flat(objective.parameters()) - before).norm(), torch.tensor(0.5), rtol=1e-5, atol=0)
+    assert metrics["gradient_norm"] > 100
+    assert "critic_gradient_norm" not in metrics
+
+
+# An optimizer of something else
+
+
+def test_a_parameter_that_the_optimizer_lacks_is_named(batch: Batch) -> None:
+    objective = Together()
+    update = ascend(torch.optim.SGD(objective.policy.parameters(), lr=1.0))
+    with pytest.raises(UserError, match=r"the optimizer lacks 'critic.weight'.*requires_grad_\(False\)") as raised:
+        update(objective, batch)
+    assert len(str(raised.value)) <= 200
+    objective.critic.requires_grad_(False)
+    update(objective, batch)
+
+
+def test_a_parameter_that_the_objective_lacks_is_refused(batch: Batch) -> None:
+    objective, other = Together(), nn.Linear(2, 5)
+    update = ascend(torch.optim.SGD([*objective.parameters(), *other.parameters()], lr=1.0))
+    with pytest.raises(
+        UserError, match=r"2 parameters that the objective lacks, the first of shape \(5, 2\)"
+    ) as raised:
+        update(objective, batch)
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_optimizer_of_the_module_as_it_was_is_refused(batch: Batch) -> None:
+    objective = Together()
+    update = ascend(torch.optim.SGD(objective.parameters(), lr=1.0))
+    objective.policy.weight = nn.Parameter(objective.policy.weight.detach().clone())  # as some .to(device) do
+    with pytest.raises(UserError, match="the optimizer lacks 'policy.weight'"):
+        update(objective, batch)
+
+
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_a_module_that_no_gradient_reaches_is_named(part: str, batch: Batch) -> None:
+    objective = Together()
+    getattr(objective, part).register_forward_hook(lambda module, inputs, output: output.detach())
+    before = flat(objective.parameters())
+    with pytest.raises(UserError, match=f"no gradient reaches the {part}") as raised:
+        ascend(torch.optim.SGD(objective.parameters(), lr=1.0))(objective, batch)
+    assert len(str(raised.value)) <= 200
+    assert torch.equal(flat(objective.parameters()), before)
+
+
+def test_an_objective_without_a_gradient_is_refused(batch: Batch) -> None:
+    objective = Together()
+    for part in (objective.policy, objective.critic):
+        part.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(UserError, match="the objective has no gradient"):
+        ascend(torch.optim.SGD(objective.parameters(), lr=1.0))(objective, batch)
+
+
+def test_a_function_of_any_tensor_is_ascended_too(batch: Batch) -> None:
+    x = torch.zeros(2, requires_grad=True)
+    metrics = ascend(torch.optim.SGD([x], lr=1.0))(lambda _: ((3 * x).sum(), {}), batch)
+    assert_close(x.detach(), torch.full((2,), 3.0))
+    assert metrics.keys() == {"gradient_norm"}

@@ -64,3 +64,7 @@ def test_the_average_and_its_gradient_do_not_see_what_weighs_nothing(garbage: fl
     mean.backward()
     assert_close(mean, average(clean, weight))
     assert_close(x.grad, weight)
+
+
+def test_per_budget_takes_the_limit_of_rows_that_can_be_longer() -> None:
+    assert torch.equal(per_budget(MASK, limit=50), per_budget(torch.cat([MASK, torch.zeros(3, 46).bool()], 1))[:, :4])

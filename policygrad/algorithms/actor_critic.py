@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policygrad.algorithms.reinforce import reinforce
+from policygrad.critics import unit
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch
 from policygrad.score import score
@@ -20,7 +21,10 @@ from policygrad.weights import average, per_token
 
 
 class ActorCriticObjective(Objective):
-    """E[log pi A] + c_H H(pi) - c_V E[(V - target)^2]. Without a critic, the last term is omitted."""
+    """E[log pi A] + c_H H(pi) - c_V E[(V - target)^2], V and target in the critic's unit (critics.unit).
+
+    Without a critic, the last term is omitted.
+    """
 
     def __init__(
         self,
@@ -41,7 +45,8 @@ class ActorCriticObjective(Objective):
         entropy = average(distribution.entropy(), batch.weight)
         total, metrics = gain + self.entropy_coefficient * entropy, {"objective": gain, "entropy": entropy}
         if self.critic is not None:
-            error = average(squared_error(self.critic(batch.obs), batch.target), batch.weight)
+            one = unit(self.critic)
+            error = average(squared_error(self.critic(batch.obs) / one, batch.target / one), batch.weight)
             total, metrics["value_loss"] = total - self.value_coefficient * error, error
         return total, {name: x.detach() for name, x in metrics.items()}
 

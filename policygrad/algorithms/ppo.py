@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from policygrad.advantages import standardize
-from policygrad.credit import Assign
-from policygrad.critics import Fit, no_fit
+from policygrad.credit import Assign, check_modules
+from policygrad.critics import Fit, fitted, no_fit, rescale, unit
 from policygrad.diagnostics import after_update, clip_fraction, clip_fraction_by_side, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, penalized_surrogate
@@ -28,7 +28,7 @@ from policygrad.weights import average, per_token
 class PPOObjective(Objective):
     """E[min(r A, clip(r) A)] - beta KL(old, new) + c_H H(pi) - c_V E[(V - target)^2].
 
-    critic: None leaves the last term out. clip: (low, high) of the ratio. penalty: the coefficient of KL(old, new),
+    critic: None leaves the last term out; V, target and value_clip are in its unit (critics.unit). clip: (low, high) of the ratio. penalty: the coefficient of KL(old, new),
     estimated by k3. value_clip: see clipped_squared_error. dual_clip: see objectives.dual_clip.
     """
 
@@ -62,7 +62,8 @@ class PPOObjective(Objective):
         gain, entropy = average(gain, batch.weight), average(distribution.entropy(), batch.weight)
         total, metrics = gain + self.entropy_coefficient * entropy, {"objective": gain, "entropy": entropy}
         if self.critic is not None:
-            error = clipped_squared_error(self.critic(batch.obs), batch.target, batch.value, self.value_clip)
+            values = (x / unit(self.critic) for x in (self.critic(batch.obs), batch.target, batch.value))
+            error = clipped_squared_error(*values, self.value_clip)
             metrics["value_loss"] = average(error, batch.weight)
             total = total - self.value_coefficient * metrics["value_loss"]
         metrics = {name: x.detach() for name, x in metrics.items()}
@@ -94,9 +95,11 @@ def ppo(
     (advantage, mask) -> advantage, applied to each minibatch before it is split into micro-batches. target_kl: an
     iteration ends once a minibatch's KL exceeds 1.5 target_kl. fit, weights, diagnose: see reinforce.
     """
+    check_modules(credit, objective, fit)
     while True:
         rollout = sample(objective.policy)  # Sample
         batch = decisions(rollout, weights(rollout.mask), *credit(rollout))  # Credit
+        rescale(objective, batch)
         size, steps = minibatch_size or len(batch.mask), []
         for part in minibatches(batch, size, epochs):  # Update
             part = part._replace(advantage=normalize(part.advantage, part.mask))
@@ -105,4 +108,5 @@ def ppo(
                 break
         # Each step measured the policy before its change; `diagnose` measures the whole update.
         metrics = {**mean_metrics(steps[-len(batch.mask) // size :]), **diagnose(objective, batch)}
-        yield {**metrics, **objective.adapt(metrics), **fit(batch), "updates": len(steps), **rollout.metrics}
+        fit_metrics = fitted(fit, batch, objective.policy)
+        yield {**metrics, **objective.adapt(metrics), **fit_metrics, "updates": len(steps), **rollout.metrics}

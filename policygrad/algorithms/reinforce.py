@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from policygrad.credit import Assign
-from policygrad.critics import Fit, no_fit
+from policygrad.credit import Assign, check_modules
+from policygrad.critics import Fit, fitted, no_fit, rescale
 from policygrad.diagnostics import after_update, mean_metrics
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import score
@@ -53,11 +53,14 @@ def reinforce(
     decisions are averaged. epochs: steps on one rollout, with credit recomputed before each, for credit that depends on
     the policy (V-trace). diagnose: measures the whole update.
     """
+    check_modules(credit, objective, fit)
     while True:
         rollout = sample(objective.policy)  # Sample
         batches, steps = [], []
         for _ in range(epochs):
             batches.append(decisions(rollout, weights(rollout.mask), *credit(rollout)))  # Credit
+            rescale(objective, batches[-1])
             steps.append(update(objective, batches[-1]))  # Update
         metrics = {**diagnose(objective, batches[0]), **mean_metrics(steps)}
-        yield {**metrics, **objective.adapt(metrics), **fit(batches[-1]), **rollout.metrics}
+        fit_metrics = fitted(fit, batches[-1], objective.policy)
+        yield {**metrics, **objective.adapt(metrics), **fit_metrics, **rollout.metrics}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
 from torch.nn.functional import softplus
 
-from policygrad.control.spaces import in_box, to_environment
+from policygrad.control.spaces import Units, in_box, to_environment
 
 
 class ActionDistribution(Distribution):
@@ -39,7 +39,7 @@ class DiscreteActions(ActionDistribution, Categorical):
 
 
 class IndependentActions(ActionDistribution, Independent):
-    """MultiDiscrete, MultiBinary, or Box clipped at its bounds: independent dimensions. base: batch_shape [..., D]."""
+    """MultiDiscrete or MultiBinary: independent dimensions. base: batch_shape [..., D]."""
 
     def __init__(self, space: spaces.Space, base: Distribution) -> None:
         self.space = space
@@ -52,6 +52,31 @@ class Coins(Bernoulli):
     @property
     def mode(self) -> Tensor:
         return (self.logits > 0).to(self.logits)
+
+
+class ClippedNormal(IndependentActions):
+    """a = clip(center + half_width u), u ~ N(mean, std^2) in each dimension: -1 and 1 are the bounds, if there are any.
+
+    Actions are stored as u. log_prob(u), entropy and KL are those of u: before clipping, and without the constant
+    sum_d log half_width_d that separates the log-density of u from that of center + half_width u.
+
+    base: Normal of batch_shape [..., D]. units: of the Box (spaces.units).
+    """
+
+    def __init__(self, space: spaces.Box, base: Normal, units: Units) -> None:
+        super().__init__(space, base)
+        self.units = units
+
+    def to_environment(self, action: Tensor) -> np.ndarray:
+        """a at u = action [B, D], in the space's shape and dtype."""
+        u = action.detach().double().cpu().numpy()
+        return in_box(self.units.center + self.units.half_width * u, self.space)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """As torch's, in the same units."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.units = self.units
+        return super().expand(batch_shape, _instance=new)
 
 
 class SquashedNormal(ActionDistribution):

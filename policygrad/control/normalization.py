@@ -1,5 +1,7 @@
 """Running normalization of observations and scaling of rewards. Plain numpy, with a state_dict."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,10 +18,10 @@ class RunningStatistics:
 
     def update(self, x: np.ndarray) -> None:
         """Merge in x, [N, *shape]."""
-        n = len(x)
+        n, x = len(x), np.asarray(x, dtype=np.float64)
         if n == 0:
             return
-        mean = x.mean(0, dtype=np.float64)
+        mean = x[0] + (x - x[0]).mean(0)  # exact if all are equal: then the variance is exactly 0
         squares = ((x - mean) ** 2).sum(0) + (self.var * self.count if self.count else 0.0)
         delta = mean - self.mean
         total = self.count + n
@@ -39,7 +41,10 @@ class RunningStatistics:
 
 
 class ObservationNormalizer:
-    """(obs - mean) / std, clipped to +-10, over the observations of all decisions so far. `frozen` in evaluation."""
+    """(obs - mean) / std, clipped to +-10, over the observations of all decisions so far. `frozen` in evaluation.
+
+    A dimension that has not varied so far is 0.
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.statistics = RunningStatistics(shape)
@@ -49,14 +54,13 @@ class ObservationNormalizer:
         """Normalize obs [B, *shape]. Observations where counts [B] is True enter the statistics first."""
         if not self.frozen:
             self.statistics.update(obs[counts])
-        centered = (obs - self.statistics.mean) / np.sqrt(self.statistics.var + 1e-8)
-        return np.clip(centered, -10, 10)
+        return np.clip(_divided(obs - self.statistics.mean, np.sqrt(self.statistics.var)), -10, 10)
 
 
 class RewardScaler:
     """reward / std of the running discounted return, clipped to +-10 (Engstrom et al. 2020, section 3).
 
-    Rewards are not centered: a shift would change the optimal policy.
+    Rewards are not centered: a shift would change the optimal policy. They are 0 while all returns are equal.
     """
 
     def __init__(self, num_envs: int, gamma: float) -> None:
@@ -69,4 +73,9 @@ class RewardScaler:
         self.returns = np.where(counts, self.gamma * self.returns + reward, self.returns)
         self.statistics.update(self.returns[counts])
         self.returns[ended] = 0.0
-        return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10)
+        return np.clip(_divided(reward, np.sqrt(self.statistics.var)), -10, 10)
+
+
+def _divided(x: np.ndarray, std: Any) -> FloatArray:
+    """x / std, and 0 where std is 0: no constant is added to std, for it would have the unit of x."""
+    return np.divide(x, std, out=np.zeros(np.shape(x)), where=std > 0)

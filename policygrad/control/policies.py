@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from torch.distributions import Categorical, Distribution, Normal
 from torch.nn.functional import one_hot
 
 from policygrad.control.acting import act
-from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, SquashedNormal
-from policygrad.control.spaces import describe, rebuild
+from policygrad.control.distributions import ClippedNormal, Coins, DiscreteActions, IndependentActions, SquashedNormal
+from policygrad.control.spaces import describe, rebuild, units
 from policygrad.errors import UserError, one_line
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -24,9 +23,10 @@ class Policy(nn.Module):
     """obs [B, T, ...] -> the distribution of the action, of batch_shape [B, T].
 
     observation_space: Box of any rank (flattened) or Discrete (one-hot). action_space: Discrete, MultiDiscrete,
-    MultiBinary, or Box with a diagonal Gaussian. `squash` maps the Gaussian onto the bounds by tanh; without it the
-    action is clipped at them on the way to the environment, and its log-probability is that of the unclipped action.
-    The standard deviation is a parameter, or a function of the observation with `state_dependent_std`. `orthogonal`:
+    MultiBinary, or Box with a diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units). `squash`
+    maps the Gaussian onto the bounds by tanh; without it the action is clipped at them on the way to the environment,
+    and its log-probability is that of the unclipped action. The standard deviation is a parameter, or a function of the
+    observation with `state_dependent_std`; at first its logarithm is initial_log_std, from -20 to 10. `orthogonal`:
     orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises UserError for any other space.
     """
 
@@ -78,7 +78,16 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """obs [B, T, ...] -> V(s), [B, T]. The arguments are Policy's; the last layer has gain 1."""
+    """obs [B, T, ...] -> V(s) = mean + scale network(s), [B, T]. The arguments are Policy's; V is 0 at first.
+
+    Mean and scale follow those of the targets, so that the network learns the same numbers in any unit of reward
+    (PopArt, van Hasselt et al. 2016, arXiv 1602.07714).
+    """
+
+    mean: Tensor
+    square: Tensor
+    scale: Tensor
+    rescaled: Tensor
 
     def __init__(
         self,
@@ -90,10 +99,36 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.encode = encoder(observation_space)
-        self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=1.0 if orthogonal else None)
+        self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=0.0 if orthogonal else None)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("square", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("rescaled", torch.zeros((), dtype=torch.long))  # how often
+        with torch.no_grad():
+            for p in self.network[-1].parameters():
+                p.zero_()  # before the first targets, no number has the right unit
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.network(self.encode(obs)).squeeze(-1)
+        return self.mean + self.scale * self.network(self.encode(obs)).squeeze(-1)
+
+    @torch.no_grad()
+    def rescale(self, mean: Tensor, square: Tensor) -> None:
+        """Follow the mean and the mean square of new targets, and keep every V(s) as it is.
+
+        Both are averages over the first ten calls, and moving averages after that. The scale is the standard deviation,
+        and at least a hundredth of the root mean square. Targets of only 0 say nothing.
+        """
+        if not 0 < square < math.inf:
+            return
+        self.rescaled += 1
+        rate = (1 / self.rescaled).clamp(min=0.1)
+        shift, scale = self.mean.clone(), self.scale.clone()
+        self.mean.lerp_(mean, rate)
+        self.square.lerp_(square, rate)
+        self.scale.copy_((self.square - self.mean**2).clamp(min=1e-4 * self.square).sqrt())
+        last = self.network[-1]
+        last.weight.mul_(scale / self.scale)
+        last.bias.mul_(scale).add_(shift - self.mean).div_(self.scale)
 
 
 def perceptron(sizes: Sequence[int], activation: str, last_gain: float | None) -> nn.Sequential:
@@ -197,43 +232,48 @@ class BernoulliHead(nn.Module):
 
 
 class NormalHead(nn.Module):
-    """Box: a diagonal Gaussian, clipped at the bounds on the way to the environment, or squashed onto them."""
+    """Box: a diagonal Gaussian, clipped at the bounds on the way to the environment, or squashed onto them.
+
+    A standard deviation that the network computes stays within a factor of e^10 of the initial one.
+    """
 
     half_width: Tensor
 
     def __init__(self, space: spaces.Box, squash: bool, state_dependent_std: bool, initial_log_std: float) -> None:
         super().__init__()
-        low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (space.low, space.high))
+        if not -20 <= initial_log_std <= 10:
+            raise UserError(f"initial_log_std is {initial_log_std}: it must be between -20 and 10")
+        self.space, self.squash, self.units = space, squash, units(space)
         if squash:
-            _check_bounds(low, high)
-        self.space, self.squash = space, squash
+            _check_bounds(space)
         dimensions = math.prod(space.shape)
         self.size = 2 * dimensions if state_dependent_std else dimensions
         self.initial_log_std = initial_log_std
         self.log_std = None if state_dependent_std else nn.Parameter(torch.full((dimensions,), initial_log_std))
-        half_width = torch.as_tensor((high - low) / 2, dtype=torch.get_default_dtype())
+        half_width = torch.as_tensor(self.units.half_width, dtype=torch.get_default_dtype())
         self.register_buffer("half_width", half_width, persistent=False)
 
     def forward(self, features: Tensor) -> Distribution:
         if self.log_std is None:
             mean, log_std = features.chunk(2, -1)
-            log_std = (log_std + self.initial_log_std).clamp(-20, 2)
+            log_std = self.initial_log_std + log_std.clamp(-10, 10)
         else:
             mean, log_std = features, self.log_std.expand_as(features)
         if self.squash:
             return SquashedNormal(self.space, mean, log_std.exp(), self.half_width)
-        return IndependentActions(self.space, Normal(mean, log_std.exp(), validate_args=False))
+        return ClippedNormal(self.space, Normal(mean, log_std.exp(), validate_args=False), self.units)
 
 
-def _check_bounds(low: np.ndarray, high: np.ndarray) -> None:
+def _check_bounds(space: spaces.Box) -> None:
     """Raise UserError where tanh has no interval to squash onto."""
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise UserError("squash needs finite bounds, and the action space is a Box without them: leave squash off")
-    if (low >= high).any():
+    single = space.low.reshape(-1)[space.low.reshape(-1) >= space.high.reshape(-1)]
+    if single.size:
         raise UserError(
             f"squash needs low < high in every dimension, and the action space has low = high = "
-            f"{low[low >= high][0]:g}: leave squash off, or remove that dimension from the action space"
+            f"{single[0]:g}: leave squash off, or remove that dimension from the action space"
         )
+    if not units(space).bounded.all():
+        raise UserError("squash needs finite bounds, and the action space is a Box without them: leave squash off")
 
 
 def head(

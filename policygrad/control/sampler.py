@@ -1,27 +1,33 @@
 """Sampling a Gymnasium vector environment: (policy) -> Rollout."""
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from policygrad.control.checks import checked_distribution
+from policygrad.control.distributions import ClippedNormal, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
-from policygrad.control.spaces import to_environment
+from policygrad.control.spaces import to_environment, units
 from policygrad.control.stepping import Stepping
 from policygrad.errors import UserError
 from policygrad.rollout import Rollout
+
+CAPACITY = 128  # steps that rows of whole episodes have room for at first
 
 
 class Sampler:
     """Steps a vector environment and returns its experience as rows of `steps` steps, one row per environment.
 
-    With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`. Otherwise
-    episodes continue from one rollout to the next, and a row goes on with the next episode. The step on which an
+    With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`; the rows are
+    as long as the longest of them, with its final observation if there is room. Otherwise episodes continue from one rollout to the next, and a row goes on with the next episode. The step on which an
     environment resets is no decision: it is masked, it cuts every trace (`ended`), and no statistic counts it.
 
     groups: None makes every row its own group, "all" puts all rows in one, and k (with whole_episodes) makes groups of
@@ -30,7 +36,7 @@ class Sampler:
 
     Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled, and the numbers
     in their infos; reward_per_step of this rollout, unscaled; where groups have several rows, group_std and flat_groups
-    of the rows' total rewards. Raises UserError if the environment raises or returns an invalid value, if the policy
+    of the rows' total rewards; for a Box, see action_metrics. Raises UserError if the environment raises or returns an invalid value, if the policy
     returns no distribution of actions, if one or its log-probability is not finite, and if the policy has memory.
     """
 
@@ -71,7 +77,9 @@ class Sampler:
         policy.eval()
         stepping = self.stepping
         stepping.reward_sum, stepping.reward_count = 0.0, 0
-        columns = _Columns(stepping.environments.num_envs, self.length)
+        columns = _Columns(
+            stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
+        )
         if stepping.obs is None or self.whole_episodes:
             stepping.reset()
         for t in range(self.length):
@@ -94,6 +102,8 @@ class Sampler:
         stepping.steps += int(found["mask"].sum())
         group = torch.arange(len(final_obs), device=self.device) // self.group_size
         metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size)
+        space = stepping.environments.single_action_space
+        metrics |= action_metrics(policy(found["obs"][:, :1]), found["action"][found["mask"]], space)
         return Rollout(**found, group=group, final_obs=final_obs, memoryless=True, metrics=metrics)
 
     @torch.no_grad()
@@ -154,17 +164,22 @@ class Sampler:
 
 
 class _Columns:
-    """The columns [B, T, ...] of a rollout, allocated at the first step and filled in place.
+    """The columns [B, T, ...] of a rollout, filled in place, T the steps that were written.
 
-    What comes as a tensor stays on its device. What comes as an array is kept on the host, and moved once per rollout.
+    They begin with room for `capacity` steps, and have twice as much whenever that is full, up to `length`. What comes
+    as a tensor stays on its device. What comes as an array is kept on the host, and moved once per rollout.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
-        self.shape = (rows, length)
+    def __init__(self, rows: int, length: int, capacity: int) -> None:
+        self.rows, self.length, self.capacity, self.written = rows, length, min(capacity, length), 0
         self.columns: dict[str, Any] = {}
 
     def write(self, t: int, **values: Tensor | np.ndarray | None) -> None:
-        """Store values [B, ...] at step t."""
+        """Store values [B, ...] at step t, the next one."""
+        if t == self.capacity:
+            self.capacity = min(2 * self.capacity, self.length)
+            self.columns = {name: self._allocated(x[:, 0], x) for name, x in self.columns.items()}
+        self.written = t + 1
         for name, x in values.items():
             if x is not None:
                 if name not in self.columns:
@@ -173,13 +188,16 @@ class _Columns:
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The columns on the device."""
-        return {name: torch.as_tensor(x).to(device) for name, x in self.columns.items()}
+        return {name: torch.as_tensor(x[:, : self.written]).to(device) for name, x in self.columns.items()}
 
-    def _allocated(self, x: Tensor | np.ndarray) -> Any:
-        like = torch.as_tensor(x)
-        dtype = torch.get_default_dtype() if like.dtype == torch.float64 else like.dtype
-        column = torch.zeros((*self.shape, *x.shape[1:]), dtype=dtype, device=like.device)
-        return column if isinstance(x, Tensor) else column.numpy()
+    def _allocated(self, like: Tensor | np.ndarray, begun: Any = None) -> Any:
+        """A column of zeros for values like these [B, ...], which begins with another column."""
+        kind = torch.as_tensor(like)
+        dtype = torch.get_default_dtype() if kind.dtype == torch.float64 else kind.dtype
+        column = torch.zeros((self.rows, self.capacity, *like.shape[1:]), dtype=dtype, device=kind.device)
+        if begun is not None:
+            column[:, : begun.shape[1]] = torch.as_tensor(begun)
+        return column if isinstance(like, Tensor) else column.numpy()
 
 
 def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -223,6 +241,30 @@ def _group_metrics(score: Tensor, size: int) -> dict[str, float]:
     rows = score.double().cpu().numpy().reshape(-1, size)
     std = (rows - rows[:, :1]).std(1, ddof=1)  # exactly 0 where all are equal
     return {"group_std": float(std.mean()), "flat_groups": float((std == 0).mean())}
+
+
+def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> dict[str, float]:
+    """How widely a policy explores a Box, by a distribution of its own and its actions [N, ...].
+
+    action_std: the mean standard deviation of a Gaussian, in units where the bounds are -1 and 1. bound_fraction: the
+    share of the numbers that reached the environment at a bound, or within a thousandth of the range of one; not of
+    integers, of which few may lie between.
+    """
+    if not isinstance(space, spaces.Box):
+        return {}
+    unit, metrics = units(space), {}
+    inner = distribution.normal if isinstance(distribution, SquashedNormal) else distribution
+    inner = inner.base_dist if isinstance(inner, Independent) else inner
+    if isinstance(inner, Normal):
+        own = isinstance(distribution, ClippedNormal | SquashedNormal)  # already in these units
+        width = np.ones_like(unit.half_width) if own else unit.half_width
+        std = inner.stddev.double().cpu().numpy().reshape(-1, len(width))
+        metrics["action_std"] = float((std[:, width > 0] / width[width > 0]).mean())
+    if space.dtype.kind == "f" and unit.bounded.any() and len(action):
+        send = getattr(distribution, "to_environment", partial(to_environment, space=space))
+        u = (send(action).reshape(len(action), -1) - unit.center)[:, unit.bounded] / unit.half_width[unit.bounded]
+        metrics["bound_fraction"] = float((np.abs(u) >= 0.999).mean())
+    return metrics
 
 
 def _not_finite(name: str) -> UserError:

@@ -1,6 +1,6 @@
 """Gymnasium spaces: as JSON and back, and the action that a space's environment receives."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -63,6 +63,34 @@ def to_environment(action: Tensor, space: spaces.Space) -> np.ndarray:
     raise UserError(
         f"a {type(space).__name__} action space is not supported: wrap the environment so that it has a Box"
     )
+
+
+class Units(NamedTuple):
+    """The units of a Box, [D]: its number is center + half_width u, and where both bounds are real u is in [-1, 1]."""
+
+    center: np.ndarray
+    half_width: np.ndarray
+    bounded: np.ndarray  # whether both bounds are real and differ
+
+
+def units(space: spaces.Box) -> Units:
+    """The units in which a policy that knows nothing else acts in a Box.
+
+    One real bound is at u = -1 or 1 of half-width 1, none at all leaves the numbers as they are. A bound at the end of
+    its type's range, or from 1e30 on, stands for none; the ends of 8 and 16 bits are real.
+    """
+    low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (space.low, space.high))
+    largest = np.inf
+    if space.dtype.kind == "f":
+        largest = min(1e30, float(np.finfo(space.dtype).max))
+    elif space.dtype.itemsize > 2:
+        largest = float(np.iinfo(space.dtype).max)
+    has_low, has_high = np.abs(low) < largest, np.abs(high) < largest
+    both = has_low & has_high
+    with np.errstate(invalid="ignore", over="ignore"):
+        half_width = np.where(both, (high - low) / 2, 1.0)
+        center = np.select([both, has_low, has_high], [low + half_width, low + 1, high - 1], 0.0)
+    return Units(center, half_width, both & (half_width > 0))
 
 
 def in_box(numbers: np.ndarray, space: spaces.Box) -> np.ndarray:

@@ -17,7 +17,7 @@ from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, read_tensors, write_bytes, write_json
 
-FORMAT = 1
+FORMAT = 2  # 2: actions in the units of their bounds; critics with a scale
 ENDINGS = {"unfinished": "has not ended", "ended": "ended", "stopped": "was stopped", "failed": "failed"}
 
 

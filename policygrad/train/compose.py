@@ -122,6 +122,11 @@ def compose(
     fit: Fit = no_fit
     if has_critic(options) and getattr(objective, "critic", None) is None:
         assert critic is not None
+        if {p for p in critic.parameters() if p.requires_grad} & set(policy.parameters()):
+            raise UserError(
+                f"critic and policy share parameters, and {options.method} fits its critic alone, which would move the "
+                "policy: give the critic a network of its own, or use ppo or actor_critic"
+            )
         optimizers.append(_adam(options, [(critic, critic_rate(options))]))
         fit = partial(
             fit_critic, critic=critic, optimizer=optimizers[-1], epochs=options.critic_epochs,
@@ -132,7 +137,7 @@ def compose(
         credit_of(options, policy, critic),
         objective,
         update,
-        loop_of(options, fit, diagnosis(options, objective, due)),
+        loop_of(options, fit, diagnosis(options, objective, due), getattr(sample, "length", None)),
         optimizers,
         coefficients,
     )
@@ -262,10 +267,17 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
     return ascend(optimizer, max_grad_norm=options.max_grad_norm, micro_batch=options.micro_batch), [optimizer]
 
 
-def loop_of(options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics]) -> Callable[..., Iterator[Any]]:
-    """The method's loop, a partial that still takes sample, credit, objective and update."""
+def loop_of(
+    options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics], limit: int | None = None
+) -> Callable[..., Iterator[Any]]:
+    """The method's loop, a partial that still takes sample, credit, objective and update.
+
+    limit: the most decisions that a row may have, if the sampler's rows can be shorter.
+    """
     named = METHODS[options.method].objective
-    loop = partial(LOOPS[named], weights=WEIGHTS[options.weights], fit=fit, diagnose=diagnose)
+    average = WEIGHTS[options.weights]
+    average = partial(average, limit=limit) if options.weights == "budget" else average
+    loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
     return partial(

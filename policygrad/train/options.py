@@ -36,7 +36,7 @@ class Bound(NamedTuple):
 
 
 POSITIVE = Bound(lambda x: x > 0, "more than 0")
-FINITE = Bound(lambda x: math.isfinite(x), "a finite number")
+LOG_STD = Bound(lambda x: -20 <= x <= 10, "between -20 and 10")
 RATE = Bound(lambda x: 0 < x < math.inf, "more than 0 and finite")
 NOT_NEGATIVE = Bound(lambda x: 0 <= x < math.inf, "0 or more and finite")
 COUNT = Bound(lambda x: x >= 1, "at least 1")
@@ -117,7 +117,9 @@ class Options:
     squash: bool = option(False, "Squash Box actions into their bounds with tanh; else clip them.", **CONTROL)
     state_dependent_std: bool = option(False,
         "Compute the Gaussian's standard deviation by the network; else it is a parameter.", **CONTROL)
-    initial_log_std: float = option(0.0, "Initial log standard deviation of the Gaussian.", FINITE, **CONTROL)
+    initial_log_std: float = option(0.0,
+        "Initial log standard deviation of the Gaussian, in units where the bounds of the actions are -1 and 1.",
+        LOG_STD, **CONTROL)
 
     # What is sampled: completions
     model: str | None = option(None,
@@ -230,7 +232,7 @@ class Options:
         "Coefficient of the critic's squared error in the objective.",
         NOT_NEGATIVE, objective=("actor_critic", "ppo"), credit=BOOTSTRAPPED)
     value_clip: float = option(math.inf,
-        "Clip the change of the critic's value to this; inf: no clipping.",
+        "Clip the change of the critic's value to this, in the critic's unit of value; inf: no clipping.",
         POSITIVE, objective=("ppo",), credit=BOOTSTRAPPED)
     ratio: Literal["token", "sequence"] = option("token",
         "Ratio of the new policy to the old, by token or by whole sequence.", objective=("grpo", "surrogate"))
@@ -274,7 +276,9 @@ class Options:
     micro_batch: int | None = option(None,
         "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
         COUNT, **ASCEND)
-    max_grad_norm: float = option(math.inf, "Gradient clipping: maximum norm of the gradient.", POSITIVE, **ASCEND)
+    max_grad_norm: float = option(math.inf,
+        "Gradient clipping: maximum norm of the gradient, of policy and critic apart if they share no parameter.",
+        POSITIVE, **ASCEND)
     delta: float = option(0.01,
         "Radius of the trust region: the KL(old, new) of a step.", RATE, **NATURAL, step_rule=("kl_radius",))
     damping: float = option(0.1, "Added to the diagonal of the Fisher matrix.", NOT_NEGATIVE, **NATURAL)

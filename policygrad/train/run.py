@@ -15,6 +15,7 @@ from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
 from policygrad.train.checkpoints import Stage
 from policygrad.train.directories import claim
+from policygrad.train.generators import Generators
 from policygrad.train.methods import METHODS
 from policygrad.train.names import check_trusted, outside
 from policygrad.train.options import OptionError, check_bounds, options_of, with_values
@@ -75,7 +76,7 @@ class Run:
         if not 0 <= seed < 2**63:
             raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
         elsewhere: Any = {} if environment is None else {"environment": environment}
-        with arithmetic(self.world, self.options.threads):
+        with Generators(seed).inside(), arithmetic(self.world, self.options.threads):
             return self.world.evaluate(count, seed=seed, greedy=greedy, **elsewhere)
 
     def save(self, directory: Path | str) -> None:

@@ -24,6 +24,7 @@ from policygrad.train import presets
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.compose import compose
 from policygrad.train.directories import check_empty, claim, release
+from policygrad.train.generators import Generators
 from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
 from policygrad.train.names import absolute, located
@@ -59,7 +60,8 @@ class Training:
     (see policygrad.train.options); they override the preset.
 
     The seed determines all random numbers: the same seed gives the same parameters, bit for bit, on the same machine
-    with the same number of threads. torch's global generator is left unchanged.
+    with the same number of threads, also those from the global generators of torch, NumPy and Python, which are left
+    unchanged. (Worker processes of async environments have global generators of their own.)
 
     Raises UserError for every error that the caller can fix, and if training produces NaN or infinity.
     """
@@ -104,7 +106,7 @@ class Training:
         self.options = options = self.world.options
         self.run = Run(name, options, self.preset, self.world, directory)
         self.iteration, self.next_row, self.done = 0, 0.0, False
-        self.random = _own_random(options.seed)
+        self.random = Generators(options.seed, options.device)
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         made: list[Path] | None = None
         try:
@@ -178,7 +180,7 @@ class Training:
             "next_row": self.next_row,
             "done": self.done,
             "clock": self.clock,
-            "random": dict(self.random),
+            "random": self.random.state_dict(),
             "modules": self.world.modules().state_dict(),
             "optimizers": [x.state_dict() for x in self.learner.optimizers],
             "coefficients": {name: x.state_dict() for name, x in self.learner.coefficients.items()},
@@ -189,7 +191,7 @@ class Training:
         """Restore the state_dict of a run with the same options."""
         for name in ("iteration", "next_row", "done", "clock"):
             setattr(self, name, state[name])
-        self.random = dict(state["random"])
+        self.random.load_state_dict(state["random"])
         self.world.modules().load_state_dict(state["modules"])
         for optimizer, saved in zip(self.learner.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -266,19 +268,8 @@ class Training:
     @contextmanager
     def _inside(self) -> Iterator[None]:
         """Use the run's own random state, precision and threads; restore the caller's afterwards."""
-        cuda = self.options.device.startswith("cuda")
-        with torch.random.fork_rng([self.options.device] if cuda else []), arithmetic(self.world, self.options.threads):
-            torch.set_rng_state(self.random["cpu"])
-            if cuda and "cuda" in self.random:
-                torch.cuda.set_rng_state(self.random["cuda"], self.options.device)
-            elif cuda:
-                torch.cuda.manual_seed(self.options.seed)
-            try:
-                yield
-            finally:
-                self.random["cpu"] = torch.get_rng_state()
-                if cuda:
-                    self.random["cuda"] = torch.cuda.get_rng_state(self.options.device)
+        with self.random.inside(), arithmetic(self.world, self.options.threads):
+            yield
 
 
 def train(method: str, task: Any = None, *, progress: bool = True, **arguments: Unpack[Arguments]) -> Run:
@@ -434,11 +425,6 @@ def _next(iterations: Iterator[Any], iteration: int) -> Any:
             raise
         at = f"training stopped in iteration {iteration}"
         raise UserError(f"{at}: a probability turned NaN ({one_line(error, 80)})") from error
-
-
-def _own_random(seed: int) -> dict[str, Tensor]:
-    """The state of torch's generator after seeding, without changing the global one."""
-    return {"cpu": torch.Generator().manual_seed(seed).get_state()}
 
 
 def _check_count(task: Any, values: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def _grouped(o: Any, returns: Tensor) -> Tensor:
         raise NoClosedForm
     centered = returns - (total / n if o.group_baseline == "mean" else (total - returns) / (n - 1))
     spread = (returns - total / n).square().sum(1, keepdim=True).div(n - 1).sqrt()
-    return centered / (spread + 1e-4) if o.group_scale == "std" else centered
+    return (centered / spread).where(spread > 1e-12, 0.0) if o.group_scale == "std" else centered
 
 
 def _baseline(o: Any, returns: Tensor, mask: Tensor, value: Tensor, together: bool) -> Tensor:

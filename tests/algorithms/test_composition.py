@@ -93,11 +93,11 @@ def defined(name: str, policy: OnPrefixes, critic: OnPrefixes) -> Tensor:
 
 
 def by_group(policy: OnPrefixes) -> Tensor:
-    """sum over groups of P(group) sum_i (R_i - mean) / (std + 1e-4) grad log P(y_i|x) / SIZE."""
+    """sum over groups of P(group) sum_i (R_i - mean) / std grad log P(y_i|x) / SIZE."""
     total = torch.zeros(())
     for share, rollout in every_group(policy, SIZE["group"]):
         score = rollout.reward.sum(1)
-        advantage = (score - score.mean()) / (score.std() + 1e-4)
+        advantage = ((score - score.mean()) / score.std()).where(score.std() > 1e-12, 0.0)
         total = total + share * (advantage * log_p(policy, rollout)).mean()
     return gradient(total, policy)
 

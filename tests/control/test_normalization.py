@@ -71,3 +71,36 @@ def test_a_return_starts_anew_after_an_end() -> None:
     scaler(np.array([4.0, 4.0]), np.array([True, False]), on)
     scaler(np.array([1.0, 1.0]), np.array([False, False]), on)
     assert scaler.returns.tolist() == [1, 3]
+
+
+SCALES = [2.0**-30, 2.0**30]
+
+
+@pytest.mark.parametrize("c", SCALES)
+def test_the_unit_of_observations_and_rewards_makes_no_difference(c: float) -> None:
+    generator = np.random.default_rng(0)
+    for offset in (0.0, 5.0):
+        plain, other = ObservationNormalizer((3,)), ObservationNormalizer((3,))
+        rewards, scaled = RewardScaler(4, 0.9), RewardScaler(4, 0.9)
+        for _ in range(20):
+            x, on = offset + generator.normal(size=(4, 3)), generator.random(4) < 0.8
+            np.testing.assert_array_equal(other(c * x, on), plain(x, on))
+            np.testing.assert_array_equal(scaled(c * x[:, 0], ~on, on), rewards(x[:, 0], ~on, on))
+
+
+@pytest.mark.parametrize("x", [0.0, 0.1, 1e-7, 123456.7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
+def test_what_does_not_vary_is_0_and_not_its_rounding(x: float, dtype: type) -> None:
+    normalizer, scaler = ObservationNormalizer((1,)), RewardScaler(7, 0.0)
+    on = np.ones(7, bool)
+    for _ in range(50):
+        assert not normalizer(np.full((7, 1), x).astype(dtype), on).any()
+        assert not scaler(np.full(7, x), on, on).any()
+    assert normalizer.statistics.var == scaler.statistics.var == 0
+
+
+def test_small_integers_do_not_wrap_around() -> None:
+    x = np.array([[200], [3], [255], [0]], np.uint8)
+    statistics = RunningStatistics((1,))
+    statistics.update(x)
+    np.testing.assert_allclose([statistics.mean.item(), statistics.var.item()], [x.mean(), x.var()])

@@ -331,7 +331,7 @@ def test_the_activation_stands_between_the_layers(activation: str) -> None:
 def test_orthogonal_layers_have_the_gains_of_the_field(float64: None) -> None:
     for module, last in (
         (Policy(OBSERVATIONS, spaces.Discrete(3), hidden=(8, 8)), 0.01),
-        (Critic(OBSERVATIONS, hidden=(8, 8)), 1.0),
+        (Critic(OBSERVATIONS, hidden=(8, 8)), 0.0),
     ):
         *first, end = [x.weight for x in module.network if isinstance(x, nn.Linear)]
         for weight, gain in (*((w, 2**0.5) for w in first), (end, last)):
@@ -342,12 +342,96 @@ def test_orthogonal_layers_have_the_gains_of_the_field(float64: None) -> None:
 
 def test_without_orthogonal_the_layers_are_torchs_own() -> None:
     torch.manual_seed(3)
-    module = Critic(OBSERVATIONS, hidden=(4,), orthogonal=False)
+    module = Policy(OBSERVATIONS, spaces.Discrete(2), hidden=(4,), orthogonal=False)
     torch.manual_seed(3)
-    expected = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    expected = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected.parameters(), strict=True))
 
 
 def test_the_first_policy_is_nearly_uniform() -> None:
     p = Policy(OBSERVATIONS, spaces.Discrete(4))(torch.randn(100, 1, 3))
     torch.testing.assert_close(p.probs, torch.full((100, 1, 4), 0.25), rtol=0, atol=0.02)
+
+
+# Units
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1000.0), (-2.0, 2.0), (99.0, 101.0), (-1e-6, 1e-6), (-1e6, 0.0)])
+def test_a_gaussian_explores_the_same_share_of_any_range(low: float, high: float) -> None:
+    space = spaces.Box(low, high, (1,), np.float64)
+    for log_std in (0.0, -2.0):
+        distribution: Any = Policy(OBSERVATIONS, space, initial_log_std=log_std)(torch.zeros(1, 1, 3))
+        u = torch.tensor([[-1.0], [-0.5], [0.0], [0.5], [1.0], [7.0]])
+        share = (distribution.to_environment(u) - low) / (high - low)
+        np.testing.assert_allclose(share[:, 0], [0, 0.25, 0.5, 0.75, 1, 1], atol=1e-9)
+        assert distribution.stddev.item() == pytest.approx(np.exp(log_std))
+
+
+def test_between_minus_1_and_1_the_action_is_the_gaussians_own_bit_for_bit() -> None:
+    policy = Policy(OBSERVATIONS, spaces.Box(-1, 1, (2,), np.float32))
+    distribution: Any = policy(torch.randn(50, 1, 3))
+    u = distribution.sample()[:, 0]
+    np.testing.assert_array_equal(distribution.to_environment(u), u.clamp(-1, 1).numpy())
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("log_std", [-20.0, -3.0, 3.0, 10.0])
+def test_the_initial_standard_deviation_is_effective_and_can_be_learned(log_std: float, squash: bool) -> None:
+    for state_dependent in (False, True):
+        options: dict[str, Any] = {"squash": squash, "state_dependent_std": state_dependent}
+        policy = Policy(OBSERVATIONS, BOX, hidden=(4,), initial_log_std=log_std, **options)
+        distribution: Any = policy(torch.randn(5, 1, 3))
+        base = distribution.normal if squash else distribution
+        torch.testing.assert_close(base.stddev.log(), torch.full((5, 1, 2), log_std), atol=0.1, rtol=0)
+        base.entropy().sum().backward()
+        last: Any = policy.network[-1].bias
+        slope = last.grad[2:] if state_dependent else policy.head.log_std.grad
+        torch.testing.assert_close(slope, torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("log_std", [-20.1, 10.1, np.nan, np.inf])
+def test_a_standard_deviation_beyond_its_bounds_is_refused(log_std: float) -> None:
+    with pytest.raises(UserError, match="initial_log_std is .* between -20 and 10"):
+        Policy(OBSERVATIONS, BOX, initial_log_std=log_std)
+
+
+def test_squashing_onto_bounds_that_no_number_reaches_is_refused() -> None:
+    with pytest.raises(UserError, match="squash needs finite bounds"):
+        Policy(OBSERVATIONS, spaces.Box(-3.4e38, 3.4e38, (2,), np.float32), squash=True)
+
+
+def rescaled(critic: Critic, *targets: Tensor) -> Critic:
+    for target in targets:
+        critic.rescale(target.mean(), target.square().mean())
+    return critic
+
+
+def test_a_critic_follows_mean_and_spread_of_its_targets_and_keeps_its_values(float64: None) -> None:
+    critic, obs = Critic(OBSERVATIONS, hidden=(8,)), torch.randn(5, 2, 3)
+    assert critic(obs).eq(0).all()
+    nn.init.normal_(critic.network[-1].weight)  # type: ignore[arg-type]
+    value = critic(obs)
+    for k in range(30):
+        rescaled(critic, 100 * k + 5 * torch.randn(1000))
+        torch.testing.assert_close(critic(obs), value)
+    rescaled(critic, *[700 + 5 * torch.randn(1000) for _ in range(200)])
+    torch.testing.assert_close(critic(obs), value)
+    assert critic.mean.item() == pytest.approx(700, abs=1)
+    assert critic.scale.item() == pytest.approx(7, abs=0.5), "no less than a hundredth of the root mean square"
+
+
+def test_the_first_targets_set_the_scale_and_targets_of_nothing_say_nothing(float64: None) -> None:
+    critic = rescaled(Critic(OBSERVATIONS), torch.zeros(3), torch.tensor([torch.inf, 1.0]), torch.tensor([torch.nan]))
+    assert (critic.mean.item(), critic.scale.item()) == (0, 1)
+    rescaled(critic, torch.tensor([1e-9, 3e-9]))
+    assert (critic.mean.item(), critic.scale.item()) == (pytest.approx(2e-9), pytest.approx(1e-9))
+
+
+def test_the_scale_of_a_critic_is_part_of_its_state() -> None:
+    critic, obs = rescaled(Critic(OBSERVATIONS), torch.randn(9) + 50), torch.randn(5, 2, 3)
+    nn.init.normal_(critic.network[-1].weight)  # type: ignore[arg-type]
+    again = Critic(OBSERVATIONS)
+    again.load_state_dict(critic.state_dict())
+    assert torch.equal(again(obs), critic(obs))
+    more = torch.randn(9)
+    assert torch.equal(rescaled(again, more).scale, rescaled(critic, more).scale)

@@ -194,7 +194,7 @@ def test_a_truncated_row_is_its_two_episodes_estimated_apart(float64: None) -> N
 def test_whole_episodes_are_one_to_a_row_and_masked_after_their_end() -> None:
     sampler, sample = sampled(vector(lambda: Counting((2,)), lambda: Counting((4,))), 9, whole_episodes=True)
     rollout = sample()
-    assert rollout.mask.int().tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]]
+    assert rollout.mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
     assert rollout.reward.sum(1).tolist() == [3, 10]
     assert rollout.obs[:, 0].tolist() == [[0, 0], [0, 0]]
     assert (rollout.ended & rollout.mask).sum(1).tolist() == [1, 1]
@@ -227,8 +227,8 @@ def test_whole_episodes_stop_stepping_once_all_have_ended() -> None:
     _, sample = sampled(environments, 1000, whole_episodes=True)
     rollout = sample()
     assert environments.steps == 4
-    assert rollout.obs.shape == (2, 1000, 2), "the shapes are fixed all the same"
-    assert rollout.action.shape == rollout.logp.shape == (2, 1000)
+    assert rollout.obs.shape == (2, 5, 2), "the longest episode and its final observation"
+    assert rollout.action.shape == rollout.logp.shape == (2, 5)
 
 
 def test_returns_are_reported_unscaled() -> None:
@@ -611,3 +611,59 @@ def test_a_policy_that_returns_no_distribution_of_actions_is_named(output: Any, 
     with pytest.raises(UserError, match=said) as raised:
         Sampler(vector(limited(Known, 8)), 4)(Own())
     assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("longest", [1, 127, 128, 129, 300])
+def test_rows_of_whole_episodes_grow_as_the_episodes_do(longest: int, mode: AutoresetMode) -> None:
+    """A limit of 10^12 steps takes no memory; and the rows are those of any other limit."""
+    rollouts = []
+    for limit in (10**12, longest + 1, 5000):
+        torch.manual_seed(0)
+        environments = vector(lambda: Counting((longest,)), lambda: Counting((2,)), mode=mode)
+        rollouts.append(sampled(environments, limit, whole_episodes=True)[1]())
+    assert rollouts[0].mask.shape == (2, max(longest, 2) + 1)
+    assert rollouts[0].mask.sum(1).tolist() == [longest, 2]
+    assert rollouts[0].obs[0, :, 1].tolist()[: longest + 1] == list(range(longest + 1))
+    assert torch.equal(rollouts[0].reward[0, :longest], torch.arange(1.0, longest + 1))
+    for other in rollouts[1:]:
+        for name in COLUMNS:
+            assert torch.equal(getattr(rollouts[0], name)[:, : longest + 1], getattr(other, name)[:, : longest + 1])
+
+
+class Fixed(nn.Module):
+    """A policy with a distribution of one's own."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, obs: Tensor) -> Any:
+        return self.make(torch.zeros(*obs.shape[:2], 2))
+
+
+def test_how_widely_a_policy_explores_is_in_units_of_the_range() -> None:
+    space = spaces.Box(np.array([0.0, -3.0], np.float32), np.array([1000.0, 5.0], np.float32))
+    sample = Sampler(vector(lambda: Known(space)), 400)
+    own = Policy(spaces.Box(-np.inf, np.inf, (3,)), space, initial_log_std=-1.5)
+    assert sample(own).metrics["action_std"] == pytest.approx(np.exp(-1.5))
+    user = Fixed(lambda x: Independent(Normal(x + torch.tensor([500.0, 1.0]), torch.tensor([250.0, 1.0])), 1))
+    metrics = sample(user).metrics
+    assert metrics["action_std"] == pytest.approx((0.5 + 0.25) / 2)
+    assert metrics["bound_fraction"] == pytest.approx(0.0455 / 2, abs=0.02), "two deviations in one of two dimensions"
+    wide = sample(Policy(spaces.Box(-np.inf, np.inf, (3,)), space, initial_log_std=5.0)).metrics
+    assert wide["bound_fraction"] > 0.98
+    squashed = sample(Policy(spaces.Box(-np.inf, np.inf, (3,)), space, squash=True, initial_log_std=5.0)).metrics
+    assert squashed["bound_fraction"] > 0.9
+    assert squashed["action_std"] == pytest.approx(np.exp(5))
+
+
+def test_where_there_is_no_range_there_is_no_share_at_its_bounds() -> None:
+    for space, known in (
+        (spaces.Box(-np.inf, np.inf, (2,), np.float32), {"action_std"}),
+        (spaces.Box(0, 1, (2,), np.int64), {"action_std"}),
+        (spaces.MultiBinary(2), set()),
+    ):
+        sample = Sampler(vector(lambda space=space: Known(space)), 3)
+        metrics = sample(Policy(spaces.Box(-np.inf, np.inf, (3,)), space)).metrics
+        assert metrics.keys() & {"action_std", "bound_fraction"} == known

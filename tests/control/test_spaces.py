@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from policygrad.control.spaces import describe, rebuild, to_environment
+from policygrad.control.spaces import describe, rebuild, to_environment, units
 from policygrad.errors import UserError, one_line
 
 SPACES = [
@@ -86,3 +86,40 @@ def test_actions_in_another_space_are_refused() -> None:
 def test_a_text_in_one_line() -> None:
     assert one_line("a\n b") == "a b"
     assert one_line(12 * "a", 10) == "aaaaaaa..."
+
+
+LOW, HIGH = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "center", "half_width", "bounded"),
+    [
+        (-1, 1, np.float32, 0, 1, True),
+        (-2, 2, np.float32, 0, 2, True),
+        (0, 1000, np.float32, 500, 500, True),
+        (-3, 5, np.float64, 1, 4, True),
+        (2, 2, np.float32, 2, 0, False),
+        (-np.inf, np.inf, np.float32, 0, 1, False),
+        (LOW, HIGH, np.float32, 0, 1, False),
+        (-3.4e38, 3.4e38, np.float32, 0, 1, False),
+        (-1e300, 1e300, np.float64, 0, 1, False),
+        (5, np.inf, np.float32, 6, 1, False),
+        (-3.4e38, -7, np.float32, -8, 1, False),
+        (0, 255, np.uint8, 127.5, 127.5, True),
+        (-128, 127, np.int8, -0.5, 127.5, True),
+        (-(2**31), 2**31 - 1, np.int32, 0, 1, False),
+        (0, 2**63 - 1, np.int64, 1, 1, False),
+        (-65504, 65504, np.float16, 0, 1, False),
+    ],
+)
+def test_the_bounds_are_at_1_and_a_bound_that_no_number_reaches_is_none(
+    low: float, high: float, dtype: Any, center: float, half_width: float, bounded: bool
+) -> None:
+    found = units(spaces.Box(low, high, (1,), dtype))
+    assert (found.center.item(), found.half_width.item(), found.bounded.item()) == (center, half_width, bounded)
+
+
+def test_each_dimension_has_units_of_its_own() -> None:
+    found = units(spaces.Box(np.array([[-1.0, 0.0], [-np.inf, 3.0]]), np.array([[1.0, 10.0], [np.inf, 3.0]])))
+    assert found.center.tolist() == [0, 5, 0, 3]
+    assert found.half_width.tolist() == [1, 5, 1, 0]

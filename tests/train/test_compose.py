@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from itertools import islice
 from typing import Any, get_args, get_type_hints
 
@@ -11,6 +12,9 @@ from conftest import Critic, Softmax
 from torch import nn
 
 import policygrad as pg
+from policygrad.advantages import gae
+from policygrad.credit import bootstrapped
+from policygrad.critics import fit_critic
 from policygrad.errors import UserError
 from policygrad.rollout import Rollout
 from policygrad.samplers import KLCharged, Rescored, WholeRows, WithoutFlatGroups
@@ -18,6 +22,7 @@ from policygrad.train import compose
 from policygrad.train.compose import Learner, assemble
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, Options, has_critic, options_of, validate, with_values
+from policygrad.updates import ascend, trust_region_step
 
 Sample = Callable[..., Rollout]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -156,3 +161,80 @@ def test_a_critics_rate_is_a_number_where_the_policy_has_none(method: str) -> No
     with pytest.raises(OptionError, match="critic_learning_rate is None") as raised:
         validate(with_values(defaults, {"critic_learning_rate": None}), defaults)
     assert raised.value.option == "critic_learning_rate"
+
+
+# Who learns
+
+
+class OnTrunk(nn.Module):
+    """A head on a trunk."""
+
+    def __init__(self, trunk: nn.Module, size: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(4, size)
+
+    def forward(self, obs: torch.Tensor) -> Any:
+        out = self.head(self.trunk(obs))
+        return out.squeeze(-1) if out.shape[-1] == 1 else torch.distributions.Categorical(logits=out)
+
+
+def on_one_trunk() -> tuple[nn.Module, nn.Module]:
+    trunk = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    return OnTrunk(trunk, 4), OnTrunk(trunk, 1)
+
+
+@pytest.mark.parametrize("method", ["trpo", "npg", "reinforce", "reinforce_plus_plus", "grpo"])
+def test_a_critic_on_the_policys_trunk_is_not_fitted_alone(method: str, sample: Sample) -> None:
+    policy, critic = on_one_trunk()
+    values = {"baseline": "value"} if method == "reinforce_plus_plus" else {"credit": "gae"} if method == "grpo" else {}
+    with pytest.raises(UserError, match=f"share parameters, and {method} fits its critic alone") as raised:
+        assemble(method, policy, lambda p: sample(p), critic=critic, **values)
+    assert len(str(raised.value)) <= 200
+    for p in policy.trunk.parameters():
+        p.requires_grad_(False)
+    next(iter(assemble(method, policy, lambda p: sample(p), critic=critic, **values)))
+
+
+@pytest.mark.parametrize("method", ["ppo", "actor_critic"])
+def test_a_critic_on_the_policys_trunk_learns_with_it(method: str, sample: Sample) -> None:
+    policy, critic = on_one_trunk()
+    rows = list(islice(assemble(method, policy, lambda p: sample(p), critic=critic), 2))
+    assert "critic_gradient_norm" not in rows[0]
+
+
+def test_a_loop_by_hand_finds_the_shared_trunk_in_its_first_iteration(sample: Sample) -> None:
+    policy, critic = on_one_trunk()
+    fit = partial(fit_critic, critic=critic, optimizer=torch.optim.Adam(critic.parameters(), fused=True))
+    credit = bootstrapped(critic, partial(gae, gamma=0.9, lam=0.9))
+    loops = {
+        "trpo": pg.trpo(sample, credit, pg.SurrogateObjective(policy), trust_region_step(), fit=fit),
+        "grpo": pg.grpo(
+            sample, credit, pg.GRPOObjective(policy), ascend(torch.optim.Adam(policy.parameters())), fit=fit
+        ),
+    }
+    for loop in loops.values():
+        with pytest.raises(UserError, match="fitting the critic moved the policy"):
+            next(iter(loop))
+
+
+def test_a_loop_by_hand_without_a_critic_in_its_optimizer_is_refused(sample: Sample) -> None:
+    policy, critic = Softmax(), Critic()
+    loop = pg.ppo(
+        sample,
+        bootstrapped(critic, partial(gae, gamma=0.9, lam=0.9)),
+        pg.PPOObjective(policy, critic),
+        ascend(torch.optim.Adam(policy.parameters())),
+    )
+    with pytest.raises(UserError, match="the optimizer lacks 'critic.net.weight'"):
+        next(iter(loop))
+
+
+def test_budget_weights_know_the_limit_of_a_sampler_of_whole_episodes() -> None:
+    class Limited:
+        length = 50
+
+        def __call__(self, policy: nn.Module) -> Rollout:
+            raise NotImplementedError
+
+    loop: Any = assemble("dr_grpo", Softmax(), Limited()).loop
+    assert loop.keywords["weights"](torch.ones(2, 4, dtype=torch.bool)).tolist() == [[0.01] * 4] * 2

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import policygrad as pg
 from policygrad.train.methods import METHODS
 from policygrad.train.options import EPISODIC, options_of
 from policygrad.train.run import Run
+from policygrad.train.worlds.control import ControlWorld
 
 ALWAYS = {"steps", "episodes", "return", "length", "entropy", "kl_old", "gradient_norm", "effective_sample_size"}
 ALWAYS |= {"seconds", "steps_per_second"}
@@ -97,3 +99,53 @@ def test_the_clip_fraction_is_the_share_of_clipped_ratios() -> None:
 def test_the_entropy_is_the_policys() -> None:
     first = run("ppo", epochs=1, minibatch_size=64, steps=1, initial_log_std=-1.0).metrics[0]["entropy"]
     assert first == pytest.approx(2 * (0.5 * math.log(2 * math.pi * math.e) - 1.0), rel=1e-4)
+
+
+# What the last lines say about exploration
+
+
+def noted(rows: list[dict[str, float]]) -> list[str]:
+    world = ControlWorld("CartPole-v1", options_of("ppo", "control")())
+    return world.notes(SimpleNamespace(metrics=rows))
+
+
+def rows_of(entropy: list[float], returns: list[float], **more: list[float]) -> list[dict[str, float]]:
+    columns = {"entropy": entropy, "return": returns, **more}
+    return [{"steps": 100.0 * k} | {n: x[k] for n, x in columns.items()} for k in range(len(entropy))]
+
+
+def test_a_policy_that_died_is_said_to_have_and_since_when() -> None:
+    (note,) = noted(rows_of([0.7, 1e-9, 0.0, 1e-5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [20.0] + [9.0] * 9))
+    assert "not explored since step 100:" in note
+    assert "learning_rate" in note
+    late = rows_of([0.7, 0.6, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0], [20, 40, 60, 80, 100, 90, 60, 30, 20, 10])
+    assert "not explored since step 800:" in noted(late)[0]
+
+
+def test_a_policy_that_learned_and_became_certain_is_not_said_to_have_died() -> None:
+    good = [20.0, 60, 120, 200, 300, 400, 450, 480, 490, 495]
+    assert noted(rows_of([0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 1e-2, 1e-4, 1e-5], good)) == []
+    assert noted(rows_of([0.7, 0.0, 0.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1], good)) == [], "it came back"
+    assert noted([]) == noted([{"steps": 5.0}]) == []
+
+
+def test_a_gaussians_entropy_of_0_is_no_certainty() -> None:
+    assert noted(rows_of([1.4, 0.0, 0.0, 0.0], [1.0] * 4, action_std=[1.0, 0.25, 0.25, 0.25])) == []
+    (note,) = noted(rows_of([1.4, -9.0, -9.0, -9.0, -9], [1.0] * 5, action_std=[1.0, 1e-5, 1e-5, 1e-5, 1e-5]))
+    assert "not explored since step 100:" in note
+
+
+def test_a_standard_deviation_that_explodes_is_said_to() -> None:
+    std, at = [1.0, 2.0, 9.0, 40.0], [0.3, 0.6, 0.9, 0.98]
+    (note,) = noted(rows_of([1.4, 2.0, 3.0, 4.0], [1.0, 2, 3, 4], action_std=std, bound_fraction=at))
+    assert "mostly noise since step 200: standard deviation 40" in note
+    assert "98% of them at a bound" in note
+    wide = rows_of([2.4] * 4, [1.0, 2, 3, 4], action_std=[20.0, 19.0, 18.0, 17.0], bound_fraction=[0.9] * 4)
+    assert noted(wide) == [], "as wide as it was asked to be"
+
+
+def test_a_run_at_a_ruinous_rate_ends_with_the_note() -> None:
+    run = pg.train(
+        "ppo", "CartPole-v1", preset="none", progress=False, learning_rate=3.0, steps=2000, num_envs=4, num_steps=32
+    )
+    assert any("not explored since step" in note for note in run.world.notes(run))

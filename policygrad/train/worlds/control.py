@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -254,6 +255,26 @@ class ControlWorld(World):
         speed = f"{steps:,.0f} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):,.0f} steps/s)"
         return f"{score}, {speed}"
 
+    def notes(self, run: Any) -> list[str]:
+        """Says since when a policy has not explored, or has done little but go to the bounds, and what to change."""
+        rows = [row for row in run.metrics if "entropy" in row]
+        notes = []
+        quiet = since(rows, lambda row: row.get("action_std", math.inf) < 1e-3 or _certain(row))
+        if quiet is not None and (quiet < 0.25 or not _has_improved(rows)):
+            notes.append(
+                f"the policy has not explored since step {_step_at(rows, quiet):,.0f}: its actions are all but certain, "
+                "and it learns no more. If the return is too low, lower learning_rate or raise entropy_coefficient"
+            )
+        wide = since(rows, lambda row: row.get("action_std", 0.0) > 3 * max(1.0, rows[0]["action_std"]))
+        if wide is not None:
+            notes.append(
+                f"the actions are mostly noise since step {_step_at(rows, wide):,.0f}: standard deviation "
+                f"{rows[-1]['action_std']:.3g} where the bounds are -1 and 1"
+                + (f", {rows[-1]['bound_fraction']:.0%} of them at a bound" if "bound_fraction" in rows[-1] else "")
+                + ". Lower entropy_coefficient or learning_rate"
+            )
+        return notes
+
     def _recent(self) -> list[float]:
         return [x for x, _ in self.sample.stepping.finished]
 
@@ -265,6 +286,29 @@ class ControlWorld(World):
             self.learned()
             if self.mine:
                 close(self.environments)
+
+
+def since(rows: list[Row], holds: Callable[[Row], bool]) -> float | None:
+    """The share of the run's rows before the last ones, all of which fulfil the condition; None if the last does not."""
+    count = 0
+    while count < len(rows) and holds(rows[-1 - count]):
+        count += 1
+    return (len(rows) - count) / len(rows) if count else None
+
+
+def _step_at(rows: list[Row], share: float) -> float:
+    return rows[round(share * len(rows))]["steps"]
+
+
+def _certain(row: Row) -> bool:
+    """Whether a discrete policy's entropy is all but 0. A density's may be any number, and has no such meaning."""
+    return "action_std" not in row and abs(row["entropy"]) < 1e-3
+
+
+def _has_improved(rows: list[Row]) -> bool:
+    """Whether the last return is nearer to the best one than to the first."""
+    returns = [row["return"] for row in rows if "return" in row]
+    return bool(returns) and returns[-1] - returns[0] > max(returns) - returns[-1]
 
 
 def own_module(name: str, module: Any, *spaces: gymnasium.Space, learns: bool = True) -> nn.Module:
