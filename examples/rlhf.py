@@ -168,8 +168,8 @@ def divergence_of(policy: LanguagePolicy, reference: LanguagePolicy, prompts: Pr
     """KL(pi, pi_ref) of whole completions: E[sum_t KL(pi(.|s_t), pi_ref(.|s_t))], every summand exact."""
     words = arithmetic.tokenizer()
     request = Request(completions=4, max_tokens=max_tokens, stop=(words.eos_token_id,), pad=words.pad_token_id)
-    answers = generate(policy, prompts.tokens, prompts.mask, request, torch.Generator().manual_seed(0))
-    tokens, mask = (x.repeat_interleave(request.completions, 0) for x in (prompts.tokens, prompts.mask))
+    answers = generate(policy, *prompts.padded(), request, torch.Generator().manual_seed(0))
+    tokens, mask = (x.repeat_interleave(request.completions, 0) for x in prompts.padded())
     obs = Prefixes(tokens, mask, answers.tokens, answers.mask)
     return float(kl(policy(obs), reference(obs)).sum(1).mean())
 

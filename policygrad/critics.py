@@ -46,7 +46,7 @@ def unit(critic: nn.Module) -> Tensor | float:
 
 def rescale(objective: Any, batch: Batch) -> None:
     """Let the objective's critic, if it has a scale, adapt it to the targets before it is fitted to them."""
-    critic = getattr(objective, "critic", None)
+    critic: Any = getattr(objective, "critic", None)
     if hasattr(critic, "rescale"):
         share = normalized(batch.weight)
         critic.rescale(average(batch.target, share), average(batch.target**2, share))

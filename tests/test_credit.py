@@ -547,7 +547,7 @@ def test_standardized_reward_to_go_does_not_look_at_groups(softmax: nn.Module, s
 def test_groups_of_one_row_each_are_refused(softmax: nn.Module, sample: Callable[..., Rollout]) -> None:
     """Each return is its group's mean: the gradient would be 0 for ever."""
     alone = sample(softmax, rows=4, group=torch.arange(4))
-    with pytest.raises(UserError, match="every row is a group of its own.*groups=4") as raised:
+    with pytest.raises(UserError, match=r"every row is a group of its own.*groups=4") as raised:
         grouped()(alone)
     assert len(str(raised.value)) <= 200
     grouped()(replace(alone, group=torch.tensor([0, 1, 2, 2])))

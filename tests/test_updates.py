@@ -609,7 +609,7 @@ def test_an_optimizer_of_the_module_as_it_was_is_refused(batch: Batch) -> None:
     objective = Together()
     update = ascend(torch.optim.SGD(objective.parameters(), lr=1.0))
     objective.policy.weight = nn.Parameter(objective.policy.weight.detach().clone())  # as some .to(device) do
-    with pytest.raises(UserError, match="the optimizer lacks 'policy.weight'"):
+    with pytest.raises(UserError, match=r"the optimizer lacks 'policy\.weight'"):
         update(objective, batch)
 
 

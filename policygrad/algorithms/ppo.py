@@ -28,8 +28,9 @@ from policygrad.weights import average, per_token
 class PPOObjective(Objective):
     """E[min(r A, clip(r) A)] - beta KL(old, new) + c_H H(pi) - c_V E[(V - target)^2].
 
-    critic: None leaves the last term out; V, target and value_clip are in its unit (critics.unit). clip: (low, high) of the ratio. penalty: the coefficient of KL(old, new),
-    estimated by k3. value_clip: see clipped_squared_error. dual_clip: see objectives.dual_clip.
+    critic: None leaves the last term out; V, target and value_clip are in its unit (critics.unit). clip: (low, high) of
+    the ratio. penalty: the coefficient of KL(old, new), estimated by k3. value_clip: see clipped_squared_error.
+    dual_clip: see objectives.dual_clip.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class PPOObjective(Objective):
         gain, entropy = average(gain, batch.weight), average(distribution.entropy(), batch.weight)
         total, metrics = gain + self.entropy_coefficient * entropy, {"objective": gain, "entropy": entropy}
         if self.critic is not None:
-            values = (x / unit(self.critic) for x in (self.critic(batch.obs), batch.target, batch.value))
-            error = clipped_squared_error(*values, self.value_clip)
+            value, target, value_old = (
+                x / unit(self.critic) for x in (self.critic(batch.obs), batch.target, batch.value)
+            )
+            error = clipped_squared_error(value, target, value_old, self.value_clip)
             metrics["value_loss"] = average(error, batch.weight)
             total = total - self.value_coefficient * metrics["value_loss"]
         metrics = {name: x.detach() for name, x in metrics.items()}

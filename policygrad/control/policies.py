@@ -126,7 +126,7 @@ class Critic(nn.Module):
         self.mean.lerp_(mean, rate)
         self.square.lerp_(square, rate)
         self.scale.copy_((self.square - self.mean**2).clamp(min=1e-4 * self.square).sqrt())
-        last = self.network[-1]
+        last: Any = self.network[-1]
         last.weight.mul_(scale / self.scale)
         last.bias.mul_(scale).add_(shift - self.mean).div_(self.scale)
 

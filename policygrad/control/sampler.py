@@ -26,9 +26,10 @@ CAPACITY = 128  # steps that rows of whole episodes have room for at first
 class Sampler:
     """Steps a vector environment and returns its experience as rows of `steps` steps, one row per environment.
 
-    With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`; the rows are
-    as long as the longest of them, with its final observation if there is room. Otherwise episodes continue from one rollout to the next, and a row goes on with the next episode. The step on which an
-    environment resets is no decision: it is masked, it cuts every trace (`ended`), and no statistic counts it.
+    With `whole_episodes` every row is one episode from its start, masked after its end, and cut at `steps`; rows are as
+    long as the longest episode, and one step more for its final observation if `steps` allows. Otherwise episodes
+    continue from one rollout to the next, and a row goes on with the next episode. The step on which an environment
+    resets is no decision: it is masked, it cuts every trace (`ended`), and no statistic counts it.
 
     groups: None makes every row its own group, "all" puts all rows in one, and k (with whole_episodes) makes groups of
     k rows that start from the same state. observation_normalizer and reward_scaler: running statistics, part of the
@@ -36,8 +37,9 @@ class Sampler:
 
     Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled, and the numbers
     in their infos; reward_per_step of this rollout, unscaled; where groups have several rows, group_std and flat_groups
-    of the rows' total rewards; for a Box, see action_metrics. Raises UserError if the environment raises or returns an invalid value, if the policy
-    returns no distribution of actions, if one or its log-probability is not finite, and if the policy has memory.
+    of the rows' total rewards; for a Box, those of action_metrics. Raises UserError if the environment raises or
+    returns an invalid value, if the policy returns no distribution of actions, if one or its log-probability is not
+    finite, and if the policy has memory.
     """
 
     def __init__(

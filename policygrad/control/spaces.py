@@ -80,11 +80,12 @@ def units(space: spaces.Box) -> Units:
     its type's range, or from 1e30 on, stands for none; the ends of 8 and 16 bits are real.
     """
     low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (space.low, space.high))
+    dtype: Any = space.dtype
     largest = np.inf
-    if space.dtype.kind == "f":
-        largest = min(1e30, float(np.finfo(space.dtype).max))
-    elif space.dtype.itemsize > 2:
-        largest = float(np.iinfo(space.dtype).max)
+    if dtype.kind == "f":
+        largest = min(1e30, float(np.finfo(dtype).max))
+    elif dtype.itemsize > 2:
+        largest = float(np.iinfo(dtype).max)
     has_low, has_high = np.abs(low) < largest, np.abs(high) < largest
     both = has_low & has_high
     with np.errstate(invalid="ignore", over="ignore"):

@@ -275,8 +275,9 @@ def loop_of(
     limit: the most decisions that a row may have, if the sampler's rows can be shorter.
     """
     named = METHODS[options.method].objective
-    average = WEIGHTS[options.weights]
-    average = partial(average, limit=limit) if options.weights == "budget" else average
+    average: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
+    if options.weights == "budget":
+        average = partial(weights.per_budget, limit=limit)
     loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+# ruff: noqa: NPY002 - the legacy generator is the global one
+
 
 class Generators:
     """States of the global generators, determined by a seed.

@@ -25,7 +25,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.testing import assert_close
 
 from policygrad.algorithms.grpo import GRPOObjective, grpo
-from policygrad.credit import Assign, Credit, grouped
+from policygrad.credit import Assign, Credit, baselined, grouped
 from policygrad.divergences import (
     AdaptiveCoefficient,
     at_action,
@@ -99,7 +99,7 @@ def without_reward(sample: Callable[[nn.Module], Rollout]) -> Callable[[nn.Modul
 
 
 def kl_gradient(policy: OnPrefixes, divergence: str, by: OnPrefixes) -> Tensor:
-    options = anchored(divergence, token_policy(7), 0.3) | {"weights": per_episode}
+    options = anchored(divergence, token_policy(7), 0.3) | {"weights": per_episode, "credit": baselined()}
     return expected(pieces, policy, 1, by=by, wrap=without_reward, **options) / -0.3
 
 

@@ -391,7 +391,7 @@ def test_the_initial_standard_deviation_is_effective_and_can_be_learned(log_std:
 
 @pytest.mark.parametrize("log_std", [-20.1, 10.1, np.nan, np.inf])
 def test_a_standard_deviation_beyond_its_bounds_is_refused(log_std: float) -> None:
-    with pytest.raises(UserError, match="initial_log_std is .* between -20 and 10"):
+    with pytest.raises(UserError, match=r"initial_log_std is .* between -20 and 10"):
         Policy(OBSERVATIONS, BOX, initial_log_std=log_std)
 
 

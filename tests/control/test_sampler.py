@@ -618,7 +618,7 @@ def test_a_policy_that_returns_no_distribution_of_actions_is_named(output: Any, 
 def test_rows_of_whole_episodes_grow_as_the_episodes_do(longest: int, mode: AutoresetMode) -> None:
     """A limit of 10^12 steps takes no memory; and the rows are those of any other limit."""
     rollouts = []
-    for limit in (10**12, longest + 1, 5000):
+    for limit in (10**12, max(longest, 2) + 1, 5000):
         torch.manual_seed(0)
         environments = vector(lambda: Counting((longest,)), lambda: Counting((2,)), mode=mode)
         rollouts.append(sampled(environments, limit, whole_episodes=True)[1]())

@@ -104,12 +104,12 @@ class Global(Known):
 
     def step(self, action: Any) -> Any:
         obs, reward, *rest = super().step(action)
-        return obs, reward + random.random() + np.random.normal(), *rest
+        return obs, reward + random.random() + np.random.normal(), *rest  # noqa: NPY002
 
 
 def test_the_seed_decides_what_is_drawn_from_pythons_and_numpys_generators() -> None:
     def trained(seed: int) -> Run:
-        random.seed(), np.random.seed()
+        random.seed(), np.random.seed()  # noqa: NPY002
         return pg.train("ppo", limited(Global, 8), progress=False, **SMALL, steps=60, minibatch_size=8, seed=seed)
 
     first, second, other = trained(0), trained(0), trained(1)
@@ -166,10 +166,8 @@ class InUnits(Known):
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize(("low", "high"), [(-512.0, 512.0), (0.0, 1024.0), (-(2.0**-20), 2.0**-20)])
 def test_the_unit_of_the_actions_makes_no_difference(low: float, high: float, squash: bool) -> None:
-    plain, other = (
-        pg.train("ppo", limited(lambda x=x: InUnits(*x), 8), progress=False, squash=squash, **SMALL, steps=60, epochs=2)
-        for x in ((-1.0, 1.0), (low, high))
-    )
+    options = SMALL | {"progress": False, "squash": squash, "steps": 60, "epochs": 2, "minibatch_size": 8}
+    plain, other = (pg.train("ppo", limited(lambda x=x: InUnits(*x), 8), **options) for x in ((-1.0, 1.0), (low, high)))
     torch.testing.assert_close(parameters(plain), parameters(other), rtol=1e-4, atol=1e-5)
     assert other.metrics[-1]["return"] == pytest.approx(plain.metrics[-1]["return"], rel=1e-4)
     assert other.metrics[-1]["action_std"] == pytest.approx(plain.metrics[-1]["action_std"], rel=1e-4)

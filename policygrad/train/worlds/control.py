@@ -262,10 +262,10 @@ class ControlWorld(World):
         quiet = since(rows, lambda row: row.get("action_std", math.inf) < 1e-3 or _certain(row))
         if quiet is not None and (quiet < 0.25 or not _has_improved(rows)):
             notes.append(
-                f"the policy has not explored since step {_step_at(rows, quiet):,.0f}: its actions are all but certain, "
-                "and it learns no more. If the return is too low, lower learning_rate or raise entropy_coefficient"
+                f"the policy has not explored since step {_step_at(rows, quiet):,.0f} (all its actions are near certain): "
+                "if the return is too low, lower learning_rate or raise entropy_coefficient"
             )
-        wide = since(rows, lambda row: row.get("action_std", 0.0) > 3 * max(1.0, rows[0]["action_std"]))
+        wide = since(rows, lambda row: row.get("action_std", 0.0) > 3 * max(1.0, rows[0].get("action_std", 1.0)))
         if wide is not None:
             notes.append(
                 f"the actions are mostly noise since step {_step_at(rows, wide):,.0f}: standard deviation "
@@ -289,7 +289,7 @@ class ControlWorld(World):
 
 
 def since(rows: list[Row], holds: Callable[[Row], bool]) -> float | None:
-    """The share of the run's rows before the last ones, all of which fulfil the condition; None if the last does not."""
+    """The share of the rows before the last ones that fulfil the condition; None if the very last does not."""
     count = 0
     while count < len(rows) and holds(rows[-1 - count]):
         count += 1

@@ -325,7 +325,7 @@ def test_data_may_be_a_file_a_path_rows_or_a_data_set(language: dict[str, Any]) 
             assert {k: x for k, x in row.items() if "second" not in k} == {
                 k: x for k, x in wanted.items() if "second" not in k
             }
-    assert found.configuration()["options"]["dataset"] == []
+    assert list(found.configuration()["options"]["dataset"]) == []
     assert found.world.name == "rows"
     with pytest.raises(OptionError, match="are both data: give all of it by dataset"):
         pg.train("grpo", **language, task=path, dataset=path)
