@@ -96,12 +96,15 @@ def no_fit(batch: Batch) -> Metrics:
 
 def fitted(fit: Fit, batch: Batch, policy: nn.Module) -> Metrics:
     """Fit the critic after the policy's update. Raises UserError if that moves the policy: they share parameters."""
+    optimizer = getattr(fit, "keywords", {}).get("optimizer")  # a fused one leaves no trace in the versions
+    learning = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad} if optimizer else {}
     before = [p._version for p in policy.parameters()]
-    metrics = fit(batch)
-    if [p._version for p in policy.parameters()] != before:
+    shared = any(p in learning for p in policy.parameters())
+    metrics = {} if shared else fit(batch)
+    if shared or [p._version for p in policy.parameters()] != before:
         raise UserError(
-            "fitting the critic moved the policy, because they share parameters: give the critic a network of its own, "
-            "or train both in one objective (actor_critic, ppo)"
+            "fitting the critic would move the policy, because they share parameters: give the critic a network of its "
+            "own, or train both in one objective (actor_critic, ppo)"
         )
     return metrics
 

@@ -245,6 +245,8 @@ def test_a_fit_that_moves_the_policy_is_refused(policy: nn.Module, critic: nn.Mo
     optimizer = torch.optim.Adam(critic.parameters())
     fit = partial(fit_critic, critic=critic, optimizer=optimizer)
     assert fitted(fit, batch, policy).keys() >= {"value_loss"}
-    with pytest.raises(UserError, match="fitting the critic moved the policy") as raised:
+    with pytest.raises(UserError, match="fitting the critic would move the policy") as raised:
         fitted(fit, batch, nn.Sequential(nn.Linear(2, 2), critic.net))
     assert len(str(raised.value)) <= 200
+    with pytest.raises(UserError, match="fitting the critic would move the policy"):
+        fitted(lambda batch: fit(batch), batch, critic)  # noqa: PLW0108 - of which nothing is known

@@ -100,10 +100,12 @@ def test_what_adapts_is_among_the_coefficients(sample: Sample) -> None:
 
 
 def test_optimizers_have_what_can_be_trained_once(sample: Sample) -> None:
-    policy, critic = Softmax(), Critic()
+    policy = Softmax()
     policy.net[0].requires_grad_(False)
-    critic.also = policy.net[2]
     for method, count in (("ppo", 1), ("reinforce", 2), ("trpo", 1), ("grpo", 1)):
+        critic = Critic()
+        if method == "ppo":
+            critic.also = policy.net[2]
         learner = assemble(method, policy, sample, critic=critic)
         assert len(learner.optimizers) == count
         given = [p for x in learner.optimizers for group in x.param_groups for p in group["params"]]
@@ -213,7 +215,7 @@ def test_a_loop_by_hand_finds_the_shared_trunk_in_its_first_iteration(sample: Sa
         ),
     }
     for loop in loops.values():
-        with pytest.raises(UserError, match="fitting the critic moved the policy"):
+        with pytest.raises(UserError, match="fitting the critic would move the policy"):
             next(iter(loop))
 
 
