@@ -206,7 +206,7 @@ def test_a_run_on_an_environment_without_an_id_says_so(tmp_path: Path) -> None:
 
 
 def test_the_summary_is_the_worlds_after_what_all_have(tmp_path: Path) -> None:
-    common = ["run", "method", "world", "task", "preset", "steps", "seconds", "steps_per_second"]
+    common = ["run", "method", "world", "task", "preset", "ended", "steps", "seconds", "steps_per_second"]
     control = pg.train("ppo", "probes:Known-v0", **SMALL).summary()
     exact = pg.train("ppo", "exact:bandit", iterations=1, progress=False).summary()
     assert list(control) == [*common, "episodes", "return_mean", "return_std", "reward_per_step", "success"]
