@@ -249,4 +249,4 @@ def test_a_fit_that_moves_the_policy_is_refused(policy: nn.Module, critic: nn.Mo
         fitted(fit, batch, nn.Sequential(nn.Linear(2, 2), critic.net))
     assert len(str(raised.value)) <= 200
     with pytest.raises(UserError, match="fitting the critic would move the policy"):
-        fitted(lambda batch: fit(batch), batch, critic)  # noqa: PLW0108 - of which nothing is known
+        fitted(lambda batch: fit(batch), batch, critic)
