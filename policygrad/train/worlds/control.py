@@ -262,8 +262,8 @@ class ControlWorld(World):
         quiet = since(rows, lambda row: row.get("action_std", math.inf) < 1e-3 or _certain(row))
         if quiet is not None and (quiet < 0.25 or not _has_improved(rows)):
             notes.append(
-                f"the policy has not explored since step {_step_at(rows, quiet):,.0f}: its actions are near certain; if "
-                "the return is too low, lower learning_rate or raise entropy_coefficient"
+                f"the policy has not explored since step {_step_at(rows, quiet):,.0f}: its actions are near certain; "
+                "if the return is too low, lower learning_rate or raise entropy_coefficient"
             )
         wide = since(rows, lambda row: row.get("action_std", 0.0) > 3 * max(1.0, rows[0].get("action_std", 1.0)))
         if wide is not None:
