@@ -298,7 +298,7 @@ def test_the_gradient_is_that_of_the_expected_reward(method: str, beta: float) -
         batch = decisions(rollout, per_episode(rollout.mask), *method_on_it.credit(rollout))
         return flat(torch.autograd.grad(method_on_it.objective(batch)[0], own))
 
-    found = torch.stack([sampled() for _ in range(6)]).mean(0)
+    found = torch.stack([sampled() for _ in range(8)]).mean(0)
     logp, logp_ref = (log_probabilities_of_all(x, prompts.tokens.long().unsqueeze(0)) for x in (policy, reference))
     possible = logp.isfinite()
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
