@@ -28,7 +28,7 @@ def as_path(place: Path | str) -> Path:
     return Path(place)
 
 
-def check_file(path: Path, within: Path, largest: float = float("inf")) -> None:
+def check_file(path: Path, within: Path, largest: int | float = float("inf")) -> None:
     """Raise UserError unless `path` is a regular file of at most `largest` bytes.
 
     A link may lead anywhere inside the directory `within`, and not out of it.

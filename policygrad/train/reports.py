@@ -116,7 +116,7 @@ class PlainLines:
         self.start = time.perf_counter()
         self.next = self.start + FIRST
 
-    def update(self, done: float, status: str) -> None:
+    def update(self, done: int | float, status: str) -> None:
         """Print a line if one is due: how much is done, the newest numbers, and the time left."""
         now = time.perf_counter()
         if not self.show or now < self.next or sys.stderr is None:
@@ -169,7 +169,7 @@ class ProgressLine:
         self.total = total
         self.task = self.progress.add_task(description, total=total, count="", status="")
 
-    def update(self, done: float, parts: list[str]) -> None:
+    def update(self, done: int | float, parts: list[str]) -> None:
         """Show that `done` of the total is complete, and the newest numbers."""
         count = f"{_short(done)}/{_short(self.total)}"
         self.progress.update(self.task, completed=done, count=count, status="  ".join(parts))
@@ -201,7 +201,7 @@ def _short(count: int | float) -> str:
     return f"{count:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     """12 s, 3 min, 2.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
