@@ -1,6 +1,7 @@
 """Training a reward model as a user would: from a file of preferences to a reward that PPO is trained on."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from policygrad.files import read_metadata
 from policygrad.language import arithmetic, models
 from policygrad.language.adapters import add_adapter
 from policygrad.language.reward_models import RewardModel
-from policygrad.train import reward_model
+from policygrad.train import reward_model, training
 from policygrad.train.reward_model import PairEvaluation, RewardModelRun, train_reward_model
 from policygrad.updates import ascend
 
@@ -279,7 +280,8 @@ def test_the_model_is_saved_now_and_then_and_says_of_which_update_it_is(
 ) -> None:
     seen: list[tuple[str, str]] = []
     of_models = models.save_model
-    monkeypatch.setattr(reward_model, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
     monkeypatch.setattr(
         models, "save_model", lambda *x: seen.append((x[3]["iteration"], x[3]["ended"])) or of_models(*x)
     )

@@ -84,7 +84,7 @@ def test_a_metric_that_turns_nan_stops_it_and_what_was_learned_is_kept(
     def loop(policy: nn.Module, critic: nn.Module) -> Iterator[Any]:
         for k, kl in enumerate((0.1, 0.1, math.nan), 1):
             fill(policy, k)
-            yield {"steps": float(k), "episodes": 0.0, "kl_old": kl}
+            yield {"steps": float(k), "episodes": 0.0, "reward_per_step": 0.0, "kl_old": kl}
 
     replaced(monkeypatch, loop)
     with pytest.raises(UserError, match=r"iteration 3, after 3 steps, because kl_old is nan"):
@@ -101,9 +101,9 @@ def test_a_parameter_that_is_not_finite_stops_it_and_what_was_saved_stays(
 ) -> None:
     def loop(policy: nn.Module, critic: nn.Module) -> Iterator[Any]:
         fill(policy, 1)
-        yield {"steps": 1.0, "episodes": 0.0}
+        yield {"steps": 1.0, "episodes": 0.0, "reward_per_step": 0.0}
         fill({"policy": policy, "critic": critic}[which], value)
-        yield {"steps": 2.0, "episodes": 0.0}
+        yield {"steps": 2.0, "episodes": 0.0, "reward_per_step": 0.0}
 
     replaced(monkeypatch, loop)
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
@@ -119,7 +119,7 @@ def test_an_iteration_that_stops_half_way_keeps_what_is_finite(
 ) -> None:
     def loop(policy: nn.Module, critic: nn.Module) -> Iterator[Any]:
         fill(policy, 1)
-        yield {"steps": 1.0, "episodes": 0.0}
+        yield {"steps": 1.0, "episodes": 0.0, "reward_per_step": 0.0}
         fill(policy, value)
         raise error
 
@@ -253,9 +253,9 @@ def test_what_is_not_finite_is_not_saved_and_what_was_says_that_the_run_failed(
 ) -> None:
     def loop(policy: nn.Module, critic: nn.Module) -> Iterator[Any]:
         fill(policy, 1)
-        yield {"steps": 1.0, "episodes": 0.0}
+        yield {"steps": 1.0, "episodes": 0.0, "reward_per_step": 0.0}
         fill(policy, math.nan)
-        yield {"steps": 2.0, "episodes": 0.0}
+        yield {"steps": 2.0, "episodes": 0.0, "reward_per_step": 0.0}
 
     replaced(monkeypatch, loop)
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
@@ -290,7 +290,7 @@ def filled(full: set[int], limit_files: Callable[[bool], None]) -> Callable[[nn.
         for k in range(1, 5):
             fill(policy, k)
             limit_files(k in full)
-            yield {"steps": 25.0 * k, "episodes": 0.0}
+            yield {"steps": 25.0 * k, "episodes": 0.0, "reward_per_step": 0.0}
 
     return loop
 
@@ -358,7 +358,7 @@ def test_an_environment_that_fails_to_close_leaves_a_finished_run(tmp_path: Path
         def close(self) -> None:
             raise RuntimeError("the window\nis stuck")
 
-    with pytest.warns(UserWarning, match="closing the environments raised RuntimeError: the window is stuck"):
+    with pytest.warns(UserWarning, match="raised RuntimeError in close: the window is stuck"):
         run = pg.train("ppo", limited(Stuck, 8), out=tmp_path / "run", **SMALL)
     assert run.stage.run == "ended"
 

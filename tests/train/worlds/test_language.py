@@ -396,7 +396,7 @@ def test_an_evaluation_set_of_ones_own(language: dict[str, Any], tmp_path: Path)
     run = pg.train("grpo", **language, evaluation_dataset=other, out=tmp_path / "run")
     assert len(run.world.prompts.train) == 40, "nothing is held out"
     assert run.world.prompts.held_out.texts == ["1+1=", "2+2="]
-    assert Run.load(tmp_path / "run").evaluate() == run.evaluate()
+    assert Run.load(tmp_path / "run", trust=True).evaluate() == run.evaluate()
     assert rollout_of(**language, evaluation_dataset=[{"prompt": "7"}]).prompts.held_out.texts == ["7"]
     for wrong in ({"held_out": 3, "evaluation_dataset": other}, {"evaluation_split": "dev"}):
         with pytest.raises(
