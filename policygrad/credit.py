@@ -102,7 +102,7 @@ def grouped(
     """
 
     def assign(rollout: Rollout) -> Credit:
-        if len(rollout.group.unique()) == len(rollout.group) and bool(rollout.mask.any(1).all()):
+        if _are_single(rollout):
             raise UserError(
                 "every row is a group of its own, and there is no other return to compare it with: make groups, with "
                 "Sampler(..., whole_episodes=True, groups=4) or several completions of each prompt"
@@ -113,6 +113,13 @@ def grouped(
         return Credit(advantage.unsqueeze(1).expand_as(rollout.reward), nothing, nothing)
 
     return assign
+
+
+def _are_single(rollout: Rollout) -> bool:
+    """Whether every row counts and is a group of its own. torch.vmap, which knows no values, is not asked."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(rollout.group):
+        return False
+    return len(rollout.group.unique()) == len(rollout.group) and bool(rollout.mask.any(1).all())
 
 
 def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] = standardize) -> Assign:

@@ -49,7 +49,7 @@ def rescale(objective: Any, batch: Batch) -> None:
     critic: Any = getattr(objective, "critic", None)
     if hasattr(critic, "rescale"):
         share = normalized(batch.weight)
-        critic.rescale(average(batch.target, share), average(batch.target**2, share))
+        critic.rescale(average(batch.target**2, share))
 
 
 class ValueObjective(Objective):

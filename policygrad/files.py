@@ -21,7 +21,7 @@ DEEPEST_JSON = 32  # levels of lists and objects
 LONGEST = 200  # characters of a message
 
 
-def as_path(place: Path | str) -> Path:
+def as_path(place: Any) -> Path:
     """A path that the system can have. Raises UserError."""
     if not isinstance(place, str | os.PathLike) or "\0" in str(place):
         raise UserError(f"{shortened(place)} is no path: give the name of a directory")

@@ -169,7 +169,7 @@ def _parts(objective: Any, optimizer: Optimizer) -> dict[str, list[Tensor]]:
 def _check_reached(parts: dict[str, list[Tensor]]) -> None:
     """Raise UserError if no gradient has reached the policy, or the critic."""
     for name, found in parts.items():
-        if all(p.grad is None for p in found):
+        if all(p.grad is None for p in found) and any(p.requires_grad for p in found):
             raise UserError(
                 f"no gradient reaches the {'critic' if name else 'policy'}: its output does not depend on its "
                 "parameters; look for detach(), torch.no_grad() or .data in its forward"

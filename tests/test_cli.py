@@ -328,7 +328,7 @@ def test_eval_prints_one_json_object_and_nothing_else(policygrad: Any, run: Path
     assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
     result = strict(said.out)
     names = {"return_mean", "return_std", "length_mean", "episodes", "returns", "lengths", "policy"}
-    assert set(result) == names
+    assert set(result) == names | {"success", "info"}
     assert result["policy"] == {"iteration": 2, "steps": 111, "run": "ended", "partway": False}
     assert result["episodes"] == len(result["returns"]) == 5
     assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 5)
@@ -449,7 +449,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("two tasks", ("train", "ppo", "CartPole-v1", "Acrobot-v1"), "'Acrobot-v1' belongs to no option"),
     ("a misspelled switch before the task", ("train", "ppo", "--squahs", "CartPole-v1"), "did you mean --squash?"),
     ("no value", ("train", "ppo", "CartPole-v1", "--seed", "--json"), "--seed has no value: it must be a whole number"),
-    ("a later value is bad", ("verify", "--seed", "1", "--seed", "x"), "--seed is 'x': it must be a whole number"),
+    ("a value twice", ("verify", "--seed", "1", "--seed", "2"), "--seed is given more than once: give it once"),
     ("long value", ("train", "ppo", "CartPole-v1", "--steps", "9" * 5000), "--steps is '999"),
     (
         "not a path",
@@ -458,7 +458,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ),
     ("second topic", ("list", "methods", "preset"), "nothing to list under 'preset': did you mean presets?"),
     ("not of the worlds", ("verify", "--world", "chian"), "--world is 'chian': it must be one of all, random, cliff,"),
-    ("a file as run", ("eval", __file__), "Not a directory"),
+    ("a file as run", ("eval", __file__), "is no run directory: give one that train wrote"),
     ("unknown method", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
     ("unknown environment", ("train", "ppo", "CartPol-v1"), "did you mean CartPole-v1"),
     ("unknown version", ("train", "ppo", "CartPole-v7"), "CartPole-v1"),
@@ -559,12 +559,12 @@ def test_eval_refuses_what_cannot_be_meant(policygrad: Any, run: Path, flag: tup
 
 
 def test_options_may_come_before_the_method_and_the_task(policygrad: Any) -> None:
-    method, task, *options = PPO[1:]
-    plain = policygrad("train", method, task, *options, "--seed", 3, "--json", "--out", "a")
+    method, task, *options = (x for x in PPO[1:] if x not in ("--hidden", "8"))
+    plain = policygrad("train", method, task, *options, "--hidden", 8, 4, "--seed", 3, "--json", "--out", "a")
     mixed = policygrad("train", *options, "--json", method, "--seed", 3, "--hidden", 8, 4, task, "--out=b")
     assert (plain.code, mixed.code) == (0, 0), mixed.err
     configurations = [strict(Path(out, "config.json").read_text()) for out in ("a", "b")]
-    assert configurations[1]["options"] == configurations[0]["options"] | {"hidden": [8, 4]}
+    assert configurations[1]["options"] == configurations[0]["options"]
     assert configurations[1]["task"] == task
 
 

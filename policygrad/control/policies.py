@@ -78,13 +78,15 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """obs [B, T, ...] -> V(s) = mean + scale network(s), [B, T]. The arguments are Policy's; V is 0 at first.
+    """obs [B, T, ...] -> V(s) = scale network(s), [B, T]. The arguments are Policy's.
 
-    Mean and scale follow those of the targets, so that the network learns the same numbers in any unit of reward
-    (PopArt, van Hasselt et al. 2016, arXiv 1602.07714).
+    The scale follows the root mean square of the targets, so that the network learns the same numbers in any unit of
+    reward (PopArt, van Hasselt et al. 2016, arXiv 1602.07714, without its shift: where all targets are nearly equal,
+    their deviation is too small a unit to follow them). V is 0 before the first targets, when no other number has the
+    right unit; with them the last layer gets its initial weights, of gain 1.
     """
 
-    mean: Tensor
+    first: Tensor
     square: Tensor
     scale: Tensor
     rescaled: Tensor
@@ -99,36 +101,35 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.encode = encoder(observation_space)
-        self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=0.0 if orthogonal else None)
-        self.register_buffer("mean", torch.zeros(()))
+        self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=1.0 if orthogonal else None)
+        last: Any = self.network[-1]
+        self.register_buffer("first", last.weight.detach().clone(), persistent=False)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.register_buffer("square", torch.ones(()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("rescaled", torch.zeros((), dtype=torch.long))  # how often
-        with torch.no_grad():
-            for p in self.network[-1].parameters():
-                p.zero_()  # before the first targets, no number has the right unit
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.mean + self.scale * self.network(self.encode(obs)).squeeze(-1)
+        return self.scale * self.network(self.encode(obs)).squeeze(-1)
 
     @torch.no_grad()
-    def rescale(self, mean: Tensor, square: Tensor) -> None:
-        """Follow the mean and the mean square of new targets, and keep every V(s) as it is.
+    def rescale(self, square: Tensor) -> None:
+        """Follow the mean square of new targets, and keep every V(s) as it is, but for the first targets.
 
-        Both are averages over the first ten calls, and moving averages after that. The scale is the standard deviation,
-        and at least a hundredth of the root mean square. Targets of only 0 say nothing.
+        It is averaged over the first ten calls, and a moving average after that. Targets of only 0 say nothing.
         """
         if not 0 < square < math.inf:
             return
         self.rescaled += 1
-        rate = (1 / self.rescaled).clamp(min=0.1)
-        shift, scale = self.mean.clone(), self.scale.clone()
-        self.mean.lerp_(mean, rate)
-        self.square.lerp_(square, rate)
-        self.scale.copy_((self.square - self.mean**2).clamp(min=1e-4 * self.square).sqrt())
+        self.square.lerp_(square, (1 / self.rescaled).clamp(min=0.1))
+        before = self.scale.clone()
+        self.scale.copy_(self.square.sqrt())
         last: Any = self.network[-1]
-        last.weight.mul_(scale / self.scale)
-        last.bias.mul_(scale).add_(shift - self.mean).div_(self.scale)
+        for p in last.parameters():
+            p.mul_(before / self.scale)
+        if self.rescaled == 1:
+            last.weight.add_(self.first)
 
 
 def perceptron(sizes: Sequence[int], activation: str, last_gain: float | None) -> nn.Sequential:

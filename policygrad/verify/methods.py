@@ -77,7 +77,8 @@ def as_it_runs(at: Setting, options: Any) -> Row:
         each = vmap(WEIGHTS[options.weights])(mask.view(*index.shape, -1))
         return (probability[:, None, None] * each).view(mask.shape)
 
-    update = ascend(SGD([table.theta], lr=1.0))
+    rates = ((p, 1.0 if p is table.theta else 0.0) for p in learner.objective.parameters())  # a critic stays
+    update = ascend(SGD([{"params": [p], "lr": rate} for p, rate in rates]))
     next(iter(learner.loop(learner.sample, learner.credit, learner.objective, update, weights=weights)))
     step = (table.theta - at.table.theta).detach()
     measured = Moments(step, torch.full((len(step),) * 2, torch.nan))

@@ -125,7 +125,7 @@ def _standardized(x: Tensor, mask: Tensor, together: bool) -> Tensor:
     count = mask.sum(over, keepdim=True)
     centered = x - x.where(mask, 0.0).sum(over, keepdim=True) / count
     std = centered.square().where(mask, 0.0).sum(over, keepdim=True).div((count - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 1e-9, centered / (std + 1e-8), 0.0)
+    return (centered / std).where(std > 1e-9, 0.0)
 
 
 def _weight(o: Any, mask: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_the_first_step_expects_vtraces_gradient(policy_of_tokens: OnPrefixes, c
         found = found + share * gradient(objective(batch)[0], policy)
         return {}
 
-    credit = vtrace(policy, critic_of_tokens, gamma=1.0, **BARS)
+    credit = vtrace(policy, critic_of_tokens.requires_grad_(False), gamma=1.0, **BARS)
     for share, rollout in every_group(policy, 1, by=mu):  # noqa: B007  `update` reads it
         loop = off_policy_actor_critic(
             lambda _, rollout=rollout: rollout,

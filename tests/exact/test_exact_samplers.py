@@ -116,7 +116,7 @@ def test_one_step_of_gradient_ascent_with_an_exact_critic_raises_j():
     world = with_clock(garnet(3, 2, 2), 3)
     policy = uniform(world)
     before = expected_return(world, probabilities(policy).detach())
-    critic = TabularCritic(state_value(world, probabilities(policy).detach()))
+    critic = TabularCritic(state_value(world, probabilities(policy).detach())).requires_grad_(False)
     learner = composed("actor_critic", policy, EpisodeSampler(world, 5_000, 3), critic, gamma=0.9, lam=0.0)
     next(iter(replace(learner, update=ascend(SGD(policy.parameters(), 0.1)))))
     assert expected_return(world, probabilities(policy).detach()) > before

@@ -57,7 +57,7 @@ def charged_world(policy: OnPrefixes, reference: OnPrefixes) -> World:
 
 
 def critic_of(value: Tensor) -> OnPrefixes:
-    return OnPrefixes(WORLD, TabularCritic(value))
+    return OnPrefixes(WORLD, TabularCritic(value)).requires_grad_(False)
 
 
 def ppo_step(policy: OnPrefixes, critic: OnPrefixes, reference: OnPrefixes, rollout: Rollout, **options: Any) -> Tensor:

@@ -393,7 +393,8 @@ def some(completions: list[str], **_: Any) -> list[float | None]:
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_row_without_a_reward_leaves_group_statistics_and_update(cut: str) -> None:
-    policy, sampler = made_policy(), made(judge=Rewards([some]), cut=cut, cut_penalty=0.5, prompts_per_rollout=5)
+    options = {"judge": Rewards([some]), "request": replace(REQUEST, max_tokens=20), "prompts_per_rollout": 5}
+    policy, sampler = made_policy(), made(**options, cut=cut, cut_penalty=0.5)
     rollout, done = sampler(policy), sampler.last.completions
     reward = sampler.last.reward
     none = reward.isnan()

@@ -427,7 +427,7 @@ def damages(tensors: dict[str, Tensor], metadata: dict[str, str], count: int, ra
             case 0:
                 del changed[name]
             case 1:
-                changed[name] = torch.full_like(x, math.nan)
+                changed[name] = torch.full_like(x.float(), math.nan)
             case 2:
                 changed[name] = torch.zeros(*x.shape, 2)
             case 3:

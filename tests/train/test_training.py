@@ -167,7 +167,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_run_directory_holds_all_of_it(run: Run) -> None:
     assert run.directory is not None
     names = {path.name for path in run.directory.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "policy.json", "policy.safetensors", "curve.png", "tensorboard"}
+    written = {"config.json", "metrics.jsonl", "policy.json", "policy.safetensors", "curve.png", "tensorboard"}
+    assert names == written | {"summary.json"}
 
 
 def test_the_configuration_is_whole_and_strict_json(run: Run) -> None:
@@ -577,8 +578,8 @@ def test_the_policy_is_saved_as_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
     saved: list[bytes] = []
     save = ControlWorld.save
 
-    def watch(world: ControlWorld, directory: Path) -> None:
-        save(world, directory)
+    def watch(world: ControlWorld, directory: Path, stage: Any) -> None:
+        save(world, directory, stage)
         saved.append((directory / "policy.safetensors").read_bytes())
 
     monkeypatch.setattr(ControlWorld, "save", watch)
