@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError, listed, one_line, shortened
 
-SECONDS, START_SECONDS = 10.0, 60.0  # for TOGETHER conversations, and for the start of the process
+SECONDS, START_SECONDS = 30.0, 300.0  # for TOGETHER conversations, and for the start of the process
 TOGETHER = 256
 LONGEST = 10_000_000  # characters of a conversation
 MEMORY = 4 * 2**30  # bytes
