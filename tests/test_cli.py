@@ -327,9 +327,9 @@ def test_eval_prints_one_json_object_and_nothing_else(policygrad: Any, run: Path
     said = policygrad("eval", run, "--trust", "--episodes", 5, "--json")
     assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
     result = strict(said.out)
-    names = {"return_mean", "return_std", "length_mean", "episodes", "returns", "lengths", "policy"}
+    names = {"return_mean", "return_std", "length_mean", "episodes", "returns", "lengths", "success", "info", "policy"}
     assert set(result) == names
-    assert result["policy"] == {"iteration": 2, "steps": 111, "run": "ended", "partway": False}
+    assert result["policy"] == {"iteration": 2, "steps": 108, "run": "ended", "partway": False}
     assert result["episodes"] == len(result["returns"]) == 5
     assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 5)
     assert 1 <= result["length_mean"] <= 8
@@ -458,7 +458,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ),
     ("second topic", ("list", "methods", "preset"), "nothing to list under 'preset': did you mean presets?"),
     ("not of the worlds", ("verify", "--world", "chian"), "--world is 'chian': it must be one of all, random, cliff,"),
-    ("a file as run", ("eval", __file__), "Not a directory"),
+    ("a file as run", ("eval", __file__), "no run directory"),
     ("unknown method", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
     ("unknown environment", ("train", "ppo", "CartPol-v1"), "did you mean CartPole-v1"),
     ("unknown version", ("train", "ppo", "CartPole-v7"), "CartPole-v1"),
