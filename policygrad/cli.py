@@ -172,7 +172,7 @@ class Stopped(KeyboardInterrupt):
 def _stopped_by_signals() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise Stopped, once: a second signal ends the process at once.
 
-    A signal that is ignored stays so (nohup), and processes started here keep the system's behavior.
+    A signal that is ignored stays so (nohup), and processes forked here behave as usual.
     """
     names = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
     main, owner = threading.current_thread() is threading.main_thread(), os.getpid()
@@ -181,9 +181,11 @@ def _stopped_by_signals() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         for x in before:
             signal.signal(x, signal.SIG_DFL)
-        if os.getpid() != owner and number != signal.SIGINT:
-            os.kill(os.getpid(), number)
-        raise Stopped(number)
+        if os.getpid() == owner:
+            raise Stopped(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     for x in before:
         signal.signal(x, stop)

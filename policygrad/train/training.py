@@ -122,7 +122,7 @@ class Training:
                     self._begin(directory)
                 if self.world.judged:
                     self.run.before = self.world.evaluate()
-                self.fingerprint = self.world.fingerprint()
+                self._mark()
         except BaseException:
             self.world.close()
             if directory is not None and made is not None:
@@ -170,7 +170,7 @@ class Training:
                 self.run.metrics.append(row)
                 self.next_row = share + 1 / ROWS
             self._schedule(share)
-            self.fingerprint = self.world.fingerprint()
+            self._mark()
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,6 +242,15 @@ class Training:
         if self.done or self._judged(self.iteration):
             self.run.after = self.world.evaluate()
             row[name] = self.run.after.score
+
+    def _mark(self) -> None:
+        """Remember the numbers of a whole iteration, for a run that is written."""
+        if self.run.directory is not None:
+            self.fingerprint = self.world.fingerprint()
+
+    def partway(self) -> bool:
+        """Whether the policy has changed since the last whole iteration."""
+        return self.world.fingerprint() != self.fingerprint
 
     def _schedule(self, share: float) -> None:
         """Set the learning rates of the next iteration."""
@@ -330,9 +339,8 @@ class Recorder:
             return
         self.log.close()
         if error is not None:
-            partway = self.training.world.fingerprint() != self.training.fingerprint
             how = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.run.stage = replace(self.run.stage, run=how, partway=partway)
+            self.run.stage = replace(self.run.stage, run=how, partway=self.training.partway())
         problem = self._finish(self.run.directory)
         if error is not None:
             error.add_note(Kept(problem or self.run.kept()))

@@ -156,7 +156,8 @@ class ControlWorld(World):
 
     def fingerprint(self) -> list[float]:
         seen = [] if self.normalizer is None else [self.normalizer.statistics.count]
-        return [*super().fingerprint(), *seen, *(float(np.sum(x)) for x in (self.learned() or {}).values())]
+        learned = self.learned() if self.statistics else None  # as of the last save: most environments learn nothing
+        return [*super().fingerprint(), *seen, *(float(np.sum(x)) for x in (learned or {}).values())]
 
     def stored(self) -> str | None:
         """The id, or the name of a class or function, with the whole path of its file; None without one."""
@@ -167,8 +168,13 @@ class ControlWorld(World):
     def learned(self) -> Learned | None:
         """What the wrappers inside the environments have learned so far; part of the run."""
         if self.wrappers is not None and not self.wrappers.environments.closed:
-            with suppress(Exception):  # an environment that has failed; what it learned before is kept
+            try:
                 self.statistics = self.wrappers.learned()
+            except Exception:  # an environment that has failed; what it learned before is kept
+                pass
+            except KeyboardInterrupt as stop:
+                if type(stop) is not KeyboardInterrupt:  # not that of an environment's process
+                    raise
         return self.statistics
 
     def act(self, obs: Any, *, greedy: bool = True) -> Any:
