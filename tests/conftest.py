@@ -3,6 +3,7 @@ every number can be computed by hand.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ THREADS = int(os.environ.get("TEST_THREADS", "1"))
 
 @pytest.fixture(autouse=True)
 def seed_and_threads() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
 

@@ -157,8 +157,8 @@ def big_std(score, group):
 
 
 def row_by_row(f):
-    def faulty(x, mask, epsilon=1e-8):
-        return torch.cat([f(x[i : i + 1], mask[i : i + 1], epsilon) for i in range(len(x))])
+    def faulty(x, mask):
+        return torch.cat([f(x[i : i + 1], mask[i : i + 1]) for i in range(len(x))])
 
     return faulty
 
@@ -271,7 +271,7 @@ FAULTS = {
     "a deviation that cancels": (advantages, "group_std", "updates", lambda f: big_std),
     "losses normalized by the minibatch": (rollout, "minibatches", "updates", unscaled_minibatches),
     "equal advantages over their deviation": (advantages, "standardize", "updates",
-        lambda f: lambda x, mask, epsilon=0.0: (x - x.mean()) / x.std()),
+        lambda f: lambda x, mask: (x - x.mean()) / x.std()),
     # Updates (pitfalls 5 to 7)
     "parameters not restored": (updates, "trust_region_step", "updates", not_restored),
     "the line search ignored": (updates, "trust_region_step", "updates", search_ignored),
