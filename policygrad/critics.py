@@ -1,7 +1,6 @@
 """Critics: bootstrap values, fitting a critic to targets, and baselines that need a policy or a critic."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,17 +38,9 @@ def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | Non
 def unit(critic: nn.Module) -> Tensor | float:
     """The unit of a critic's values: its `scale`, or 1 if it has none.
 
-    The error is measured in it, so that the unit of the rewards does not change what is learned.
+    The error is measured in it, so that the unit of the rewards does not change what is learned (samplers.InUnits).
     """
     return getattr(critic, "scale", 1.0)
-
-
-def rescale(objective: Any, batch: Batch) -> None:
-    """Let the objective's critic, if it has a scale, adapt it to the targets before it is fitted to them."""
-    critic: Any = getattr(objective, "critic", None)
-    if hasattr(critic, "rescale"):
-        share = normalized(batch.weight)
-        critic.rescale(average(batch.target**2, share))
 
 
 class ValueObjective(Objective):
@@ -82,7 +73,6 @@ def fit_critic(
     """
     share = normalized(batch.weight)
     objective, update = ValueObjective(critic), ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch)
-    rescale(objective, batch)
     parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
     metrics = mean_metrics([update(objective, part) for part in parts])
     metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)

@@ -43,6 +43,22 @@ class WholeRows(Wrapper):
         return replace(self.sample(policy), memoryless=False)
 
 
+class InUnits(Wrapper):
+    """Give the critic its unit, the root mean square of the rewards, before it is asked for the values of a rollout.
+
+    The critic has a method rescale(mean square). Rewards that are scaled already need no unit.
+    """
+
+    def __init__(self, sample: Sample, critic: Any) -> None:
+        super().__init__(sample)
+        self.critic = critic
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        rollout = self.sample(policy)
+        self.critic.rescale(average(rollout.reward**2, per_token(rollout.mask)))
+        return rollout
+
+
 class KLCharged(Wrapper):
     """Subtract beta log(pi / pi_ref) from every decision's reward (returns.kl_in_reward; Ziegler et al. 2019, eq. 2).
 

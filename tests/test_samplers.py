@@ -18,7 +18,7 @@ from policygrad.divergences import AdaptiveCoefficient
 from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, completions, prefix_state, sequence_kl
 from policygrad.rollout import Rollout
-from policygrad.samplers import KLCharged, Rescored, WholeRows, WithoutFlatGroups, Wrapper
+from policygrad.samplers import InUnits, KLCharged, Rescored, WholeRows, WithoutFlatGroups, Wrapper
 
 pytestmark = pytest.mark.usefixtures("float64")
 Sample = Callable[..., Rollout]
@@ -46,6 +46,32 @@ def assert_only_changed(found: Rollout, rollout: Rollout, *names: str) -> None:
         y = getattr(found, name)
         same = torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
         assert same == (name not in names), name
+
+
+# Units
+
+
+class Seen(nn.Module):
+    """A critic that remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares: list[float] = []
+
+    def rescale(self, square: Tensor) -> None:
+        self.squares.append(square.item())
+
+
+@pytest.mark.parametrize("garbage", [0.0, torch.nan, inf])
+def test_the_critic_is_told_the_mean_square_of_the_rewards_and_nothing_changes(
+    garbage: float, policy: OnPrefixes
+) -> None:
+    rollout, critic = CompletionSampler(WORLD, 3, 2)(policy), Seen()
+    rollout = replace(rollout, reward=torch.randn_like(rollout.logp).where(rollout.mask, garbage))
+    sample = InUnits(lambda _: rollout, critic)
+    assert sample(policy) is rollout is sample(policy)
+    square = sum(x * x for x in rollout.reward[rollout.mask].tolist()) / int(rollout.mask.sum())
+    assert critic.squares == [pytest.approx(square)] * 2
 
 
 # Whole rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from policygrad.advantages import standardize
 from policygrad.credit import Assign, check_modules
-from policygrad.critics import Fit, fitted, no_fit, rescale, unit
+from policygrad.critics import Fit, fitted, no_fit, unit
 from policygrad.diagnostics import after_update, clip_fraction, clip_fraction_by_side, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, penalized_surrogate
@@ -102,7 +102,6 @@ def ppo(
     while True:
         rollout = sample(objective.policy)  # Sample
         batch = decisions(rollout, weights(rollout.mask), *credit(rollout))  # Credit
-        rescale(objective, batch)
         size, steps = minibatch_size or len(batch.mask), []
         for part in minibatches(batch, size, epochs):  # Update
             part = part._replace(advantage=normalize(part.advantage, part.mask))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policygrad.credit import Assign, check_modules
-from policygrad.critics import Fit, fitted, no_fit, rescale
+from policygrad.critics import Fit, fitted, no_fit
 from policygrad.diagnostics import after_update, mean_metrics
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.score import score
@@ -59,7 +59,6 @@ def reinforce(
         batches, steps = [], []
         for _ in range(epochs):
             batches.append(decisions(rollout, weights(rollout.mask), *credit(rollout)))  # Credit
-            rescale(objective, batches[-1])
             steps.append(update(objective, batches[-1]))  # Update
         metrics = {**diagnose(objective, batches[0]), **mean_metrics(steps)}
         fit_metrics = fitted(fit, batches[-1], objective.policy)

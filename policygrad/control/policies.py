@@ -80,13 +80,12 @@ class Policy(nn.Module):
 class Critic(nn.Module):
     """obs [B, T, ...] -> V(s) = scale network(s), [B, T]. The arguments are Policy's.
 
-    The scale follows the root mean square of the targets, so that the network learns the same numbers in any unit of
-    reward (PopArt, van Hasselt et al. 2016, arXiv 1602.07714, without its shift: where all targets are nearly equal,
-    their deviation is too small a unit to follow them). V is 0 before the first targets, when no other number has the
-    right unit; with them the last layer gets its initial weights, of gain 1.
+    The scale is the root mean square of the rewards, so that the network learns the same numbers in any unit of reward
+    (as PopArt, van Hasselt et al. 2016, arXiv 1602.07714, which takes the size of the targets instead). A step of the
+    optimizer then moves V by a share of one reward. In units of a whole return, that step would be as large as the
+    differences between states that the advantages are made of.
     """
 
-    first: Tensor
     square: Tensor
     scale: Tensor
     rescaled: Tensor
@@ -102,10 +101,6 @@ class Critic(nn.Module):
         super().__init__()
         self.encode = encoder(observation_space)
         self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=1.0 if orthogonal else None)
-        last: Any = self.network[-1]
-        self.register_buffer("first", last.weight.detach().clone(), persistent=False)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
         self.register_buffer("square", torch.ones(()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("rescaled", torch.zeros((), dtype=torch.long))  # how often
@@ -115,9 +110,9 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def rescale(self, square: Tensor) -> None:
-        """Follow the mean square of new targets, and keep every V(s) as it is, but for the first targets.
+        """Follow the mean square of new rewards, and keep every V(s) as it is, but for the first rewards.
 
-        It is averaged over the first ten calls, and a moving average after that. Targets of only 0 say nothing.
+        It is averaged over the first ten calls, and a moving average after that. Rewards of only 0 say nothing.
         """
         if not 0 < square < math.inf:
             return
@@ -125,11 +120,10 @@ class Critic(nn.Module):
         self.square.lerp_(square, (1 / self.rescaled).clamp(min=0.1))
         before = self.scale.clone()
         self.scale.copy_(self.square.sqrt())
-        last: Any = self.network[-1]
-        for p in last.parameters():
-            p.mul_(before / self.scale)
-        if self.rescaled == 1:
-            last.weight.add_(self.first)
+        if self.rescaled > 1:  # before that, V has no unit yet
+            last: Any = self.network[-1]
+            for p in last.parameters():
+                p.mul_(before / self.scale)
 
 
 def perceptron(sizes: Sequence[int], activation: str, last_gain: float | None) -> nn.Sequential:

@@ -37,7 +37,7 @@ from policygrad.divergences import (
 from policygrad.errors import UserError
 from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch
-from policygrad.samplers import KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
+from policygrad.samplers import InUnits, KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import METHODS, method_named
 from policygrad.train.options import has_critic, options_of, validate, with_rate, with_values
@@ -133,7 +133,7 @@ def compose(
             minibatch_size=options.critic_minibatch_size, micro_batch=getattr(options, "micro_batch", None),
         )  # fmt: skip
     return Learner(
-        wrapped(options, sample, anchored, coefficients),
+        wrapped(options, sample, critic, anchored, coefficients),
         credit_of(options, policy, critic),
         objective,
         update,
@@ -301,7 +301,11 @@ def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Ca
 
 
 def wrapped(
-    options: Any, sample: Sample, reference: nn.Module | None, coefficients: dict[str, AdaptiveCoefficient]
+    options: Any,
+    sample: Sample,
+    critic: nn.Module | None,
+    reference: nn.Module | None,
+    coefficients: dict[str, AdaptiveCoefficient],
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = getattr(options, "micro_batch", None)
@@ -313,6 +317,8 @@ def wrapped(
         sample = Rescored(sample, options.importance_bound, micro_batch)
     if reference is not None and options.kl_ref == "reward":
         sample = KLCharged(sample, reference, coefficients["kl_ref"], micro_batch)
+    if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):
+        sample = InUnits(sample, critic)
     return sample
 
 

@@ -17,7 +17,7 @@ from policygrad.credit import bootstrapped
 from policygrad.critics import fit_critic
 from policygrad.errors import UserError
 from policygrad.rollout import Rollout
-from policygrad.samplers import KLCharged, Rescored, WholeRows, WithoutFlatGroups
+from policygrad.samplers import InUnits, KLCharged, Rescored, WholeRows, WithoutFlatGroups
 from policygrad.train import compose
 from policygrad.train.compose import Learner, assemble
 from policygrad.train.methods import METHODS
@@ -73,6 +73,17 @@ def test_wrappers_stand_in_their_order(sample: Sample) -> None:
     assert charged.coefficient.value == 0.3
     plain = assembled("grpo", sample)[0]
     assert not hasattr(plain.sample, "sample")
+
+
+@pytest.mark.parametrize("method", ["ppo", "trpo", "actor_critic"])
+def test_a_critic_with_a_scale_learns_the_unit_of_rewards_unless_they_are_scaled(method: str, sample: Sample) -> None:
+    policy, critic = Softmax(), Critic()
+    assert not hasattr(assemble(method, policy, sample, critic=critic).sample, "critic")
+    critic.rescale = lambda square: None  # type: ignore[assignment]
+    found: Any = assemble(method, policy, sample, critic=critic).sample
+    assert type(found) is InUnits
+    assert found.critic is critic
+    assert not hasattr(assemble(method, policy, sample, critic=critic, scale_rewards=True).sample, "critic")
 
 
 @pytest.mark.parametrize("where", ["reward", "loss"])
