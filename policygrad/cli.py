@@ -232,6 +232,9 @@ def _train(rest: list[str]) -> int:
     (method, task, *_), rest = _free_first(rest)
     if method is None:
         raise UserError("there is no method: write policygrad train METHOD TASK; policygrad list shows the methods")
+    first, second = (str(x).lower().replace("-", "_") for x in (method, task))
+    if second in {*METHODS, *ALIASES} and first not in {*METHODS, *ALIASES}:
+        raise UserError(f"the method comes first: policygrad train {one_line(task, 60)} {one_line(method, 60)}")
     name, rest = method_named(method).name, rest[1:]
     asked = {"-h", "--help"} & set(rest)
     named = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}

@@ -23,7 +23,7 @@ LONGEST = 200  # characters of a message
 
 def as_path(place: Any) -> Path:
     """A path that the system can have. Raises UserError."""
-    if not isinstance(place, str | os.PathLike) or "\0" in str(place):
+    if not isinstance(place, str | os.PathLike) or "\0" in str(place) or not str(place):
         raise UserError(f"{shortened(place)} is no path: give the name of a directory")
     return Path(place)
 

@@ -57,8 +57,11 @@ class Rollout:
     def join(rollouts: Sequence[Rollout]) -> Rollout:
         """The rows of several rollouts, one after the other, with the metrics of the first.
 
-        Observations whose widths differ have a method `join` of their own.
+        Shorter rollouts get masked steps at their end. Observations whose widths differ have a method `join` of their
+        own.
         """
+        length = max(x.mask.shape[1] for x in rollouts)
+        rollouts = [_lengthened(x, length) for x in rollouts]
         obs = [x.obs for x in rollouts]
         if hasattr(obs[0], "join"):
             rollouts = [replace(x, obs=None) for x in rollouts]
@@ -163,6 +166,22 @@ def holes_last(mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"]) -> Int[Ten
     `ended` marks is not a hole: it cuts the trace and holds a true final observation.
     """
     return (~(mask | ended)).int().argsort(dim=1, stable=True)
+
+
+def _lengthened(rollout: Rollout, length: int) -> Rollout:
+    """The rollout with holes up to `length`, at the observation where each row stops."""
+    more = length - rollout.mask.shape[1]
+    if not more:
+        return rollout
+
+    def repeated(column: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([column, last.unsqueeze(1).expand(-1, more, *last.shape[1:])], 1)
+
+    stop = tree_map(lambda x: x[:, -1], rollout.obs) if rollout.final_obs is None else rollout.final_obs
+    names = ("action", "logp", "reward", "terminated", "ended", "mask", "importance")
+    columns = {name: x for name in names if (x := getattr(rollout, name)) is not None}
+    padded = {name: repeated(x, torch.zeros_like(x[:, 0])) for name, x in columns.items()}
+    return replace(rollout, obs=tree_map(repeated, rollout.obs, stop), **padded)
 
 
 def _each(function: Callable[..., Tensor], *rollouts: Rollout) -> Rollout:

@@ -459,6 +459,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("second topic", ("list", "methods", "preset"), "nothing to list under 'preset': did you mean presets?"),
     ("not of the worlds", ("verify", "--world", "chian"), "--world is 'chian': it must be one of all, random, cliff,"),
     ("a file as run", ("eval", __file__), "is no run directory: give one that train wrote"),
+    ("method and task in the wrong order", ("train", "CartPole-v1", "PPO"), "policygrad train PPO CartPole-v1"),
     ("unknown method", ("train", "pppo", "CartPole-v1"), "did you mean ppo"),
     ("unknown environment", ("train", "ppo", "CartPol-v1"), "did you mean CartPole-v1"),
     ("unknown version", ("train", "ppo", "CartPole-v7"), "CartPole-v1"),
@@ -517,7 +518,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("not a run", ("eval", "."), "run"),
     ("not there", ("eval", "nowhere"), "nowhere"),
     ("nothing to list", ("list", "method"), "methods"),
-    ("a file in the way", (*PPO, "--out", __file__), "cannot be written"),
+    ("a file in the way", (*PPO, "--out", __file__), "is a file: choose another directory"),
     ("below a file", (*PPO, "--out", __file__ + "/run"), "cannot be written"),
 ]
 

@@ -64,7 +64,7 @@ def test_a_link_inside_the_directory_and_all_that_is_json_are_read(tmp_path: Pat
     assert read_json(tmp_path / "link.json") == content
 
 
-@pytest.mark.parametrize("text", ["a\0b", 3, None])
+@pytest.mark.parametrize("text", ["a\0b", "", 3, None])
 def test_what_is_no_path_is_one_line(text: object) -> None:
     with pytest.raises(UserError, match="is no path"):
         as_path(text)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from policygrad.advantages import gae, leave_one_out, standardize
+from policygrad.credit import bootstrapped
 from policygrad.divergences import k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, penalized_surrogate
 from policygrad.rollout import (
@@ -179,6 +181,24 @@ def test_joined_rows_come_one_after_the_other(softmax: nn.Module, sample: Sample
     joined = Rollout.join([rollout.rows(slice(4, 6)), rollout.rows(slice(0, 1))])
     assert joined.group.tolist() == [40, 50, 0]
     assert joined.obs["ear"][0][:, 0].long().tolist() == [4, 5, 0]
+
+
+def test_a_shorter_rollout_joined_to_a_longer_one_keeps_its_decisions_and_its_values(
+    softmax: nn.Module, sample: Sample
+) -> None:
+    """The returns, with a bootstrap from where each row stops, are those of the rollouts by themselves."""
+    final, critic = torch.randn(6, 3), nn.Sequential(nn.Linear(3, 1), nn.Flatten(1))
+    long, short = sample(softmax, steps=5, final_obs=final), sample(softmax, steps=3, final_obs=final)
+    short = replace(short, importance=torch.rand(6, 3), metrics={"return": 1.0})
+    long = replace(long, importance=torch.rand(6, 5))
+    joined = Rollout.join([short, long])
+    assert joined.mask.shape == (12, 5)
+    assert not joined.mask[:6, 3:].any()
+    assert joined.metrics == short.metrics
+    assert torch.equal(joined.mask.sum(), short.mask.sum() + long.mask.sum())
+    estimate = bootstrapped(critic, partial(gae, gamma=0.9, lam=0.8))
+    for whole, parts in zip(estimate(joined), zip(estimate(short), estimate(long), strict=True), strict=True):
+        assert_close(whole[joined.mask], torch.cat([x[y.mask] for x, y in zip(parts, (short, long), strict=True)]))
 
 
 # Rewards of whole rows, and holes

@@ -50,7 +50,9 @@ def run_directory(given: Path | None, default: Path) -> Iterator[Path]:
 
 
 def check_empty(directory: Path | None) -> None:
-    """Raise UserError for a directory that is not empty."""
+    """Raise UserError for a directory that is not empty, or for a file."""
+    if directory is not None and not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        raise UserError(f"{ending(str(directory), 100)} is a file: choose another directory")
     if directory is not None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
             f"{ending(str(directory), 100)} is not empty, and nothing is overwritten: choose another directory"
@@ -69,8 +71,6 @@ def claim(directory: Path) -> list[Path]:
         (directory / CLAIM).open("x").close()
         return made
     except FileExistsError as error:
-        if not directory.is_dir():
-            raise _unwritable(directory, error) from error
         raise UserError(
             f"{ending(str(directory), 100)} was taken by another run just now: choose another directory"
         ) from error

@@ -192,16 +192,27 @@ def test_a_directory_that_is_not_empty_is_left_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_file_or_a_link_to_nothing_in_its_place_is_named_before_an_environment_is_made(tmp_path: Path) -> None:
+    def never() -> Any:
+        raise AssertionError("an environment was made")
+
+    (tmp_path / "file").write_text("years of work")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"{name} is a file: choose another directory"):
+            pg.train("ppo", never, out=tmp_path / name, **SMALL)
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     pg.train("ppo", "probes:Known-v0", out=tmp_path, **SMALL)
     assert (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_directory_that_cannot_be_made_is_refused(place: str, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written|not a directory"):
-        pg.train("ppo", "probes:Known-v0", out=tmp_path / place, **SMALL)
+        pg.train("ppo", "probes:Known-v0", out=tmp_path / "file" / "below", **SMALL)
 
 
 # How it ends when it goes wrong
