@@ -385,8 +385,11 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
             raise OptionError(name, f"{origin}{options.method} has no option {name!r}{_why_not(name, options, kinds)}")
         entries = _from_python(x, kinds[name])
         texts = tuple(y for y in entries if not callable(y)) if name == "reward" else entries  # functions, from Python
-        if any(isinstance(y, str) and "\0" in y for y in (texts if isinstance(texts, tuple) else (texts,))):
+        single = texts if isinstance(texts, tuple) else (texts,)
+        if any(isinstance(y, str) and "\0" in y for y in single):
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: no name holds a null byte")
+        if any(isinstance(y, Integral) and abs(y) >= 2**63 for y in single):
+            raise OptionError(name, f"{origin}{name} is too large: an integer must be less than 2**63 in size")
         if not _fits(texts, kinds[name]):
             must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else in_words(kinds[name])
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {must_be}")
