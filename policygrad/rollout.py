@@ -180,7 +180,7 @@ def _lengthened(rollout: Rollout, length: int) -> Rollout:
     stop = tree_map(lambda x: x[:, -1], rollout.obs) if rollout.final_obs is None else rollout.final_obs
     names = ("action", "logp", "reward", "terminated", "ended", "mask", "importance")
     columns = {name: x for name in names if (x := getattr(rollout, name)) is not None}
-    padded = {name: repeated(x, torch.zeros_like(x[:, 0])) for name, x in columns.items()}
+    padded: dict[str, Any] = {name: repeated(x, torch.zeros_like(x[:, 0])) for name, x in columns.items()}
     return replace(rollout, obs=tree_map(repeated, rollout.obs, stop), **padded)
 
 

@@ -388,7 +388,7 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
         single = texts if isinstance(texts, tuple) else (texts,)
         if any(isinstance(y, str) and "\0" in y for y in single):
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: no name holds a null byte")
-        if any(isinstance(y, Integral) and abs(y) >= 2**63 for y in single):
+        if any(isinstance(y, Integral) and abs(int(y)) >= 2**63 for y in single):
             raise OptionError(name, f"{origin}{name} is too large: an integer must be less than 2**63 in size")
         if not _fits(texts, kinds[name]):
             must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else in_words(kinds[name])
