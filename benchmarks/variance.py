@@ -51,7 +51,7 @@ def main() -> None:
     for _ in range(50):
         rollout = sample(policy)
         batch = decisions(rollout, per_episode(rollout.mask), *baselined(to_go)(rollout))
-        fit_critic(batch, critic, critic_optimizer, epochs=4, minibatch_size=256)
+        fit_critic(critic, critic_optimizer, epochs=4, minibatch_size=256)(batch)
 
     optimal, learned = partial(optimal_baseline, policy=policy), partial(value_baseline, critic=critic)
 

@@ -150,14 +150,14 @@ def modules_of(assign: Assign) -> dict[str, nn.Module]:
 def check_modules(assign: Assign, objective: Any, fit: Any) -> None:
     """Raise UserError if the credit reads another policy or critic than the one that learns, or one that never does."""
     for name, module in modules_of(assign).items():
-        learning = getattr(objective, name, None) or getattr(fit, "keywords", {}).get(name)
+        learning = getattr(objective, name, None) or getattr(fit, name, None)
         own = set(module.parameters())
         if learning is not None and own != set(learning.parameters()):
             raise UserError(f"the credit reads another {name} than the one that learns: hand the same module to both")
         if learning is None and fit is no_fit and any(p.requires_grad for p in own):
             raise UserError(
-                f"the credit reads a {name} that never learns: fit it with fit=partial(fit_critic, critic=critic, "
-                "optimizer=...), give it to the objective, or freeze it with requires_grad_(False)"
+                f"the credit reads a {name} that never learns: fit it with fit=fit_critic(critic, optimizer), "
+                "give it to the objective, or freeze it with requires_grad_(False)"
             )
 
 

@@ -17,7 +17,7 @@ from policygrad.rollout import Batch, Rollout, minibatches
 from policygrad.updates import Metrics, Objective, ascend
 from policygrad.weights import average, normalized
 
-# Fits a critic between updates: (batch with targets) -> metrics, e.g. partial(fit_critic, critic=..., ...).
+# Fits a critic between updates: (batch with targets) -> metrics, e.g. fit_critic(critic, optimizer).
 Fit = Callable[[Batch], Metrics]
 
 
@@ -57,7 +57,6 @@ class ValueObjective(Objective):
 
 
 def fit_critic(
-    batch: Batch,
     critic: nn.Module,
     optimizer: Optimizer,
     *,
@@ -65,18 +64,25 @@ def fit_critic(
     minibatch_size: int = 64,
     max_grad_norm: float = torch.inf,
     micro_batch: int | None = None,
-) -> Metrics:
+    compiled: bool = False,
+) -> Fit:
     """Regress V(s) on batch.target: minimize the mean of ((V(s) - target) / unit)^2 in minibatches.
 
-    Returns value_loss and critic_gradient_norm (means over all minibatches), and the explained_variance of
-    batch.value, the critic's predictions before the fit.
+    The fit returns value_loss and critic_gradient_norm (means over all minibatches), and the explained_variance of
+    batch.value, the critic's predictions before the fit. max_grad_norm, micro_batch, compiled: see updates.ascend.
     """
-    share = normalized(batch.weight)
-    objective, update = ValueObjective(critic), ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch)
-    parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
-    metrics = mean_metrics([update(objective, part) for part in parts])
-    metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
-    return metrics
+    objective = ValueObjective(critic)
+    update = ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch, compiled=compiled)
+
+    def fit(batch: Batch) -> Metrics:
+        share = normalized(batch.weight)
+        parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
+        metrics = mean_metrics([update(objective, part) for part in parts])
+        metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
+        return metrics
+
+    fit.critic, fit.optimizer = critic, optimizer  # type: ignore[attr-defined]
+    return fit
 
 
 def no_fit(batch: Batch) -> Metrics:
@@ -86,7 +92,7 @@ def no_fit(batch: Batch) -> Metrics:
 
 def fitted(fit: Fit, batch: Batch, policy: nn.Module) -> Metrics:
     """Fit the critic after the policy's update. Raises UserError if that moves the policy: they share parameters."""
-    optimizer = getattr(fit, "keywords", {}).get("optimizer")  # a fused one leaves no trace in the versions
+    optimizer = getattr(fit, "optimizer", None)  # a fused one leaves no trace in the versions
     learning = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad} if optimizer else {}
     before = [p._version for p in policy.parameters()]
     shared = any(p in learning for p in policy.parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 
+from policygrad.compiling import gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, micro_batches
@@ -49,27 +50,37 @@ Update = Callable[[Any, Batch], Metrics]  # (objective, batch) -> metrics
 StepSize = Callable[[Tensor], Tensor]
 
 
-def ascend(optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None) -> Update:
+def ascend(
+    optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None, compiled: bool = False
+) -> Update:
     """theta <- theta + step(grad objective): one ascent step of a torch optimizer.
 
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
-    objective sees at a time while gradients accumulate; it changes only the memory. The update returns the objective's
+    objective sees at a time while gradients accumulate; it changes only the memory. compiled: every step after the
+    first is one graph (compiling.gradient_step): the same step to rounding. The update returns the objective's
     metrics, and gradient_norm and critic_gradient_norm, the norms before scaling. It raises NonFiniteError before the
     step if a gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the
     objective's, or no gradient reaches them.
     """
     checked: Scalar | None = None
     parts: dict[str, list[Tensor]] = {}
+    step: Callable[[Batch], Metrics | None] | None = None
 
     def update(objective: Scalar, batch: Batch) -> Metrics:
-        nonlocal checked, parts
+        nonlocal checked, parts, step
         first = objective is not checked
         if first:
-            parts = _parts(objective, optimizer)
+            parts, step = _parts(objective, optimizer), None
         optimizer.zero_grad()
-        total: Metrics = {}
         in_parts = micro_batch is not None and micro_batch < len(batch.mask)
+        if compiled and not first and not in_parts and has_rule(optimizer):
+            step = step or gradient_step(objective, optimizer, parts, max_grad_norm)
+            if (found := step(batch)) is not None:
+                for name in parts:
+                    _check_finite(found[f"{name}gradient_norm"])
+                return found
+        total: Metrics = {}
         for share, part in micro_batches(batch, micro_batch or 1) if in_parts else [(1.0, batch)]:
             value, metrics = objective(part)
             if not value.requires_grad:

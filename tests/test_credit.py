@@ -574,12 +574,15 @@ def test_a_credit_says_which_modules_it_reads(softmax: nn.Module, critic: nn.Mod
 
 def test_a_critic_or_policy_that_is_not_the_one_that_learns_is_refused(softmax: nn.Module, critic: nn.Module) -> None:
     credit, objective = bootstrapped(critic, partial(gae, gamma=0.9, lam=0.9)), SimpleNamespace(policy=softmax)
-    fit = partial(fit_critic, critic=critic)
+    fit = fit_critic(critic, torch.optim.Adam(critic.parameters()))
     check_modules(credit, SimpleNamespace(policy=softmax, critic=critic), no_fit)
     check_modules(credit, objective, fit)
     check_modules(credit, objective, lambda batch: {})  # nobody knows what it fits
     other = copy.deepcopy(critic)
-    for wrong, fitting in ((SimpleNamespace(critic=other), no_fit), (objective, partial(fit_critic, critic=other))):
+    for wrong, fitting in (
+        (SimpleNamespace(critic=other), no_fit),
+        (objective, fit_critic(other, torch.optim.Adam(other.parameters()))),
+    ):
         with pytest.raises(UserError, match="another critic than the one that learns"):
             check_modules(credit, wrong, fitting)
     with pytest.raises(UserError, match="another policy than the one that learns"):

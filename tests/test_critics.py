@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def test_a_critic_is_fitted_alike_in_micro_batches(
         learner = deepcopy(critic)
         torch.manual_seed(3)
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
-        metrics = fit_critic(batch, learner, optimizer, epochs=2, minibatch_size=8, micro_batch=rows)
+        metrics = fit_critic(learner, optimizer, epochs=2, minibatch_size=8, micro_batch=rows)(batch)
         fitted.append((nn.utils.parameters_to_vector(learner.parameters()).detach(), metrics))
     assert_close(fitted[1], fitted[0], rtol=1e-12, atol=1e-12)
 
@@ -96,9 +95,9 @@ def test_a_critic_is_fitted_to_its_targets(
 ) -> None:
     batch = fitting(policy, critic, sample, memoryless)
     optimizer = torch.optim.Adam(critic.parameters(), lr=0.05)
-    first = fit_critic(batch, critic, optimizer, epochs=1, minibatch_size=8)
+    first = fit_critic(critic, optimizer, epochs=1, minibatch_size=8)(batch)
     for _ in range(4):
-        last = fit_critic(batch, critic, optimizer, epochs=50, minibatch_size=8)
+        last = fit_critic(critic, optimizer, epochs=50, minibatch_size=8)(batch)
     assert last["value_loss"] < 1e-4 * first["value_loss"]
     assert_close(critic.net.weight.detach(), torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05, rtol=0)
     assert set(last) == {"value_loss", "critic_gradient_norm", "explained_variance"}
@@ -112,7 +111,7 @@ def test_what_is_reported_is_the_mean_squared_error_and_what_was_explained_befor
     spread = (batch.target - batch.target[batch.mask].mean())[batch.mask]
     loss = (critic(batch.obs) - batch.target)[batch.mask].square().mean()
     norm = flat_gradient(loss, list(critic.parameters())).norm()
-    metrics = fit_critic(batch, critic, torch.optim.SGD(critic.parameters(), lr=0.1), epochs=1, minibatch_size=1000)
+    metrics = fit_critic(critic, torch.optim.SGD(critic.parameters(), lr=0.1), epochs=1, minibatch_size=1000)(batch)
     assert_close(metrics["value_loss"], error.square().mean())  # whatever the weights add up to
     assert_close(metrics["explained_variance"], 1 - error.var(correction=0) / spread.square().mean())
     assert_close(metrics["critic_gradient_norm"], norm)
@@ -124,12 +123,12 @@ def test_the_critics_gradient_is_clipped_and_epochs_and_minibatches_count(
     batch = fitting(policy, critic, sample, True)  # 30 steps
     start = nn.utils.parameters_to_vector(critic.parameters()).detach().clone()
     optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
-    metrics = fit_critic(batch, critic, optimizer, epochs=1, minibatch_size=30, max_grad_norm=1e-3)
+    metrics = fit_critic(critic, optimizer, epochs=1, minibatch_size=30, max_grad_norm=1e-3)(batch)
     moved = nn.utils.parameters_to_vector(critic.parameters()).detach() - start
     assert metrics["critic_gradient_norm"] > 0.1
     assert_close(moved.norm(), torch.tensor(1e-3), rtol=1e-4, atol=0)
     adam = torch.optim.Adam(critic.parameters())
-    fit_critic(batch, critic, adam, epochs=3, minibatch_size=8)
+    fit_critic(critic, adam, epochs=3, minibatch_size=8)(batch)
     assert adam.state[critic.net.weight]["step"] == 3 * 4
 
 
@@ -194,7 +193,7 @@ def test_a_critic_is_taught_nothing_by_steps_that_do_not_count(
         torch.manual_seed(5)
         spoiled = target.where(rollout.mask, garbage)
         batch = decisions(rollout, per_token(rollout.mask), spoiled, spoiled, spoiled)
-        fit_critic(batch, critic, torch.optim.SGD(critic.parameters(), lr=0.01), epochs=2, minibatch_size=4)
+        fit_critic(critic, torch.optim.SGD(critic.parameters(), lr=0.01), epochs=2, minibatch_size=4)(batch)
         fitted.append(nn.utils.parameters_to_vector(critic.parameters()).detach().clone())
     assert torch.equal(*fitted)
 
@@ -222,7 +221,7 @@ def test_a_critic_with_a_scale_is_fitted_alike_in_any_unit(c: float, policy: nn.
         critic = Scaled(factor)
         torch.manual_seed(3)
         target = batch._replace(target=factor * batch.target)
-        metrics = fit_critic(target, critic, torch.optim.Adam(critic.parameters(), lr=0.01), max_grad_norm=0.5)
+        metrics = fit_critic(critic, torch.optim.Adam(critic.parameters(), lr=0.01), max_grad_norm=0.5)(target)
         found.append((critic.net.weight.detach().clone(), metrics["value_loss"], critic(batch.obs).detach() / factor))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
@@ -230,7 +229,7 @@ def test_a_critic_with_a_scale_is_fitted_alike_in_any_unit(c: float, policy: nn.
 def test_a_fit_that_moves_the_policy_is_refused(policy: nn.Module, critic: nn.Module, sample: Sample) -> None:
     batch = fitting(policy, critic, sample, True)
     optimizer = torch.optim.Adam(critic.parameters())
-    fit = partial(fit_critic, critic=critic, optimizer=optimizer)
+    fit = fit_critic(critic, optimizer)
     assert fitted(fit, batch, policy).keys() >= {"value_loss"}
     with pytest.raises(UserError, match="fitting the critic would move the policy") as raised:
         fitted(fit, batch, nn.Sequential(nn.Linear(2, 2), critic.net))

@@ -3,9 +3,10 @@
 Each function here reads like the line of Python that a user would write.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -40,7 +41,7 @@ from policygrad.rollout import Batch
 from policygrad.samplers import InUnits, KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import METHODS, method_named
-from policygrad.train.options import has_critic, options_of, validate, with_rate, with_values
+from policygrad.train.options import EPISODIC, has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
     MasterWeightsAdam,
     Metrics,
@@ -53,6 +54,7 @@ from policygrad.updates import (
     trust_region_step,
 )
 
+COMPILE_PAYS = 15_000  # gradient steps
 WEIGHTS = {
     "token": weights.per_token, "row": weights.per_row, "episode": weights.per_episode, "budget": weights.per_budget,
 }  # fmt: skip
@@ -128,9 +130,9 @@ def compose(
                 "policy: give the critic a network of its own, or use ppo or actor_critic"
             )
         optimizers.append(_adam(options, [(critic, critic_rate(options))]))
-        fit = partial(
-            fit_critic, critic=critic, optimizer=optimizers[-1], epochs=options.critic_epochs,
-            minibatch_size=options.critic_minibatch_size, micro_batch=getattr(options, "micro_batch", None),
+        fit = fit_critic(
+            critic, optimizers[-1], epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
+            micro_batch=getattr(options, "micro_batch", None), compiled=compiles(options),
         )  # fmt: skip
     return Learner(
         wrapped(options, sample, critic, anchored, coefficients),
@@ -163,6 +165,8 @@ def assemble(
     options = with_values(defaults, values)
     validate(options, defaults)
     options = with_rate(options)
+    if getattr(options, "compile", "off") == "auto":  # how long the caller goes on is not known
+        options = replace(options, compile="off")
     if has_critic(options) and critic is None:
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
     if options.gamma is None and (options.credit != "group" or options.discounted):
@@ -264,7 +268,8 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
         return natural_step(step_size=step_size, damping=options.damping, cg_iters=options.cg_iters), []
     parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
     optimizer = _adam(options, parts)
-    return ascend(optimizer, max_grad_norm=options.max_grad_norm, micro_batch=options.micro_batch), [optimizer]
+    limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": options.micro_batch}
+    return ascend(optimizer, **limits, compiled=compiles(options)), [optimizer]
 
 
 def loop_of(
@@ -320,6 +325,23 @@ def wrapped(
     if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):
         sample = InUnits(sample, critic)
     return sample
+
+
+def compiles(options: Any) -> bool:
+    """Whether gradient steps are compiled: a graph takes some seconds to make, and saves about a millisecond a step."""
+    wanted = getattr(options, "compile", "off")
+    if wanted != "auto":
+        return wanted == "on"
+    steps = math.inf if options.steps is None else options.steps
+    rollout = options.num_envs * (math.inf if options.credit in EPISODIC else getattr(options, "num_steps", math.inf))
+    decisions, updates = min(steps, (options.iterations or math.inf) * rollout), 0.0
+    if getattr(options, "minibatch_size", None):
+        updates += decisions * options.epochs / options.minibatch_size
+    elif METHODS[options.method].update == "ascend":
+        updates += decisions * getattr(options, "epochs", 1) / rollout
+    if has_critic(options) and hasattr(options, "critic_epochs"):
+        updates += decisions * options.critic_epochs / options.critic_minibatch_size
+    return COMPILE_PAYS <= updates < math.inf
 
 
 def critic_rate(options: Any) -> float:

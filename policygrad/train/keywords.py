@@ -16,6 +16,7 @@ class Keywords(TypedDict, total=False):
     seed: int
     device: str
     threads: int | None
+    compile: Literal["auto", "on", "off"]
     stop_at_return: float
     evaluate_every: int
     evaluation_completions: int

@@ -81,6 +81,9 @@ class Options:
     seed: int = option(0, "Random seed of the whole run.", SEED)
     device: str = option("cpu", "Device of policy and critic: cpu, cuda, cuda:1, mps.")
     threads: int | None = option(None, "CPU threads of torch; one is fastest for small networks. None: all.", THREADS)
+    compile: Literal["auto", "on", "off"] = option("auto",
+        "Gradient steps of Adam as one compiled graph, the same to rounding; auto: if the run has enough of them.",
+        world=("control", "exact"))
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
     evaluate_every: int = option(0,

@@ -156,7 +156,7 @@ def test_it_runs_as_it_is(method: str, credit: str, fitted: bool, policy: OnPref
     critic.requires_grad_(fitted or getattr(objective, "critic", None) is not None)
     options = {}
     if fitted and with_critic:
-        options["fit"] = partial(fit_critic, critic=critic, optimizer=SGD(critic.parameters(), lr=0.1), epochs=2)
+        options["fit"] = fit_critic(critic, SGD(critic.parameters(), lr=0.1), epochs=2)
     run = loop(CompletionSampler(WORLD, 3, 4), assign, objective, update, **options)
     rows = [next(run) for _ in range(2)]
     assert len({tuple(row) for row in rows}) == 1

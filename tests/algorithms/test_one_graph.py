@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from copy import deepcopy
 from functools import partial
 from itertools import cycle
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 from torch.testing import assert_close
 
+from policygrad import compiling
 from policygrad.control import Critic, Policy
 from policygrad.divergences import AdaptiveCoefficient, to_reference
 from policygrad.linalg import flat_gradient
@@ -22,7 +24,7 @@ from policygrad.rollout import Batch, Rollout, decisions, micro_batches
 from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of
 from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
-from policygrad.updates import Objective
+from policygrad.updates import Objective, ascend
 
 OBSERVATIONS = spaces.Box(-1, 1, (3,))
 ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
@@ -126,16 +128,26 @@ def test_the_objective_of_any_micro_batches_adds_up_to_the_whole(name: str, floa
 
 
 def trace() -> None:
-    """One graph of each objective, or an error where it breaks; `eager` leaves the compiler behind it out."""
+    """Each objective's gradient step as one graph, or an error where it breaks, and held to the plain step.
+
+    `aot_eager` leaves the compiler behind the graph out; tests/test_compiling.py has it.
+    """
+    warnings.simplefilter("error")  # a step that is not compiled says so
+    torch.set_default_dtype(torch.float64)
+    compiling.BACKEND = "aot_eager"
     for name, kind in zip(TRACED, cycle(ACTIONS), strict=False):
         torch.compiler.reset()
-        objective, batch = problem(name, kind)
-        plain = objective(batch)  # first: torch.distributions looks up the KL of two kinds once, which does not trace
-        traced = torch.compile(objective, fullgraph=True, dynamic=False, backend="eager")
-        assert_close(traced(batch), plain)
+        plain, batch = problem(name, kind)
+        compiled, found = deepcopy(plain), []
+        for objective, way in ((plain, False), (compiled, True)):
+            optimizer = torch.optim.Adam(objective.parameters(), lr=0.01, fused=True)
+            update = ascend(optimizer, max_grad_norm=0.3, compiled=way)
+            found.append([update(objective, batch) for _ in range(3)])
+        assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+        assert_close(list(compiled.parameters()), list(plain.parameters()), rtol=0, atol=1e-12)
 
 
-def test_every_objective_traces_into_one_graph() -> None:
+def test_every_objective_and_kind_of_action_is_compiled_and_does_the_same() -> None:
     # In a process of its own: the shape checks of the test run are no part of the graph.
     command = [sys.executable, "-c", "from tests.algorithms.test_one_graph import trace; trace()"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)

@@ -217,7 +217,7 @@ def test_a_critic_on_the_policys_trunk_learns_with_it(method: str, sample: Sampl
 
 def test_a_loop_by_hand_finds_the_shared_trunk_in_its_first_iteration(sample: Sample) -> None:
     policy, critic = on_one_trunk()
-    fit = partial(fit_critic, critic=critic, optimizer=torch.optim.Adam(critic.parameters(), fused=True))
+    fit = fit_critic(critic, torch.optim.Adam(critic.parameters(), fused=True))
     credit = bootstrapped(critic, partial(gae, gamma=0.9, lam=0.9))
     loops = {
         "trpo": pg.trpo(sample, credit, pg.SurrogateObjective(policy), trust_region_step(), fit=fit),

@@ -1,0 +1,123 @@
+"""One gradient step as one compiled graph: objective, gradient, clipping and the optimizer's own rule.
+
+A gradient step of a small network takes the interpreter far longer than the arithmetic. As a graph it is the same step,
+to rounding, and leaves the same state in the same optimizer.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.optim.adam import adam
+
+from policygrad.errors import Note, one_line
+
+BACKEND = "inductor"  # torch.compile's
+SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")  # of Adam, besides its rate
+
+
+def graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one graph, compiled at its first call, which raises an error if it has no graph.
+
+    torch keeps graphs with a function's code, and few of them: this one's code is its own.
+    """
+    assert isinstance(function, FunctionType)
+    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad stands inside the graph
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, fullgraph=True, backend=BACKEND)
+
+
+def has_rule(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step can be part of a graph: Adam's and AdamW's, without variants of their own."""
+    if not isinstance(optimizer, Adam):
+        return False
+    plain = all(
+        not group[name] for group in optimizer.param_groups for name in ("amsgrad", "maximize", "differentiable")
+    )
+    return plain and all(p.dtype != torch.bfloat16 for p in _parameters(optimizer))
+
+
+def gradient_step(
+    objective: Any, optimizer: Optimizer, parts: dict[str, list[Tensor]], max_grad_norm: float
+) -> Callable[[Any], dict[str, Tensor] | None]:
+    """(batch) -> metrics: an ascent step like that of `updates.ascend`, as one graph.
+
+    The optimizer has taken a step before; its rates may change after this, its other settings may not. parts: its parameters by whose norm they are scaled together. If a gradient
+    is not finite, no parameter changes. What has no graph is not stepped: the result is None, and a Note says why.
+    """
+
+    # Not read from the optimizer inside the graph: it would be another graph for another rate.
+    groups = [(group["params"], *map(group.get, SETTINGS)) for group in optimizer.param_groups]
+
+    def step(batch: Any, rates: list[Tensor], states: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        value, metrics = objective(batch)
+        owners = [p for found in parts.values() for p in found]
+        gradients = dict(zip(owners, torch.autograd.grad(-value, owners, allow_unused=True), strict=True))
+        norms = {}
+        for name, found in parts.items():
+            norm = torch.stack([x.square().sum() for p in found if (x := gradients[p]) is not None]).sum().sqrt()
+            norms[f"{name}gradient_norm"] = norm
+            if max_grad_norm < math.inf:
+                share = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                gradients |= {p: x * share for p in found if (x := gradients[p]) is not None}
+        finite = torch.stack(list(norms.values())).isfinite().all()
+        with torch.no_grad():
+            for (group, *settings), rate, state in zip(groups, rates, states, strict=True):
+                reached = [p for p in group if gradients[p] is not None]
+                found = [gradients[p].where(finite, 0.0) for p in reached]
+                _adam(reached, found, state, rate.where(finite, 0.0), *settings)
+        return {**metrics, **norms}
+
+    compiled, works = graph(step), None
+
+    def update(batch: Any) -> dict[str, Tensor] | None:
+        nonlocal works
+        if works is False:
+            return None
+        rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group in optimizer.param_groups]
+        states = [
+            [optimizer.state[p] for p in group["params"] if p in optimizer.state] for group in optimizer.param_groups
+        ]
+        try:
+            metrics = compiled(batch, rates, states)
+        except Exception as error:
+            if works:
+                raise
+            works = False
+            warnings.warn(f"the update is not compiled ({one_line(error, 120)})", Note, stacklevel=2)
+            return None
+        works = True
+        return metrics
+
+    return update
+
+
+def _adam(
+    parameters: list[Tensor], gradients: list[Tensor], state: list[Any], rate: Tensor,
+    betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool,
+) -> None:  # fmt: skip
+    """torch's own rule. Its corrections of the bias are differences of close numbers: they need float64."""
+    steps = [x["step"].double() for x in state]
+    adam(
+        parameters, gradients, [x["exp_avg"] for x in state], [x["exp_avg_sq"] for x in state], [], steps,
+        beta1=betas[0], beta2=betas[1], lr=rate, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=decoupled,
+        foreach=False, capturable=True, differentiable=False, fused=False, grad_scale=None, found_inf=None,
+        has_complex=False, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    for x, step in zip(state, steps, strict=True):
+        x["step"].copy_(step)
+
+
+def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])

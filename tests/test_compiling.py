@@ -1,0 +1,176 @@
+"""Compiled gradient steps: the plain step to rounding, the same optimizer, no second compilation."""
+
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import policygrad as pg
+from policygrad import compiling
+from policygrad.compiling import has_rule
+from policygrad.critics import ValueObjective, fit_critic
+from policygrad.errors import NonFiniteError, Note
+from policygrad.rollout import Batch
+from policygrad.train.compose import COMPILE_PAYS, compiles
+from policygrad.train.options import options_of, with_values
+from policygrad.updates import MasterWeightsAdam, ascend
+
+
+def in_its_own_process(check: Callable[[], None]) -> None:
+    """Run a function of this file where the shape checks of the test run are no part of the graph."""
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-c",
+        f"from tests.test_compiling import *; {check.__name__}()",
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def critic() -> nn.Module:
+    torch.manual_seed(0)
+    return pg.Critic(spaces.Box(-1, 1, (3,)), hidden=(8,)).double()
+
+
+def batch(rows: int = 20, size: float = 1.0) -> Batch:
+    mask = torch.ones(rows, 1, dtype=torch.bool)
+    zero, target = torch.zeros(rows, 1).double(), size * torch.randn(rows, 1).double()
+    return Batch(torch.randn(rows, 1, 3).double(), zero, zero, mask, mask / rows, zero, target, zero)
+
+
+def compare_by_the_compiler() -> None:
+    """Steps at changing rates, from a state that is loaded on the way, and a gradient that is not finite."""
+    warnings.simplefilter("error", Note)
+    torch.set_default_dtype(torch.float64)
+    for make in (torch.optim.Adam, torch.optim.AdamW, MasterWeightsAdam):
+        plain, compiled = critic(), critic()
+        optimizers = [make(x.parameters(), lr=0.1, weight_decay=0.1) for x in (plain, compiled)]
+        objectives = [ValueObjective(x) for x in (plain, compiled)]
+        updates = [ascend(x, max_grad_norm=0.5, compiled=way) for x, way in zip(optimizers, (False, True), strict=True)]
+        for k in range(7):
+            part = batch(size=3.0)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.1 / (1 + k)
+                if k == 4:
+                    optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+            found = [update(objective, part) for update, objective in zip(updates, objectives, strict=True)]
+            assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+            assert_close(list(compiled.parameters()), list(plain.parameters()), rtol=0, atol=1e-12)
+        states = [x.state_dict()["state"] for x in optimizers]
+        assert_close(states[1], states[0], rtol=1e-10, atol=1e-12)
+        before = [p.clone() for p in compiled.parameters()]
+        try:
+            updates[1](objectives[1], part._replace(target=torch.full_like(part.target, math.nan)))
+        except NonFiniteError:
+            assert_close(list(compiled.parameters()), before, rtol=0, atol=0)
+        else:
+            raise AssertionError("a gradient of NaN was no error")
+    counts = torch._dynamo.utils.counters["stats"]
+    assert counts["unique_graphs"] == 3, counts
+
+
+def count_compilations() -> None:
+    """A graph of the policy's steps or the critic's, and none for a later iteration."""
+    warnings.simplefilter("error", Note)
+    compiling.BACKEND = "aot_eager"
+    common: dict[str, Any] = {"num_envs": 2, "num_steps": 16, "preset": "none", "progress": False, "compile": "on"}
+    schedule: dict[str, Any] = {"learning_rate_schedule": "linear"}
+    penalty: dict[str, Any] = {"kl_old_coefficient": 1.0, "kl_old_target": 0.01}
+    for method, values in (
+        ("ppo", schedule | penalty | {"minibatch_size": 10}),
+        ("actor_critic", schedule),
+        ("trpo", {}),
+    ):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        pg.train(method, "CartPole-v1", iterations=12, **common, **values)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, method
+    torch._dynamo.utils.counters.clear()
+    pg.train("ppo", "CartPole-v1", iterations=2, **common | {"compile": "off"}, minibatch_size=16)
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+@pytest.mark.parametrize("check", [compare_by_the_compiler, count_compilations])
+def test_in_its_own_process(check: Callable[[], None]) -> None:
+    in_its_own_process(check)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_what_has_no_graph_runs_plain_and_says_so_once(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 1).double()
+
+        def forward(self, obs: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return self.net(obs).squeeze(-1)
+
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = Odd()
+        fit = fit_critic(module, torch.optim.Adam(module.parameters()), epochs=2, compiled=compiled)
+        torch.manual_seed(1)
+        part = batch()
+        if compiled:
+            with pytest.warns(Note, match="the update is not compiled") as said:
+                metrics, _ = fit(part), fit(part)
+            notes = [x for x in said if issubclass(x.category, Note)]
+            assert len(notes) == 1
+            assert len(str(notes[0].message)) <= 200
+        else:
+            metrics, _ = fit(part), fit(part)
+        found.append((metrics, list(module.parameters())))
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_only_the_plain_form_of_adam_has_a_rule() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    assert has_rule(torch.optim.Adam([p], fused=True))
+    assert has_rule(torch.optim.AdamW([p], weight_decay=0.1))
+    assert not has_rule(torch.optim.Adam([p], amsgrad=True))
+    assert not has_rule(torch.optim.SGD([p], lr=0.1))
+    assert not has_rule(MasterWeightsAdam([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]))
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "updates"),
+    [
+        ("ppo", {"steps": 10_000, "minibatch_size": 50, "epochs": 4}, 800),
+        (
+            "ppo",
+            {"steps": None, "iterations": 10, "num_envs": 2, "num_steps": 100, "minibatch_size": 50, "epochs": 4},
+            160,
+        ),
+        ("actor_critic", {"steps": 10_000, "num_envs": 5, "num_steps": 10}, 200),
+        ("trpo", {"steps": 10_000, "critic_epochs": 3, "critic_minibatch_size": 100}, 300),
+        ("reinforce", {"steps": 10_000, "critic_epochs": 3, "critic_minibatch_size": 100, "baseline": "value"}, 300),
+        ("grpo", {"steps": 10**12}, 0),
+    ],
+)
+def test_auto_compiles_where_the_run_has_enough_steps(
+    method: str, values: dict[str, Any], updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = with_values(options_of(method, "control")(), values)
+    assert not compiles(options)
+    for pays in (updates, updates + 1):
+        monkeypatch.setattr("policygrad.train.compose.COMPILE_PAYS", pays)
+        assert compiles(options) == (pays == updates)
+    assert COMPILE_PAYS > 800
+    assert compiles(with_values(options, {"compile": "on"}))
+    assert not compiles(with_values(options, {"compile": "off"}))
