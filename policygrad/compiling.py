@@ -53,8 +53,9 @@ def gradient_step(
 ) -> Callable[[Any], dict[str, Tensor] | None]:
     """(batch) -> metrics: an ascent step like that of `updates.ascend`, as one graph.
 
-    The optimizer has taken a step before; its rates may change after this, its other settings may not. parts: its parameters by whose norm they are scaled together. If a gradient
-    is not finite, no parameter changes. What has no graph is not stepped: the result is None, and a Note says why.
+    The optimizer has taken a step before; its rates may change after this, its other settings may not. parts: its
+    parameters by whose norm they are scaled together. If a gradient is not finite, no parameter changes. What has no
+    graph is not stepped: the result is None, and a Note says why.
     """
 
     # Not read from the optimizer inside the graph: it would be another graph for another rate.
