@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -121,20 +121,19 @@ def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
     If `size` does not divide the rows, rows of weight 0 fill the last minibatch. Weights are multiplied by the number
     of minibatches, so that the mean of the minibatches' objectives is the objective of the batch.
     """
-    rows = batch.mask.shape[0]
+    rows, device = batch.mask.shape[0], batch.mask.device
     size = min(size, rows)
     count = math.ceil(rows / size)
     spare = count * size - rows
-    real = torch.arange(count * size, device=batch.mask.device).view(count, size, 1) < rows
+    real = (torch.arange(count * size, device=device) < rows).unsqueeze(1)
     for _ in range(epochs):
-        order = torch.randperm(rows, device=batch.mask.device)
-        for k, index in enumerate(torch.cat([order, order[:spare]]).split(size)):
-            part = tree_map(lambda x, index=index: x[index], batch)
-            weight = part.weight * count
-            if k == count - 1 and spare:
-                part = part._replace(mask=part.mask & real[k])
-                weight = weight.where(real[k], 0.0)
-            yield part._replace(weight=weight)
+        order = torch.randperm(rows, device=device)
+        order = torch.cat([order, order[:spare]])
+        shuffled = tree_map(lambda x, order=order: x[order], batch)  # once an epoch: the minibatches are views
+        shuffled = shuffled._replace(weight=(shuffled.weight * count).where(real, 0.0), mask=shuffled.mask & real)
+        columns, layout = tree_flatten(shuffled)
+        for part in zip(*(x.split(size) for x in columns), strict=True):
+            yield tree_unflatten(part, layout)
 
 
 def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
