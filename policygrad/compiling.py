@@ -27,7 +27,8 @@ def graph(function: Callable[..., Any]) -> Callable[..., Any]:
     torch keeps graphs with a function's code, and few of them: this one's code is its own.
     """
     assert isinstance(function, FunctionType)
-    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad stands inside the graph
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # else the call says that torch.autograd.grad has no graph
+        torch._dynamo.config.trace_autograd_ops = True
     own = FunctionType(
         function.__code__.replace(),
         function.__globals__,

@@ -1,0 +1,78 @@
+"""Every objective of the table, and what its options may add to it, on a batch of every kind of action."""
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from gymnasium import spaces
+
+from policygrad.control import Critic, Policy
+from policygrad.divergences import AdaptiveCoefficient, to_reference
+from policygrad.rollout import Batch, Rollout, decisions
+from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of
+from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
+from policygrad.updates import Objective
+
+OBSERVATIONS = spaces.Box(-1, 1, (3,))
+ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
+    "discrete": (spaces.Discrete(4), {}),
+    "gaussian": (spaces.Box(-2, 2, (2,)), {}),
+    "squashed": (spaces.Box(-2, 2, (2,)), {"squash": True, "state_dependent_std": True}),
+    "many": (spaces.MultiDiscrete([2, 3]), {}),
+    "binary": (spaces.MultiBinary(3), {}),
+}
+# Every line of the table as it is, and what its options may add to its objective.
+ALL_OF_PPO = {"kl_old_coefficient": 1.0, "dual_clip": 3.0, "value_clip": 0.2, "entropy_coefficient": 0.1}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "ppo with all": ("ppo", {**ALL_OF_PPO, "clip_low": 0.1}),
+    "ppo without a critic": ("ppo", {"credit": "group"}),
+    "actor-critic without a critic": ("actor_critic", {"credit": "group", "entropy_coefficient": 0.1}),
+    "trpo of whole rows": ("trpo", {"ratio": "sequence"}),
+    "grpo to a reference": ("grpo", {"kl_ref": "loss", "entropy_coefficient": 0.1}),
+    "gspo to a reference": ("gspo", {"kl_ref": "loss", "kl_ref_estimate": "k3"}),
+    "cispo to a reference": ("cispo", {"kl_ref": "loss", "kl_ref_estimate": "exact"}),
+}
+# Each equation with all its branches; the other settings leave some of them out.
+TRACED = ["reinforce", "actor_critic", "ppo", "ppo with all", "trpo of whole rows"]
+TRACED += [name for name in SETTINGS if "reference" in name]
+
+
+def problem(name: str, kind: str) -> tuple[Objective, Batch]:
+    """The objective of these settings, on a batch of a policy nearby."""
+    (method, values), (space, made) = SETTINGS[name], ACTIONS[kind]
+    options = options_of(method, "control")(**values)
+    policy, critic = Policy(OBSERVATIONS, space, hidden=(8,), **made), Critic(OBSERVATIONS, hidden=(8,))
+    obs = torch.randn(4, 6, 3)
+    with torch.no_grad():
+        action = policy(obs).sample()
+        distance = 1e-4 if method == "gspo" else 0.1  # a whole row's ratio is clipped near 1
+        logp = policy(obs).log_prob(action) + distance * torch.randn(4, 6)
+    never = torch.zeros(4, 6, dtype=torch.bool)
+    rollout = Rollout(
+        obs,
+        action,
+        logp,
+        torch.randn(4, 6),
+        never,
+        never,
+        ~never.index_fill(1, torch.tensor(2), True),
+        torch.arange(4) // 2,
+        torch.randn(4, 3),
+        memoryless=getattr(options, "ratio", "token") == "token",
+    )
+    coefficients, anchor = {}, None
+    if options.kl_ref == "loss":
+        reference = deepcopy(policy)
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        coefficients["kl_ref"] = AdaptiveCoefficient(0.5)
+        anchor = partial(to_reference, reference=reference, divergence=DIVERGENCES[options.kl_ref_estimate])
+    if getattr(options, "kl_old_coefficient", 0):
+        coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient)
+    credit = credit_of(options, policy, critic)(rollout)
+    batch = decisions(rollout, WEIGHTS[options.weights](rollout.mask), *credit)
+    return objective_of(options, policy, critic, coefficients, anchor), batch

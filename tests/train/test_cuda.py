@@ -1,0 +1,96 @@
+"""On a GPU: every method trains there, repeats itself, and gives the gradient of the CPU; a run is read without one."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Critic, Softmax
+from outcomes import DISTINCT, parameters, untimed
+from problems import problem
+from torch.testing import assert_close
+from torch.utils._pytree import tree_map
+
+import policygrad as pg
+from policygrad.train.options import EPISODIC, options_of
+from policygrad.updates import ascend
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+SMALL: dict[str, Any] = {"hidden": (8,), "num_envs": 3, "num_steps": 8, "steps": 60, "minibatch_size": 7}
+
+
+def short(method: str, task: str = "CartPole-v1", **options: Any) -> Any:
+    known = options_of(method, "control")()
+    small = SMALL | {"episode_steps": 8}
+    small = {name: x for name, x in small.items() if hasattr(known, name)}
+    small.pop("num_steps" if known.credit in EPISODIC else "episode_steps", None)
+    return pg.train(method, task, progress=False, preset="none", device="cuda", **small | options)
+
+
+@pytest.mark.parametrize("method", DISTINCT)
+def test_a_method_trains_there_and_the_seed_decides(method: str) -> None:
+    first, second = (short(method, normalize_observations=True) for _ in range(2))
+    assert {p.device.type for p in first.policy.parameters()} == {"cuda"}
+    assert torch.equal(parameters(first), parameters(second))
+    assert untimed(first.metrics) == untimed(second.metrics)
+    assert first.evaluate(3) == second.evaluate(3)
+
+
+@pytest.mark.parametrize("task", ["Pendulum-v1", "exact:chain", "exact:tokens"])
+@pytest.mark.parametrize("method", ["ppo", "trpo"])
+def test_a_kind_of_world_trains_there(method: str, task: str) -> None:
+    values: dict[str, Any] = {"num_envs": 8, "iterations": 2}
+    run = pg.train(method, task, progress=False, preset="none", device="cuda", **values)
+    assert parameters(run).isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("name", ["reinforce", "actor_critic", "ppo with all", "grpo to a reference"])
+def test_a_step_there_is_the_step_of_the_cpu(name: str, compiled: bool, float64: None) -> None:
+    torch.set_default_dtype(torch.float64)
+    objective, batch = problem(name, "gaussian")
+    found = []
+    for device in ("cpu", "cuda"):
+        here, part = deepcopy(objective).to(device), tree_map(lambda x, d=device: x.to(d), batch)
+        for module in (here, getattr(here, "anchor", None)):
+            reference = getattr(module, "keywords", {}).get("reference")
+            if reference is not None:
+                reference.to(device)
+        optimizer = torch.optim.Adam(here.parameters(), lr=0.01, fused=True)
+        update = ascend(optimizer, max_grad_norm=0.3, compiled=compiled and device == "cuda")
+        metrics = [update(here, part) for _ in range(3)]
+        found.append((tree_map(lambda x: x.cpu(), metrics), [p.cpu() for p in here.parameters()]))
+    assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_a_run_from_there_is_read_and_continues_to_act_on_the_cpu(tmp_path: Path) -> None:
+    run = short("ppo", out=tmp_path / "run")
+    here = pg.load(tmp_path / "run")
+    obs = run.world.observation_space.sample()
+    assert here.act(obs) == run.act(obs)
+    assert here.evaluate(3).line() == run.evaluate(3).line()
+
+
+@pytest.mark.parametrize("method", DISTINCT)
+def test_a_language_model_trains_there(method: str, language: dict[str, Any], tmp_path: Path) -> None:
+    run = pg.train(method, out=tmp_path / "run", device="cuda", preset="none", **language)
+    assert parameters(run).isfinite().all()
+    assert run.evaluate(1).score == pg.load(tmp_path / "run", trust=True).evaluate(1).score
+
+
+@pytest.mark.parametrize("values", [{"lora_rank": 2}, {"dtype": "bfloat16"}], ids=["adapter", "bfloat16"])
+def test_adapters_and_bfloat16_train_there(values: dict[str, Any], language: dict[str, Any]) -> None:
+    run = pg.train("grpo", device="cuda", preset="none", **language, **values)
+    assert parameters(run).isfinite().all()
+
+
+def test_modules_of_ones_own_learn_there(sample: Any) -> None:
+    policy, critic = Softmax().cuda(), Critic().cuda()
+    before = torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+
+    def here(policy: Any) -> Any:
+        return sample(deepcopy(policy).cpu(), rows=8, steps=4).to("cuda")
+
+    next(iter(pg.ppo(policy, here, critic=critic, gamma=0.9)))
+    assert not torch.equal(torch.nn.utils.parameters_to_vector(policy.parameters()), before)
