@@ -21,10 +21,10 @@ BACKEND = "inductor"  # torch.compile's
 SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")  # of Adam, besides its rate
 
 
-def graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one graph, compiled at its first call, which raises an error if it has no graph.
+def graph(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one graph, compiled at its first call; if it has none, `otherwise`, and a Note that says why.
 
-    torch keeps graphs with a function's code, and few of them: this one's code is its own.
+    torch keeps graphs with a function's code, and few of them: the code of this one is its own.
     """
     assert isinstance(function, FunctionType)
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # else the call says that torch.autograd.grad has no graph
@@ -36,7 +36,24 @@ def graph(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, backend=BACKEND)
+    compiled, works = torch.compile(own, fullgraph=True, backend=BACKEND), None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal works
+        if works is False:
+            return otherwise(*arguments)
+        try:
+            result = compiled(*arguments)
+        except Exception as error:
+            if works:
+                raise
+            works = False
+            warnings.warn(f"the update is not compiled ({one_line(error, 120)})", Note, stacklevel=2)
+            return otherwise(*arguments)
+        works = True
+        return result
+
+    return call
 
 
 def has_rule(optimizer: Optimizer) -> bool:
@@ -81,26 +98,14 @@ def gradient_step(
                 _adam(reached, found, state, rate.where(finite, 0.0), *settings)
         return {**metrics, **norms}
 
-    compiled, works = graph(step), None
+    compiled = graph(step, lambda *arguments: None)
 
     def update(batch: Any) -> dict[str, Tensor] | None:
-        nonlocal works
-        if works is False:
-            return None
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group in optimizer.param_groups]
         states = [
             [optimizer.state[p] for p in group["params"] if p in optimizer.state] for group in optimizer.param_groups
         ]
-        try:
-            metrics = compiled(batch, rates, states)
-        except Exception as error:
-            if works:
-                raise
-            works = False
-            warnings.warn(f"the update is not compiled ({one_line(error, 120)})", Note, stacklevel=2)
-            return None
-        works = True
-        return metrics
+        return compiled(batch, rates, states)
 
     return update
 

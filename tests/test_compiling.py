@@ -82,7 +82,7 @@ def compare_by_the_compiler() -> None:
 
 
 def count_compilations() -> None:
-    """A graph of the policy's steps or the critic's, and none for a later iteration."""
+    """A graph of the policy's steps or the critic's, and one of PPO's advantages; none for a later iteration."""
     warnings.simplefilter("error", Note)
     compiling.BACKEND = "aot_eager"
     common: dict[str, Any] = {"num_envs": 2, "num_steps": 16, "preset": "none", "progress": False, "compile": "on"}
@@ -96,7 +96,7 @@ def count_compilations() -> None:
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         pg.train(method, "CartPole-v1", iterations=12, **common, **values)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, method
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + (method == "ppo"), method
     torch._dynamo.utils.counters.clear()
     pg.train("ppo", "CartPole-v1", iterations=2, **common | {"compile": "off"}, minibatch_size=16)
     assert not torch._dynamo.utils.counters["stats"]

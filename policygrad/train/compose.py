@@ -21,6 +21,7 @@ from policygrad.algorithms.grpo import Anchor, GRPOObjective, grpo, measured_in_
 from policygrad.algorithms.ppo import PPOObjective, ppo
 from policygrad.algorithms.reinforce import ReinforceObjective, reinforce
 from policygrad.algorithms.trpo import SurrogateObjective, trpo
+from policygrad.compiling import graph
 from policygrad.credit import Assign, baselined, bootstrapped, discounted, grouped, standardized, vtrace
 from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, value_baseline
 from policygrad.diagnostics import after_update
@@ -286,12 +287,15 @@ def loop_of(
     loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
+    normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized
+    if compiles(options) and normalize is standardize:
+        normalize = graph(standardize, standardize)
     return partial(
         loop,
         epochs=options.epochs,
         minibatch_size=options.minibatch_size,
         target_kl=options.target_kl,
-        normalize=standardize if options.normalize_advantages == "minibatch" else unnormalized,
+        normalize=normalize,
     )
 
 
