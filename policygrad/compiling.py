@@ -5,8 +5,11 @@ to rounding, and leaves the same state in the same optimizer.
 """
 
 import math
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.optim.adam import adam
 from policygrad.errors import Note, one_line
 
 BACKEND = "inductor"  # torch.compile's
+INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")  # of Adam, besides its rate
 
 
@@ -43,7 +47,8 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callab
         if works is False:
             return otherwise(*arguments)
         try:
-            result = compiled(*arguments)
+            with _undisturbed():
+                result = compiled(*arguments)
         except Exception as error:
             if works:
                 raise
@@ -54,6 +59,25 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callab
         return result
 
     return call
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Interrupts come after the block: torch's compiler ends the process on an exception in its midst."""
+    if threading.current_thread() is not threading.main_thread():  # others are not interrupted
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: x for number in INTERRUPTS if callable(x := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def has_rule(optimizer: Optimizer) -> bool:

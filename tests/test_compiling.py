@@ -1,6 +1,7 @@
 """Compiled gradient steps: the plain step to rounding, the same optimizer, no second compilation."""
 
 import math
+import signal
 import subprocess
 import sys
 import warnings
@@ -102,7 +103,31 @@ def count_compilations() -> None:
     assert not torch._dynamo.utils.counters["stats"]
 
 
-@pytest.mark.parametrize("check", [compare_by_the_compiler, count_compilations])
+def interrupt_the_compiler() -> None:
+    """Ctrl-C while a step is compiled: it is taken, and then the interrupt comes."""
+
+    def backend(module: Any, inputs: Any) -> Any:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        return module.forward
+
+    compiling.BACKEND = backend
+    module, part = critic(), batch()
+    objective, optimizer = ValueObjective(module), torch.optim.Adam(module.parameters())
+    update = ascend(optimizer, compiled=True)
+    update(objective, part)
+    try:
+        update(objective, part)
+    except KeyboardInterrupt:
+        assert all(x["step"] == 2 for x in optimizer.state.values())
+    else:
+        raise AssertionError("the interrupt never came")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    update(objective, part)
+    assert all(x["step"] == 3 for x in optimizer.state.values())
+
+
+@pytest.mark.parametrize("check", [compare_by_the_compiler, count_compilations, interrupt_the_compiler])
 def test_in_its_own_process(check: Callable[[], None]) -> None:
     in_its_own_process(check)
 
