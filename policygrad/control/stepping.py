@@ -62,6 +62,9 @@ class Stepping:
             if (member := unsupported(space)) is not None:
                 describe(member)  # raises
             raise UserError(f"the observation space is a {type(space).__name__}: flatten it with make_environments")
+        for what, one in (("observation", space), ("action", environments.single_action_space)):
+            if 0 in (one.shape or ()):
+                raise UserError(f"the {what} space {one_line(one, 60)} holds no numbers: give it at least one")
         if observation_normalizer is not None and not isinstance(space, spaces.Box):
             raise UserError(f"observations in {one_line(space, 60)} cannot be normalized, only a Box: leave it off")
         if isinstance(seed, int) and seed < 0:
@@ -173,10 +176,13 @@ class Stepping:
         return tree_map(lambda x: torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state_dict."""
+        """Restore a state_dict. Environments that have not begun cannot go on with episodes of others: they reset."""
+        begun, seeded = self.obs is not None, self.seeded
         state = tree_map(lambda x: np.array(x) if isinstance(x, torch.Tensor | np.ndarray) else x, state)
         for name in _STATE:
             setattr(self, name, state[name])
+        if not begun:
+            self.obs, self.seeded = None, seeded
         self.finished = deque(((x, n) for x, n in state["finished"]), maxlen=100)
         self.endings = deque(state["endings"], maxlen=100)
         self.generator.bit_generator.state = state["generator"]

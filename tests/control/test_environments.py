@@ -447,7 +447,7 @@ class Old:
 @pytest.mark.parametrize(
     ("thing", "said"),
     [
-        (42, "42 is no gymnasium.Env: give an id, a class"),
+        (42, "42 is no gymnasium.Env: give an id, an environment, or a class or function that makes one"),
         ({"id": "CartPole-v1"}, "is no gymnasium.Env"),
         (b"CartPole-v1", "is no gymnasium.Env"),
         (Duck(), "is no gymnasium.Env: derive its class from gymnasium.Env"),
