@@ -89,8 +89,7 @@ class Sampler:
         columns = _Columns(
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
-        if stepping.obs is None or self.whole_episodes:
-            stepping.reset()
+        stepping.reset() if self.whole_episodes else stepping.go_on()
         for t in range(self.length):
             obs, mask = self._obs(), ~stepping.resetting
             action, logp, taken = self._act(policy, obs)
