@@ -73,6 +73,8 @@ class Eval:
     """Directory of a run, as written by train."""
     episodes: int | None = None
     """Number of episodes (control); 10 by default."""
+    max_steps: int | None = None
+    """Maximum length of an episode (control); by default the task's time limit."""
     completions: int | None = None
     """Completions per prompt (language models), and the largest k of pass@k; by default as in training."""
     greedy: FlagCreatePairsOff[bool] = False
@@ -211,6 +213,8 @@ def _dispatch(rest: list[str]) -> int:
             raise UserError(
                 f"the argument {shortened(word)} is no text: it has a null byte or bytes that are not UTF-8"
             )
+        if not word:
+            raise UserError("an argument is empty (a variable of the shell that is not set?): give it, or leave it out")
     if rest[0] not in commands:
         raise UserError(f"unknown command {shortened(rest[0])}: {nearest(rest[0].lower(), list(commands))}")
     return commands[rest[0]](rest[1:])
@@ -264,16 +268,11 @@ def _train(rest: list[str]) -> int:
     default = Path("runs") / file_name(str(label)) / f"{name}-seed{values['seed']}"
     if kind == "language":
         _language_installed()
-    try:
+    with presets.blamed(preset, tuned, given):
         validate(with_values(options, values), options)
         with _aside(command.json), run_directory(command.out, default) as out:
             _quiet()
             run = _run(name, task, out, preset, tuned, command, values)
-    except UserError as error:
-        blamed = presets.blamed(error, preset, tuned, given)
-        if not blamed:
-            raise
-        raise UserError(f"{error}{blamed}") from error
     if command.json:
         print(json.dumps(run.summary()))
         return 0
@@ -415,16 +414,16 @@ def _eval(rest: list[str]) -> int:
 
         repeated = {name: x for name in REPEATED if (x := getattr(command, name))}
         run = Run.load(command.run, trust=command.trust, **repeated)
-        worlds = {"episodes": "control", "completions": "language", "samples": "language"}
+        worlds = {"episodes": "control", "max_steps": "control", "completions": "language", "samples": "language"}
         for name, world in worlds.items():
             if getattr(command, name) is not None and world != run.world.kind:
-                raise UserError(f"--{name} is for {world}, and {command.run} is on {run.world.name}: leave it out")
+                raise UserError(f"{as_flag(name)} is for {world}, and {command.run} on {run.world.name}: leave it out")
         if command.seed is not None and run.world.kind == "exact":
             raise UserError(f"{run.world.name} is evaluated exactly, without random numbers: leave --seed out")
         greedy = True if command.greedy else False if command.sampled else None
         count = command.completions if command.episodes is None else command.episodes
         seed = 1000 if command.seed is None else command.seed
-        result: Any = run.evaluate(count, seed=seed, greedy=greedy)
+        result: Any = run.evaluate(count, seed=seed, greedy=greedy, max_steps=command.max_steps)
     if command.json:
         print(json.dumps({**result.summary(), "policy": vars(run.stage)}))
         return 0

@@ -438,6 +438,8 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("null byte in a number", ("verify", "--seed=1\0"), NOT_TEXT),
     ("null byte in a topic", ("list", "\0"), NOT_TEXT),
     ("half a pair", ("reward-model", "--dataset", "\ud800"), f"'\\ud800' {NOT_TEXT}"),
+    ("an empty directory", ("train", "ppo", "CartPole-v1", "--out", ""), "an argument is empty"),
+    ("an empty run", ("eval", ""), "an argument is empty"),
     ("bytes that are no text", ("eval", os.fsdecode(b"run\xff")), NOT_TEXT),
     ("a capital too few", ("train", "PPO", "cartpole-v1"), "did you mean CartPole-v1"),
     ("long method", ("train", "p" * 1000, "CartPole-v1"), "unknown method 'ppp"),
@@ -969,6 +971,7 @@ def test_mistakes_with_language_models_are_one_line(policygrad: Any, arguments: 
     [
         (("--completions", 2), "--completions is for language"),
         (("--samples", 2), "--samples is for language"),
+        (("--max-steps", 0), "max_steps is 0: an episode needs at least one"),
         (("--greedy", "--sampled"), "exclude each other"),
         (("--gamma", 0.9), "eval does not read gamma"),
         (("--num-envs=3",), "eval does not read num_envs"),

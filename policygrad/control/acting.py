@@ -7,10 +7,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from policygrad.control.checks import checked_distribution, checked_observations, stored
+from policygrad.control.checks import called, checked_distribution, checked_member, stored
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.spaces import to_environment
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, one_line, shortened
 
 
 class Mode(nn.Module):
@@ -62,8 +62,9 @@ def act(
     if normalizer is not None:
         batch = normalizer(batch, np.zeros(len(batch), dtype=bool))
     device = next((x.device for x in policy.parameters()), torch.device("cpu"))
-    policy.eval()
-    output: Any = policy(torch.from_numpy(stored(batch)).to(device).unsqueeze(1))
+    if policy.training:
+        policy.eval()
+    output = called(policy, torch.from_numpy(stored(batch)).to(device).unsqueeze(1))
     distribution = Certain(output) if greedy else output
     checked_distribution(distribution, len(batch), action_space)
     action = distribution.sample()[:, 0]
@@ -74,34 +75,59 @@ def act(
 
 def _batch(obs: Any, space: spaces.Space) -> tuple[np.ndarray, bool]:
     """Observations [B, ...] as the policy takes them, and whether there was a single one."""
-    if isinstance(space, spaces.Box | spaces.Discrete):
-        array = np.asarray(obs)
-        single = array.shape == space.shape
-        if not single and (array.ndim == 0 or array.shape[1:] != space.shape):
-            raise _other_shape(f"shape {array.shape}", space)
-        array = array[np.newaxis] if single else array
-        return checked_observations(array, space, len(array)).astype(space.dtype), single
-    if space.contains(obs):
-        return np.asarray(spaces.flatten(space, obs))[np.newaxis], True
+    single = _is_one(obs, space)
     try:
-        count = (
-            len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs[0] if isinstance(obs, tuple) else obs)
-        )
-        rows = [np.asarray(spaces.flatten(space, _row(obs, i))) for i in range(count)]
-        return np.stack(rows), False
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        found = f"shape {obs.shape}" if isinstance(obs, np.ndarray) else f"a {type(obs).__name__} of other parts"
-        raise _other_shape(found, space) from error
+        rows = [obs] if single else [_row(obs, i) for i in range(_count(obs))]
+    except (KeyError, IndexError, TypeError) as error:
+        raise _no_observation(obs, space) from error
+    if not rows or not all(_is_one(x, space) for x in rows):
+        raise _no_observation(obs, space)
+    rows = [checked_member(x, space, "act got") for x in rows]
+    if not isinstance(space, spaces.Box | spaces.Discrete):
+        rows = [spaces.flatten(space, x) for x in rows]
+    batch = np.stack(rows)
+    if batch.dtype.kind == "f" and not np.isfinite(batch).all():
+        raise UserError("act got an observation that is NaN or infinite: look at what the environment returned")
+    return batch, single
+
+
+def _is_one(obs: Any, space: spaces.Space) -> bool:
+    """Whether this is a single observation, by its parts and their shapes."""
+    if isinstance(space, spaces.Dict):
+        return isinstance(obs, dict) and all(name in obs and _is_one(obs[name], x) for name, x in space.items())
+    if isinstance(space, spaces.Tuple):
+        return isinstance(obs, tuple | list) and len(obs) == len(space) and all(map(_is_one, obs, space))
+    if space.shape is None:
+        return space.contains(obs)
+    return shape_of(obs) == space.shape
+
+
+def shape_of(obs: Any) -> tuple[int, ...] | None:
+    """The shape of an array, or of lists in its place; None if they make no array."""
+    try:
+        return np.shape(obs)
+    except ValueError:
+        return None
+
+
+def _count(obs: Any) -> int:
+    """The number of observations in a batch."""
+    while isinstance(obs, dict | tuple):
+        obs = next(iter(obs.values() if isinstance(obs, dict) else obs), ())
+    return len(obs)
 
 
 def _row(obs: Any, i: int) -> Any:
-    """Observation i of a batch of composite observations."""
+    """Observation i of a batch."""
     if isinstance(obs, dict):
         return {name: _row(x, i) for name, x in obs.items()}
     return tuple(_row(x, i) for x in obs) if isinstance(obs, tuple) else obs[i]
 
 
-def _other_shape(found: str, space: spaces.Space) -> UserError:
+def _no_observation(obs: Any, space: spaces.Space) -> UserError:
+    if isinstance(obs, tuple) and len(obs) == 2 and isinstance(obs[1], dict):
+        return UserError("act got a pair (obs, info), as reset returns it: give obs alone")
+    found = f"shape {obs.shape}" if hasattr(obs, "shape") else f"{shortened(obs, 30)}"
     return UserError(
         f"act got {found}, and an observation is in {one_line(space, 80)}: give one, or a batch [B, ...] of them"
     )

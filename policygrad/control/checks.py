@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import traceback
 from typing import Any
 
@@ -15,10 +16,11 @@ from policygrad.errors import UserError, one_line, shortened
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
-def checked_member(obs: Any, space: spaces.Space, method: str) -> Any:
-    """An observation of one environment in its space's dtype, the same numbers.
+def checked_member(obs: Any, space: spaces.Space, said: str) -> Any:
+    """One observation in its space's dtype, the same numbers.
 
-    Raises UserError for one that its batch would not hold as it is.
+    said: where it comes from, such as "the environment's step returned". Raises UserError for one that its batch would
+    not hold as it is, and for a number that is outside its space, if the space has finitely many.
     """
     if isinstance(space, spaces.Dict | spaces.Tuple):
         parts = {}
@@ -26,26 +28,44 @@ def checked_member(obs: Any, space: spaces.Space, method: str) -> Any:
             try:
                 part = obs[name]
             except (KeyError, IndexError, TypeError) as error:
-                said = f"the environment's {method} returned an observation without {shortened(name, 40)}"
-                raise UserError(f"{said}, which its observation_space has: fix one of the two") from error
-            parts[name] = checked_member(part, space[name], method)  # type: ignore[index]
+                raise _one_of_two(f"{said} an observation without {shortened(name, 40)}, which", "has") from error
+            parts[name] = checked_member(part, space[name], said)  # type: ignore[index]
+        if len(obs) > len(parts):
+            other = next((x for x in obs if x not in parts), "") if isinstance(obs, dict) else len(parts)
+            raise _one_of_two(f"{said} an observation with {shortened(other, 40)}, which", "lacks")
         return parts if isinstance(space, spaces.Dict) else tuple(parts.values())
     if space.shape is None or space.dtype is None:
         return obs
-    array = obs if isinstance(obs, np.ndarray) else np.asarray(obs)
+    array = obs if isinstance(obs, np.ndarray) else np.asarray(obs.detach().cpu() if isinstance(obs, Tensor) else obs)
     if array.shape != space.shape:
-        raise UserError(
-            f"the environment's {method} returned an observation of shape {array.shape}, but its "
-            f"observation_space says {space.shape}: fix one of the two"
-        )
-    if array.dtype == space.dtype:
-        return obs
-    if (changed := _changed(array, space.dtype)) is not None:
-        raise UserError(
-            f"the environment's {method} returned {changed} in an observation, which is no {space.dtype} number: "
-            "fix it or the observation_space"
-        )
-    return array.astype(space.dtype)
+        raise _one_of_two(f"{said} an observation of shape {array.shape}, but", f"says {space.shape}")
+    if array.dtype != space.dtype:
+        if (changed := _changed(array, space.dtype)) is not None:
+            raise UserError(
+                f"{said} {changed} in an observation, which is no {space.dtype} number: fix it or the observation_space"
+            )
+        array = array.astype(space.dtype)
+    if _is_outside(array, space):
+        raise UserError(f"{said} {one_line(array, 40)}, which is outside {one_line(space, 60)}: fix one of the two")
+    return array
+
+
+def _one_of_two(said: str, is_so: str) -> UserError:
+    return UserError(f"{said} its observation_space {is_so}: fix one of the two")
+
+
+def _is_outside(numbers: np.ndarray, space: spaces.Space) -> bool:
+    """Whether a number is none of a space of finitely many. The bounds of a Box are not checked."""
+    match space:
+        case spaces.Discrete():
+            least, most = space.start, space.start + space.n - 1
+        case spaces.MultiDiscrete():
+            least, most = space.start, space.start + space.nvec - 1
+        case spaces.MultiBinary():
+            least, most = 0, 1
+        case _:
+            return False
+    return bool(((numbers < least) | (numbers > most)).any())
 
 
 def _changed(array: np.ndarray, dtype: np.dtype) -> str | None:
@@ -70,6 +90,17 @@ def checked_number(reward: Any) -> Any:
                 f"the environment's step returned a reward of {shortened(reward, 60)}: fix it to return a number"
             )
     return reward
+
+
+def checked_flag(flag: Any, name: str) -> bool:
+    """`terminated` or `truncated` of one step. Raises UserError if it is neither true nor false."""
+    if not isinstance(flag, bool | np.bool_):
+        array = np.asarray(flag)
+        if array.shape != () or array.dtype.kind not in "biuf" or array not in (0, 1):
+            raise UserError(
+                f"the environment's step returned {shortened(flag, 40)} as {name}: fix it to return True or False"
+            )
+    return bool(flag)
 
 
 def checked_observations(obs: Any, space: spaces.Space, count: int) -> np.ndarray:
@@ -97,10 +128,8 @@ def _whole(obs: np.ndarray, space: spaces.Space) -> np.ndarray:
         numbers = obs.astype(space.dtype)
     if obs.dtype != numbers.dtype and (numbers != obs).any():
         raise UserError(f"the environment returned an observation that is no {space.dtype} number: fix the space")
-    if isinstance(space, spaces.Discrete):
-        index = numbers - space.start
-        if not ((index >= 0) & (index < space.n)).all():
-            raise UserError(f"the environment returned an observation outside its {one_line(space, 60)}: fix the space")
+    if _is_outside(numbers, space):
+        raise UserError(f"the environment returned an observation outside its {one_line(space, 60)}: fix the space")
     return numbers
 
 
@@ -178,19 +207,50 @@ def checked_distribution(output: Any, rows: int, space: spaces.Space) -> Any:
         raise UserError(
             f"the policy's actions have shape {event}, and the action space's {space.shape}: fix the policy"
         )
-    if isinstance(space, spaces.Discrete):
-        support: Any = distribution.support
-        if not support.is_discrete:
-            raise UserError(
-                f"the policy returned a {type(distribution).__name__}, and actions are {one_line(space, 40)}: return a "
-                "Categorical"
-            )
-        count = distribution.logits.shape[-1] if isinstance(distribution, torch.distributions.Categorical) else space.n
+    continuous = isinstance(space, spaces.Box)
+    if _is_discrete(distribution) == continuous and not (continuous and space.dtype.kind in "iu"):  # type: ignore[union-attr]
+        choice = "a Categorical" if isinstance(space, spaces.Discrete) else "Independent(Categorical(...), 1)"
+        raise UserError(
+            f"the policy returned a {type(distribution).__name__}, and actions are {one_line(space, 40)}: return "
+            + ("Independent(Normal(mean, std), 1)" if continuous else choice)
+        )
+    if isinstance(space, spaces.Discrete) and isinstance(distribution, torch.distributions.Categorical):
+        count = distribution.logits.shape[-1]
         if count != space.n:
             raise UserError(
                 f"the policy chooses among {count} actions, and the environment has {space.n}: fix the policy"
             )
     return output
+
+
+def _is_discrete(distribution: torch.distributions.Distribution) -> bool | None:
+    """Whether its actions are whole numbers, if it says so."""
+    try:
+        return distribution.support.is_discrete  # type: ignore[union-attr]
+    except NotImplementedError:
+        return None
+
+
+def called(module: torch.nn.Module, obs: Tensor, name: str = "policy") -> Any:
+    """What a policy or a critic returns. Raises UserError for its own error, which tells no shape of obs."""
+    try:
+        return module(obs)
+    except Exception as error:
+        if re.search(r"\bnan\b", str(error), re.IGNORECASE):  # of training, and not of the policy's code
+            raise
+        said = f"the {name} raised {type(error).__name__} for obs {list(obs.shape)} of {obs.dtype}: "
+        raise UserError(said + one_line(error, 197 - len(said))) from error
+
+
+def check_entropy(distribution: Any) -> None:
+    """Raise UserError if a distribution of torch's has no entropy, which every method reports."""
+    try:
+        _ = isinstance(distribution, torch.distributions.Distribution) and distribution.entropy()
+    except NotImplementedError as error:
+        raise UserError(
+            f"the policy's {type(distribution).__name__} has no entropy(): give it one in a class of your own; "
+            "squash=True is a Gaussian through tanh that has one"
+        ) from error
 
 
 def check_memory(size: int, what: str, advice: str) -> None:

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
-from policygrad.control.checks import checked_member, checked_number
+from policygrad.control.checks import checked_flag, checked_member, checked_number
 from policygrad.control.processes import Processes
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -220,13 +220,14 @@ class Checked(gymnasium.Wrapper):
             self.env.action_space.seed(int(of_actions))
             self.env.observation_space.seed(int(of_observations))
         obs, info = self.env.reset(**options)
-        return checked_member(obs, self.observation_space, "reset"), _numbers(info)
+        return checked_member(obs, self.observation_space, "the environment's reset returned"), _numbers(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As the environment's, with the observation and the reward checked."""
+        """As the environment's, with everything checked."""
         obs, reward, terminated, truncated, info = self.env.step(action)
-        obs = checked_member(obs, self.observation_space, "step")
-        return obs, checked_number(reward), terminated, truncated, _numbers(info)
+        obs = checked_member(obs, self.observation_space, "the environment's step returned")
+        ended = checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated")
+        return obs, checked_number(reward), *ended, _numbers(info)
 
     def close(self) -> None:
         """As the environment's. An error becomes a note: what was learned is not lost for it."""
@@ -297,7 +298,7 @@ def _no_environment(thing: Any) -> str:
         return f"{type(thing).__name__} is a vector environment: hand in the object itself"
     if callable(getattr(thing, "step", None)):
         return f"{said}: derive its class from gymnasium.Env"
-    return f"{said}: give an id, a class or function that makes one, an environment, or a vector environment"
+    return f"{said}: give an id, an environment, or a class or function that makes one"
 
 
 def _distinct(environments: VectorEnv) -> None:

@@ -91,6 +91,8 @@ def evaluate(
     """
     if episodes < 1:
         raise UserError(f"episodes is {episodes}: ask for at least one")
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"max_steps is {max_steps}: an episode needs at least one")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
     if normalizer is not None:

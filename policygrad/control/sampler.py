@@ -11,13 +11,13 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from policygrad.control.checks import checked_distribution
+from policygrad.control.checks import called, check_entropy, check_memory, checked_distribution
 from policygrad.control.distributions import ClippedNormal, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import to_environment, units
 from policygrad.control.stepping import Stepping
-from policygrad.errors import UserError
+from policygrad.errors import UserError, one_line
 from policygrad.rollout import Rollout
 
 CAPACITY = 128  # steps that rows of whole episodes have room for at first
@@ -56,7 +56,10 @@ class Sampler:
     ) -> None:
         if steps < 1:
             raise UserError(f"steps is {steps}: a rollout needs at least one")
-        count = environments.num_envs
+        if not isinstance(environments, VectorEnv):
+            given = one_line(environments, 40)
+            raise UserError(f"{given} is no vector environment: make one of it, with make_environments")
+        count, space = environments.num_envs, environments.single_observation_space
         self.group_size = _group_size(groups, count, whole_episodes)
         self.length, self.whole_episodes, self.device = steps, whole_episodes, torch.device(device)
         self.stepping = Stepping(
@@ -67,6 +70,10 @@ class Sampler:
             observation_normalizer=observation_normalizer,
             reward_scaler=reward_scaler,
         )
+        if not whole_episodes:  # the rows of those are as long as their episodes, and not as long as they may be
+            numbers = math.prod(space.shape or ()) * np.dtype(space.dtype or np.float32).itemsize + 24
+            said = f"a rollout of {count} environments and {steps} steps"
+            check_memory(numbers * count * steps, said, "lower num_envs or the number of steps")
 
     @property
     def steps(self) -> int:
@@ -82,8 +89,7 @@ class Sampler:
         columns = _Columns(
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
-        if stepping.obs is None or self.whole_episodes:
-            stepping.reset()
+        stepping.reset() if self.whole_episodes else stepping.go_on()
         for t in range(self.length):
             obs, mask = self._obs(), ~stepping.resetting
             action, logp, taken = self._act(policy, obs)
@@ -105,7 +111,9 @@ class Sampler:
         group = torch.arange(len(final_obs), device=self.device) // self.group_size
         metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size)
         space = stepping.environments.single_action_space
-        metrics |= action_metrics(policy(found["obs"][:, :1]), found["action"][found["mask"]], space)
+        distribution = policy(found["obs"][:, :1])
+        check_entropy(distribution)
+        metrics |= action_metrics(distribution, found["action"][found["mask"]], space)
         return Rollout(**found, group=group, final_obs=final_obs, memoryless=True, metrics=metrics)
 
     @torch.no_grad()
@@ -145,7 +153,7 @@ class Sampler:
     def _act(self, policy: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
         """Actions [B, ...], their log-probabilities [B], both finite, and the actions as the environment takes them."""
         space = self.stepping.environments.single_action_space
-        distribution = checked_distribution(policy(obs.unsqueeze(1)), len(obs), space)
+        distribution = checked_distribution(called(policy, obs.unsqueeze(1)), len(obs), space)
         try:
             action = distribution.sample()
         except RuntimeError as error:
@@ -227,13 +235,13 @@ def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) ->
 
 def _group_size(groups: Any, count: int, whole_episodes: bool) -> int:
     """Rows per group. Raises UserError for groups that cannot be made."""
-    if groups is None or groups == "all":
-        return 1 if groups is None else count
-    if not isinstance(groups, int) or groups < 1 or count % groups:
+    if groups is None:
+        return 1
+    if groups != "all" and (not isinstance(groups, int) or groups < 1 or count % groups):
         raise UserError(f'groups is {groups!r}: choose None, "all", or a number that divides the {count} environments')
     if not whole_episodes:
-        raise UserError(f"groups of {groups} rows start from the same state: they need whole_episodes=True")
-    return groups
+        raise UserError(f"groups={groups!r} compares the returns of episodes: it needs whole_episodes=True")
+    return count if groups == "all" else groups
 
 
 def _group_metrics(score: Tensor, size: int) -> dict[str, float]:

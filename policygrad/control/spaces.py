@@ -53,7 +53,7 @@ def to_environment(action: Tensor, space: spaces.Space) -> np.ndarray:
     """
     match space:
         case spaces.Discrete():
-            return action.cpu().numpy() + space.start
+            return (action.cpu().numpy().reshape(-1) + space.start).astype(space.dtype)
         case spaces.MultiDiscrete():
             return (action.cpu().numpy().reshape(-1, *space.shape) + space.start).astype(space.dtype)
         case spaces.MultiBinary():

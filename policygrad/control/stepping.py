@@ -62,6 +62,9 @@ class Stepping:
             if (member := unsupported(space)) is not None:
                 describe(member)  # raises
             raise UserError(f"the observation space is a {type(space).__name__}: flatten it with make_environments")
+        for what, one in (("observation", space), ("action", environments.single_action_space)):
+            if 0 in (one.shape or ()):
+                raise UserError(f"the {what} space {one_line(one, 60)} holds no numbers: give it at least one")
         if observation_normalizer is not None and not isinstance(space, spaces.Box):
             raise UserError(f"observations in {one_line(space, 60)} cannot be normalized, only a Box: leave it off")
         if isinstance(seed, int) and seed < 0:
@@ -71,6 +74,7 @@ class Stepping:
         self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
         self.seeded, self.generator = seed is not None, np.random.default_rng(seed)
         self.obs: np.ndarray | None = None
+        self.begun = False  # whether these environments have been reset
         self.resetting = np.zeros(environments.num_envs, dtype=bool)
         self.episode_return = np.zeros(environments.num_envs)
         self.episode_length = np.zeros(environments.num_envs, dtype=np.int64)
@@ -79,6 +83,12 @@ class Stepping:
         self.ending: list[dict[str, float]] = [{} for _ in range(environments.num_envs)]  # of each environment
         self.reward_sum, self.reward_count = 0.0, 0  # of the decisions since the sampler set them to 0
         self.steps, self.episodes = 0, 0
+
+    def go_on(self) -> None:
+        """Continue the episodes; start new ones if there are none, or if they are of other environments."""
+        if self.obs is None or not self.begun:
+            self.seeded = self.seeded or self.obs is not None  # a state was loaded, and its generator decides
+            self.reset()
 
     def reset(self) -> None:
         """Start a new episode in every environment."""
@@ -93,7 +103,7 @@ class Stepping:
             obs, _ = self.environments.reset(seed=seed)
         except Exception as error:
             raise (no_seeds(self.group_size) if grouped and not takes_list else failure("reset", error)) from error
-        self.seeded = False  # later resets continue the environments' own random streams
+        self.seeded, self.begun = False, True  # later resets continue the environments' own random streams
         self.resetting[:] = False
         self.episode_return[:] = 0.0
         self.episode_length[:] = 0
@@ -173,7 +183,7 @@ class Stepping:
         return tree_map(lambda x: torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state_dict."""
+        """Restore a state_dict. Environments that have not begun cannot go on with its episodes, and `go_on` resets."""
         state = tree_map(lambda x: np.array(x) if isinstance(x, torch.Tensor | np.ndarray) else x, state)
         for name in _STATE:
             setattr(self, name, state[name])

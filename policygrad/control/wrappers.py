@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import NormalizeReward
 from gymnasium.wrappers.vector import NormalizeReward as NormalizeVectorReward
@@ -108,7 +109,7 @@ class Layers:
 
 def _may_learn(thing: Any) -> bool:
     """Whether a wrapper's attribute may be an object with running statistics."""
-    not_those = (gymnasium.Env, VectorEnv, gymnasium.Space, type, np.random.Generator, Tensor)
+    not_those = (gymnasium.Env, VectorEnv, gymnasium.Space, EnvSpec, type, np.random.Generator, Tensor)
     return (
         hasattr(thing, "__dict__") and not isinstance(thing, not_those) and not callable(getattr(thing, "mean", None))
     )

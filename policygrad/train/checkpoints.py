@@ -155,7 +155,7 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
         if description["policy"] is None:
             raise UserError(
                 f"the policy in {ending(str(directory), 50)} is a {ending(str(description['class']), 50)} of your own: "
-                "load it from Python with load_policy(directory, policy)"
+                "load it from Python, with load(directory, policy=...)"
             )
         try:
             sizes = [feature_count(description["policy"][x]) for x in ("observation_space", "action_space")]

@@ -51,7 +51,7 @@ SIZES = Bound(lambda x: all(size >= 1 for size in x), "at least 1 unit in every 
 RATES = Bound(lambda x: all(0 < weight < math.inf for weight in x), "numbers that are more than 0 and finite")
 TEXT = Bound(bool, "text that is not empty")
 TEXTS = Bound(all, "texts that are not empty")
-OBJECT = Bound(lambda x: isinstance(_json(x), dict), "a JSON object, such as '{\"enable_thinking\": false}'")
+OBJECT = Bound(lambda x: isinstance(_json(x), dict), "a JSON object, such as '{\"name\": 1}'")
 
 When = dict[str, tuple[Any, ...]]  # `world`, a field of the method, or an option -> its allowed values
 CONTROL: When = {"world": ("control",)}
@@ -382,6 +382,7 @@ def for_command_line(kind: type) -> type:
 def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> Any:
     """The options with the given values. Raises OptionError for an unknown name or a value of the wrong type."""
     kinds: dict[str, Any] = {f.name: f.type for f in fields(options)}
+    objects = {f.name for f in fields(options) if f.metadata["bound"] is OBJECT}
     given: dict[str, Any] = {}
     for name, x in values.items():
         if name not in kinds:
@@ -394,7 +395,8 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
         if any(isinstance(y, Integral) and abs(int(y)) >= 2**63 for y in single):
             raise OptionError(name, f"{origin}{name} is too large: an integer must be less than 2**63 in size")
         if not _fits(texts, kinds[name]):
-            must_be = "a dict that JSON keeps as it is" if isinstance(entries, Mapping) else in_words(kinds[name])
+            a_dict = isinstance(entries, Mapping) or name in objects
+            must_be = "a dict that JSON keeps as it is" if a_dict else in_words(kinds[name])
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: it must be {must_be}")
         given[name] = _plain(entries, kinds[name])
     return replace(options, **given)

@@ -1,15 +1,15 @@
 """Tuned settings: one file for each task, with a table of options for each method."""
 
 import tomllib
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
 from policygrad.errors import UserError, listed, one_line, shortened
 from policygrad.train.methods import METHODS, nearest
-from policygrad.train.options import options_of
+from policygrad.train.options import OptionError, options_of
 from policygrad.train.worlds import kind_of
 
 FOLDER = files("policygrad") / "presets"
@@ -79,12 +79,17 @@ def passed_over(task: Any, environments: Any, method: str) -> str | None:
     return f'note: {name} has a preset, which is for its id and not used here: preset="{name}" uses it{some}'
 
 
-def blamed(error: UserError, preset: str | None, tuned: Mapping[str, Any], given: Collection[str]) -> str:
-    """The end of an error message if the bad value comes from the preset and not from the user; else nothing.
+@contextmanager
+def blamed(preset: str | None, tuned: Mapping[str, Any], given: Collection[str]) -> Iterator[None]:
+    """An error about an option says so if its value comes from the preset and not from the user.
 
     tuned: the preset's values. given: the options that the user sets.
     """
-    name: str = getattr(error, "option", "")
-    if preset is None or name not in tuned or name in given:
-        return ""
-    return f" (preset {preset} sets {name}={tuned[name]}; preset none leaves it)"
+    try:
+        yield
+    except OptionError as error:
+        name = error.option
+        if preset is None or name not in tuned or name in given:
+            raise
+        said = f"{error} (preset {preset} sets {name}={tuned[name]}; preset none leaves it)"
+        raise OptionError(name, said) from error

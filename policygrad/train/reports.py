@@ -89,7 +89,9 @@ class Tail:
         try:
             self.path.parent.mkdir(exist_ok=True)
             with open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
-                file.truncate(self.written)  # without the part of a record that a full disk took
+                # Without the part of a record that a full disk took, and without a hole if others made it shorter.
+                self.written = min(self.written, os.fstat(file.fileno()).st_size)
+                file.truncate(self.written)
                 file.seek(self.written)
                 if (file.write(self.waiting) or 0) < len(self.waiting):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -63,19 +63,26 @@ class Run:
             return self.world.act(obs, greedy=greedy)  # type: ignore[attr-defined]
 
     def evaluate(
-        self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None, environment: Any = None
+        self,
+        count: int | None = None,
+        *,
+        seed: int = 1000,
+        greedy: bool | None = None,
+        environment: Any = None,
+        max_steps: int | None = None,
     ) -> Evaluation:
         """Evaluate the current policy.
 
         count: episodes (control; 10), or completions of each held-out prompt (language; as in training). greedy: take
         the policy's mode instead of samples; the default in control, not in language. environment: another than that of
-        training (control), as make_environments takes it. On `exact:` worlds J is exact.
+        training (control), as make_environments takes it. max_steps: cuts every episode (control). On `exact:` worlds J
+        is exact.
         """
-        if environment is not None and self.world.kind != "control":
-            raise UserError(f"environment is for control, and this run is on {self.world.name}: leave it out")
+        elsewhere = {name: x for name, x in (("environment", environment), ("max_steps", max_steps)) if x is not None}
+        if elsewhere and self.world.kind != "control":
+            raise UserError(f"{min(elsewhere)} is for control, and this run is on {self.world.name}: leave it out")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed is {seed}: it must be 0 or more and less than 2**63")
-        elsewhere: Any = {} if environment is None else {"environment": environment}
         with Generators(seed).inside(), arithmetic(self.world, self.options.threads):
             return self.world.evaluate(count, seed=seed, greedy=greedy, **elsewhere)
 
@@ -130,6 +137,7 @@ class Run:
         trust: bool = False,
         environment: str | None = None,
         dataset: str | None = None,
+        policy: Any = None,
         **repeated: Any,
     ) -> "Run":
         """Load the run in a directory, for use and evaluation. Raises UserError if the run is missing or damaged.
@@ -137,7 +145,8 @@ class Run:
         The directory is data: code that its config.json names (a reward `file.py:function`, an environment `module:Id`)
         is not run, and no file of elsewhere is read, unless the name is repeated here, or `trust` is set for a run of
         one's own. environment: the task of a control run. dataset: prompts to evaluate on in place of the held-out
-        ones. repeated: options, which override the run's; `trust_remote_code` is taken from here alone.
+        ones. policy: your own module of training, or what makes it (control). repeated: options, which override the
+        run's; `trust_remote_code` is taken from here alone.
         """
         directory = as_path(directory)
         path = directory / "config.json"
@@ -158,7 +167,8 @@ class Run:
             said = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             raise damaged(path, said) from error
         names = outside(kind, task, options)
-        for name, x, its in (("environment", environment, "control"), ("dataset", dataset, "language")):
+        own = (("environment", environment, "control"), ("policy", policy, "control"), ("dataset", dataset, "language"))
+        for name, x, its in own:
             if x is not None and kind != its:
                 raise UserError(f"{name} is for {its}, and this run is on {kind}: leave it out")
         if environment is not None:
@@ -180,7 +190,7 @@ class Run:
         run = cls(method, options, config.get("preset"), world, directory)
         run.places.add(directory.resolve())
         with arithmetic(run.world, options.threads), torch.random.fork_rng([]):  # new modules draw their weights
-            run.stage = run.world.load(directory)
+            run.stage = run.world.load(directory, **({} if policy is None else {"policy": policy}))
         return run
 
     def kept(self, where: str = "") -> str:

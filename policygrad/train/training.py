@@ -90,11 +90,8 @@ class Training:
         self.preset, self.tuned = presets.choose(preset, name, task, values)
         defaults = with_values(options_of(name, kind)(), self.tuned, f"preset {self.preset}: ")
         options = with_values(defaults, values)
-        try:
+        with presets.blamed(self.preset, self.tuned, values):
             validate(options, defaults)
-        except OptionError as error:
-            blamed = presets.blamed(error, self.preset, self.tuned, values)
-            raise OptionError(error.option, f"{error}{blamed}") from error
         if kind == "control":
             _check_shape_read(options, defaults, policy, critic)
         check_device(options.device)
@@ -111,7 +108,8 @@ class Training:
         made: list[Path] | None = None
         try:
             with self._inside():
-                self.world.build(Own(policy, critic, engine, rows), progress)
+                with presets.blamed(self.preset, self.tuned, values):
+                    self.world.build(Own(policy, critic, engine, rows), progress)
                 self.learner = compose(
                     options, self.world.policy, self.world.critic, self.world.sample, self.world.reference, self._due
                 )
@@ -335,6 +333,11 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
         self.run.ended = how_it_ended(error)
+        last = self.training.last
+        if last and self.run.metrics[-1:] != [last]:  # of a run that is stopped, so that its numbers are its policy's
+            self.run.metrics.append(last)
+            if self.log is not None:
+                self.log.write(last)
         if self.log is None or self.run.directory is None:
             return
         self.log.close()

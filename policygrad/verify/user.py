@@ -100,7 +100,10 @@ def _called(
             advantage: Any = function(arrays[0], arrays[1], arrays[2], arrays[3], gamma)
     except (Exception, SystemExit) as error:
         raised = f"{type(error).__name__}: {one_line(error, 80)}"
-        raise UserError(f"{ending(name, 50)} raised {raised}: fix the function") from error
+        fix = (
+            "it takes (reward, value, terminated, ended, gamma)" if isinstance(error, TypeError) else "fix the function"
+        )
+        raise UserError(f"{ending(name, 50)} raised {raised}: {fix}") from error
     if not isinstance(advantage, Tensor) or advantage.shape != reward.shape:
         what = list(advantage.shape) if isinstance(advantage, Tensor) else type(advantage).__name__
         raise UserError(f"{ending(name, 50)} returned {what} for rewards of shape {list(reward.shape)}: return [B, T]")

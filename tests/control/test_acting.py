@@ -100,8 +100,12 @@ def test_the_normalizer_is_applied_and_does_not_learn() -> None:
     [
         (np.zeros(4, np.float32), r"act got shape \(4,\), and an observation is in Box"),
         (np.zeros((2, 2, 3), np.float32), r"shape \(2, 2, 3\)"),
-        (0.0, r"shape \(\)"),
-        (np.array([np.nan, 0, 0], np.float32), "NaN"),
+        (0.0, "act got 0.0, and"),
+        (None, "act got None, and"),
+        (np.zeros((0, 3), np.float32), r"shape \(0, 3\)"),
+        (np.array([np.nan, 0, 0], np.float32), "act got an observation that is NaN"),
+        (np.array([1e300, 0, 0]), r"act got 1e\+300 in an observation, which is no float32 number"),
+        ((np.zeros(3, np.float32), {}), r"act got a pair \(obs, info\), as reset returns it: give obs alone"),
     ],
 )
 def test_an_observation_of_another_kind_is_one_line(obs: Any, said: str) -> None:
@@ -112,9 +116,29 @@ def test_an_observation_of_another_kind_is_one_line(obs: Any, said: str) -> None
 def test_a_composite_observation_of_other_parts_is_one_line() -> None:
     space = spaces.Dict({"a": spaces.Discrete(3)})
     made = policy(spaces.Discrete(2), spaces.flatten_space(space))
-    for wrong in ({"b": 1}, (1,), {"a": 7}):
-        with pytest.raises(UserError, match=r"act got a .* of other parts, and an observation is in Dict"):
+    for wrong in ({"b": 1}, (1,), {"a": [[1]]}):
+        with pytest.raises(UserError, match=r"act got .*, and an observation is in Dict"):
             act(made, wrong, space, made.action_space)
+    for wrong in ({"a": 7}, {"a": [0, -1]}):
+        with pytest.raises(UserError, match=r"act got (7|-1), which is outside Discrete\(3\)"):
+            act(made, wrong, space, made.action_space)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        np.array([0.5, 2.0]),  # float64, and beyond the bounds
+        [0.5, 2.0],
+        torch.tensor([0.5, 2.0], requires_grad=True),
+    ],
+    ids=["float64", "list", "tensor"],
+)
+def test_act_takes_what_training_takes(inner: Any) -> None:
+    """An observation of other types, or outside the bounds of its Box, is neither refused nor read as a batch."""
+    space = spaces.Dict({"a": spaces.Box(-1.0, 1.0, (2,), np.float32), "b": spaces.Discrete(3)})
+    made = policy(spaces.Box(-1.0, 1.0, (2,)), spaces.flatten_space(space))
+    found = act(made, {"a": inner, "b": 1}, space, made.action_space)
+    np.testing.assert_array_equal(found, made.act(np.array([0.5, 2.0, 0, 1, 0], np.float32)))
 
 
 def test_a_loop_of_ones_own_is_an_evaluation() -> None:

@@ -447,7 +447,7 @@ class Old:
 @pytest.mark.parametrize(
     ("thing", "said"),
     [
-        (42, "42 is no gymnasium.Env: give an id, a class"),
+        (42, "42 is no gymnasium.Env: give an id, an environment, or a class or function that makes one"),
         ({"id": "CartPole-v1"}, "is no gymnasium.Env"),
         (b"CartPole-v1", "is no gymnasium.Env"),
         (Duck(), "is no gymnasium.Env: derive its class from gymnasium.Env"),
@@ -495,9 +495,11 @@ def test_an_id_of_another_package_says_what_to_install_or_import(name: str, said
 class Returning(Counting):
     """Returns these observations, rewards and infos, one after the other."""
 
-    def __init__(self, space: spaces.Space, obs: Any, reward: Any = 1.0, infos: tuple[Any, ...] = ({},)) -> None:
+    def __init__(
+        self, space: spaces.Space, obs: Any, reward: Any = 1.0, infos: tuple[Any, ...] = ({},), flag: Any = False
+    ) -> None:
         super().__init__()
-        self.observation_space, self.obs, self.given, self.infos = space, obs, reward, infos
+        self.observation_space, self.obs, self.given, self.infos, self.flag = space, obs, reward, infos, flag
 
     def reset(self, **options: Any) -> Any:
         self.t = 0
@@ -505,7 +507,7 @@ class Returning(Counting):
 
     def step(self, action: Any) -> Any:
         self.t += 1
-        return self.obs, self.given, False, self.t == 3, self.infos[(self.t - 1) % len(self.infos)]
+        return self.obs, self.given, self.flag, self.t == 3, self.infos[(self.t - 1) % len(self.infos)]
 
 
 IMAGE = spaces.Box(0, 255, (2,), np.uint8)
@@ -532,6 +534,14 @@ FLOATS = spaces.Box(-1, 1, (2,), np.float32)
             "without 'b', which its observation_space has",
         ),
         (spaces.Tuple((spaces.Discrete(2), IMAGE)), (1,), "an observation without 1"),
+        (spaces.Tuple((IMAGE,)), (np.array([0, 1]), 2), "an observation with 1, which its observation_space lacks"),
+        (spaces.Dict({"a": IMAGE}), {"a": np.array([0, 1]), "b": 3}, "an observation with 'b', which .* lacks"),
+        # Flattened, these would be the numbers of other states.
+        (spaces.Discrete(3, start=1), 4, r"step returned 4, which is outside Discrete\(3, start=1\)"),
+        (spaces.Dict({"a": spaces.Discrete(3)}), {"a": -1}, r"returned -1, which is outside Discrete\(3\)"),
+        (spaces.MultiDiscrete([3, 3]), np.array([5, 0]), r"returned \[5 0\], which is outside MultiDiscrete"),
+        (spaces.MultiDiscrete([3, 3], start=[1, 1]), np.array([0, 1]), r"returned \[0 1\], which is outside Multi"),
+        (spaces.MultiBinary(2), np.array([0, 7]), r"returned \[0 7\], which is outside MultiBinary\(2\)"),
     ],
 )
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -585,6 +595,33 @@ def test_any_number_is_a_reward(reward: Any) -> None:
     rollout = Sampler(make_environments(lambda: Returning(FLOATS, np.zeros(2, np.float32), reward), 1), 3)
     policy = Policy(FLOATS, spaces.Discrete(2), hidden=(4,))
     assert rollout(policy).reward.tolist() == [[float(reward)] * 3]
+
+
+@pytest.mark.parametrize(
+    "flag", [None, "False", np.nan, 2, -1, {}, np.array([True]), 1j, b"", [False]], ids=lambda x: repr(x)
+)
+def test_an_end_that_is_neither_true_nor_false_is_refused(flag: Any) -> None:
+    """Cast to a bool, "False" would be an end, and None none."""
+    with pytest.raises(UserError, match=r"step returned .* as terminated: fix it to return True or False") as raised:
+        played(make_environments(lambda: Returning(FLOATS, np.zeros(2, np.float32), flag=flag), 2))
+    assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize("flag", [True, np.True_, 1, 1.0, np.array(True), torch.tensor(True)], ids=repr)
+def test_an_end_may_be_a_number(flag: Any) -> None:
+    rollout = Sampler(make_environments(lambda: Returning(FLOATS, np.zeros(2, np.float32), flag=flag), 1), 3)
+    assert rollout(Policy(FLOATS, spaces.Discrete(2), hidden=(4,))).terminated.tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("what", ["observation", "action"])
+def test_a_space_without_numbers_is_refused(what: str) -> None:
+    class Empty(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, f"{what}_space", spaces.Box(-1, 1, (0,)))
+
+    with pytest.raises(UserError, match=rf"the {what} space Box\(.*\) holds no numbers"):
+        Sampler(make_environments(Empty, 2), 4)
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])

@@ -1,5 +1,7 @@
 """The sampler: what a row contains, what counts, groups, and the same rollout for both ways of resetting."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -12,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from probes import GAMMA, Counting, Known, Potential, limited
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 from policygrad.advantages import gae
 from policygrad.control import Policy, RewardScaler, Sampler, make_environments
@@ -397,9 +399,10 @@ class Plain(nn.Module):
     ("space", "make", "size"),
     [
         (spaces.Discrete(3, start=5), lambda x: Categorical(logits=x), 3),
+        (spaces.Discrete(2, start=5), lambda x: Bernoulli(logits=x.squeeze(-1)), 1),
         (spaces.Box(-0.1, 0.1, (2, 2), np.float32), lambda x: Independent(Normal(x, 1.0), 1), 4),
     ],
-    ids=["shifted", "clipped"],
+    ids=["shifted", "coin", "clipped"],
 )
 def test_an_action_of_a_plain_distribution_is_mapped_by_the_space(space: Any, make: Any, size: int) -> None:
     environment = Recording(space)
@@ -557,11 +560,36 @@ def test_equal_returns_that_are_not_exact_are_flat() -> None:
         (0, {"whole_episodes": True}, "groups is 0"),
         ("each", {}, "groups is 'each'"),
         (2, {}, "whole_episodes=True"),
+        ("all", {}, "compares the returns of episodes: it needs whole_episodes=True"),
     ],
 )
 def test_groups_that_cannot_be_made_are_refused(groups: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Sampler(vector(*[Counting] * 4), 4, groups=groups, **options)
+
+
+def test_what_is_no_vector_environment_is_named() -> None:
+    """In a process of its own, for the tests' type checker would refuse it first."""
+    code = """
+import gymnasium
+from policygrad.control import Sampler
+for thing in ("CartPole-v1", gymnasium.make("CartPole-v1"), gymnasium.Env, None):
+    try:
+        Sampler(thing, 4)
+    except ValueError as error:
+        print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 4
+    assert all(x.endswith(" is no vector environment: make one of it, with make_environments") for x in said)
+
+
+def test_a_rollout_beyond_memory_is_refused_and_a_long_limit_of_episodes_is_not() -> None:
+    with pytest.raises(UserError, match="a rollout of 1 environments and 1000000000000 steps would take"):
+        Sampler(vector(Counting), 10**12)
+    policy = Policy(spaces.Box(0.0, np.inf, (2,), np.float32), spaces.Discrete(2), hidden=(4,))
+    found = Sampler(vector(Counting), 10**12, whole_episodes=True)(policy)
+    assert found.mask.sum() == 2
 
 
 def test_the_native_vector_environment_makes_no_groups() -> None:
@@ -600,8 +628,28 @@ def test_the_layout_of_next_step_resets() -> None:
             ),
             r"actions have shape \(3,\), and the action space's \(2,\)",
         ),
+        (
+            lambda obs: torch.distributions.Independent(
+                torch.distributions.Categorical(logits=torch.zeros(len(obs), 1, 2, 5)), 1
+            ),
+            r"returned a Independent, and actions are Box\(.*: return Independent\(Normal\(mean, std\), 1\)",
+        ),
+        (
+            lambda obs: torch.distributions.Independent(
+                torch.distributions.TransformedDistribution(
+                    torch.distributions.Normal(torch.zeros(*obs.shape[:2], 2), 1.0),
+                    torch.distributions.transforms.TanhTransform(cache_size=1),
+                ),
+                1,
+            ),
+            r"the policy's Independent has no entropy\(\): give it one .*squash=True",
+        ),
+        (
+            lambda obs: nn.Linear(7, 2)(obs),
+            r"the policy raised RuntimeError for obs \[1, 1, 3\] of torch.float32: mat1 and mat2 shapes cannot be",
+        ),
     ],
-    ids=["tuple", "logits", "not independent", "shape"],
+    ids=["tuple", "logits", "not independent", "shape", "discrete", "no entropy", "wrong size"],
 )
 def test_a_policy_that_returns_no_distribution_of_actions_is_named(output: Any, said: str) -> None:
     class Own(nn.Module):

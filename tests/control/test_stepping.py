@@ -12,7 +12,7 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
 from probes import BROKEN, Broken, Counting, Known, limited
 
-from policygrad.control import ObservationNormalizer, Policy, RewardScaler, evaluate, make_environments
+from policygrad.control import ObservationNormalizer, Policy, RewardScaler, Sampler, evaluate, make_environments
 from policygrad.control.stepping import Stepping
 from policygrad.errors import UserError
 
@@ -331,6 +331,26 @@ def test_the_state_is_tensors_numbers_and_strings_and_restores_everything() -> N
     made.step(act)
     assert str(other.state_dict()) == str(state), "the state is a copy"
     assert str(made.state_dict()) != str(state)
+
+
+def test_environments_that_have_not_begun_start_new_episodes_from_the_state_as_it_is_loaded() -> None:
+    def new() -> Sampler:
+        return Sampler(make_environments(limited(Known, 8), 2), 6, seed=0)
+
+    known = Known()
+    made, policy = new(), Policy(known.observation_space, known.action_space, hidden=(4,))
+    made(policy)
+    state = made.state_dict()
+    rollouts = []
+    for _ in range(2):
+        other = new()
+        other.load_state_dict(state)
+        torch.manual_seed(0)
+        rollouts.append(other(policy))
+        assert other.steps > made.steps
+    assert torch.equal(rollouts[0].obs, rollouts[1].obs)
+    assert not torch.equal(rollouts[0].obs[:, 0], torch.as_tensor(state["obs"])), "new episodes"
+    assert made(policy).mask.any(), "and those of the first sampler go on"
 
 
 def test_the_metrics_are_those_of_the_last_100_episodes() -> None:

@@ -206,6 +206,21 @@ def test_statistics_of_another_shape_are_one_line() -> None:
         evaluate(policy, normalized(), 2, learned=learned)
 
 
+def test_what_gymnasium_keeps_in_a_wrapper_is_not_learned() -> None:
+    class Counted(gymnasium.Wrapper):
+        count = 0
+
+        def step(self, action: Any) -> Any:
+            self.count += 1
+            return super().step(action)
+
+    environments = make_environments(lambda: Counted(gymnasium.make("CartPole-v1")), 2)
+    wrappers = Wrappers(environments)
+    assert all(x.spec is not None for x in environments.envs), "from now on in the wrapper"
+    Sampler(environments, 5, seed=0)(policy_of(environments))
+    assert wrappers.learned() == {"Counted.0.count": 5}
+
+
 def test_merging_one_copy_changes_nothing() -> None:
     one = {"A.0.mean": np.array([0.1, 0.7]), "A.0.var": np.array([1.3, 0.2]), "A.0.count": np.array(7.5)}
     for name, x in merged([one]).items():

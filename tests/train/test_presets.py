@@ -169,11 +169,13 @@ def test_what_is_set_for_any_method_is_set_where_a_method_has_it(monkeypatch: py
 
 def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:
     error, tuned = OptionError("lam", "lam is 2.5"), {"lam": 2.5, "n": 2}
-    assert presets.blamed(error, "P", tuned, {"n"}) == " (preset P sets lam=2.5; preset none leaves it)"
-    for nobody in (
-        presets.blamed(error, "P", tuned, {"lam"}),
-        presets.blamed(error, None, {}, {}),
-        presets.blamed(OptionError("gamma", "gamma is 2"), "P", tuned, {}),
-        presets.blamed(UserError("lam is 2.5"), "P", tuned, {}),
-    ):
-        assert nobody == ""
+
+    def said(error: UserError, preset: str | None, tuned: dict[str, Any], given: set[str]) -> str:
+        with pytest.raises(type(error)) as raised, presets.blamed(preset, tuned, given):
+            raise error
+        return str(raised.value)
+
+    assert said(error, "P", tuned, {"n"}) == "lam is 2.5 (preset P sets lam=2.5; preset none leaves it)"
+    assert said(error, "P", tuned, {"lam"}) == said(error, None, {}, set()) == "lam is 2.5"
+    assert said(OptionError("gamma", "gamma is 2"), "P", tuned, set()) == "gamma is 2"
+    assert said(UserError("lam is 2.5"), "P", tuned, set()) == "lam is 2.5"

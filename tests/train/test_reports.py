@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import policygrad as pg
 from policygrad.train import reports
-from policygrad.train.reports import Curve, ProgressLine, draw_curve
+from policygrad.train.reports import Curve, ProgressLine, Tail, draw_curve
 from policygrad.train.run import Run
 
 PARTS = ["return 12.5", "KL 0.0123", "4,321 steps/s"]
@@ -37,6 +37,17 @@ def test_metrics_jsonl_is_what_the_run_saw_line_by_line(run: Run) -> None:
     assert [json.loads(line) for line in lines] == run.metrics
     assert len(lines) >= 4
     assert all(math.isfinite(x) for line in lines for x in json.loads(line).values())
+
+
+def test_a_file_that_others_cut_or_remove_goes_on_without_a_hole(tmp_path: Path) -> None:
+    log = Tail(tmp_path / "metrics.jsonl")
+    log.write(b"one\n")
+    log.path.unlink()
+    log.write(b"two\n")
+    log.path.write_bytes(b"tw")
+    log.write(b"three\n")
+    log.write(b"four\n")
+    assert log.path.read_bytes() == b"twthree\nfour\n"
 
 
 def test_every_metric_is_a_curve_in_tensorboard(run: Run) -> None:

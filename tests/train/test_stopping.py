@@ -229,6 +229,24 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch)
     assert saves[4] - saves[3] == pytest.approx(10 + 10 / module.SAVE_SHARE, abs=1)
 
 
+def test_the_numbers_of_a_run_that_is_stopped_are_those_of_its_policy(
+    training: pg.Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last row is none of those that are kept."""
+    monkeypatch.setattr(module, "ROWS", 1)
+    directory = training.run.directory
+    assert directory is not None
+    with pytest.raises(KeyboardInterrupt), module.Recorder(training) as record:  # noqa: PT012
+        for row in training:
+            record(row)
+            if training.iteration == 2:
+                raise KeyboardInterrupt
+    stage = pg.Run.load(directory, trust=True).stage
+    assert stage.iteration == 2
+    assert strict((directory / "summary.json").read_text())["steps"] == stage.steps
+    assert [row["steps"] for row in (training.run.metrics[-1], lines(directory)[-1])] == [stage.steps] * 2
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no")], ids=repr)
 def test_a_run_says_how_it_ended_and_whether_an_iteration_was_whole(
     error: BaseException, training: pg.Training

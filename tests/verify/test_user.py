@@ -36,6 +36,8 @@ def raises(reward, value, terminated, ended, gamma):
     raise RuntimeError("out of luck")
 def shape(reward, value, terminated, ended, gamma):
     return value
+def four(reward, value, terminated, ended):
+    return reward
 def exits(reward, value, terminated, ended, gamma):
     import sys
     sys.exit("the license has run out")
@@ -122,6 +124,7 @@ def test_a_module_is_found_by_name(file, monkeypatch):
         ("shape", r"returned \[6, 2\] for rewards of shape \[6, 1\]: return \[B, T\]"),
         ("nothing", "returned NoneType"),
         ("nan", "NaN or infinite"),
+        ("four", r"takes 4 positional .* were given: it takes \(reward, value, terminated, ended, gamma\)"),
         ("exits", "raised SystemExit: the license has run out: fix the function"),
         ("hangs", "raised TimeoutError: a call took more than 0.2 seconds"),
         ("unprintable", "raised Odd: Odd: fix"),

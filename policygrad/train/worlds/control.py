@@ -15,12 +15,12 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
-from policygrad.control.acting import act
-from policygrad.control.checks import check_memory
+from policygrad.control.acting import act, shape_of
+from policygrad.control.checks import called, check_memory
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
-from policygrad.control.spaces import rebuild
+from policygrad.control.spaces import describe, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import UserError, one_line
 from policygrad.train.checkpoints import Stage, check_size, feature_count, fits, read_policy, save_policy
@@ -71,7 +71,13 @@ class ControlWorld(World):
             check_memory(size, f"networks with hidden {one_line(list(options.hidden), 40)}", "lower hidden")
         if own.policy is None:
             gaussian = {name: getattr(options, name) for name in ("squash", "state_dependent_std", "initial_log_std")}
-            self.policy = Policy(observation_space, action_space, **self._shape(), **gaussian)
+            try:
+                self.policy = Policy(observation_space, action_space, **self._shape(), **gaussian)
+            except UserError as error:
+                name = next((x for x in gaussian if str(error).startswith(x)), None)
+                if name is None:
+                    raise
+                raise OptionError(name, str(error)) from error
         else:
             self.policy = own_module("policy", own.policy, observation_space, action_space)
         self.policy.to(options.device)
@@ -87,7 +93,12 @@ class ControlWorld(World):
             self.critic = own_module("critic", own.critic, observation_space, learns=learns)
         self.critic.to(options.device)
         if own.critic is not None:
-            refuse_memory(self.critic, observations(observation_space).to(options.device), "critic")
+            obs = observations(observation_space).to(options.device)
+            with torch.no_grad(), torch.random.fork_rng():
+                value = called(self.critic, obs, "critic")
+            if not isinstance(value, Tensor):
+                raise UserError(f"the critic returned a {type(value).__name__}: return a tensor of values [B, T]")
+            refuse_memory(self.critic, obs, "critic")
 
     def _made(self, num_envs: int, **how: Any) -> VectorEnv:
         """The task's environments, with the options of the environment."""
@@ -114,12 +125,6 @@ class ControlWorld(World):
             raise OptionError(
                 "episode_steps", "the environment has no time limit: say how long an episode may be, with episode_steps"
             )
-        numbers = math.prod(space.shape or ()) * np.dtype(space.dtype or np.float32).itemsize + 24
-        rollout = numbers * environments.num_envs * steps
-        name = "episode_steps" if whole else "num_steps"
-        check_memory(
-            rollout, f"a rollout of {environments.num_envs} environments and {steps} steps", f"lower num_envs or {name}"
-        )
         groups: Any = None
         if options.credit == "group":
             groups = options.group_size or "all"
@@ -134,15 +139,20 @@ class ControlWorld(World):
             device=options.device,
         )
 
-    def load(self, directory: Path) -> Stage:
-        saved = read_policy(directory)
+    def load(self, directory: Path, policy: Any = None) -> Stage:
+        if policy is not None:
+            environments = self._made(1)
+            self.observation_space = environments.single_observation_space
+            self.action_space, self.unflattened = environments.single_action_space, unflattened(environments)
+            close(environments)
+            policy = own_module("policy", policy, self.observation_space, self.action_space, learns=False)
+        saved = read_policy(directory, policy)
         self.policy, self.normalizer = saved.policy.to(self.options.device), saved.normalizer
         self.statistics, self.trained_on = saved.learned, saved.environment
         if isinstance(self.policy, Policy):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         if has_critic(self.options) and saved.critic:
-            assert isinstance(self.policy, Policy)  # read_policy has refused any other
-            space: Any = self.policy.description["observation_space"]
+            space: Any = describe(self.observation_space)
             with suppress(ValueError):  # it is of the user's own class, which is larger or smaller
                 check_size([feature_count(space), *self.options.hidden, 1], saved.critic)
                 critic = Critic(rebuild(space), **self._shape())
@@ -180,11 +190,8 @@ class ControlWorld(World):
     def act(self, obs: Any, *, greedy: bool = True) -> Any:
         """The action for one observation or a batch, as the environment gives and takes them."""
         space = self.observation_space
-        flat = not isinstance(obs, dict | tuple) and np.shape(obs) in (
-            space.shape,
-            (len(np.atleast_1d(obs)), *(space.shape or ())),
-        )
-        if not flat:
+        shape = None if isinstance(obs, dict | tuple) else shape_of(obs)
+        if shape is None or space.shape not in (shape, shape[1:]):
             if self.unflattened is None:
                 environments = self._made(1)
                 self.unflattened = unflattened(environments)
@@ -193,11 +200,18 @@ class ControlWorld(World):
         return act(self.policy, obs, space, self.action_space, greedy=greedy, normalizer=self.normalizer)
 
     def evaluate(
-        self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None, environment: Any = None
+        self,
+        count: int | None = None,
+        *,
+        seed: int = 1000,
+        greedy: bool | None = None,
+        environment: Any = None,
+        max_steps: int | None = None,
     ) -> Evaluation:
         """Play `count` whole episodes (10 by default) with the policy's mode, or with samples if not `greedy`.
 
-        environment: another one than that of training. What wrappers learned in training is used, and does not change.
+        environment: another one than that of training. max_steps: cuts every episode. What wrappers learned in training
+        is used, and does not change.
         """
         played = self.task if environment is None else environment
         if played is None:
@@ -214,7 +228,7 @@ class ControlWorld(World):
             stochastic=greedy is False,
             normalizer=self.normalizer,
             learned=learned,
-            max_steps=self.options.episode_steps,
+            max_steps=self.options.episode_steps if max_steps is None else max_steps,
             threads=self.options.threads,
             device=self.options.device,
             **self._environment_options() if environment is None else {},
@@ -319,9 +333,13 @@ def _has_improved(rows: list[Row]) -> bool:
 
 def own_module(name: str, module: Any, *spaces: gymnasium.Space, learns: bool = True) -> nn.Module:
     """The user's own module. Raises UserError if it is not a module or has nothing to learn."""
-    made = module if isinstance(module, nn.Module) or not callable(module) else module(*spaces)
+    takes = "(observation_space, action_space)" if name == "policy" else "(observation_space)"
+    try:
+        made = module if isinstance(module, nn.Module) or not callable(module) else module(*spaces)
+    except Exception as error:
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"the {name} could not be made of {takes}: {said}") from error
     if not isinstance(made, nn.Module):
-        takes = "(observation_space, action_space)" if name == "policy" else "(observation_space)"
         raise UserError(f"{name} is {str(made)[:60]}: hand in an nn.Module, or a function that makes one of {takes}")
     if learns and not any(p.requires_grad for p in made.parameters()):
         raise UserError(f"the {name} handed in has no parameter that requires a gradient: there is nothing to learn")

@@ -18,7 +18,7 @@ from torch import nn
 import policygrad as pg
 from policygrad.errors import Note, UserError
 from policygrad.train.methods import METHODS
-from policygrad.train.options import options_of
+from policygrad.train.options import OptionError, options_of
 from policygrad.train.worlds import kind_of
 from policygrad.train.worlds.control import observations, own_module
 
@@ -134,6 +134,73 @@ def test_a_module_by_name_is_refused() -> None:
         own_module("policy", "MlpPolicy")
 
 
+class Named(nn.Module):
+    """A policy of one's own, which a module holds."""
+
+    def __init__(self, observation_space: Any, action_space: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(observation_space.shape[0], int(action_space.n))
+
+    def forward(self, obs: torch.Tensor) -> Any:
+        return torch.distributions.Categorical(logits=self.layer(obs))
+
+
+def test_a_network_of_ones_own_is_handed_in_again(tmp_path: Path) -> None:
+    small = FAST | {"normalize_observations": True}
+    run = pg.train("ppo", "CartPole-v1", policy=Named, out=tmp_path / "run", **small)
+    obs = np.random.default_rng(0).normal(size=(9, 4))
+    space, actions = run.world.observation_space, run.world.action_space
+    with pytest.raises(UserError, match=r"a .*:Named of your own: load it from Python, with load\(directory, policy="):
+        pg.load(tmp_path / "run")
+    for policy in (Named, Named(space, actions)):
+        again = pg.load(tmp_path / "run", policy=policy)
+        assert again.act(obs).tolist() == run.act(obs).tolist()
+        assert again.evaluate(2) == run.evaluate(2)
+        assert again.stage == run.stage
+    with pytest.raises(UserError, match="has weights that do not fit the policy"):
+        pg.load(tmp_path / "run", policy=lambda *spaces: nn.Linear(3, 2))
+    pg.train("ppo", "exact:bandit", out=tmp_path / "exact", iterations=1, progress=False)
+    with pytest.raises(UserError, match="policy is for control, and this run is on exact: leave it out"):
+        pg.load(tmp_path / "exact", policy=Named)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"policy": lambda space: None}, r"policy could not be made of \(observation_space, action_space\): TypeError"),
+        (
+            {"policy": nn.Linear(7, 2)},
+            r"policy raised RuntimeError for obs \[2, 1, 4\] of torch.float32: mat1 and",
+        ),
+        (
+            {"critic": nn.Linear(7, 1)},
+            r"critic raised RuntimeError for obs \[4, 4, 4\] of torch.float32: mat1 and",
+        ),
+        ({"critic": nn.LSTM(4, 1)}, r"critic returned a tuple: return a tensor of values \[B, T\]"),
+    ],
+    ids=["arguments", "policy", "critic", "tuple"],
+)
+def test_an_error_of_a_module_of_ones_own_is_one_line(own: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        pg.train("ppo", "CartPole-v1", **FAST, **own)
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_evaluation_may_cut_its_episodes(tmp_path: Path) -> None:
+    run = pg.train("ppo", Potential, out=tmp_path / "run", **FAST)
+    assert run.evaluate(3, max_steps=7).lengths == [7, 7, 7]
+    with pytest.raises(UserError, match="max_steps is 0: an episode needs at least one"):
+        run.evaluate(3, max_steps=0)
+    with pytest.raises(UserError, match="max_steps is for control, and this run is on exact:bandit"):
+        pg.train("ppo", "exact:bandit", iterations=1, progress=False).evaluate(max_steps=3)
+
+
+def test_a_preset_is_blamed_for_an_option_that_the_environment_has_no_use_for() -> None:
+    said = r"initial_log_std is for Box actions, .* \(preset Pendulum-v1 sets initial_log_std=-0.5; preset none"
+    with pytest.raises(OptionError, match=said):
+        pg.train("ppo", "CartPole-v1", **FAST | {"num_steps": 512, "preset": "Pendulum-v1"})
+
+
 @pytest.mark.parametrize(
     ("task", "values", "kind"),
     [
@@ -213,6 +280,7 @@ def test_a_class_without_a_name_says_how_to_evaluate_it(tmp_path: Path) -> None:
         ({1: 2}, "env_options is {1: 2}: it must be a dict that JSON keeps as it is"),
         ({"a": {1, 2}}, "it must be a dict that JSON keeps as it is"),
         ({"a": np.int64(3)}, "it must be a dict that JSON keeps as it is"),
+        (3, "env_options is 3: it must be a dict that JSON keeps as it is"),
         ({"num_envs": 3}, "env_options has num_envs, which is an option of the run"),
         ({"no_such": 3}, "could not be made: TypeError"),
     ],
