@@ -74,6 +74,7 @@ def soft_overlong_penalty(max_length: int, buffer: int) -> Reward:
     def overlong(prompts: Column, completions: Column, completion_ids: Column, **_: Any) -> list[float]:
         return [min(0.0, max(-1.0, (max_length - buffer - len(ids)) / buffer)) for ids in completion_ids]
 
+    overlong.starts = max_length - buffer  # type: ignore[attr-defined]  # tokens below which it never applies
     return overlong
 
 
