@@ -29,12 +29,12 @@ from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_n
 from policygrad.train.names import trusting
 from policygrad.train.options import Options, for_command_line, in_words, options_of, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
-from policygrad.train.worlds import kind_of
+from policygrad.train.worlds import NO_PROMPTS, kind_of
 from policygrad.verify.options import VerifyOptions
 
 LONGEST = 200  # characters of a message
 # The options of eval that override what a run was trained with.
-REPEATED = ("environment", "reward", "dataset", "model", "critic", "trust_remote_code", "device")
+REPEATED = ("environment", "reward", "dataset", "split", "columns", "model", "critic", "trust_remote_code", "device")
 _flat: Any = OmitArgPrefixes
 
 USAGE = """\
@@ -93,6 +93,10 @@ class Eval:
     """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
     dataset: str | None = None
     """Prompts to evaluate on, in place of those that were held out from training (language models)."""
+    split: str | None = None
+    """Split of that data set, such as test[:100]; test by default. A file is one split."""
+    columns: tuple[str, ...] = ()
+    """Rename a column of that data set, new=old; by default as in training. Repeatable."""
     model: str | None = None
     """The model below an adapter (language models)."""
     critic: str | None = None
@@ -258,7 +262,7 @@ def _train(rest: list[str]) -> int:
         first = _parse(_command(options), rest, f"train {name}", *repeatable)
         task, preset = first.task, first.preset
         if kind == "language" and task is None and not first.options.dataset:
-            task = "arithmetic"
+            raise UserError(NO_PROMPTS)
     preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
     options = with_values(options, tuned, f"preset {preset}: ")
     command = _parse(_command(options), rest, f"train {name}", *repeatable)
@@ -280,6 +284,8 @@ def _train(rest: list[str]) -> int:
         print(f"note: {note}")
     print(f"{name} on {run.world.name}: {run.world.result(run.metrics, run.seconds)}")
     flags = trusting(run.world.kind, run.world.stored(), run.options)
+    if run.world.kind == "language" and not run.world.judged:
+        flags += " --dataset PROMPTS"
     print(f"run: {out} (evaluate: policygrad eval {shlex.quote(str(out))}{flags})")
     return 0
 

@@ -945,6 +945,11 @@ LANGUAGE_BAD: list[tuple[list[str], str]] = [
     (["grpp", "arithmetic"], "unknown method 'grpp': did you mean grpo"),
     (["grpo", "--model", "/nowhere", "--dataset", "x.jsonl", "--reward", "exact_match"], "x.jsonl"),
     (["grpo", "prompts.jsonl"], "no model to train on prompts.jsonl"),
+    (["grpo", "--model", "m", "--reward", "exact_match"], "no prompts to train on: give dataset"),
+    (
+        ["grpo", "a.jsonl", "--model", "m", "--reward", "exact_match", "--dataset-weight", "1"],
+        "dataset_weight is of the sets that dataset names",
+    ),
     (["grpo", "arithmetic", "--preset", "none", "--dataset", "x.jsonl"], "leave dataset out"),
     (["grpo", "arithmetic", "--clip", "0.1"], "--clip"),
     (["dapo", "arithmetic", "--temperature", "-1"], "temperature is -1.0"),
@@ -955,7 +960,10 @@ LANGUAGE_BAD: list[tuple[list[str], str]] = [
     (["gspo", "arithmetic", "--preset", "CartPole-v1"], "preset CartPole-v1 has no settings for gspo"),
     (["trpo", "arithmetic", "--critic", "shared"], "critic is a critic's, and credit group has none"),
     (["grpo", "arithmetic", "--completions", "1"], "compares the completions of a prompt"),
-    (["grpo", "a.jsonl", "--model", "m", "--dataset", "b.jsonl", "--reward", "exact_match"], "are both data: give all"),
+    (
+        ["grpo", "a.jsonl", "--model", "m", "--dataset", "b.jsonl", "--reward", "exact_match"],
+        "are both data: give dataset for each",
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from policygrad.errors import UserError, ending, one_line
+from policygrad.errors import UserError, ending, listed, one_line
 from policygrad.files import check_file, read_json
 
 # Settings that change nothing about W + alpha / r B A. Any other one must be off.
@@ -52,8 +52,12 @@ def add_adapter(
             warnings.simplefilter("ignore")
             return get_peft_model(model, config)  # a float16 or bfloat16 model gets an adapter in float32
     except ValueError as error:
-        said = one_line(error, 110)
-        raise UserError(f"LoRA cannot be added: {said}; give lora_targets that the model has") from error
+        if targets is None:
+            raise UserError(f"LoRA cannot be added: {one_line(error, 110)}; give lora_targets") from error
+        layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        raise UserError(
+            f"the model has no layers {listed(targets)} for LoRA: give lora_targets of {listed(sorted(layers), 80)}"
+        ) from error
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:

@@ -75,7 +75,9 @@ def hold_out(examples: Sequence[T], count: int, seed: int) -> tuple[list[T], lis
     With the same seed a larger count holds out the same examples and more.
     """
     if not 0 <= count < len(examples):
-        raise UserError(f"{count} of {len(examples)} examples cannot be held out: leave at least one to train on")
+        raise UserError(
+            f"{count} of {len(examples)} examples cannot be held out: lower held_out, or give more examples"
+        )
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     held = set(order[:count])

@@ -224,16 +224,19 @@ def _own(critic: ValueModel, policy: LanguagePolicy) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bars and advice."""
+    """transformers without its progress bars and advice, and the hub's client without a line for each try."""
+    from huggingface_hub.utils import logging as of_hub
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, level_of_hub, bars = logging.get_verbosity(), of_hub.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    of_hub.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        of_hub.set_verbosity(level_of_hub)
         if bars:
             logging.enable_progress_bar()
 
@@ -251,8 +254,11 @@ def _written(place: Path | str) -> Iterator[None]:
 @contextlib.contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
     """Errors of from_pretrained, which fill a page, in one line."""
-    if not os.path.isdir(name) and (name.startswith((".", "/")) or os.path.exists(name)):
+    local = os.path.isdir(name)
+    if not local and (name.startswith((".", "/")) or os.path.exists(name)):
         raise UserError(f"there is no directory {ending(name, 80)} to load a {what} from: check the path")
+    if local and not os.path.exists(os.path.join(name, "tokenizer_config.json")) and os.path.isdir(f"{name}/model"):
+        raise UserError(f"{ending(name, 70)} is a run, and no {what}: give the model in it, {ending(name, 70)}/model")
     try:
         yield
     except UserError:
@@ -260,6 +266,9 @@ def _one_line(name: str, what: str) -> Iterator[None]:
     except Exception as error:  # of the network, a configuration, a damaged file, ...
         if "ignore_mismatched_sizes" in str(error):  # transformers prints the shapes, and names its own option
             error = ValueError(f"its weights do not fit {'its config.json' if what == 'model' else f'a {what}'}")
-        advice = "give a whole one" if os.path.isdir(name) else "give a directory or a hub id"
+        if not local and "couldn't connect" in str(error):
+            said = f"there is no directory {ending(name)} to load a {what} from, and the hub cannot be reached"
+            raise UserError(f"{said}: check the name and the network") from error
+        advice = "give a whole one" if local else "give a directory or a hub id"
         start, end = f"no {what} could be loaded from {ending(name)!r}: ", f"; {advice}"
         raise UserError(start + one_line(error, 200 - len(start) - len(end)) + end) from error

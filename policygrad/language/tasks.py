@@ -180,6 +180,12 @@ def task_of(
     """
     longest = max((int(x.lengths.max()) for x in (train, held_out) if x), default=0)
     models.check_pair(model, tokenizer, longest + max_tokens)  # type: ignore[arg-type]
+    for function in functions:
+        if (starts := getattr(function, "starts", 0)) >= max_tokens:
+            raise UserError(
+                f"the overlong penalty starts at {starts} tokens, and a completion has at most {max_tokens}: lower its "
+                "two numbers, or raise max_tokens"
+            )
     weights = list(reward_weight) or [1.0] * len(functions)
     plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)
     if overlong_fraction:

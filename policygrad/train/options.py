@@ -515,6 +515,8 @@ def _language_conflicts(o: Any) -> Any:
             "reward_weight",
             f"there are {len(o.reward)} rewards and {len(o.reward_weight)} weights: give one weight for each reward",
         )
+    if o.dataset_weight and not o.dataset:
+        raise OptionError("dataset_weight", "dataset_weight is of the sets that dataset names: give each of them there")
     if o.dataset_weight and len(o.dataset_weight) != len(o.dataset):
         yield (
             "dataset_weight",

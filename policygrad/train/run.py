@@ -145,11 +145,14 @@ class Run:
         The directory is data: code that its config.json names (a reward `file.py:function`, an environment `module:Id`)
         is not run, and no file of elsewhere is read, unless the name is repeated here, or `trust` is set for a run of
         one's own. environment: the task of a control run. dataset: prompts to evaluate on in place of the held-out
-        ones. policy: your own module of training, or what makes it (control). repeated: options, which override the
-        run's; `trust_remote_code` is taken from here alone.
+        ones; `split` and `columns` are of it. policy: your own module of training, or what makes it (control).
+        repeated: options, which override the run's; `trust_remote_code` is taken from here alone.
         """
         directory = as_path(directory)
         path = directory / "config.json"
+        if directory.name == "model" and (directory.parent / "metrics.jsonl").exists():
+            shown = ending(str(directory.parent), 70)
+            raise UserError(f"{shown}/model is a run's model: give the run, {shown}")
         if not path.exists():
             raise UserError(f"{ending(str(directory), 80)} is no run directory: give one that train wrote")
         config = read_json(path)
@@ -174,6 +177,9 @@ class Run:
         if environment is not None:
             task = environment
             names.pop("environment", None)
+        of_dataset = {name: repeated.pop(name) for name in ("split", "columns") if name in repeated}
+        if of_dataset and dataset is None:
+            raise UserError(f"{min(of_dataset)} is of another data set to evaluate on, and there is none: give dataset")
         options = with_values(options, repeated)
         check_bounds(options)
         check_device(options.device)
@@ -186,7 +192,7 @@ class Run:
         except (UserError, TypeError, AttributeError) as error:
             raise damaged(path, one_line(error)) from error
         if dataset is not None:
-            world.evaluated_on = dataset
+            world.evaluated_on = {"source": dataset, "split": options.evaluation_split, **of_dataset}
         run = cls(method, options, config.get("preset"), world, directory)
         run.places.add(directory.resolve())
         with arithmetic(run.world, options.threads), torch.random.fork_rng([]):  # new modules draw their weights

@@ -458,7 +458,7 @@ def _rows_apart(task: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     rows = {name: values.pop(name) for name, data in given.items() if data is not None and not named(data)}
     if isinstance(task, list) or hasattr(task, "column_names"):  # a data set of `datasets`
         if "dataset" in rows or values.get("dataset"):
-            raise OptionError("dataset", "the task and dataset are both data: give all of it by dataset")
+            raise OptionError("dataset", "the task and dataset are both data: give dataset for each set")
         rows["dataset"], task = task, None
     return (OF_ROWS if task is None and "dataset" in rows else task), rows
 

@@ -270,7 +270,9 @@ def test_hold_out_is_a_split_drawn_with_the_seed() -> None:
 
 @pytest.mark.parametrize("count", [-1, 3, 4])
 def test_more_than_there_is_cannot_be_held_out(count: int) -> None:
-    with pytest.raises(UserError, match=f"^{count} of 3 examples cannot be held out: leave at least one to train on$"):
+    with pytest.raises(
+        UserError, match=f"^{count} of 3 examples cannot be held out: lower held_out, or give more examples$"
+    ):
         hold_out(ROWS, count, seed=0)
 
 

@@ -348,7 +348,8 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 def test_what_does_not_exist(offline: None) -> None:
     assert refused("/nowhere") == "there is no directory /nowhere to load a reward model from: check the path"
-    assert refused("runs/nowhere").startswith("no reward model could be loaded from 'runs/nowhere': ")
+    start = "there is no directory runs/nowhere to load a reward model from, and the hub cannot be reached: "
+    assert refused("runs/nowhere") == f"{start}check the name and the network"
 
 
 def test_an_answer_beyond_the_models_context() -> None:

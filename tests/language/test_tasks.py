@@ -124,7 +124,9 @@ def test_reward_functions_and_reward_models_by_name(tmp_path: Path, offline: Non
     assert function is exact_match
     assert model.__name__ == "judge"
     assert len(model(prompts=["1+1="], completions=["2"])) == 1
-    with pytest.raises(UserError, match="no reward model could be loaded from 'some-one/nowhere'"):
+    with pytest.raises(
+        UserError, match="there is no directory some-one/nowhere to load a reward model from, and the hub"
+    ):
         reward_functions(["some-one/nowhere"])
     with pytest.raises(UserError, match=r"^there is no reward function 'math_equl': did you mean math_equal\?$"):
         reward_functions(["math_equl"])  # and not a model of the hub

@@ -329,7 +329,7 @@ def test_training_starts_from_an_adapter_merged_into_its_base(small: dict, tmp_p
         ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be more than 0"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"center_coefficient": -1.0}, "center_coefficient is -1.0: it must be 0 or more"),
-        ({"held_out": 40}, "40 of 40 examples cannot be held out: leave at least one to train on"),
+        ({"held_out": 40}, "40 of 40 examples cannot be held out: lower held_out, or give more examples"),
         (
             {"max_length": 5},
             "40 of 40 pairs are longer than 5 tokens, the first in row 0 with 7: raise max_length, or leave them",

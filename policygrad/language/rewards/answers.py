@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from policygrad.language.rewards.numerals import NUMERAL, STATES, denied, plain
+from policygrad.language.rewards.numerals import AFTERWARDS, LONGEST, NUMERAL, SPACES, STATES, denied, plain, undenied
 
 PIECE = 4  # words in a row that make a completion's text a piece of its prompt
 LONG_PIECE = 8  # words in a row that make a completion one that repeats its prompt
@@ -14,6 +14,18 @@ WORD = re.compile(r"[A-Za-z]+|\d+(?:[.,]\d+)*|[-+*/^=\u00d7\u00f7]")
 OF_MARKS = frozenset(("the", "final", "answer", "is", "boxed", "so"))  # words of a mark, which are nobody's own
 # A mark, up to where its answer begins.
 MARK = re.compile(r"####|<answer>|(?:\bfinal\s+)?\banswer\s*[*_`]*\s*:\s*[*_`]*", re.IGNORECASE)
+
+# What takes back the answers before it, if another follows: `Wait, no, the answer is 12`.
+CORRECTION = r"(?:oh|no|nope|wait|actually|correction|sorry|oops|hmm|scratch that|hold on|i mean|on second thought)\b"
+CORRECTS = re.compile(
+    rf"(?:^|(?<=[.!?)}}>*\n]))[ \t]*(?:but )?{CORRECTION}[\s,.:;!—-]*(?:{CORRECTION}[\s,.:;!—-]*)*", re.IGNORECASE
+)
+# Where the expression around a \boxed{} ends: at dollars, ends of lines and sentences, equality, words, another box.
+AROUND = re.compile(
+    r"(?<!\\)[=\n$&,;:]|\.(?!\d)|\\[()\[\]\\]|(?<![\\A-Za-z])[A-Za-z]{2,}|</?[A-Za-z]\w*>|[→⇒∴≈]|\*\*|__"
+    r"|\\(?:text|mbox|mathrm|tag|begin|end)\s*\{[^{}]*\}|\\f?boxed\s*(?:\{[^{}]*\}|\d)"
+    r"|\\(?:approx|in|to|implies|therefore|because|blacksquare|square|checkmark|(?:[Ll]ong)?[Rr]ightarrow)(?![A-Za-z])"
+)
 
 
 def own_words(completion: str, prompt: str, gold: str = "") -> str:
@@ -41,8 +53,11 @@ def marked(text: str) -> list[list[str]]:
     """The answers that a text marks: \\boxed{} last, before it <answer>, `Final answer:`, and `Answer:` or `####`.
 
     The last of the last kind is the one that counts. A heading, which is a `####` before words, counts only there, and
-    `Answer:` only without a `Final answer:`.
+    `Answer:` only without a `Final answer:`. A correction takes back the marks before it, if there is one after it.
     """
+    for rest in reversed(CORRECTS.split(text)[1:]):
+        if found_after := marked(rest):
+            return found_after
     found: dict[str, list[str]] = {"": [], "f": [], "<": []}
     marks = list(MARK.finditer(text))
     for mark in marks:
@@ -64,33 +79,43 @@ def last_words(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences and lines of a text, without the numbers of a list."""
-    text = re.sub(r"(?m)^\s*\d{1,2}[.)]\s+(?=\D)", "", text)
+    text = re.sub(r"(?m)^[ \t]*\d{1,2}[.)]\s+(?=\D)", "", text)
     return [x.strip() for x in re.split(r"(?<=[.!?])\s+|\n+", text) if x.strip()]
 
 
 def stated(text: str) -> list[str]:
     """The sentences of a text without marks that state its answer; the last is the one that counts.
 
-    Those that speak of an answer; or else the last with a number or a formula, after those that are a bare number.
+    Those that speak of an answer, and alternatives to it (`Or 13`); or else the last with a number or a formula, after
+    those that are a bare number. A correction (`No, 13`) takes back the sentences before it.
     """
     lines = sentences(text)
-    answers = [x for x in lines if re.search(r"\banswer\b.*(?:\d|\$|\\)", x, re.IGNORECASE)]
-    if answers:
-        return answers
-    bare = [x for x in lines if NUMERAL.fullmatch(plain(x).strip(" .,;:=()"))]
-    return bare + ([x for x in lines if re.search(r"\d|\$|\\", x)] or lines)[-1:]
+    for i in reversed(range(1, len(lines))):
+        corrects = CORRECTS.match(lines[i])
+        rest = lines[i][corrects.end() :] if corrects else ""
+        if rest and (_answers(rest) or _bare(rest)):
+            lines = [rest, *lines[i + 1 :]]
+            break
+    if any(map(_answers, lines)):
+        return [x for x in lines if _answers(x) or re.match(r"or\b.*\d", x, re.IGNORECASE)]
+    return [x for x in lines if _bare(x)] + ([x for x in lines if re.search(r"\d|\$|\\", x)] or lines)[-1:]
 
 
 def formula(sentence: str) -> str:
     """The formula that a sentence states, without its dollars; empty if there is none, or if it is denied."""
     sentence = re.sub(r"\*\*|__|`", "", sentence).strip().rstrip(".,;").strip()
+    if len(sentence) > 10 * LONGEST:
+        return ""
     found = list(re.finditer(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence))
     if found:
         between = [sentence[a.end() : b.start()] for a, b in pairwise(found)]
         first = len(found) - 1
         while first and re.fullmatch(r"\s*(?:,|,?\s*(?:and|or)|,\s*)\s*", between[first - 1]):
             first -= 1
-        if denied(sentence[: found[first].start()]) or re.search(r"[A-Za-z]{2}", sentence[found[-1].end() :]):
+        after = sentence[found[-1].end() :]  # at most a unit
+        if len(after.split()) > 3 or denied(after) or AFTERWARDS.search(after) or STATES.search(after):
+            return ""
+        if denied(sentence[: found[first].start()]):
             return ""
         return ", ".join(next(filter(None, x.groups())) for x in found[first:])
     cut = list(STATES.finditer(sentence))
@@ -107,19 +132,46 @@ def said(text: Any) -> str:
     return " ".join(plain(str(text)).split())
 
 
+def _answers(sentence: str) -> bool:
+    """Whether a sentence states something about an answer, and does not only deny it."""
+    mark = re.search(r"\banswer\b", sentence, re.IGNORECASE)
+    return mark is not None and re.search(r"[\d$\\]", undenied(sentence[mark.end() :])) is not None
+
+
+def _bare(sentence: str) -> bool:
+    """Whether a sentence is a number and nothing else."""
+    return NUMERAL.fullmatch(plain(sentence).strip(" .,;:=()")) is not None
+
+
 def _boxed(text: str) -> Iterator[str]:
+    """What boxes hold, each within the expression that it is a part of: -\boxed{3}x states -3x."""
     for start in re.finditer(r"\\f?boxed\s*(?=\{|\d)", text):
         if text[start.end()] != "{":
             yield text[start.end()]
             continue
         depth = 0
-        for i in range(start.end(), len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
+        for brace in re.compile("[{}]").finditer(text, start.end(), start.end() + 10 * LONGEST):
+            depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                before = sentences(text[: start.start()] + "\x00")[-1]
-                after = re.match(r"[$\s)\\\]}]*(?:\\text\{)?\s*or\b|[-+*/^]", text[i + 1 :])
-                yield "" if after or denied(before) else text[start.end() + 1 : i]
+                before = text[max(0, start.start() - LONGEST) : start.start()]
+                after = text[brace.end() : brace.end() + LONGEST]
+                yield _within(before, text[start.end() + 1 : brace.start()], after)
                 break
+
+
+def _within(before: str, content: str, after: str) -> str:
+    """The expression of a box; empty if it is denied or has an alternative.
+
+    In prose, where no dollar is open, only what touches the box on its left belongs to it.
+    """
+    others = re.match(r"[$\s)\\\]}*,]*(?:\\text\{)?\s*(?:(?:is|are) )?(?:or|not|wrong|false|incorrect)\b", after)
+    if others or denied(sentences(before + "\x00")[-1]):
+        return ""
+    before = before.rpartition("\n")[2]
+    left, right = (re.sub(SPACES, " ", x) for x in (AROUND.split(before)[-1], AROUND.split(after, maxsplit=1)[0]))
+    opened = before.count("$") % 2 or any(before.count(rf"\{x}") > before.count(rf"\{y}") for x, y in ("()", "[]"))
+    left = left.rstrip() if opened else re.split(r"\s", left)[-1]
+    return f"{left}{'*' * bool(re.search(r'[A-Za-z0-9)}]$', left))}{content}{right}".strip()
 
 
 def _words(text: str) -> list[tuple[int, int, str]]:

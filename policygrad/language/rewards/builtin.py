@@ -23,7 +23,7 @@ def exact_match(prompts: Column, completions: Column, answer: Column, **_: Any) 
 
     Both are reduced to their final answer (see final_answer), so GSM8K's worked answers can be used as they are, and to
     what markdown and LaTeX show: **72**, $72$ and 72 are the same. A completion that marks different answers has none,
-    and neither has a piece of the prompt.
+    unless it corrects itself between them. Nor is a piece of the prompt an answer.
     """
     return _each(_same_letters, prompts, completions, answer)
 
@@ -36,8 +36,8 @@ def math_equal(prompts: Column, completions: Column, answer: Column, **_: Any) -
     kind, by math-verify: an integral meets only an integral. A comparison of more than 3 seconds is a wrong answer.
 
     The answer of a completion is what it marks (\\boxed{}, <answer>, `Answer:`, ####), or else what its last sentence
-    about an answer or a number states. Different answers, or one that is denied, are none. Nor is a piece of the
-    prompt: four of its words in a row, or a formula of it.
+    about an answer or a number states. Different answers without a correction between them, or one that is denied, are
+    none. Nor is a piece of the prompt: four of its words in a row, or a formula of it.
     """
     return _each(_equal, prompts, completions, answer)
 
@@ -74,6 +74,7 @@ def soft_overlong_penalty(max_length: int, buffer: int) -> Reward:
     def overlong(prompts: Column, completions: Column, completion_ids: Column, **_: Any) -> list[float]:
         return [min(0.0, max(-1.0, (max_length - buffer - len(ids)) / buffer)) for ids in completion_ids]
 
+    overlong.starts = max_length - buffer  # type: ignore[attr-defined]  # tokens below which it never applies
     return overlong
 
 
@@ -100,17 +101,17 @@ def _same_letters(gold: str, text: str, prompt: str) -> bool:
 
 def _equal(gold: str, text: str, prompt: str) -> bool | None:
     """Whether the answer of a text meets the gold one."""
-    wanted, marks = number(gold), marked(text)
+    wanted, marks = None if re.search(r"\d\s*!", gold) else number(gold), marked(text)  # 5! is no 5 in a gold answer
     if wanted is None:
         if not mathematics.is_formula(gold):
             return None
-        formulas = [formula(x) for x in (marks[-1] if marks else stated(text)[-1:] or [""])]
+        formulas = map(formula, dict.fromkeys(marks[-1] if marks else stated(text)[-1:] or [""]))
         verdicts = [mathematics.meets(gold, x, prompt) for x in dict.fromkeys(formulas)]
         return None if None in verdicts else all(verdicts)
-    numbers = [number(x) for x in (chain(*marks) if marks else stated(text))]
-    if not numbers or numbers[-1] is None:
+    numbers = [number(x) for x in dict.fromkeys(reversed(list(chain(*marks)) if marks else stated(text)))]
+    if not numbers or numbers[0] is None:
         return False
-    ours = numbers[-1].written
+    ours = numbers[0].written
     copied = re.search(r"[/%*^]", ours) and ours.rstrip("%") != wanted.written.rstrip("%")
     if copied and ours in re.sub(r"\s", "", plain(prompt)):
         return False

@@ -24,10 +24,13 @@ Outcome = tuple[Any, BaseException | None]  # what a function returned, or what 
 
 
 def text_of(completion: Any) -> str:
-    """The text of a prompt or a completion; of a conversation that of its messages, one after another."""
+    """The text of a prompt or a completion; of a conversation that of its messages, one after another.
+
+    A message without content, such as one of tool calls, has no text.
+    """
     if isinstance(completion, str):
         return completion
-    return "\n".join(str(message["content"]) for message in completion)
+    return "\n".join(str(message["content"]) for message in completion if message.get("content") is not None)
 
 
 def name_of(function: Reward) -> str:

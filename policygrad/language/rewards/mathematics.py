@@ -4,6 +4,7 @@ math-verify limits its time by signals, which only a main thread receives. And P
 raises 9 to the power 9^9. A child process can be ended at any time.
 """
 
+# ruff: noqa: RUF001  (people write all of these signs)
 import atexit
 import json
 import re
@@ -23,15 +24,23 @@ HEAVY = re.compile(  # what may stand in an answer only if it stands in the gold
     r"\\(?:i*int|oint|sum|prod|lim|binom|gcd|lcm|max|min|sup|inf(?!ty)|lfloor|lceil|det|bmod|pmod|mod|partial|nabla|bigcup"
     r"|bigcap|to|cdots|ldots|dots|l(?=n|og)|infty\s*(?=\]))|!|'|\.\.\.|…|∑|∫|∏|\\frac\{d\}\{d|\?"
 )
+SIGNS = {  # as they are written without LaTeX
+    "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∅": r"\emptyset ", "\\varnothing": r"\emptyset ",
+    "×": r"\times ", "·": r"\cdot ", "÷": "/", "²": "^2", "³": "^3", "−": "-",
+    "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ",
+}  # fmt: skip
 WORDS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|is|to|of|no|if|in|it|we|be|as|up)(?![A-Za-z])")
 KNOWN = frozenset(("sin", "cos", "tan", "log", "exp", "sqrt", "frac", "begin", "end", "pmatrix", "bmatrix", "matrix"))
 
 
 def clean(formula: str) -> str:
     """A formula without what only sets it in type; `and` and `or` between formulas are commas."""
+    for sign, written in SIGNS.items():
+        formula = formula.replace(sign, written)
+    formula = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", formula)
     formula = re.sub(r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", formula)
     formula = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(SPACES, " ", formula)).replace("\\$", "")
-    return re.sub(r"\s*,[\s,]*", ", ", formula.replace("\u2212", "-")).strip(" ,.;$")
+    return re.sub(r"\s*,[\s,]*", ", ", formula).strip(" ,.;$")
 
 
 def compact(formula: str) -> str:

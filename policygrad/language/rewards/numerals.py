@@ -31,6 +31,7 @@ PLAIN = [  # what stands in a text -> the same without LaTeX and markdown
     (r"[!<>]=", "≠"),
     (r"²", "^2"),
     (r"³", "^3"),
+    (r"(?m)^[ \t]*#{1,6}[ \t]+", ""),
     (r"</?[A-Za-z]\w*>", " "),
     (r"\*\*|__|`", ""),
     (r"(?<![\w*])[*_]([^*_\n]+)[*_](?![\w*])", r"\1"),
@@ -62,16 +63,24 @@ DENIES = (
 ELSEWHERE = re.compile(  # words before a number that make another one of it
     DENIES + r"|\b(?:or|either|except|excluding|without|but|besides|unlike|instead|between|from|to|through|until|than"
     r"|least|most|under|below|above|over|beyond|within|sum|product|difference|quotient|integral|derivative|limit|series"
+    r"|whether|(?:any|one|some|out) of|almost|nearly|near|close|(?:starts?|begins?|ends?) (?:with|in)"
     r"|half|twice|double|triple|square|cube|root|power|plus|minus|times|divided|multiplied|factorial|log|sin|cos|tan"
     r"|before|after|next|previous|step|digits?|multiples?|factors?|divisors?|base|exp|ln|sqrt|mod)\b",
     re.IGNORECASE,
 )
 AFTERWARDS = re.compile(  # words after a number that make another one of it
-    r"\b(?:not|wrong|false|incorrect|or|squared|cubed|factorial|plus|minus|times|divided|multiplied|choose|mod|and a"
-    r"|dozens?|halves|tenths?|hundredths?|thousandths?|to|through)\b|n[’']t\b"
+    r"\b(?:not|wrong|false|incorrect|or|squared|cubed|factorial|plus|minus|times (?:the|[b-z])|divided|multiplied"
+    r"|choose|mod|and a|dozens?|halves|tenths?|hundredths?|thousandths?|to|through|too (?:many|much|few|little))\b"
+    r"|n[’']t\b"
+    r"|^\s*is\b\s*(?:$|[.,;]|(?:an?|too|even|odd|prime|less|more|greater|larger|smaller|bigger|higher|lower|close|near)\b)"
     r"|^\s*(?-i:[bcefijknopqrtuvwxyzXYZ])\b|^(?:ish|(?-i:[akKMB]))\b",
     re.IGNORECASE,
 )
+DENIED = re.compile(  # another number beside the one that is stated, such as `not 13, but`
+    rf"[,(]?(?: ?\b(?:not|rather than|instead of)|n[’']t)(?: be)?\s+({NUMERAL.pattern})(?!\w)\)?(?:,? but\b)?",
+    re.IGNORECASE,
+)
+ARROWS = re.compile(r"\\(?:therefore|[Rr]ightarrow|implies)(?![A-Za-z])|=>|->|[→⇒∴]")
 MATHEMATICS = re.compile(r"[\\^*/+±<>|=\[\]#πθφλαβγ∞√∑∫∏≤≥≠]")
 
 
@@ -94,9 +103,11 @@ def plain(text: str) -> str:
 
 def number(sentence: str) -> Number | None:
     """The one number that a sentence states; None if it states none, several, or an expression."""
-    text = plain(sentence).strip()
+    text = ARROWS.sub("=", plain(sentence)).strip()
     if text.endswith("?"):
         return None
+    text = re.sub(r"\((?:=|(?:since|because|as)\b)[^()]*\)", " ", text)  # a remark on the number before it
+    text = undenied(re.sub(r"(?<![\w)\]])\[([^][]*)\]", r" \1 ", text))
     if "=" in text:
         before, _, text = text.rpartition("=")
         before = before if re.search(r"[A-Za-z]{2}", before) else ""
@@ -117,6 +128,16 @@ def number(sentence: str) -> Number | None:
     if re.match(r"\s*(?:,\s*)?\d|\s*-+\s*(?:$|\w\b)", right) or ELSEWHERE.search(left) or AFTERWARDS.search(right):
         return None
     return _value(found[0])
+
+
+def undenied(text: str) -> str:
+    """A text without the numbers that it denies beside one that it states: `It is 12, not 13` is `It is 12`.
+
+    One that is both stays, so that there are two.
+    """
+    rest = DENIED.sub(" ", text)
+    denied_ones = {x[1].strip() for x in DENIED.finditer(text)}
+    return text if denied_ones & {x[0].strip() for x in NUMERAL.finditer(rest)} else rest
 
 
 def denied(before: str) -> bool:

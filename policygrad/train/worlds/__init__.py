@@ -5,6 +5,7 @@ from typing import Any
 
 from policygrad.errors import UserError
 
+NO_PROMPTS = "there are no prompts to train on: give dataset, a file of prompts as the task, or the task arithmetic"
 ROWS = "rows"  # the task of prompts that are handed in as rows of Python
 PROMPTS = (".json", ".jsonl", ".csv", ".parquet")
 

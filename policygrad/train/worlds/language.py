@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -36,7 +36,7 @@ from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
-from policygrad.train.worlds import ROWS
+from policygrad.train.worlds import NO_PROMPTS, ROWS
 from policygrad.train.worlds.world import Own, World
 
 
@@ -48,15 +48,15 @@ class LanguageWorld(World):
     prompts: Task
     last: Evaluation | None = None
     rows: Mapping[str, Any] = {}  # rows that were handed in, by the option that names a data set otherwise
-    dropped = read = 0  # prompts that were too long, of those read
-    evaluated_on: str | None = None  # another data set to evaluate a loaded run on
+    dropped: tuple[str, ...] = ()  # notes on prompts that were too long, and were left out
+    evaluated_on: Mapping[str, Any] | None = None  # another data set to evaluate a loaded run on, as for `examples`
 
     def __init__(self, task: Any, options: Any) -> None:
         super().__init__(task, with_rate(options))
 
     @property
     def name(self) -> str:
-        return "+".join(Path(x).stem for x in ([self.task] if self.task else self.options.dataset)) or ARITHMETIC
+        return "+".join(Path(x).stem for x in ([self.task] if self.task else self.options.dataset))
 
     @property
     def judged(self) -> str | None:  # type: ignore[override]
@@ -109,7 +109,9 @@ class LanguageWorld(World):
     def _task(self, progress: bool, saved: list[dict[str, Any]] | None = None) -> Task:
         """The task from the options. saved: the examples to evaluate on, if there is nothing to train on."""
         options = self.options
-        arithmetics = self.task == ARITHMETIC or (self.task is None and not options.dataset)
+        if self.task is None and not options.dataset:
+            raise OptionError("dataset", NO_PROMPTS)
+        arithmetics = self.task == ARITHMETIC
         if not arithmetics and options.model is None:
             named = listed([self.task] if self.task else options.dataset)
             raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
@@ -133,11 +135,12 @@ class LanguageWorld(World):
             limit = room_for_prompts(model, options.max_tokens)
         settings: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables()}
         prompts = prepared(train, tokenizer, limit, **settings)
-        self.dropped, self.read = len(train) - len(prompts), len(train)
+        kept = prepared(held_out, tokenizer, limit, **settings) if held_out else None
+        self.dropped = _left_out("prompts", train, prompts) + _left_out(
+            "evaluation prompts", held_out or (), kept or ()
+        )
         if held_out is None:
             prompts, kept = split_prompts(prompts, options.held_out)
-        else:
-            kept = prepared(held_out, tokenizer, limit, **settings) if held_out else None
         names = ["max_tokens", "reward_weight", "reward_time_limit", "overlong_fraction"]
         names += ["device", "temperature", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing"]
         given: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -157,20 +160,19 @@ class LanguageWorld(World):
         """The prompts to train on, and a data set of its own for evaluation, if there is one."""
         options = self.options
         if options.dataset and self.task is not None:
-            raise OptionError("dataset", f"{ending(self.task)} and dataset are both data: give all of it by dataset")
+            raise OptionError("dataset", f"{ending(self.task)} and dataset are both data: give dataset for each set")
         source = self.rows.get("dataset", options.dataset or self.task)
         train = self.examples(source, options.split)
         other = self.rows.get("evaluation_dataset", options.evaluation_dataset)
         return train, None if other == () else self.examples(other, options.evaluation_split)
 
-    def examples(self, source: Any, split: str) -> list[data.Example]:
-        """The prompts of a data set, with this run's names of columns and its system prompt."""
+    def examples(self, source: Any, split: str, columns: Sequence[str] | None = None) -> list[data.Example]:
+        """The prompts of a data set, with this run's system prompt, and with its names of columns or the given ones."""
         if source == ROWS:
             raise UserError("the run was trained on rows of Python, which are not kept: give dataset")
-        found = data.load_examples(source, split=split, columns=self.options.columns)
-        return (
-            found if self.options.system_prompt is None else data.with_system_prompt(found, self.options.system_prompt)
-        )
+        columns = [columns] if isinstance(columns, str) else self.options.columns if columns is None else columns
+        found, system = data.load_examples(source, split=split, columns=columns), self.options.system_prompt
+        return found if system is None else data.with_system_prompt(found, system)
 
     def _variables(self) -> dict[str, Any] | None:
         text = self.options.template_variables
@@ -232,7 +234,7 @@ class LanguageWorld(World):
         if self.evaluated_on is None:
             saved = read_examples(directory / HELD_OUT)
         else:
-            saved = list(self.examples(self.evaluated_on, self.options.split))
+            saved = list(self.examples(**self.evaluated_on))
         with models.quiet():
             self.prompts = self._task(progress=False, saved=saved)
             self.policy = self.prompts.policy
@@ -270,7 +272,7 @@ class LanguageWorld(World):
         if completions < 1:
             raise UserError(f"completions is {completions}: it must be at least 1")
         if self.prompts.held_out is None:
-            raise UserError("there are no held-out examples to evaluate on: train with held_out above 0")
+            raise UserError("no examples were held out to evaluate on: give dataset, or train with held_out above 0")
         self.last = evaluate_policy(
             self.policy,
             self.prompts.held_out,
@@ -332,8 +334,7 @@ class LanguageWorld(World):
         )
 
     def notes(self, run: Any) -> list[str]:
-        long = f"{self.dropped:,} of {self.read:,} prompts were too long and were left out"
-        return ([long] if self.dropped else []) + self._notes_on_learning(run)
+        return [*self.dropped, *self._notes_on_learning(run)]
 
     def _notes_on_learning(self, run: Any) -> list[str]:
         rows = run.metrics
@@ -366,8 +367,14 @@ def examples_of(prompts: Prompts | None) -> list[dict[str, Any]]:
     return [{name: column[i] for name, column in columns.items()} for i in range(len(prompts))]
 
 
+def _left_out(what: str, found: Sized, kept: Sized) -> tuple[str, ...]:
+    """A note on prompts that were dropped, if any were."""
+    count = len(found) - len(kept)
+    return (f"{count:,} of {len(found):,} {what} were too long and were left out",) if count else ()
+
+
 def _uncounted(rows: list[Row]) -> list[str]:
-    """Notes about completions that did not count, and about those that repeat their prompt."""
+    """Notes about completions that did not count, that were cut, and that repeat their prompt."""
     notes: list[str] = []
     if not rows:
         return notes
@@ -380,6 +387,11 @@ def _uncounted(rows: list[Row]) -> list[str]:
         notes.append(
             f"in {empty:.0%} of the iterations no completion counted, because each was cut and masked or had no "
             "reward: nothing was learned from them. Raise max_tokens, or use cut kept or penalized"
+        )
+    if rows[-1]["cut_fraction"] > 0.5:
+        notes.append(
+            f"{rows[-1]['cut_fraction']:.0%} of the completions of the last rollout were cut at max_tokens: raise it, "
+            "unless the model should learn to be shorter"
         )
     if last > 0.5:
         notes.append(

@@ -7,7 +7,7 @@ import pytest
 
 from language.rewards.conftest import PROMPTS
 from policygrad.errors import UserError
-from policygrad.language.rewards import exact_match, final_answer, matches, math_equal, soft_overlong_penalty
+from policygrad.language.rewards import Rewards, exact_match, final_answer, matches, math_equal, soft_overlong_penalty
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,17 @@ NUMBERS_HONEST = [
     *[(x, "1/3") for x in ("0.333333", "0.33333333", "0.\\overline{3}", "33.\\overline{3}\\%", "$\\frac{1}{3}$")],
     *[(x, "3000000") for x in ("3 million", "3,000,000", "$3 million", "3\\times10^6", "3 × 10^{6}", "3e6")],
     *[("12", x) for x in (12, 12.0, "012", "$12", "12 apples", "12.", "\\boxed{12}", "7 + 5, so\n#### 12", "x = 12")],
+    *[(x, "12") for x in ("[12]", "(12)", "{12}", "x = [12]", "12\"", "12''", "about 12", "approximately 12", "~12", "\\approx 12", "11.98 ≈ 12")],
+    *[(x, "12") for x in ("# 12", "## **12**", "=> 12", "⇒ 12", "-> 12", "→ 12", "∴ 12", "\\therefore 12", "$\\Rightarrow 12$", "12 times", "12 (= 7 + 5)")],
+    *[(x, "12") for x in ("It is 12, not 13.", "The answer isn't 13 but 12.", "Not 13, but 12.", "12, not 13", "12 (not 13)", "12 instead of 13")],
+    *[(x, "12") for x in ("The answer is 12 rather than 13.", "It's not 13, it's 12.", "7 + 5 = 12, which is not 13.", "The answer is not 13. It is 12.")],
+    *[(x, "12") for x in ("The answer is 13. No, wait, the answer is 12.", "Answer: 13\nWait, that is wrong.\nAnswer: 12", "It is 13. No, 12.", "It is 13. Actually, 12.")],
+    *[(x, "12") for x in ("\\boxed{13}. Hmm, no: \\boxed{12}", "#### 13\nActually,\n#### 12", "The answer is 13. Sorry, I mean 12.", "The answer is 12. Let me check: 12 - 5 = 7.")],
+    *[(x, "12") for x in ("**\\boxed{12}**", "- \\boxed{12}", "* \\boxed{12}", "1. \\boxed{12}", "$x = \\boxed{12}$.", "\\[ 7 + 5 = \\boxed{12} \\]", "\\therefore \\boxed{12}")],
+    *[(x, "12") for x in ("\\boxed{12} apples", "\\boxed{12}\\,\\text{cm}", "\\boxed{12}\\text{ cm}^2", "\\boxed{12}\\ \\mathrm{m/s}", "\\boxed{12}\\%", "\\$\\boxed{12}", "\\boxed{12} \\blacksquare")],
+    *[(x, "12") for x in ("\\boxed{12} is the answer.", "\\boxed{12} because 7 + 5 = 12", "\\begin{align} x &= 7+5 \\\\ &= \\boxed{12} \\end{align}", "<answer>\\boxed{12}</answer>")],
+    *[(x, "45^\\circ") for x in ("45", "45°", "\\boxed{45}^\\circ", "$\\angle A = \\boxed{45}^\\circ$.", "\\boxed{45^{\\circ}}", "\\boxed{45} degrees")],
+    *[(x, "-12") for x in ("-\\boxed{12}", "$x = -\\boxed{12}$", "\\boxed{-12}", "- 12")],
     ("1,234.50", 1234.5),
     ("12", ["11", "12"]),
 ]
@@ -145,6 +156,13 @@ NUMBERS_CHEATS = [
     *[(x, "0.000000001") for x in ("0", "0.0", "0.000000", "1e-8", "0.00000000")],
     *[(x, "123456789") for x in ("123456790", "1.23457e8", "123,456,788", "123456789.1", "123 456 789 0")],
     *[(x, "0.\\overline{3}") for x in ("0", "0.3", "3")],
+    *[(x, "12") for x in ("\\boxed{12}x", "\\boxed{12} + 1", "\\boxed{12}\\cdot 2", "2\\boxed{12}", "-\\boxed{12}", "x\\boxed{12}", "$2 \\cdot \\boxed{12}$", "\\boxed{12}^2")],
+    *[(x, "12") for x in ("\\sqrt{\\boxed{12}}", "\\frac{\\boxed{12}}{2}", "\\boxed{12} \\ne 7 + 5", "\\boxed{12}?", "\\boxed{12} is wrong", "\\boxed{12} is not the answer", "\\boxed{12}, not")],
+    *[(x, "12") for x in ("12 is too small", "12 is an even number", "12 is even.", "The number 12 is even", "12 is", "12 is greater", "12 is close", "12 too many", "12 is not 13")],
+    *[(x, "12") for x in ("almost 12", "nearly 12", "close to 12", "somewhere near 12", "The answer starts with 12", "It ends in 12", "whether 12", "any of 12", "one of 12")],
+    *[(x, "12") for x in ("12, not 12", "13, not 12", "not 12 but 13", "It is not 12 but 12", "The answer is 12. No, 13.", "The answer is 12. Wait, the answer is 13.", "12. Actually, 13.")],
+    *[(x, "12") for x in ("The answer is 12. Or 13.", "The answer is 12. Or maybe 13.", "Answer: 12\nNo, wait.\nAnswer: 13", "\\boxed{12}. No, \\boxed{13}", "12 times the number", "[12, 13]", "[12")],
+    *[(x, "10!") for x in ("10", "9!", "!10", "10! + 0")],
 ]
 # What stands in the prompt: (prompt, completion, gold, value).
 COPIED = [
@@ -185,6 +203,12 @@ FORMULAS_HONEST = [
     *[(x, "3+4i") for x in ("3+4i", "4i+3")],
     *[(x, "2^{10}") for x in ("1024", "2^{10}", "2^10")],
     *[(x, "x > 3") for x in ("x>3", "$x > 3$", "3 < x")],
+    *[(x, "2\\sqrt{3}") for x in ("2√3", "The length is 2√3.", "\\boxed{2√3}", "The answer is $2\\sqrt{3}$ cm.", "2\\boxed{\\sqrt{3}}", "\\boxed{2\\sqrt{3}} units")],
+    *[(x, "x^2") for x in ("x²", "\\boxed{x}^2", "x · x", "The answer is $x^2$ square units.")],
+    *[(x, "\\frac{\\pi}{4}") for x in ("π/4", "\\boxed{π/4}", "$\\frac\\pi4$")],
+    *[(x, "10!") for x in ("10!", "3628800")],
+    ("(−∞, 2]", "(-\\infty, 2]"),
+    ("∅", "\\varnothing"),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
     ("\\int_0^x t\\,dt", "\\int_0^x t\\,dt"),
     ("\\text{(A)}", "\\text{(A)}"),
@@ -205,6 +229,7 @@ FORMULAS_CHEATS = [
     *[(x, "1, 2") for x in ("1", "2", "1, 2, 3", "12", "(1,2", "1, 1+1", "1.2", "[1,2]")],
     *[(x, "x > 3") for x in ("x<3", "3", "x \\ge 3", "x > 2+1", "x")],
     *[(x, "3+4i") for x in ("7i", "3-4i", "3", "5", "3+4")],
+    *[(x, "\\sqrt{3}") for x in ("2\\boxed{\\sqrt{3}}", "-\\boxed{\\sqrt{3}}", "\\boxed{\\sqrt{3}}x", "$\\sqrt{3}$ is wrong", "$\\sqrt{3}$ or 2", "$\\sqrt{3}$ is less", "√4")],
 ]
 # fmt: on
 
@@ -249,6 +274,56 @@ def test_matches_the_whole_completion() -> None:
     assert reward(prompts=PROMPTS, completions=[[{"role": "assistant", "content": texts[0]}]]) == [1.0]
     with pytest.raises(UserError, match=r"^the regular expression '\(' cannot be read: missing \)"):
         matches("(")
+
+
+# fmt: off
+THOUGHT, WORD, SUM = r"<think>.*</think>\s*<answer>[^<>]+</answer>", "yes|no", r"Answer: -?\d+"
+FORMAT_HONEST = [  # (completion, pattern)
+    *[(f"<think>{x}</think>{y}<answer>12</answer>", THOUGHT) for x in ("", "7+5", "a\nb", "é", "<b>", "</think>", " ") for y in ("", " ", "\n", "\n\n")],
+    *[(f"<think>\n</think><answer>{x}</answer>", THOUGHT) for x in ("1", "-1", " 12 ", "\\boxed{1}", "a b", "\n1\n", "1 & 2", "2/3")],
+    *[(x, WORD) for x in ("yes", "no")],
+    *[(f"Answer: {x}", SUM) for x in ("0", "12", "-12", "007", "1" * 100, "٣")],
+    *[(x, ".*12") for x in ("12", "a12", "\n12", "12\n12", "😀12")],
+    *[(x, r"^\d+$") for x in ("12", "0")],
+    *[(x, "(?i)yes") for x in ("YES", "Yes", "yes")],
+]
+FORMAT_CHEATS = [
+    *[(x, THOUGHT) for x in ("", "<think></think>", "<answer>12</answer>", "12", "<think>7<answer>12</answer>", "7</think><answer>12</answer>")],
+    *[(f"{x}<think>7</think><answer>12</answer>{y}", THOUGHT) for x, y in ((" ", ""), ("\n", ""), ("a", ""), ("", " "), ("", "\n"), ("", "."), ("", "<"))],
+    *[(f"<think>7</think><answer>{x}</answer>", THOUGHT) for x in ("", "<b>", "<answer>12", "1</answer><answer>2")],
+    *[(f"<think>7</think>{x}<answer>12</answer>", THOUGHT) for x in ("so", ".", "<answer>", "\x00", "\u200b")],
+    *[(f"<think>7</think><answer>12{x}", THOUGHT) for x in ("", "<", "</answer", "< /answer>", "<answer>", "</ANSWER>")],
+    *[(x, WORD) for x in ("", "yes ", " yes", "yes\n", "Yes", "yes|no", "yesno", "no yes", "yes.", "y", "ye", "noo", "\u200byes")],
+    *[(x, SUM) for x in ("Answer:", "Answer: ", "Answer:12", "answer: 12", "Answer: 12.", "Answer: 1 2", "Answer: --1", "Answer: 12\n", "Answer: 12\nAnswer: 12")],
+    *[(x, r"^\d+$") for x in ("", "12\n", "1\n2", "12 ", "a", "1.2")],
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("cases", "value"), [(FORMAT_HONEST, 1.0), (FORMAT_CHEATS, 0.0)])
+def test_format_of_many_completions(cases: list[tuple[str, str]], value: float) -> None:
+    assert len(set(cases)) >= 50
+    assert [x for x in cases if matches(x[1])(prompts=["?"], completions=[x[0]]) != [value]] == []
+
+
+def test_overlong_goes_by_tokens_whatever_they_say() -> None:
+    """50 texts of few tokens lose nothing; 50 of many lose what equation 13 says, though their text may be short."""
+    reward, short, long = soft_overlong_penalty(100, 50), range(1, 51), range(51, 101)
+    texts = ["", " ", "12", "a" * 10_000, "\n" * 10_000] * 10
+    given: dict[str, Any] = {"prompts": ["?"] * 50, "completions": texts}
+    assert reward(**given, completion_ids=[[1] * n for n in short]) == [0.0] * 50
+    assert reward(**given, completion_ids=[[1] * n for n in long]) == pytest.approx([(50 - n) / 50 for n in long])
+    as_messages = [[{"role": "assistant", "content": text}] for text in texts]
+    assert reward(prompts=[], completions=as_messages, completion_ids=[[1] * 1000] * 50) == [-1.0] * 50
+
+
+def test_completions_that_repeat_themselves_are_judged_within_the_time_limit() -> None:
+    """A policy that has died repeats one piece up to its limit. Work that grows with the square of that took minutes."""
+    pieces = ["\n", "answer ", "\\boxed{1} ", "\\boxed{", "isn't 12 ", "not 12 ", "\\( ", "no, "]
+    texts = [piece * 2_000 for piece in pieces]
+    rewards = Rewards([math_equal, exact_match], time_limit=20.0)
+    values, _ = rewards(["?"] * 16, texts * 2, {"answer": ["12"] * 8 + ["x+12"] * 8})
+    assert values.tolist() == [0.0] * 16
 
 
 def test_soft_overlong_penalty_is_equation_13_of_dapo() -> None:

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from language.rewards.conftest import NAN, PROMPTS, TEXTS, judged, length, returning, said
 from policygrad.errors import UserError
-from policygrad.language.rewards import Rewards, exact_match
+from policygrad.language.rewards import Rewards, exact_match, text_of
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,16 @@ def test_the_callers_gradient_mode_holds_in_the_functions_too() -> None:
     assert judged(mode)[0].tolist() == [1.0] * 3
     with torch.no_grad():
         assert judged(mode)[0].tolist() == [0.0] * 3
+
+
+def test_a_message_without_content_has_no_text() -> None:
+    calls = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "b"},
+    ]
+    assert text_of(calls) == "a\nb"
+    assert text_of("a") == "a"
 
 
 # Asynchronous functions.

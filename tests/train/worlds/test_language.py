@@ -125,6 +125,7 @@ def test_an_engine_of_ones_own_samples(language: dict[str, Any]) -> None:
         ({"model": None}, "model", "there is no model to train on"),
         ({"reward": ()}, "reward", "nothing judges the completions"),
         ({"task": "arithmetic", "dataset": "x.jsonl"}, "dataset", "arithmetic makes its own problems"),
+        ({"task": None}, "dataset", "there are no prompts to train on: give dataset, a file of prompts as the task"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -138,7 +139,7 @@ def test_what_is_missing_is_said(language: dict[str, Any], change: dict[str, Any
 def test_without_held_out_examples_there_is_nothing_to_judge(language: dict[str, Any]) -> None:
     run = pg.train("grpo", **language | {"held_out": 0})
     assert run.before is run.after is None
-    with pytest.raises(UserError, match="no held-out examples to evaluate on"):
+    with pytest.raises(UserError, match="no examples were held out to evaluate on"):
         run.evaluate()
     with pytest.raises(UserError, match="completions is 0"):
         run.evaluate(0)
@@ -267,7 +268,10 @@ def never_ending(*arguments: Any) -> Completions:
 
 def test_completions_that_repeat_their_prompt_are_said(language: dict[str, Any]) -> None:
     run = pg.train("grpo", **language | {"held_out": 0})
-    run.metrics = [{"masked": 0.0, "unjudged": 0.0, "prompt_repeats": share, "reward": 1.0} for share in (0.125, 0.75)]
+    run.metrics = [
+        {"masked": 0.0, "unjudged": 0.0, "prompt_repeats": share, "reward": 1.0, "cut_fraction": 0.0}
+        for share in (0.125, 0.75)
+    ]
     note = (
         "75% of the completions of the last rollout repeat their prompt (12% of the first): read samples.jsonl, for "
         "the reward may be earned without an answer"
@@ -327,9 +331,9 @@ def test_data_may_be_a_file_a_path_rows_or_a_data_set(language: dict[str, Any]) 
             }
     assert list(found.configuration()["options"]["dataset"]) == []
     assert found.world.name == "rows"
-    with pytest.raises(OptionError, match="are both data: give all of it by dataset"):
+    with pytest.raises(OptionError, match="are both data: give dataset for each set"):
         pg.train("grpo", **language, task=path, dataset=path)
-    with pytest.raises(OptionError, match="are both data: give all of it by dataset"):
+    with pytest.raises(OptionError, match="are both data: give dataset for each set"):
         pg.train("grpo", **language, task=rows, dataset=path)
 
 
@@ -349,8 +353,54 @@ def test_prompts_that_are_too_long_are_named_by_their_row_or_dropped_and_counted
     assert texts(run.world) == {"111"}
     assert run.world.notes(run)[0] == "2 of 40 prompts were too long and were left out"
     by_context = rollout_of(**data | {"max_tokens": 22}, long_prompts="drop")  # the model's context is 32
-    assert by_context.dropped == 2
-    assert rollout_of(**data, long_prompts="drop").dropped == 0
+    assert by_context.dropped == ("2 of 40 prompts were too long and were left out",)
+    assert rollout_of(**data, long_prompts="drop").dropped == ()
+    other = {"evaluation_dataset": [{"prompt": "1+1=", "answer": "2"}, *rows[17:20]], "held_out": 128}
+    long = pg.train("grpo", **data | other, max_prompt_tokens=8, long_prompts="drop").world.dropped
+    assert long[1] == "1 of 4 evaluation prompts were too long and were left out"
+
+
+def test_another_data_set_to_evaluate_on_has_its_own_split_and_columns(
+    language: dict[str, Any], tmp_path: Path
+) -> None:
+    """By default its split is evaluation_split, and not the part of the training set that the run was trained on."""
+    run = pg.train("grpo", **language | {"held_out": 2}, split="train[:8]", out=tmp_path / "run")
+    directory = tmp_path / "other"
+    directory.mkdir()
+    for name in ("train", "test"):
+        write(
+            directory / f"{name}.jsonl", [{"question": f"{name[:1] == 't' and i}+1=", "answer": "1"} for i in range(12)]
+        )
+    given = {"trust": True, "dataset": str(directory), "columns": "prompt=question"}
+    assert Run.load(tmp_path / "run", **given).evaluate(1).prompts == 12
+    assert Run.load(tmp_path / "run", **given, split="train[:5]").evaluate(1).prompts == 5
+    with pytest.raises(UserError, match="has no column 'prompt', only question, answer"):
+        Run.load(tmp_path / "run", trust=True, dataset=str(directory))
+    for alone in ({"split": "train"}, {"columns": ["prompt=question"]}):
+        with pytest.raises(UserError, match="is of another data set to evaluate on, and there is none: give dataset"):
+            Run.load(tmp_path / "run", trust=True, **alone)
+    assert run.options.split == "train[:8]"
+
+
+def test_the_notes_say_when_most_completions_were_cut(language: dict[str, Any]) -> None:
+    run = pg.train("grpo", **language | {"max_tokens": 1})
+    assert run.metrics[-1]["cut_fraction"] > 0.5
+    assert any("of the last rollout were cut at max_tokens: raise it" in note for note in run.world.notes(run))
+
+
+def test_a_run_is_no_model_and_its_message_names_the_model_in_it(language: dict[str, Any], tmp_path: Path) -> None:
+    pg.train("grpo", **language, out=tmp_path / "run")
+    for name in ("model", "reward", "critic"):
+        given = language | {"minibatch_size": 8, name: str(tmp_path / "run")}
+        with pytest.raises(UserError, match=r"run is a run, and no [a-z ]+: give the model in it, \S+/run/model$"):
+            pg.train("ppo", **given)
+    with pytest.raises(UserError, match=r"run/model is a run's model: give the run, \S+/run$"):
+        Run.load(tmp_path / "run" / "model")
+
+
+def test_an_overlong_penalty_that_can_never_apply_is_refused(language: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="starts at 20 tokens, and a completion has at most 20: lower its two numbers"):
+        pg.train("grpo", **language | {"reward": "overlong:30,10", "max_tokens": 20})
 
 
 def test_columns_a_system_prompt_and_template_variables(chat: dict[str, Any], tmp_path: Path) -> None:
