@@ -55,7 +55,7 @@ from policygrad.updates import (
     trust_region_step,
 )
 
-COMPILE_PAYS = 15_000  # gradient steps
+COMPILE_PAYS = 30_000  # gradient steps: twice as many as save the time that a graph takes
 WEIGHTS = {
     "token": weights.per_token, "row": weights.per_row, "episode": weights.per_episode, "budget": weights.per_budget,
 }  # fmt: skip
