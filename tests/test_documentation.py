@@ -4,6 +4,7 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tyro.conf import UseAppendAction
@@ -14,7 +15,9 @@ from policygrad.language import warmup
 from policygrad.train import presets
 from policygrad.train.methods import METHODS, TABLE, method_named
 from policygrad.train.options import for_command_line, options_of, validate, with_values
+from policygrad.train.reward_model import train_reward_model
 from policygrad.train.reward_options import RewardModelOptions
+from policygrad.train.worlds.language import warm_model
 
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,6 +57,38 @@ def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest
         short = re.sub(r"\b\d{1,3}(?:_?\d{3}){1,2}\b", "400", source)
         short = re.sub(r"iterations=\d+", "iterations=1, prompts_per_rollout=4, held_out=2", short)
         exec(compile(short, f"{document.name}: {source[:40]}", "exec"), names)
+
+
+METHODS_AND_TASKS: list[tuple[str, str, dict[str, Any]]] = [
+    ("ppo", "CartPole-v1", {"num_steps": 16, "kl_old_coefficient": 0.1, "kl_old_target": 0.01}),
+    ("trpo", "Pendulum-v1", {"num_steps": 16}),
+    ("npg", "exact:chain", {}),
+    ("grpo", "exact:tokens", {"kl_ref": "loss", "kl_ref_target": 0.1}),
+    ("grpo", "arithmetic", {"kl_ref": "loss", "kl_ref_target": 0.1, "old_logp": "recomputed", "sampling_rounds": 2}),
+    ("ppo", "arithmetic", {"reward": ["math_equal", "overlong:40,10"], "cut": "masked", "minibatch_size": 8}),
+]
+
+
+def test_every_metric_is_explained() -> None:
+    document = (ROOT / "docs" / "metrics.md").read_text()
+    known = set(re.findall(r"`([a-zA-Z_]+)`", document))
+    for method, task, options in METHODS_AND_TASKS:
+        more = (
+            {"prompts_per_rollout": 8, "held_out": 4, "evaluate_every": 1, "max_tokens": 40}
+            if task == "arithmetic"
+            else {}
+        )
+        run = policygrad.train(method, task, iterations=2, preset="none", progress=False, **options, **more)
+        found = {name for row in run.metrics for name in row}
+        assert {name for name in found if not name.startswith(("reward/", "info/"))} <= known, (method, task)
+    preferences = [
+        {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+        {"prompt": "1+2=", "chosen": "3", "rejected": "4"},
+    ]
+    judge = train_reward_model(
+        preferences, model=str(warm_model(False, "cpu").name_or_path), held_out=1, progress=False
+    )
+    assert {name for row in judge.metrics for name in row} <= known
 
 
 def shortened(rest: list[str]) -> list[str]:

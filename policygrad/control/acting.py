@@ -21,7 +21,7 @@ class Mode(nn.Module):
         self.policy = policy
 
     def forward(self, obs: Any) -> "Certain":
-        return Certain(self.policy(obs))
+        return Certain(called(self.policy, obs))
 
 
 class Certain:

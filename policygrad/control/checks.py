@@ -232,11 +232,12 @@ def _is_discrete(distribution: torch.distributions.Distribution) -> bool | None:
 
 
 def called(module: torch.nn.Module, obs: Tensor, name: str = "policy") -> Any:
-    """What a policy or a critic returns. Raises UserError for its own error, which tells no shape of obs."""
+    """What a policy or a critic returns. Raises UserError for an error of the user's own, with the shape of obs."""
     try:
         return module(obs)
     except Exception as error:
-        if re.search(r"\bnan\b", str(error), re.IGNORECASE):  # of training, and not of the policy's code
+        own = not type(module).__module__.startswith("policygrad.")
+        if not own or re.search(r"\bnan\b", str(error), re.IGNORECASE):  # of training, and not of the module's code
             raise
         said = f"the {name} raised {type(error).__name__} for obs {list(obs.shape)} of {obs.dtype}: "
         raise UserError(said + one_line(error, 197 - len(said))) from error
