@@ -445,7 +445,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("long method", ("train", "p" * 1000, "CartPole-v1"), "unknown method 'ppp"),
     ("no method", ("train", "--steps", "3"), "there is no method"),
     ("long preset", ("train", "ppo", "CartPole-v1", "--preset", "x" * 1000), "(or none)"),
-    ("empty task", ("train", "ppo", ""), "unknown environment ''"),
+    ("empty task", ("train", "ppo", ""), "an argument is empty (a variable of the shell that is not set?)"),
     ("long task", ("train", "ppo", "x" * 1000), "unknown environment"),
     ("escapes in a task", ("train", "ppo", "\x1b[31m\n\r"), "\\x1b[31m"),
     ("two tasks", ("train", "ppo", "CartPole-v1", "Acrobot-v1"), "'Acrobot-v1' belongs to no option"),
@@ -692,7 +692,7 @@ def test_a_run_that_is_terminated_says_what_it_keeps_and_eval_says_so_too(policy
     def update(line: ProgressLine, done: float, parts: list[str]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    some = ("--num-envs", 4, "--steps", 10**9, "--out", "it")
+    some = ("--num-envs", 4, "--steps", 10**9, "--compile", "off", "--out", "it")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProgressLine, "update", update)
         said = policygrad("train", "a2c", task, *some)
@@ -735,7 +735,7 @@ def test_what_the_user_can_mend_is_said_though_what_is_closed_raises_again(
 def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> None:
     """Ctrl-C goes to the workers as well."""
     script = "from policygrad.cli import main; main()"
-    some = [*PPO[:-1], "1000000000", "--vectorization", "async", "--out", "run"]
+    some = [*PPO[:-1], "1000000000", "--vectorization", "async", "--compile", "off", "--out", "run"]
     environment = os.environ | {"PYTHONPATH": PLACES}
     command = subprocess.Popen(
         [sys.executable, "-c", script, *some],
