@@ -338,6 +338,8 @@ def compiles(options: Any) -> bool:
         return wanted == "on"
     steps = math.inf if options.steps is None else options.steps
     rollout = options.num_envs * (math.inf if options.credit in EPISODIC else getattr(options, "num_steps", math.inf))
+    if options.iterations is not None and rollout == math.inf:  # how many decisions they are is not known
+        return False
     decisions, updates = min(steps, (options.iterations or math.inf) * rollout), 0.0
     if getattr(options, "minibatch_size", None):
         updates += decisions * options.epochs / options.minibatch_size
