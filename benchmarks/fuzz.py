@@ -441,7 +441,7 @@ def damage(place: Path, run: str, chance: random.Random) -> None:
             case 7:
                 path.chmod(0)
             case _ if path.suffix == ".json" and not path.is_symlink():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):  # it may be damaged already
                     path.write_text(json.dumps(altered(json.loads(data), chance)))
             case _:
                 path.write_bytes(chance.randbytes(64) + data[64:])

@@ -69,7 +69,7 @@ def act(
     checked_distribution(distribution, len(batch), action_space)
     action = distribution.sample()[:, 0]
     owned = hasattr(distribution, "to_environment")
-    actions = distribution.to_environment(action) if owned else to_environment(action, action_space)
+    actions = distribution.to_environment(action) if owned else to_environment(action.cpu().numpy(), action_space)
     return actions[0] if single else actions
 
 

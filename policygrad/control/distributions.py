@@ -21,7 +21,7 @@ class ActionDistribution(Distribution):
 
     def to_environment(self, action: Tensor) -> np.ndarray:
         """The action [B, ...] as the environment receives it."""
-        return to_environment(action, self.space)
+        return to_environment(action.detach().cpu().numpy(), self.space)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """As torch's, over the same space."""
@@ -69,8 +69,7 @@ class ClippedNormal(IndependentActions):
 
     def to_environment(self, action: Tensor) -> np.ndarray:
         """a at u = action [B, D], in the space's shape and dtype."""
-        u = action.detach().double().cpu().numpy()
-        return in_box(self.units.center + self.units.half_width * u, self.space)
+        return clipped(action.detach().cpu().numpy(), self.space, self.units)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """As torch's, in the same units."""
@@ -100,9 +99,7 @@ class SquashedNormal(ActionDistribution):
 
     def to_environment(self, action: Tensor) -> np.ndarray:
         """a at u = action [B, D], in the space's shape and dtype."""
-        low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (self.space.low, self.space.high))
-        unit = np.tanh(action.detach().double().cpu().numpy())
-        return in_box(low + (unit + 1) / 2 * (high - low), self.space)
+        return squashed(action.detach().cpu().numpy(), self.space)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """u, differentiable in mean and std."""
@@ -139,6 +136,17 @@ class SquashedNormal(ActionDistribution):
     def _log_slope(self, u: Tensor) -> Tensor:
         """log da/du = log half_width + log(1 - tanh(u)^2), without cancellation."""
         return self.half_width.log() + 2 * (math.log(2) - u - softplus(-2 * u))
+
+
+def clipped(u: np.ndarray, space: spaces.Box, units: Units) -> np.ndarray:
+    """clip(center + half_width u) of u [B, D], in the space's shape and dtype."""
+    return in_box(units.center + units.half_width * u, space)
+
+
+def squashed(u: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """center + half_width tanh(u) of u [B, D], in the space's shape and dtype."""
+    low, high = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (space.low, space.high))
+    return in_box(low + (np.tanh(u.astype(np.float64)) + 1) / 2 * (high - low), space)
 
 
 # E f(u) for u ~ N(0, 1) as the sum of weights f(nodes), by the trapezoidal rule. Its error falls as exp(-2 pi d / step)

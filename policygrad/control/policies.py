@@ -1,10 +1,11 @@
 """Policies and critics for Gymnasium's spaces: encoder, multilayer perceptron, head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -12,8 +13,16 @@ from torch.distributions import Categorical, Distribution, Normal
 from torch.nn.functional import one_hot
 
 from policygrad.control.acting import act
-from policygrad.control.distributions import ClippedNormal, Coins, DiscreteActions, IndependentActions, SquashedNormal
-from policygrad.control.spaces import describe, rebuild, units
+from policygrad.control.distributions import (
+    ClippedNormal,
+    Coins,
+    DiscreteActions,
+    IndependentActions,
+    SquashedNormal,
+    clipped,
+    squashed,
+)
+from policygrad.control.spaces import describe, rebuild, to_environment, units
 from policygrad.errors import UserError, one_line
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -180,7 +189,9 @@ def encoder(space: spaces.Space) -> Flatten | OneHot:
     )
 
 
-# Heads: features [B, T, size] -> distribution of batch_shape [B, T].
+# Heads: features [B, T, size] -> distribution of batch_shape [B, T]. For acting, `noise`, `choice` and `to_environment`
+# do the same in numpy: an action is a function of the network's output and of noise that is drawn beforehand.
+Choice = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
 class CategoricalHead(nn.Module):
@@ -192,6 +203,18 @@ class CategoricalHead(nn.Module):
 
     def forward(self, features: Tensor) -> Distribution:
         return DiscreteActions(self.space, features)
+
+    def noise(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Gumbel noise, [*shape, n]: argmax(logits + noise) is a sample (Yellott 1977; Maddison et al. 2014)."""
+        return -np.log(generator.standard_exponential((*shape, self.size)))
+
+    def choice(self) -> Choice:
+        """(logits [B, n], noise) -> actions [B]; without noise, the mode."""
+        return lambda logits, noise: (logits if noise is None else logits + noise).argmax(-1)
+
+    def to_environment(self, action: np.ndarray) -> np.ndarray:
+        """The actions [B] as the environment receives them."""
+        return to_environment(action, self.space)
 
 
 class MultiCategoricalHead(nn.Module):
@@ -257,6 +280,25 @@ class NormalHead(nn.Module):
         if self.squash:
             return SquashedNormal(self.space, mean, log_std.exp(), self.half_width)
         return ClippedNormal(self.space, Normal(mean, log_std.exp(), validate_args=False), self.units)
+
+    def noise(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal noise, [*shape, D], in float32."""
+        return generator.standard_normal((*shape, math.prod(self.space.shape)), dtype=np.float32)
+
+    def choice(self) -> Choice:
+        """(outputs [B, size], noise) -> u [B, D] = mean + std noise, with the parameters as they are; or the mean."""
+        if self.log_std is not None:
+            std = self.log_std.detach().exp().cpu().numpy()
+            return lambda mean, noise: mean.copy() if noise is None else mean + std * noise
+        return self._with_its_own_std
+
+    def to_environment(self, action: np.ndarray) -> np.ndarray:
+        """The action at u = action [B, D] as the environment receives it."""
+        return squashed(action, self.space) if self.squash else clipped(action, self.space, self.units)
+
+    def _with_its_own_std(self, output: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        mean, log_std = np.split(output, 2, -1)
+        return mean.copy() if noise is None else mean + np.exp(self.initial_log_std + log_std.clip(-10, 10)) * noise
 
 
 def _check_bounds(space: spaces.Box) -> None:

@@ -1,7 +1,6 @@
 """Sampling a Gymnasium vector environment: (policy) -> Rollout."""
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,10 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
+from torch.nn.functional import pad
 
-from policygrad.control.checks import called, check_entropy, check_memory, checked_distribution
+from policygrad.control.actors import Actor, actor, not_finite
+from policygrad.control.checks import check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
@@ -70,6 +71,9 @@ class Sampler:
             observation_normalizer=observation_normalizer,
             reward_scaler=reward_scaler,
         )
+        if seed is None:  # then torch's generator decides
+            seed = int(torch.randint(2**62, ()))
+        self.noise = np.random.default_rng(_of_actions(seed))
         if not whole_episodes:  # the rows of those are as long as their episodes, and not as long as they may be
             numbers = math.prod(space.shape or ()) * np.dtype(space.dtype or np.float32).itemsize + 24
             said = f"a rollout of {count} environments and {steps} steps"
@@ -84,25 +88,29 @@ class Sampler:
     def __call__(self, policy: nn.Module) -> Rollout:
         """Sample one rollout."""
         policy.eval()
-        stepping = self.stepping
+        stepping, act = self.stepping, self._actor(policy)
         stepping.reward_sum, stepping.reward_count = 0.0, 0
         columns = _Columns(
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
         stepping.reset() if self.whole_episodes else stepping.go_on()
         for t in range(self.length):
-            obs, mask = self._obs(), ~stepping.resetting
-            action, logp, taken = self._act(policy, obs)
+            obs, mask = stepping.now(), ~stepping.resetting
+            action, taken = act(obs, mask)
             step = stepping.step(taken)
-            columns.write(t, obs=obs, action=action, logp=logp, mask=mask, **step._asdict())
+            columns.write(t, obs=obs, action=action, mask=mask, **step._asdict())
             if self.whole_episodes and stepping.resetting.all():
                 break
         if self.whole_episodes:
             stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
-        final_obs = self._obs()
         if t + 1 < self.length:
-            columns.write(t + 1, obs=final_obs)  # where the episodes that ended last stopped
+            columns.write(t + 1, obs=stepping.now())  # where the episodes that ended last stopped
         found = columns.tensors(self.device)
+        final_obs = torch.from_numpy(stepping.now()).to(self.device)
+        logp = act.log_probabilities(found["action"][:, : t + 1])
+        found["logp"] = pad(logp, (0, columns.written - t - 1))
+        if not found["logp"][found["mask"]].isfinite().all():
+            raise not_finite("log-probability")
         refuse_memory(policy, found["obs"][:, : t + 1])
         found["ended"] |= ~found["mask"]
         if stepping.same_step:
@@ -121,15 +129,15 @@ class Sampler:
         """One whole episode per environment without storing its steps: returns, lengths, whether each ended; [B]."""
         assert self.whole_episodes
         policy.eval()
-        stepping, seen = self.stepping, []
+        stepping, act, seen = self.stepping, self._actor(policy, keep=False), []
         stepping.reset()
         total, length = np.zeros(len(stepping.resetting)), np.zeros(len(stepping.resetting), dtype=np.int64)
         for t in range(self.length):
             length += ~stepping.resetting
-            obs = self._obs()
             if t < STEPS:
-                seen.append(obs)
-            reward = stepping.step(self._act(policy, obs)[2]).reward
+                seen.append(torch.from_numpy(stepping.now()).to(self.device))
+            _, taken = act(stepping.now(), ~stepping.resetting)
+            reward = stepping.step(taken).reward
             total += torch.from_numpy(reward).to(torch.get_default_dtype()).numpy()  # as a rollout stores it
             if stepping.resetting.all():
                 break
@@ -139,75 +147,52 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes here, as tensors, numbers and strings. The environments' own state is not in it."""
-        return self.stepping.state_dict()
+        return {**self.stepping.state_dict(), "noise": self.noise.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state_dict."""
         self.stepping.load_state_dict(state)
+        self.noise.bit_generator.state = state["noise"]
 
-    def _obs(self) -> Tensor:
-        """The observations of the next decisions, [B, ...], on the device."""
-        assert self.stepping.obs is not None
-        return torch.from_numpy(self.stepping.obs).to(self.device)
-
-    def _act(self, policy: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Actions [B, ...], their log-probabilities [B], both finite, and the actions as the environment takes them."""
-        space = self.stepping.environments.single_action_space
-        distribution = checked_distribution(called(policy, obs.unsqueeze(1)), len(obs), space)
-        try:
-            action = distribution.sample()
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
-                raise
-            raise _not_finite("probability") from error
-        logp = distribution.log_prob(action)
-        total = logp.sum() + action.sum() if action.is_floating_point() else logp.sum()
-        if not math.isfinite(total):  # then look closely: only where it counts
-            counts = torch.from_numpy(~self.stepping.resetting).to(action.device)
-            for name, x in (("action", action), ("log-probability", logp)):
-                if not x[counts].isfinite().all():
-                    raise _not_finite(name)
-        action = action[:, 0]
-        if hasattr(distribution, "to_environment"):
-            return action, logp[:, 0], distribution.to_environment(action)
-        return action, logp[:, 0], to_environment(action, space)
+    def _actor(self, policy: nn.Module, *, keep: bool = True) -> Actor:
+        environments = self.stepping.environments
+        space, rows = environments.single_action_space, environments.num_envs
+        return actor(policy, space, self.device, rows, self.noise, keep=keep)
 
 
 class _Columns:
     """The columns [B, T, ...] of a rollout, filled in place, T the steps that were written.
 
-    They begin with room for `capacity` steps, and have twice as much whenever that is full, up to `length`. What comes
-    as a tensor stays on its device. What comes as an array is kept on the host, and moved once per rollout.
+    They begin with room for `capacity` steps, and have twice as much whenever that is full, up to `length`. They are
+    moved to the device once per rollout.
     """
 
     def __init__(self, rows: int, length: int, capacity: int) -> None:
         self.rows, self.length, self.capacity, self.written = rows, length, min(capacity, length), 0
-        self.columns: dict[str, Any] = {}
+        self.columns: dict[str, np.ndarray] = {}
 
-    def write(self, t: int, **values: Tensor | np.ndarray | None) -> None:
+    def write(self, t: int, **values: np.ndarray | None) -> None:
         """Store values [B, ...] at step t, the next one."""
         if t == self.capacity:
             self.capacity = min(2 * self.capacity, self.length)
-            self.columns = {name: self._allocated(x[:, 0], x) for name, x in self.columns.items()}
+            for name, x in self.columns.items():
+                self.columns[name] = self._allocated(x[:, 0])
+                self.columns[name][:, :t] = x
         self.written = t + 1
-        for name, x in values.items():
-            if x is not None:
+        for name, value in values.items():
+            if value is not None:
                 if name not in self.columns:
-                    self.columns[name] = self._allocated(x)
-                self.columns[name][:, t] = x
+                    self.columns[name] = self._allocated(value)
+                self.columns[name][:, t] = value
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The columns on the device."""
-        return {name: torch.as_tensor(x[:, : self.written]).to(device) for name, x in self.columns.items()}
+        return {name: torch.from_numpy(x[:, : self.written]).to(device) for name, x in self.columns.items()}
 
-    def _allocated(self, like: Tensor | np.ndarray, begun: Any = None) -> Any:
-        """A column of zeros for values like these [B, ...], which begins with another column."""
-        kind = torch.as_tensor(like)
-        dtype = torch.get_default_dtype() if kind.dtype == torch.float64 else kind.dtype
-        column = torch.zeros((self.rows, self.capacity, *like.shape[1:]), dtype=dtype, device=kind.device)
-        if begun is not None:
-            column[:, : begun.shape[1]] = torch.as_tensor(begun)
-        return column if isinstance(like, Tensor) else column.numpy()
+    def _allocated(self, like: np.ndarray) -> np.ndarray:
+        """A column of zeros for values like these, [B, ...]."""
+        dtype = stored_dtype(like.dtype) if like.dtype == np.float64 else like.dtype
+        return np.zeros((self.rows, self.capacity, *like.shape[1:]), dtype=dtype)
 
 
 def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -231,6 +216,12 @@ def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) ->
     following = torch.cat([columns["obs"], last.unsqueeze(1)], 1)[rows, kept + 1]
     stopped = ended[rows, kept].reshape(-1, *[1] * (last.ndim - 1))
     return result, torch.where(stopped, final[rows, kept], following)
+
+
+def _of_actions(seed: int | np.random.SeedSequence) -> np.random.SeedSequence:
+    """The seed of the actions' noise, another one than that of the environments."""
+    whole = np.random.SeedSequence(seed) if isinstance(seed, int) else seed
+    return np.random.SeedSequence(whole.entropy, spawn_key=(*whole.spawn_key, 3))
 
 
 def _group_size(groups: Any, count: int, whole_episodes: bool) -> int:
@@ -271,11 +262,8 @@ def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> di
         std = inner.stddev.double().cpu().numpy().reshape(-1, len(width))
         metrics["action_std"] = float((std[:, width > 0] / width[width > 0]).mean())
     if space.dtype.kind == "f" and unit.bounded.any() and len(action):
-        send = getattr(distribution, "to_environment", partial(to_environment, space=space))
-        u = (send(action).reshape(len(action), -1) - unit.center)[:, unit.bounded] / unit.half_width[unit.bounded]
+        owned = hasattr(distribution, "to_environment")
+        taken = distribution.to_environment(action) if owned else to_environment(action.cpu().numpy(), space)
+        u = (taken.reshape(len(action), -1) - unit.center)[:, unit.bounded] / unit.half_width[unit.bounded]
         metrics["bound_fraction"] = float((np.abs(u) >= 0.999).mean())
     return metrics
-
-
-def _not_finite(name: str) -> UserError:
-    return UserError(f"the policy's {name} is not finite: try a lower learning_rate or scale_rewards")

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
-from torch import Tensor
 
 from policygrad.errors import UserError
 
@@ -46,20 +45,20 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
     )
 
 
-def to_environment(action: Tensor, space: spaces.Space) -> np.ndarray:
+def to_environment(action: np.ndarray, space: spaces.Space) -> np.ndarray:
     """The action [B, ...] as the environment receives it: from the space's start, in its bounds, shape and dtype.
 
     Raises UserError for a space that is not supported.
     """
     match space:
         case spaces.Discrete():
-            return (action.cpu().numpy().reshape(-1) + space.start).astype(space.dtype)
+            return (action.reshape(-1) + space.start).astype(space.dtype)
         case spaces.MultiDiscrete():
-            return (action.cpu().numpy().reshape(-1, *space.shape) + space.start).astype(space.dtype)
+            return (action.reshape(-1, *space.shape) + space.start).astype(space.dtype)
         case spaces.MultiBinary():
-            return action.cpu().numpy().reshape(-1, *space.shape).astype(space.dtype)
+            return action.reshape(-1, *space.shape).astype(space.dtype)
         case spaces.Box():
-            return in_box(action.detach().double().cpu().numpy(), space)
+            return in_box(action.astype(np.float64), space)
     raise UserError(
         f"a {type(space).__name__} action space is not supported: wrap the environment so that it has a Box"
     )

@@ -84,6 +84,11 @@ class Stepping:
         self.reward_sum, self.reward_count = 0.0, 0  # of the decisions since the sampler set them to 0
         self.steps, self.episodes = 0, 0
 
+    def now(self) -> np.ndarray:
+        """The observations of the next decisions, [B, ...]."""
+        assert self.obs is not None
+        return self.obs
+
     def go_on(self) -> None:
         """Continue the episodes; start new ones if there are none, or if they are of other environments."""
         if self.obs is None or not self.begun:

@@ -476,16 +476,45 @@ def test_a_policy_with_memory_is_refused(whole: bool, count: int) -> None:
         Sampler(vector(*[Counting] * count), 6, whole_episodes=whole)(Recurrent(2))
 
 
-def test_sampling_draws_from_the_random_stream_only_what_the_policy_draws() -> None:
+def test_sampling_with_a_seed_draws_nothing_from_the_global_generators() -> None:
     environments = vector(lambda: Counting((9,)))
     policy = Policy(environments.single_observation_space, environments.single_action_space)
-    rollout = Sampler(environments, 4)(policy)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    Sampler(environments, 4, seed=0)(policy)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+
+
+def test_sampling_draws_from_the_random_stream_only_what_a_policy_of_ones_own_draws() -> None:
+    environments = vector(lambda: Counting((9,)))
+    policy = nn.Sequential(Policy(environments.single_observation_space, environments.single_action_space))
+    sample = Sampler(environments, 4, seed=0)
+    torch.manual_seed(1)
+    rollout = sample(policy)
     after = torch.rand(1)
-    torch.manual_seed(0)
-    Policy(environments.single_observation_space, environments.single_action_space)
+    torch.manual_seed(1)
     for t in range(4):
         policy(rollout.obs[:, t : t + 1]).sample()
     assert torch.equal(torch.rand(1), after)
+
+
+def test_without_a_seed_the_generator_of_torch_decides() -> None:
+    def actions(seed: int) -> Tensor:
+        environments = make_environments("CartPole-v1", 2)
+        torch.manual_seed(seed)
+        policy = Policy(environments.single_observation_space, environments.single_action_space)
+        return Sampler(environments, 32)(policy).action
+
+    assert torch.equal(actions(0), actions(0))
+    assert not torch.equal(actions(0), actions(1))
+
+
+def test_a_state_dict_holds_the_noise_of_the_actions() -> None:
+    sampler, sample = sampled(make_environments(limited(Known, 8), 2), 16, seed=3)
+    sample()
+    other, _ = sampled(make_environments(limited(Known, 8), 2), 16, seed=4)
+    other.load_state_dict(sampler.state_dict())
+    assert other.noise.standard_normal(3).tolist() == sampler.noise.standard_normal(3).tolist()
 
 
 def test_the_columns_do_not_share_memory_with_the_next_rollout() -> None:

@@ -1,0 +1,158 @@
+"""Actors: what a sampler asks for actions, a step at a time."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from policygrad.control.acting import Mode
+from policygrad.control.checks import called, checked_distribution
+from policygrad.control.policies import CategoricalHead, NormalHead, Policy
+from policygrad.control.spaces import to_environment
+from policygrad.errors import UserError
+
+BLOCK = 128  # steps whose noise and outputs are set aside at a time
+IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
+
+
+class Actor(ABC):
+    """A policy that acts step by step, as it is when the actor is made."""
+
+    @abstractmethod
+    def __call__(self, obs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next actions [B, ...], as they are stored and as the environment takes them.
+
+        obs: [B, ...]; counts: [B], False where the action will not be used. Raises UserError where a number of the
+        policy's is not finite.
+        """
+
+    @abstractmethod
+    def log_probabilities(self, action: Tensor) -> Tensor:
+        """log pi(a | s) of the actions [B, T, ...] so far, [B, T]."""
+
+
+class DistributionActor(Actor):
+    """Actions of any policy, sampled by its own distributions, from torch's global generator.
+
+    Raises UserError where the policy returns no distribution of the space's actions.
+    """
+
+    def __init__(self, policy: nn.Module, space: spaces.Space, device: torch.device, *, keep: bool) -> None:
+        self.policy, self.space, self.device, self.keep = policy, space, device, keep
+        self.logp: list[Tensor] = []
+
+    def __call__(self, obs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        given = torch.from_numpy(obs).to(self.device).unsqueeze(1)
+        distribution = checked_distribution(called(self.policy, given), len(obs), self.space)
+        try:
+            action = distribution.sample()
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise not_finite("probability") from error
+        logp = distribution.log_prob(action)
+        total = logp.sum() + action.sum() if action.is_floating_point() else logp.sum()
+        if not math.isfinite(total):  # then look closely: only where it counts
+            for name, x in (("action", action), ("log-probability", logp)):
+                if not x[torch.from_numpy(counts).to(x.device)].isfinite().all():
+                    raise not_finite(name)
+        if self.keep:
+            self.logp.append(logp[:, 0])
+        action = action[:, 0]
+        owned = hasattr(distribution, "to_environment")
+        taken = distribution.to_environment(action) if owned else to_environment(action.cpu().numpy(), self.space)
+        return action.cpu().numpy(), taken
+
+    def log_probabilities(self, action: Tensor) -> Tensor:
+        return torch.stack(self.logp, 1)
+
+
+class PerceptronActor(Actor):
+    """Actions of a perceptron with a categorical or a Gaussian head, without a distribution at each step.
+
+    The layers write into the same memory at each step, in the operations of the policy's own forward pass, and give
+    the same numbers. An action is a function of the network's output and of noise that is drawn beforehand (the head's
+    `noise` and `choose`). Its log-probability is computed once for all steps, of the same outputs.
+    """
+
+    def __init__(
+        self, policy: Policy, device: torch.device, rows: int, generator: np.random.Generator | None, *, keep: bool
+    ) -> None:
+        self.policy, self.device, self.rows, self.generator, self.keep = policy, device, rows, generator, keep
+        linear = [x for x in policy.network if isinstance(x, nn.Linear)]
+        activations = [IN_PLACE[type(x)] for x in policy.network if not isinstance(x, nn.Linear)]
+        layers = [(x.bias.detach(), x.weight.detach().t()) for x in linear]
+        self.hidden = [
+            (bias, weight, torch.empty(rows, len(bias), dtype=bias.dtype, device=device), activation)
+            for (bias, weight), activation in zip(layers[:-1], activations, strict=True)
+        ]
+        self.last = layers[-1]
+        self.choose = policy.head.choice()
+        self.outputs: list[Tensor] = []  # blocks [BLOCK, B, F]
+        self.t = 0
+
+    def __call__(self, obs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        k = self.t % BLOCK
+        if k == 0:
+            self._next_block()
+        x = torch.from_numpy(obs).to(self.device)
+        x = x.reshape(self.rows, -1) if x.is_floating_point() else self.policy.encode(x.unsqueeze(1)).squeeze(1)
+        for bias, weight, memory, activate in self.hidden:
+            x = activate(torch.addmm(bias, x, weight, out=memory))
+        torch.addmm(self.last[0], x, self.last[1], out=self.outputs[-1][k])
+        output = self.host[k] if self.host is not None else self.outputs[-1][k].cpu().numpy()
+        if not np.isfinite(output.sum()) and not np.isfinite(output[counts]).all():
+            raise not_finite("output")
+        self.t += 1
+        action = self.choose(output, None if self.noise is None else self.noise[k])
+        return action, self.policy.head.to_environment(action)
+
+    def log_probabilities(self, action: Tensor) -> Tensor:
+        output = torch.cat(self.outputs)[: self.t].transpose(0, 1)
+        return self.policy.head(output).log_prob(action)
+
+    def _next_block(self) -> None:
+        head, dtype = self.policy.head, self.last[0].dtype
+        if self.outputs and not self.keep:
+            self.outputs.clear()
+        self.outputs.append(torch.empty(BLOCK, self.rows, head.size, dtype=dtype, device=self.device))
+        self.host = self.outputs[-1].numpy() if self.device.type == "cpu" else None
+        self.noise = None if self.generator is None else head.noise(self.generator, (BLOCK, self.rows))
+
+
+def actor(
+    policy: nn.Module,
+    space: spaces.Space,
+    device: torch.device,
+    rows: int,
+    generator: np.random.Generator,
+    *,
+    keep: bool = True,
+) -> Actor:
+    """The actor of a policy for `rows` environments with this action space.
+
+    generator: of the noise. keep: whether log_probabilities will be asked for.
+    """
+    own = policy.policy if isinstance(policy, Mode) else policy
+    if _is_plain(own):
+        return PerceptronActor(own, device, rows, generator if own is policy else None, keep=keep)  # type: ignore[arg-type]
+    return DistributionActor(policy, space, device, keep=keep)
+
+
+def _is_plain(policy: nn.Module) -> bool:
+    """Whether calling a policy does no more than its layers do, and PerceptronActor knows its layers and its head."""
+    return (
+        type(policy) is Policy
+        and isinstance(policy.head, CategoricalHead | NormalHead)
+        and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)
+        and not any(x._forward_hooks or x._forward_pre_hooks for x in policy.modules())
+    )
+
+
+def not_finite(name: str) -> UserError:
+    """A number of the policy's is NaN or infinite."""
+    return UserError(f"the policy's {name} is not finite: try a lower learning_rate or scale_rewards")
