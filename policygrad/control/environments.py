@@ -18,6 +18,7 @@ from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
 from policygrad.control.checks import checked_flag, checked_member, checked_number
+from policygrad.control.envpool import EnvPool
 from policygrad.control.processes import Processes
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -50,22 +51,25 @@ def make_environments(
     environment: an id that Gymnasium knows (`module:Id-v0` imports the module first); the name of a class or function
     that makes one, as `module:Name` or `path/file.py:Name`; such a callable itself; an environment object (for one
     copy); or a vector environment, which stays as it is. vectorization: `auto` uses the environment's own vectorized
-    form if it has one, else `sync`; `async` runs one process per copy. step_time_limit: seconds that such a process may
-    take for a step or a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and
-    other composite observations are flattened into a Box.
+    form if it has one, else `sync`; `async` runs one process per copy; `envpool` takes EnvPool's environment of this
+    id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for a step or
+    a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and other composite
+    observations are flattened into a Box.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
     """
     if num_envs < 1:
         raise UserError(f"num_envs is {num_envs}: ask for at least one environment")
-    if vectorization not in ("auto", "sync", "async"):
-        raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async")
+    if vectorization not in ("auto", "sync", "async", "envpool"):
+        raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async, envpool")
     if isinstance(environment, gymnasium.Env | VectorEnv):
         return _given(environment, num_envs, vectorization, options)
-    spec, make = _maker(environment, options)
     name = one_line(ending(label(environment), 60), 60)
     try:
+        if vectorization == "envpool":
+            return _flat(EnvPool(environment, num_envs, options))
+        spec, make = _maker(environment, options)
         if spec is not None and spec.vector_entry_point is not None and vectorization == "auto":
             return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
         copies = [lambda: _prepared(make(), name)] * num_envs
@@ -95,7 +99,7 @@ def _given(environment: Any, num_envs: int, vectorization: str, options: dict[st
             "makes one"
         )
     single = isinstance(environment, gymnasium.Env)
-    if vectorization == "async" or (vectorization == "sync" and not single):
+    if vectorization in ("async", "envpool") or (vectorization == "sync" and not single):
         raise UserError(
             f"the environment handed in is made already: vectorization {vectorization} is for a callable that makes one"
         )

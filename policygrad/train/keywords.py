@@ -24,7 +24,7 @@ class Keywords(TypedDict, total=False):
     num_steps: int
     episode_steps: int | None
     group_size: int | None
-    vectorization: Literal["auto", "sync", "async"]
+    vectorization: Literal["auto", "sync", "async", "envpool"]
     step_time_limit: float | None
     env_options: str | dict[str, Any] | None
     normalize_observations: bool

@@ -99,8 +99,9 @@ class Options:
     group_size: int | None = option(None,
         "Episodes in a group, all from the same start; None: the whole rollout is one group.",
         TWO, **CONTROL, credit=("group",))
-    vectorization: Literal["auto", "sync", "async"] = option("auto",
-        "auto: the environment's own vectorized version, else sync; async: one process per environment.", **CONTROL)
+    vectorization: Literal["auto", "sync", "async", "envpool"] = option("auto",
+        "auto: the environment's own vectorized version, else sync; async: one process per environment; envpool: "
+        "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
     step_time_limit: float | None = option(None,
         "Seconds that an environment's process may take for a step or a reset; None: any time.",
         POSITIVE, **CONTROL, vectorization=("async",))

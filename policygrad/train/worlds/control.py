@@ -102,16 +102,17 @@ class ControlWorld(World):
 
     def _made(self, num_envs: int, **how: Any) -> VectorEnv:
         """The task's environments, with the options of the environment."""
-        return make_environments(self.task, num_envs, **how, **self._environment_options(how))
+        return make_environments(self.task, num_envs, **self._environment_options() | how)
 
-    def _environment_options(self, taken: Any = ()) -> dict[str, Any]:
+    def _environment_options(self) -> dict[str, Any]:
+        """The environment's own options, and EnvPool, whose environments may have other spaces than Gymnasium's."""
         given = json.loads(self.options.env_options or "{}")
         for name in given:
-            if name in taken or name in ("environment", "num_envs", "vectorization", "step_time_limit"):
+            if name in ("environment", "num_envs", "vectorization", "step_time_limit"):
                 raise OptionError(
                     "env_options", f"env_options has {name}, which is an option of the run: give it there"
                 )
-        return given
+        return given | ({"vectorization": "envpool"} if self.options.vectorization == "envpool" else {})
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
