@@ -60,6 +60,7 @@ from policygrad.language.sampler import CompletionSampler as CompletionSampler
 from policygrad.rollout import Batch as Batch, Rollout as Rollout, decisions as decisions, minibatches as minibatches
 from policygrad.samplers import (
     KLCharged as KLCharged,
+    Overlapped as Overlapped,
     Rescored as Rescored,
     Sample,
     WholeRows as WholeRows,

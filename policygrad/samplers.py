@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from policygrad.advantages import group_std
 from policygrad.divergences import AdaptiveCoefficient, k3
+from policygrad.errors import UserError
 from policygrad.returns import kl_in_reward
 from policygrad.rollout import Rollout
 from policygrad.score import log_probabilities, log_ratio
@@ -41,6 +44,52 @@ class WholeRows(Wrapper):
 
     def __call__(self, policy: nn.Module) -> Rollout:
         return replace(self.sample(policy), memoryless=False)
+
+
+class Overlapped(Wrapper):
+    """Sample the next rollout in a thread while this one is learned from.
+
+    Every rollout but the first is of the policy of the call before: one version behind, never more and never less. The
+    gradient is then that of the rows `METHOD, off policy` of verify, so the method must weigh actions by the ratio to
+    the log-probabilities of the policy that sampled them. The sampler has a method draws_its_own(policy): whether it
+    leaves torch's global generator alone, without which the seed would not decide the run. Adds the metric policy_lag,
+    the number of versions. Raises UserError for a policy that samples from the global generator, and what the sampler
+    raised, one call later.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        super().__init__(sample)
+        threads = torch.get_num_threads()  # a thread's own number
+        self.pool = ThreadPoolExecutor(1, "sampling", initializer=lambda: torch.set_num_threads(threads))
+        self.policy: nn.Module | None = None  # as it was when the next rollout began
+        self.next: Future[Rollout] | None = None
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        if not self.sample.draws_its_own(policy):  # type: ignore[attr-defined]
+            raise UserError(
+                "overlap needs a policygrad Policy of tanh or relu layers with Discrete or Box actions: others draw "
+                "from torch's generator, which two threads would share; leave overlap off"
+            )
+        lag = 0.0 if self.next is None else 1.0
+        rollout = self.sample(policy) if self.next is None else self.next.result()
+        if self.policy is None:
+            self.policy = deepcopy(policy)
+        self.policy.load_state_dict(policy.state_dict())
+        self.next = self.pool.submit(self.sample, self.policy)
+        return replace(rollout, metrics=rollout.metrics | {"policy_lag": lag})
+
+    def state_dict(self) -> dict[str, Any]:
+        following = (
+            None if self.next is None else {f.name: getattr(self.next.result(), f.name) for f in fields(Rollout)}
+        )
+        return {**super().state_dict(), "next": following}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.next = None
+        if state["next"] is not None:
+            self.next = Future()
+            self.next.set_result(Rollout(**state["next"]))
 
 
 class InUnits(Wrapper):

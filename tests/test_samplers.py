@@ -1,6 +1,7 @@
 """Wrappers of samplers: what each changes in a rollout, what an algorithm then expects, and that they resume."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 from math import inf
@@ -14,11 +15,13 @@ from torch.distributions import Categorical
 from torch.testing import assert_close
 
 from policygrad.advantages import group_std
+from policygrad.control import Policy, Sampler, make_environments
 from policygrad.divergences import AdaptiveCoefficient
+from policygrad.errors import UserError
 from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, completions, prefix_state, sequence_kl
 from policygrad.rollout import Rollout
-from policygrad.samplers import InUnits, KLCharged, Rescored, WholeRows, WithoutFlatGroups, Wrapper
+from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, WholeRows, WithoutFlatGroups, Wrapper
 
 pytestmark = pytest.mark.usefixtures("float64")
 Sample = Callable[..., Rollout]
@@ -46,6 +49,59 @@ def assert_only_changed(found: Rollout, rollout: Rollout, *names: str) -> None:
         y = getattr(found, name)
         same = torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
         assert same == (name not in names), name
+
+
+# Overlap
+
+
+def in_cartpole(**options: Any) -> tuple[Overlapped, Policy]:
+    environments = make_environments("CartPole-v1", 4)
+    torch.manual_seed(0)
+    policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(8,), **options)
+    return Overlapped(Sampler(environments, 16, seed=0)), policy
+
+
+def changed(policy: nn.Module) -> None:
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.1)
+
+
+def test_a_rollout_is_of_the_policy_of_the_call_before() -> None:
+    sample, policy = in_cartpole()
+    versions, rollouts = [], []
+    for _ in range(4):
+        versions.append(deepcopy(policy))
+        rollouts.append(sample(policy))
+        changed(policy)
+    assert [x.metrics["policy_lag"] for x in rollouts] == [0, 1, 1, 1]
+    for version, rollout in zip([versions[0], *versions[:-1]], rollouts, strict=True):
+        close(version(rollout.obs).log_prob(rollout.action), rollout.logp)
+
+
+def test_the_rollouts_of_one_policy_are_those_without_overlap() -> None:
+    sample, policy = in_cartpole()
+    plain, _ = in_cartpole()
+    for _ in range(3):
+        found = sample(policy)
+        assert_only_changed(found, plain.sample(policy), "metrics")
+
+
+def test_overlapped_sampling_resumes() -> None:
+    sample, policy = in_cartpole()
+    sample(policy)
+    state = sample.state_dict()
+    expected = sample(policy)
+    other, _ = in_cartpole()
+    other.load_state_dict(state)
+    assert_only_changed(other(policy), expected)
+
+
+def test_a_policy_that_draws_from_the_global_generator_is_refused() -> None:
+    sample, policy = in_cartpole(activation="gelu")
+    with pytest.raises(UserError, match="leave overlap off") as raised:
+        sample(policy)
+    assert len(str(raised.value)) <= 200
 
 
 # Units

@@ -140,8 +140,9 @@ def checked_reward(reward: Any, counts: np.ndarray) -> np.ndarray:
             f"the environments returned rewards of shape {np.shape(reward)}, not {counts.shape}: fix their step"
         )
     reward = np.where(counts, reward, 0.0)
-    wrong = ~(np.abs(reward) <= torch.finfo(torch.get_default_dtype()).max)
-    if wrong.any():
+    most = torch.finfo(torch.get_default_dtype()).max
+    if not float(np.abs(reward).max()) <= most:  # NaN too
+        wrong = ~(np.abs(reward.astype(np.float64)) <= most)
         beyond = " (beyond float32)" if np.isfinite(reward[wrong][0]) else ""
         raise UserError(f"the environment's step returned a reward of {reward[wrong][0]}{beyond}: fix its step")
     return reward

@@ -1,6 +1,7 @@
 """Sampling a Gymnasium vector environment: (policy) -> Rollout."""
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import pad
 
-from policygrad.control.actors import Actor, actor, not_finite
+from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
 from policygrad.control.checks import check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
@@ -63,7 +64,8 @@ class Sampler:
         count, space = environments.num_envs, environments.single_observation_space
         self.group_size = _group_size(groups, count, whole_episodes)
         self.length, self.whole_episodes, self.device = steps, whole_episodes, torch.device(device)
-        self.stepping = Stepping(
+        self.busy = threading.RLock()
+        self._stepping = Stepping(
             environments,
             seed=seed,
             whole_episodes=whole_episodes,
@@ -80,6 +82,16 @@ class Sampler:
             check_memory(numbers * count * steps, said, "lower num_envs or the number of steps")
 
     @property
+    def stepping(self) -> Stepping:
+        """The environments and their statistics, as no other thread is changing them: this waits for a rollout."""
+        with self.busy:
+            return self._stepping
+
+    def draws_its_own(self, policy: nn.Module) -> bool:
+        """Whether sampling from a policy leaves torch's global generator alone."""
+        return isinstance(self._actor(policy), PerceptronActor)
+
+    @property
     def steps(self) -> int:
         """The number of decisions so far."""
         return self.stepping.steps
@@ -87,6 +99,10 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, policy: nn.Module) -> Rollout:
         """Sample one rollout."""
+        with self.busy:
+            return self._sampled(policy)
+
+    def _sampled(self, policy: nn.Module) -> Rollout:
         policy.eval()
         stepping, act = self.stepping, self._actor(policy)
         stepping.reward_sum, stepping.reward_count = 0.0, 0

@@ -39,7 +39,7 @@ from policygrad.divergences import (
 from policygrad.errors import UserError
 from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch
-from policygrad.samplers import InUnits, KLCharged, Rescored, Sample, WholeRows, WithoutFlatGroups
+from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import METHODS, method_named
 from policygrad.train.options import EPISODIC, has_critic, options_of, validate, with_rate, with_values
@@ -318,6 +318,8 @@ def wrapped(
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = getattr(options, "micro_batch", None)
+    if getattr(options, "overlap", False):
+        sample = Overlapped(sample)
     if getattr(options, "ratio", "token") == "sequence":
         sample = WholeRows(sample)
     if options.credit == "group" and options.sampling_rounds > 1:

@@ -26,6 +26,7 @@ class Keywords(TypedDict, total=False):
     group_size: int | None
     vectorization: Literal["auto", "sync", "async", "envpool"]
     step_time_limit: float | None
+    overlap: bool
     env_options: str | dict[str, Any] | None
     normalize_observations: bool
     scale_rewards: bool

@@ -105,6 +105,8 @@ class Options:
     step_time_limit: float | None = option(None,
         "Seconds that an environment's process may take for a step or a reset; None: any time.",
         POSITIVE, **CONTROL, vectorization=("async",))
+    overlap: bool = option(False,
+        "Sample the next rollout while this one is learned from, with a policy one update old.", **CONTROL)
     env_options: str | None = option(None,
         'Options of the environment as a JSON object, such as \'{"is_slippery": false}\'; from Python, a dict.',
         OBJECT, **CONTROL)
@@ -461,6 +463,12 @@ def _conflicts(o: Any) -> Any:
         yield "steps", "steps and iterations are both None: say how long to train"
     if method.objective not in ("ppo", "grpo") and o.normalize_advantages == "minibatch":
         yield "normalize_advantages", f"normalize_advantages is minibatch, and {o.method} has none: use batch or none"
+    if getattr(o, "overlap", False) and method.objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
+        yield (
+            "overlap",
+            f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
+            "off_policy_actor_critic, or a method with a ratio such as ppo",
+        )
     if getattr(o, "minibatch_size", None) == 1 and o.normalize_advantages == "minibatch":
         yield (
             "minibatch_size",

@@ -55,6 +55,19 @@ def test_the_penalty_follows_the_kl_of_the_whole_update() -> None:
     assert [row["kl_old_coefficient"] for row in rows] == pytest.approx([0.1 * 2**k for k in range(len(rows))])
 
 
+def test_overlap_learns_from_a_policy_that_is_one_update_old() -> None:
+    assert column(run("ppo", overlap=True), "policy_lag") == [0.0, 1.0, 1.0]
+    first, again, plain = (parameters(run("ppo", overlap=x, steps=256)) for x in (True, True, False))
+    assert torch.equal(first, again), "the seed decides"
+    assert not torch.equal(first, plain)
+
+
+@pytest.mark.parametrize("method", ["reinforce", "actor_critic"])
+def test_overlap_is_refused_where_nothing_corrects_for_it(method: str) -> None:
+    with pytest.raises(UserError, match="one update old"):
+        run(method, overlap=True)
+
+
 def test_the_penalty_stays_without_a_target() -> None:
     assert set(column(run("ppo", kl_old_coefficient=0.5), "kl_old_coefficient")) == {0.5}
 

@@ -163,9 +163,17 @@ class ControlWorld(World):
         return Stage.of(saved.metadata, directory / "policy.safetensors")
 
     def save(self, directory: Path, stage: Stage) -> None:
+        self._settle()
         save_policy(directory, self.policy, self.critic, self.normalizer, stage, self.learned(), self.name)
 
+    def _settle(self) -> None:
+        """Wait for a rollout that is sampled beside: it changes statistics that are part of the run."""
+        if self.environments is not None:
+            _ = self.sample.stepping
+
     def fingerprint(self) -> list[float]:
+        if getattr(self.options, "overlap", False):  # statistics change at any time
+            return super().fingerprint()
         seen = [] if self.normalizer is None else [self.normalizer.statistics.count]
         learned = self.learned() if self.statistics else None  # as of the last save: most environments learn nothing
         return [*super().fingerprint(), *seen, *(float(np.sum(x)) for x in (learned or {}).values())]
@@ -214,6 +222,7 @@ class ControlWorld(World):
         environment: another one than that of training. max_steps: cuts every episode. What wrappers learned in training
         is used, and does not change.
         """
+        self._settle()
         played = self.task if environment is None else environment
         if played is None:
             raise UserError(
@@ -304,6 +313,7 @@ class ControlWorld(World):
 
     def close(self) -> None:
         if self.environments is not None and not self.environments.closed:
+            self._settle()
             self.learned()
             if self.mine:
                 close(self.environments)
