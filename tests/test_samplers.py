@@ -76,7 +76,7 @@ def test_a_rollout_is_of_the_policy_of_the_call_before() -> None:
         changed(policy)
     assert [x.metrics["policy_lag"] for x in rollouts] == [0, 1, 1, 1]
     for version, rollout in zip([versions[0], *versions[:-1]], rollouts, strict=True):
-        close(version(rollout.obs).log_prob(rollout.action), rollout.logp)
+        close(version(rollout.obs).log_prob(rollout.action)[rollout.mask], rollout.logp[rollout.mask])
 
 
 def test_the_rollouts_of_one_policy_are_those_without_overlap() -> None:
