@@ -1,6 +1,7 @@
 """Vector environments from a Gymnasium id, an environment, or a callable that makes one, also by its name."""
 
 import difflib
+import math
 import re
 import sys
 import warnings
@@ -201,7 +202,8 @@ def find(name: str) -> EnvSpec:
 class Checked(gymnasium.Wrapper):
     """Refuses what Gymnasium would cast or copy into the batch unseen: wrong shapes, and numbers that would change.
 
-    Of `info` it passes on numbers alone, as floats, since Gymnasium's arrays take the type of the first value.
+    Of `info` it passes on the numbers at an episode's end, which are all that is read, as floats, since Gymnasium's
+    arrays take the type of the first value.
     """
 
     def __init__(self, environment: gymnasium.Env) -> None:
@@ -224,14 +226,16 @@ class Checked(gymnasium.Wrapper):
             self.env.action_space.seed(int(of_actions))
             self.env.observation_space.seed(int(of_observations))
         obs, info = self.env.reset(**options)
-        return checked_member(obs, self.observation_space, "the environment's reset returned"), _numbers(info)
+        _numbers(info)  # which is checked
+        return checked_member(obs, self.observation_space, "the environment's reset returned"), {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As the environment's, with everything checked."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         obs = checked_member(obs, self.observation_space, "the environment's step returned")
-        ended = checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated")
-        return obs, checked_number(reward), *ended, _numbers(info)
+        terminated, truncated = checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated")
+        numbers = _numbers(info) if terminated or truncated or not isinstance(info, dict) else {}
+        return obs, checked_number(reward), terminated, truncated, numbers
 
     def close(self) -> None:
         """As the environment's. An error becomes a note: what was learned is not lost for it."""
@@ -247,12 +251,12 @@ def _numbers(info: Any) -> dict[str, float]:
     found = {}
     for name, x in info.items():
         named = isinstance(name, str) and not name.startswith(("_", "final_"))
-        if named and isinstance(x, int | float | np.number | np.bool_):
+        if named and isinstance(x, (int, float, np.number, np.bool_)):
             try:
                 number = float(x)
             except (TypeError, OverflowError):  # complex, or an integer beyond floats
                 continue
-            if np.isfinite(number):
+            if math.isfinite(number):
                 found[name] = number
     return found
 
