@@ -243,6 +243,11 @@ def _train(rest: list[str]) -> int:
     first, second = (str(x).lower().replace("-", "_") for x in (method, task))
     if second in {*METHODS, *ALIASES} and first not in {*METHODS, *ALIASES}:
         raise UserError(f"the method comes first: policygrad train {one_line(task, 60)} {one_line(method, 60)}")
+    if task is None and first not in {*METHODS, *ALIASES} and _is_task(method):
+        said = one_line(method, 60)
+        raise UserError(
+            f"the method is missing: write policygrad train METHOD {said}, such as policygrad train ppo {said}"
+        )
     name, rest = method_named(method).name, rest[1:]
     asked = {"-h", "--help"} & set(rest)
     named = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}
@@ -288,6 +293,11 @@ def _train(rest: list[str]) -> int:
         flags += " --dataset PROMPTS"
     print(f"run: {out} (evaluate: policygrad eval {shlex.quote(str(out))}{flags})")
     return 0
+
+
+def _is_task(word: str) -> bool:
+    """Whether a word can only be a task: an id with its version, a file, a module's name, or one of this library's."""
+    return word == "arithmetic" or ":" in word or re.search(r"-v\d+$|\.(py|jsonl?|csv|parquet)$", word) is not None
 
 
 def _free_first(words: list[str]) -> tuple[list[Any], list[str]]:

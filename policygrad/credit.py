@@ -48,6 +48,7 @@ def baselined(
         value = baseline(rollout, target)
         return Credit(target - value, target, value)
 
+    assign.whole_episodes = True  # type: ignore[attr-defined]
     return _reading(assign, **getattr(baseline, "keywords", {}))
 
 
@@ -129,7 +130,7 @@ def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] =
         credit = assign(rollout)
         return credit._replace(advantage=normalize(credit.advantage, rollout.mask))
 
-    return _reading(normalized, **modules_of(assign))
+    return _like(assign, normalized)
 
 
 def discounted(assign: Assign, gamma: float) -> Assign:
@@ -139,7 +140,7 @@ def discounted(assign: Assign, gamma: float) -> Assign:
         credit = assign(rollout)
         return credit._replace(advantage=credit.advantage * discount(rollout.mask, rollout.ended, gamma))
 
-    return _reading(weighed, **modules_of(assign))
+    return _like(assign, weighed)
 
 
 def modules_of(assign: Assign) -> dict[str, nn.Module]:
@@ -159,6 +160,23 @@ def check_modules(assign: Assign, objective: Any, fit: Any) -> None:
                 f"the credit reads a {name} that never learns: fit it with fit=fit_critic(critic, optimizer), "
                 "give it to the objective, or freeze it with requires_grad_(False)"
             )
+
+
+def check_rows(sample: Any, assign: Assign) -> None:
+    """Raise UserError if a return ends with its row, and the sampler says that its rows end inside episodes."""
+    while hasattr(sample, "sample"):  # a wrapper
+        sample = sample.sample
+    if getattr(assign, "whole_episodes", False) and not getattr(sample, "whole_episodes", True):
+        raise UserError(
+            "the credit is the return of a row, and the sampler's rows end inside episodes: make the Sampler with "
+            "whole_episodes=True, or take credit that bootstraps (gae)"
+        )
+
+
+def _like(assign: Assign, changed: Assign) -> Assign:
+    """Changed credit, which says of itself what the original does."""
+    changed.__dict__.update(getattr(assign, "__dict__", {}))
+    return changed
 
 
 def _reading(assign: Assign, **modules: nn.Module) -> Assign:

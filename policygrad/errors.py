@@ -40,9 +40,18 @@ def within(message: str, length: int = 200) -> str:
 
 
 def shortened(value: Any, length: int = 60) -> str:
-    """The repr of a value in at most `length` characters."""
-    said = repr(value)
+    """The repr of a value, as one line of at most `length` characters."""
+    try:
+        said = " ".join(line.strip() for line in repr(value).splitlines())
+    except Exception:  # an object of the user's may not be printable
+        said = type(value).__name__
     return said if len(said) <= length else said[: length - 3] + "..."
+
+
+def type_of(value: Any) -> str:
+    """The name of a value's type, with its article: a Box, an Independent."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
 
 
 def ending(name: str, length: int = 60) -> str:

@@ -58,10 +58,11 @@ def ascend(
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
     objective sees at a time while gradients accumulate; it changes only the memory. compiled: every step after the
-    first is one graph (compiling.gradient_step): the same step to rounding. The update returns the objective's
-    metrics, and gradient_norm and critic_gradient_norm, the norms before scaling. It raises NonFiniteError before the
-    step if a gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the
-    objective's, or no gradient reaches them.
+    first is one graph (compiling.gradient_step): the same step to rounding. The update returns the objective's metrics,
+    and gradient_norm and critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes
+    nothing: the optimizer's moments would move the parameters. It raises NonFiniteError before the step if a gradient
+    is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no
+    gradient reaches them.
     """
     checked: Scalar | None = None
     parts: dict[str, list[Tensor]] = {}
@@ -72,6 +73,10 @@ def ascend(
         first = objective is not checked
         if first:
             parts, step = _parts(objective, optimizer), None
+        if not batch.mask.any():
+            with torch.no_grad():
+                value, metrics = objective(batch)
+            return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}}
         optimizer.zero_grad()
         in_parts = micro_batch is not None and micro_batch < len(batch.mask)
         if compiled and not first and not in_parts and has_rule(optimizer):
@@ -112,8 +117,8 @@ class MasterWeightsAdam(Adam):
         super().__init__(params, **options)
         if any(p.dtype == torch.float16 for p in self._parameters()):
             raise UserError(
-                "weights in float16 cannot be trained, since small gradients are 0 in it: give dtype bfloat16 or "
-                "float32, or train an adapter on them (lora_rank)"
+                "weights in float16 cannot be trained, since small gradients are 0 in it: make them float32 or "
+                "bfloat16 (of a language model by dtype, or train an adapter on them by lora_rank)"
             )
         for p in self._rounded():
             p.grad_dtype = torch.float32

@@ -948,7 +948,7 @@ LANGUAGE_BAD: list[tuple[list[str], str]] = [
     (["grpo", "--model", "m", "--reward", "exact_match"], "no prompts to train on: give dataset"),
     (
         ["grpo", "a.jsonl", "--model", "m", "--reward", "exact_match", "--dataset-weight", "1"],
-        "dataset_weight is of the sets that dataset names",
+        "dataset_weight is of several data sets, and there is one",
     ),
     (["grpo", "arithmetic", "--preset", "none", "--dataset", "x.jsonl"], "leave dataset out"),
     (["grpo", "arithmetic", "--clip", "0.1"], "--clip"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from policygrad.advantages import standardize
-from policygrad.credit import Assign, check_modules
+from policygrad.credit import Assign, check_modules, check_rows
 from policygrad.critics import Fit, fitted, no_fit, unit
 from policygrad.diagnostics import after_update, clip_fraction, clip_fraction_by_side, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
@@ -98,6 +98,7 @@ def ppo(
     (advantage, mask) -> advantage, applied to each minibatch before it is split into micro-batches. target_kl: an
     iteration ends once a minibatch's KL exceeds 1.5 target_kl. fit, weights, diagnose: see reinforce.
     """
+    check_rows(sample, credit)
     check_modules(credit, objective, fit)
     while True:
         rollout = sample(objective.policy)  # Sample

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from policygrad.credit import Assign, check_modules
+from policygrad.credit import Assign, check_modules, check_rows
 from policygrad.critics import Fit, fitted, no_fit
 from policygrad.diagnostics import after_update, mean_metrics
 from policygrad.rollout import Batch, Rollout, decisions
@@ -53,6 +53,7 @@ def reinforce(
     decisions are averaged. epochs: steps on one rollout, with credit recomputed before each, for credit that depends on
     the policy (V-trace). diagnose: measures the whole update.
     """
+    check_rows(sample, credit)
     check_modules(credit, objective, fit)
     while True:
         rollout = sample(objective.policy)  # Sample

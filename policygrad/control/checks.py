@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from policygrad.errors import UserError, one_line, shortened
+from policygrad.errors import UserError, one_line, shortened, type_of
 
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -189,7 +189,7 @@ def checked_distribution(output: Any, rows: int, space: spaces.Space) -> Any:
     """
     distribution = getattr(output, "distribution", output)  # the one that a mode is of
     if not callable(getattr(distribution, "log_prob", None)):
-        what = "a tensor, such as logits," if isinstance(distribution, Tensor) else f"a {type(distribution).__name__}"
+        what = "a tensor, such as logits," if isinstance(distribution, Tensor) else type_of(distribution)
         raise UserError(
             f"the policy returned {what} and no distribution of actions: return one of torch.distributions, such as "
             "Categorical(logits=...)"
@@ -212,7 +212,7 @@ def checked_distribution(output: Any, rows: int, space: spaces.Space) -> Any:
     if _is_discrete(distribution) == continuous and not (continuous and space.dtype.kind in "iu"):  # type: ignore[union-attr]
         choice = "a Categorical" if isinstance(space, spaces.Discrete) else "Independent(Categorical(...), 1)"
         raise UserError(
-            f"the policy returned a {type(distribution).__name__}, and actions are {one_line(space, 40)}: return "
+            f"the policy returned {type_of(distribution)}, and actions are {one_line(space, 40)}: return "
             + ("Independent(Normal(mean, std), 1)" if continuous else choice)
         )
     if isinstance(space, spaces.Discrete) and isinstance(distribution, torch.distributions.Categorical):

@@ -53,9 +53,9 @@ def make_environments(
     that makes one, as `module:Name` or `path/file.py:Name`; such a callable itself; an environment object (for one
     copy); or a vector environment, which stays as it is. vectorization: `auto` uses the environment's own vectorized
     form if it has one, else `sync`; `async` runs one process per copy; `envpool` takes EnvPool's environment of this
-    id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for a step or
-    a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and other composite
-    observations are flattened into a Box.
+    id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
+    start, a step or a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and
+    other composite observations are flattened into a Box.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.

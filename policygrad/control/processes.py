@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -18,14 +19,14 @@ CLOSING = 10.0  # seconds that the processes have to close their environments
 
 
 class Processes(AsyncVectorEnv):
-    """Gymnasium's AsyncVectorEnv, with a time limit for each step and reset.
+    """Gymnasium's AsyncVectorEnv, with a time limit for the start of a process, each step, reset and call.
 
     Raises UserError if an environment raises an error, and if its process dies or does not answer in time.
     """
 
     def __init__(self, makers: list[Callable[[], gymnasium.Env]], time_limit: float | None = None) -> None:
         self.time_limit = time_limit
-        super().__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        super().__init__([partial(_sending, make) for make in makers], autoreset_mode=AutoresetMode.NEXT_STEP)
 
     def reset(self, **options: Any) -> Any:
         """As Gymnasium's."""
@@ -42,7 +43,8 @@ class Processes(AsyncVectorEnv):
     def call(self, name: str, *arguments: Any, **named: Any) -> tuple[Any, ...]:
         """As Gymnasium's."""
         with self._told(name):
-            return super().call(name, *arguments, **named)
+            self.call_async(name, *arguments, **named)
+            return self.call_wait(self.time_limit)
 
     def close_extras(self, timeout: float | None = CLOSING, terminate: bool = False) -> None:
         """Let each process close its environment, and end those that do not in time."""
@@ -57,6 +59,8 @@ class Processes(AsyncVectorEnv):
 
     def _check_spaces(self) -> None:
         with self._told("its start"):
+            self.call_async("render_mode")  # the first answer comes when the environment is made
+            self.call_wait(self.time_limit)
             super()._check_spaces()
 
     @contextmanager
@@ -73,7 +77,7 @@ class Processes(AsyncVectorEnv):
         if late:
             silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
             return (
-                f"environment {silent[0]} of {self.num_envs} did not answer {method} within {self.time_limit:g} s: fix "
+                f"environment {silent[0]} of {self.num_envs} did not finish {method} within {self.time_limit:g} s: fix "
                 "it, or raise step_time_limit"
             )
         until = time.monotonic() + 1.0  # a pipe closes a moment before its process is gone
@@ -123,6 +127,38 @@ class Processes(AsyncVectorEnv):
             raise UserError(str(value))
         if not issubclass(kind, Exception):
             raise kind(value)
+        name, said = value.args if kind is _Sent else (kind.__name__, value)
         raise UserError(
-            f"the environment raised {kind.__name__} in {method}: {one_line(value)} (--debug shows where)"
+            f"the environment raised {name} in {method}: {one_line(said)} (--debug shows where)"
         ) from RuntimeError(trace)
+
+
+class _Sent(Exception):
+    """The class's name and the text of an error: it itself may not survive the way to another process."""
+
+
+class _Sending(gymnasium.Wrapper):
+    """An environment that raises its errors in a form that can be sent to another process."""
+
+    def reset(self, **options: Any) -> Any:
+        try:
+            return self.env.reset(**options)
+        except Exception as error:
+            raise _sent(error) from error
+
+    def step(self, action: Any) -> Any:
+        try:
+            return self.env.step(action)
+        except Exception as error:
+            raise _sent(error) from error
+
+
+def _sent(error: Exception) -> Exception:
+    """The error in that form; that of a user stays one."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    return _Sent(type(error).__name__, one_line(error, 200))
+
+
+def _sending(make: Callable[[], gymnasium.Env]) -> gymnasium.Env:
+    return _Sending(make())

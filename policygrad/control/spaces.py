@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, type_of
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def describe(space: spaces.Space) -> dict[str, Any]:
             return {"kind": "MultiBinary", "shape": list(space.shape)}
     space = unsupported(space) or space
     raise UserError(
-        f"a {type(space).__name__} space is not supported: wrap the environment so that it has a Box, Discrete, "
+        f"{type_of(space)} space is not supported: wrap the environment so that it has a Box, Discrete, "
         "MultiDiscrete or MultiBinary space (for observations also a Dict or Tuple of these)"
     )
 
@@ -59,9 +59,7 @@ def to_environment(action: np.ndarray, space: spaces.Space) -> np.ndarray:
             return action.reshape(-1, *space.shape).astype(space.dtype)
         case spaces.Box():
             return in_box(action.astype(np.float64), space)
-    raise UserError(
-        f"a {type(space).__name__} action space is not supported: wrap the environment so that it has a Box"
-    )
+    raise UserError(f"{type_of(space)} action space is not supported: wrap the environment so that it has a Box")
 
 
 class Units(NamedTuple):

@@ -24,7 +24,7 @@ from policygrad.control.environments import autoreset_mode
 from policygrad.control.envpool import EnvPool
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import describe, unsupported
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, one_line, type_of
 
 
 class Step(NamedTuple):
@@ -62,7 +62,7 @@ class Stepping:
         if space.shape is None or space.dtype is None:
             if (member := unsupported(space)) is not None:
                 describe(member)  # raises
-            raise UserError(f"the observation space is a {type(space).__name__}: flatten it with make_environments")
+            raise UserError(f"the observation space is {type_of(space)}: flatten it with make_environments")
         for what, one in (("observation", space), ("action", environments.single_action_space)):
             if 0 in (one.shape or ()):
                 raise UserError(f"the {what} space {one_line(one, 60)} holds no numbers: give it at least one")

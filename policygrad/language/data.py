@@ -219,7 +219,7 @@ def _with(example: Example, **columns: Any) -> Example:
 
 def _load(sources: Any, split: str, columns: Sequence[str], required: Sequence[str]) -> list[Example]:
     """The rows of one or several data sets, their columns renamed. Each set must have the required ones."""
-    several = sources if _are_several(sources) else [sources]
+    several = sets_of(sources)
     renamed = _renamed_columns(columns)
     found: list[Example] = []
     missing = set(renamed.values())
@@ -246,9 +246,10 @@ def _load(sources: Any, split: str, columns: Sequence[str], required: Sequence[s
     return found
 
 
-def _are_several(sources: Any) -> bool:
-    """Whether this is a list of data sets, and not one, which may be a list of rows."""
-    return isinstance(sources, list | tuple) and bool(sources) and not all(isinstance(x, Mapping) for x in sources)
+def sets_of(sources: Any) -> Sequence[Any]:
+    """The data sets: those of a list, or the one that is given, which may be a list of rows."""
+    several = isinstance(sources, list | tuple) and bool(sources) and not all(isinstance(x, Mapping) for x in sources)
+    return sources if several else [sources]
 
 
 def _renamed_columns(columns: Sequence[str]) -> dict[str, str]:

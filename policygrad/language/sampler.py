@@ -17,7 +17,7 @@ from policygrad.errors import UserError, listed
 from policygrad.language.generation import Completions, Engine, Request, generate
 from policygrad.language.models import stop_tokens
 from policygrad.language.policies import LanguagePolicy, Prefixes
-from policygrad.language.rewards import repeats, text_of
+from policygrad.language.rewards import Rewards, repeats, text_of
 from policygrad.rollout import Rollout, at_last_decision
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
@@ -142,6 +142,7 @@ def answer(
 
     Raises UserError if the engine returns wrong shapes.
     """
+    _check_columns(judge, prompts)
     device = next(policy.parameters()).device
     tokens, mask = (x.to(device) for x in prompts.padded())
     completions = engine(policy, tokens, mask, request, generator)
@@ -157,6 +158,12 @@ def answer(
     ]
     reward, parts = judge(repeated.texts, said, columns)
     return Answers(repeated, completions, texts, reward, parts)
+
+
+def _check_columns(judge: Judge, prompts: Prompts) -> None:
+    """Raise UserError for a column of the data that what a reward receives would hide."""
+    if isinstance(judge, Rewards):
+        judge.check_columns(prompts.columns)
 
 
 def check_judged(answers: Sequence[Answers]) -> None:
@@ -214,6 +221,7 @@ class CompletionSampler:
                 f"there are {len(prompts)} prompts to train on, and a rollout takes {prompts_per_rollout}: "
                 "lower prompts_per_rollout or give more prompts"
             )
+        _check_columns(judge, prompts)
         if cut not in CUTS:
             raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
         self.prompts, self.tokenizer, self.judge, self.request = prompts, tokenizer, judge, request

@@ -254,8 +254,8 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
     trained = {p.dtype for p in policy.parameters() if p.requires_grad}
     if METHODS[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
         raise UserError(
-            f"{options.method} solves for its step, and these weights are too coarse for it: give dtype float32, or "
-            "train an adapter on them (lora_rank)"
+            f"{options.method} solves for its step, and these weights are too coarse for it: make them float32 (of a "
+            "language model by dtype, or train an adapter on them by lora_rank)"
         )
     if METHODS[options.method].update == "trust_region":
         names = ("delta", "damping", "cg_iters", "backtracks", "shrink")
@@ -301,8 +301,8 @@ def loop_of(
 
 def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Callable[[Objective, Batch], Metrics]:
     """The function that measures an update, for metrics and for an adaptive penalty."""
-    if METHODS[options.method].objective == "grpo":
-        return measured_in_steps
+    if METHODS[options.method].objective == "grpo" and options.world == "language":
+        return measured_in_steps  # another forward pass of a large model is expensive
     report = partial(after_update, micro_batch=getattr(options, "micro_batch", None))
     penalty = getattr(objective, "penalty", None)
     reads = penalty is not None and penalty.adapts

@@ -103,6 +103,7 @@ TABLE = (
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in TABLE}
+CREDITS = ("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group")
 ALIASES = {"a2c": "actor_critic", "impala": "off_policy_actor_critic", "reinforce++": "reinforce_plus_plus"}
 
 # Further variants, made by options: (name, command, description).
@@ -126,6 +127,8 @@ def method_named(name: str) -> Method:
         raise UserError(f"the method is {shortened(name)}: give its name, such as ppo")
     full = name.lower().replace("-", "_")
     full = ALIASES.get(full, full)
+    if full in CREDITS:
+        raise UserError(f"{full} is a credit and no method: write a method, such as actor_critic, and credit {full}")
     if full not in METHODS:
         raise UserError(f"unknown method {shortened(name)}: {nearest(name.lower(), [*METHODS, *ALIASES])}")
     return METHODS[full]

@@ -51,7 +51,7 @@ SIZES = Bound(lambda x: all(size >= 1 for size in x), "at least 1 unit in every 
 RATES = Bound(lambda x: all(0 < weight < math.inf for weight in x), "numbers that are more than 0 and finite")
 TEXT = Bound(bool, "text that is not empty")
 TEXTS = Bound(all, "texts that are not empty")
-OBJECT = Bound(lambda x: isinstance(_json(x), dict), "a JSON object, such as '{\"name\": 1}'")
+OBJECT = Bound(lambda x: isinstance(_json(x), dict), "a JSON object that has each name once, such as '{\"name\": 1}'")
 
 When = dict[str, tuple[Any, ...]]  # `world`, a field of the method, or an option -> its allowed values
 CONTROL: When = {"world": ("control",)}
@@ -103,7 +103,7 @@ class Options:
         "auto: the environment's own vectorized version, else sync; async: one process per environment; envpool: "
         "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
     step_time_limit: float | None = option(None,
-        "Seconds that an environment's process may take for a step or a reset; None: any time.",
+        "Seconds that an environment's process may take for its start, a step or a reset; None: any time.",
         POSITIVE, **CONTROL, vectorization=("async",))
     overlap: bool = option(False,
         "Sample the next rollout while this one is learned from, with a policy one update old.", **CONTROL)
@@ -428,6 +428,15 @@ def validate(options: Any, defaults: Any) -> None:
         raise OptionError(name, message)
 
 
+def is_read(name: str, options: Any) -> bool:
+    """Whether the other options leave this one read."""
+    try:
+        _check_read(next(f for f in fields(options) if f.name == name), options)
+    except OptionError:
+        return False
+    return True
+
+
 def _check_read(f: Field, options: Any) -> None:
     """Raise OptionError if an option was set but the other options mean that it is not read."""
     for other, values in f.metadata["when"].items():
@@ -524,13 +533,6 @@ def _language_conflicts(o: Any) -> Any:
             "reward_weight",
             f"there are {len(o.reward)} rewards and {len(o.reward_weight)} weights: give one weight for each reward",
         )
-    if o.dataset_weight and not o.dataset:
-        raise OptionError("dataset_weight", "dataset_weight is of the sets that dataset names: give each of them there")
-    if o.dataset_weight and len(o.dataset_weight) != len(o.dataset):
-        yield (
-            "dataset_weight",
-            f"there are {len(o.dataset)} data sets and {len(o.dataset_weight)} weights: give one weight for each",
-        )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
     if o.critic == "shared" and has_critic(o) and METHODS[o.method].objective not in ("ppo", "actor_critic"):
@@ -593,11 +595,18 @@ def _json_text(x: Mapping[Any, Any]) -> Any:
 
 
 def _json(text: str) -> Any:
-    """The value of a JSON text; None if it is none."""
+    """The value of a JSON text; None if it is none, or if an object has two values of one name."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         return None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
 
 
 def _plain(x: Any, kind: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from policygrad.errors import UserError, listed, one_line, shortened
 from policygrad.train.methods import METHODS, nearest
-from policygrad.train.options import OptionError, options_of
+from policygrad.train.options import OptionError, is_read, options_of
 from policygrad.train.worlds import kind_of
 
 FOLDER = files("policygrad") / "presets"
@@ -61,8 +61,9 @@ def settings(table: dict[str, dict[str, Any]], method: str, kind: str) -> dict[s
 
 
 def said(preset: str, tuned: Mapping[str, Any], options: Any) -> str:
-    """A line that says which preset is used, and the values that the run has for its options."""
-    return f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in tuned)
+    """A line that says which preset is used, and the run's values of its options, as far as they are read."""
+    read = [name for name in tuned if is_read(name, options)]
+    return f"preset {preset}: " + ", ".join(f"{name}={getattr(options, name)}" for name in read)
 
 
 def passed_over(task: Any, environments: Any, method: str) -> str | None:

@@ -49,7 +49,7 @@ def step(made: Stepping, action: np.ndarray) -> None:
         ("killed", r"the process of environment 1 of 3 was ended by SIGKILL \(out of memory\?\) in step"),
         ("terminated", r"environment 1 of 3 was ended by SIGTERM in step"),
         ("exit", r"environment 1 of 3 exited with code 3 in step"),
-        ("hangs", r"environment 1 of 3 did not answer step within 0\.5 s: .*step_time_limit"),
+        ("hangs", r"environment 1 of 3 did not finish step within 0\.5 s: .*step_time_limit"),
     ],
 )
 def test_a_process_that_is_lost_is_named(how: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +63,67 @@ def test_a_process_that_is_lost_is_named(how: str, said: str, capfd: pytest.Capt
     assert not any(x.is_alive() for x in processes.processes), "no process is left"
     made.environments.close()
     assert capfd.readouterr().err == ""
+
+
+class Slow(Known):
+    """Takes its time to be made, and to say what it has learned, in a process of its own."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.child = os.getpid() != PARENT
+        if where == "start" and self.child:
+            time.sleep(600)
+
+    def learned(self) -> None:
+        time.sleep(600)
+
+
+PARENT = os.getpid()
+
+
+def test_the_time_limit_is_also_of_the_start_and_of_calls() -> None:
+    with pytest.raises(UserError, match=r"^environment 0 of 2 did not finish its start within 0\.3 s: "):
+        make_environments(lambda: Slow("start"), 2, vectorization="async", step_time_limit=0.3)
+    made = Processes([lambda: Slow("call")] * 2, time_limit=0.3)
+    with pytest.raises(UserError, match=r"^environment 0 of 2 did not finish learned within 0\.3 s: "):
+        made.call("learned")
+
+
+class TwoParts(Exception):
+    def __init__(self, part: str, why: str) -> None:
+        super().__init__(f"{part}: {why}")
+
+
+class TwoPartsOfAUser(UserError):
+    def __init__(self, part: str, why: str) -> None:
+        super().__init__(f"{part}: {why}")
+
+
+@pytest.mark.parametrize("method", ["step", "reset"])
+@pytest.mark.parametrize("kind", ["two parts", "local", "of a user"])
+def test_an_error_of_any_class_arrives_as_what_it_was(method: str, kind: str) -> None:
+    """One whose class takes two arguments cannot be unpickled, and one of a local class not even pickled."""
+
+    class Local(Exception):
+        pass
+
+    error = {"two parts": TwoParts, "of a user": TwoPartsOfAUser}.get(kind, lambda a, b: Local(f"{a}: {b}"))
+
+    class Raising(Known):
+        def reset(self, **options: Any) -> Any:
+            if method == "reset":
+                raise error("the motor", "too hot")
+            return super().reset(**options)
+
+        def step(self, action: Any) -> Any:
+            raise error("the motor", "too hot")
+
+    said = f"the environment raised {'Local' if kind == 'local' else 'TwoParts'} in {method}: the motor: too hot"
+    made = Stepping(make_environments(Raising, 2, vectorization="async"))
+    if method == "step":
+        made.reset()
+    with pytest.raises(UserError, match="^the motor: too hot$" if kind == "of a user" else f"^{said}"):
+        made.reset() if method == "reset" else step(made, np.zeros((2, 2), np.float32))
 
 
 def test_an_error_in_a_process_is_its_own_and_leaves_no_report(capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policygrad.errors import UserError, listed, one_line, shortened
+from policygrad.errors import UserError, listed, one_line, shortened, type_of
 
 Column = Sequence[Any]  # one entry a sample
 Reward = Callable[..., Any]  # (prompts=, completions=, **columns) -> list[float | None], or a coroutine of it
+GIVEN = ("prompts", "completions", "completion_ids", "completions_raw", "cut")  # what every reward is offered
 REPEAT = 0.1  # seconds between interruptions
 FOREVER = 1e8  # seconds; threads and event loops take no infinite ones
 Outcome = tuple[Any, BaseException | None]  # what a function returned, or what it raised
@@ -68,6 +69,33 @@ def arguments_of(function: Reward, name: str, offered: dict[str, Column]) -> dic
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return offered
     return {p.name: offered[p.name] for p in named if p.name in offered}
+
+
+def check_columns(functions: Sequence[Reward], names: Sequence[str], columns: Iterable[str]) -> None:
+    """Raise UserError if a function wants a column of the data and would get one of GIVEN in its place."""
+    for column in set(columns).intersection(GIVEN):
+        for function, name in zip(functions, names, strict=True):
+            if _wants(function, column):
+                raise UserError(
+                    f"reward {shortened(name, 40)} would not get the column {column!r} of the data, but what every "
+                    f"reward receives by that name: rename it by columns, such as data_{column}={column}"
+                )
+
+
+def _wants(function: Reward, column: str) -> bool:
+    """Whether a function may want the data's column, by one of the names in GIVEN.
+
+    The functions of this library, and those that name `prompts` or `completions`, want the policy's.
+    """
+    if str(getattr(function, "__module__", "")).startswith("policygrad."):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some callables in C have none
+        return True
+    if column in parameters:
+        return column not in ("prompts", "completions")
+    return any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters.values())
 
 
 def call(functions: Sequence[Reward], arguments: Sequence[dict[str, Column]], seconds: float) -> dict[int, Outcome]:
@@ -192,7 +220,7 @@ def numbers(name: str, values: Any, completions: Column) -> Float[Tensor, " B"]:
     """The values that a function returned, None as NaN. Raises UserError unless there is a finite number a sample."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        what = "None" if values is None else f"a {type(values).__name__}"
+        what = "None" if values is None else type_of(values)
         raise UserError(f"reward {name!r} returned {what}: return a list of one number, or None, for each completion")
     if len(values) != len(completions):
         raise UserError(

@@ -1,14 +1,24 @@
 """The weighted sum of reward functions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from policygrad.errors import UserError
-from policygrad.language.rewards.calling import Column, Reward, arguments_of, call, failure, name_of, numbers, unique
+from policygrad.language.rewards.calling import (
+    Column,
+    Reward,
+    arguments_of,
+    call,
+    check_columns,
+    failure,
+    name_of,
+    numbers,
+    unique,
+)
 
 
 class Rewards:
@@ -47,6 +57,10 @@ class Rewards:
             raise UserError(f"the time limit of reward functions is {time_limit} s: give more than 0")
         self.functions, self.weights = list(functions), [float(weight) for weight in weights]
         self.names, self.time_limit = unique(names), time_limit
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise UserError for a column of the data that a function wants and would not get."""
+        check_columns(self.functions, self.names, columns)
 
     def __call__(
         self, prompts: Column, completions: Column, columns: Mapping[str, Column]

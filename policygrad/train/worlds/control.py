@@ -22,7 +22,7 @@ from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
 from policygrad.control.spaces import describe, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, one_line, type_of
 from policygrad.train.checkpoints import Stage, check_size, feature_count, fits, read_policy, save_policy
 from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
@@ -97,7 +97,7 @@ class ControlWorld(World):
             with torch.no_grad(), torch.random.fork_rng():
                 value = called(self.critic, obs, "critic")
             if not isinstance(value, Tensor):
-                raise UserError(f"the critic returned a {type(value).__name__}: return a tensor of values [B, T]")
+                raise UserError(f"the critic returned {type_of(value)}: return a tensor of values [B, T]")
             refuse_memory(self.critic, obs, "critic")
 
     def _made(self, num_envs: int, **how: Any) -> VectorEnv:

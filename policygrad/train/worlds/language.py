@@ -150,7 +150,14 @@ class LanguageWorld(World):
 
     def _problems(self) -> tuple[list[data.Example], list[data.Example]]:
         """The arithmetic task's own prompts. Raises OptionError for an option of other data."""
-        for name in ("dataset", "columns", "system_prompt", "template_variables", "evaluation_dataset"):
+        for name in (
+            "dataset",
+            "dataset_weight",
+            "columns",
+            "system_prompt",
+            "template_variables",
+            "evaluation_dataset",
+        ):
             if getattr(self.options, name) or name in self.rows:
                 raise OptionError(name, f"arithmetic makes its own problems: leave {name} out")
         train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, self.options.held_out, seed=0)
@@ -162,6 +169,14 @@ class LanguageWorld(World):
         if options.dataset and self.task is not None:
             raise OptionError("dataset", f"{ending(self.task)} and dataset are both data: give dataset for each set")
         source = self.rows.get("dataset", options.dataset or self.task)
+        sets, weights = len(data.sets_of(source)), len(options.dataset_weight)
+        if weights and sets == 1:
+            raise OptionError(
+                "dataset_weight", "dataset_weight is of several data sets, and there is one: leave it out"
+            )
+        if weights and weights != sets:
+            said = f"there are {sets} data sets and {weights} weights: give one weight for each"
+            raise OptionError("dataset_weight", said)
         train = self.examples(source, options.split)
         other = self.rows.get("evaluation_dataset", options.evaluation_dataset)
         return train, None if other == () else self.examples(other, options.evaluation_split)
