@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from policygrad.credit import (
     baselined,
     bootstrapped,
     check_modules,
+    check_rows,
     discounted,
     grouped,
     modules_of,
@@ -591,3 +592,29 @@ def test_a_critic_or_policy_that_is_not_the_one_that_learns_is_refused(softmax: 
         check_modules(credit, objective, no_fit)
     assert len(str(raised.value)) <= 200
     check_modules(bootstrapped(other.requires_grad_(False), partial(gae, gamma=0.9, lam=0.9)), objective, no_fit)
+
+
+class OfRows:
+    """A sampler that says whether its rows are whole episodes, or does not say."""
+
+    def __init__(self, whole: bool | None) -> None:
+        if whole is not None:
+            self.whole_episodes = whole
+
+
+class Around:
+    def __init__(self, sample: Any) -> None:
+        self.sample = sample
+
+
+def test_a_return_needs_rows_that_are_whole_episodes(critic: nn.Module) -> None:
+    whole = [baselined(), standardized(baselined()), discounted(standardized(baselined(trajectory_return)), 0.9)]
+    segments = OfRows(False)
+    for assign in whole:
+        for sample in (OfRows(True), OfRows(None), Around(OfRows(True)), lambda policy: None):
+            check_rows(sample, assign)
+        for sample in (segments, Around(Around(segments))):
+            with pytest.raises(UserError, match="rows end inside episodes: make the Sampler with whole_episodes=True"):
+                check_rows(sample, assign)
+    check_rows(segments, standardized(bootstrapped(critic, gae)))
+    check_rows(segments, lambda rollout: None)  # type: ignore[arg-type, return-value]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from policygrad.errors import ending, listed, one_line, shortened, within
+from policygrad.errors import ending, listed, one_line, shortened, type_of, within
 
 
 def test_what_is_short_stays_and_what_is_long_is_as_long_as_it_may_be() -> None:
@@ -44,3 +44,21 @@ def test_an_error_that_cannot_be_shown_is_its_type() -> None:
 )
 def test_a_message_is_one_printable_line_that_keeps_its_end(message: str, said: str) -> None:
     assert within(message) == said
+
+
+def test_the_repr_of_an_object_is_one_line() -> None:
+    class Table:
+        def __repr__(self) -> str:
+            return "   a\n0  1\n1  2"
+
+    class Unprintable:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert shortened(Table()) == "a 0  1 1  2"
+    assert shortened("two  spaces\nand a break") == "'two  spaces\\nand a break'"
+    assert shortened(Unprintable()) == "Unprintable"
+
+
+def test_a_type_has_its_article() -> None:
+    assert [type_of(x) for x in ({}, 1, 1.0, OSError())] == ["a dict", "an int", "a float", "an OSError"]

@@ -10,7 +10,7 @@ import policygrad
 
 ROOT = Path(policygrad.__file__).parent
 LAYER = {
-    **dict.fromkeys(["errors", "files", "functions", "lazy", "rollout", "weights"], 0),
+    **dict.fromkeys(["errors", "files", "functions", "lazy", "machine", "rollout", "weights"], 0),
     **dict.fromkeys(["score", "returns", "advantages", "divergences", "objectives", "diagnostics"], 1),
     **dict.fromkeys(["compiling", "linalg", "updates", "critics", "credit", "samplers"], 2),
     **dict.fromkeys(["algorithms"], 3),

@@ -1,7 +1,6 @@
 """What an environment returns, checked before it is averaged into a batch. Each check raises UserError."""
 
 import math
-import os
 import re
 import traceback
 from typing import Any
@@ -12,6 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from policygrad.errors import UserError, one_line, shortened, type_of
+from policygrad.machine import free_memory
 
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -256,15 +256,9 @@ def check_entropy(distribution: Any) -> None:
 
 
 def check_memory(size: int, what: str, advice: str) -> None:
-    """Raise UserError for more bytes than the machine has, before they are allocated."""
-    try:
-        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return
-    if size > installed:
-        raise UserError(
-            f"{what} would take {size / 2**30:,.3g} GiB, and this machine has {installed / 2**30:,.3g}: {advice}"
-        )
+    """Raise UserError for more bytes than there are free, before they are allocated."""
+    if size > (free := free_memory()):
+        raise UserError(f"{what} would take {size / 2**30:,.3g} GiB, and {free / 2**30:,.3g} are free here: {advice}")
 
 
 def check_groups(obs: np.ndarray, size: int) -> None:

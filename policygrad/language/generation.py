@@ -1,11 +1,9 @@
 """Sampling completions. An engine is a function (policy, prompts, request, generator) -> Completions."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from policygrad.errors import UserError
 from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
+from policygrad.machine import free_memory
 
 BYTES = 64  # of a token in a rollout: the token, its random number, log-probabilities, reward, marks, credit
 MARGIN = 8  # tokens
@@ -168,7 +167,7 @@ def _stopped(tokens: Int[Tensor, "b t"], alive: Bool[Tensor, " b"], request: Req
 
 
 def check_memory(policy: LanguagePolicy, prompts: int, length: int, request: Request) -> None:
-    """Raise UserError if completions of so many prompts of this length need more memory than the device has.
+    """Raise UserError if completions of so many prompts of this length need more memory than is free.
 
     It counts the tokens with what belongs to each, and the keys and values of the rows sampled at a time.
     """
@@ -178,8 +177,8 @@ def check_memory(policy: LanguagePolicy, prompts: int, length: int, request: Req
     needed, there = rows * request.max_tokens * BYTES + cache, memory_of(weight.device)
     if needed > there:
         raise UserError(
-            f"{rows:,} completions of {request.max_tokens:,} tokens need {needed / 2**30:,.0f} GiB, and there are "
-            f"{there / 2**30:,.0f}: lower max_tokens, completions or micro_batch"
+            f"{rows:,} completions of {request.max_tokens:,} tokens need {needed / 2**30:,.0f} GiB, and "
+            f"{there / 2**30:,.0f} are free: lower max_tokens, completions or micro_batch"
         )
 
 
@@ -191,17 +190,12 @@ def _cached(policy: LanguagePolicy) -> int:
     return 2 * getattr(config, "num_hidden_layers", 1) * (getattr(config, "num_key_value_heads", None) or heads) * size
 
 
-def memory_of(device: torch.device) -> int:
-    """The bytes of a device's memory; of the CPU that of the machine, or what its control group allows."""
+def memory_of(device: torch.device) -> float:
+    """The bytes of a device's memory that are free; of a GPU with those that torch keeps for later use."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if not hasattr(os, "sysconf"):
-        return 2**63
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # there is none, or it says "max"
-        return machine
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    return free_memory()
 
 
 def _nothing_yet(count: int, states: Float[Tensor, "N 1 H"], request: Request) -> Completions:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, get_args, get_type_hints
@@ -252,3 +253,44 @@ def test_budget_weights_know_the_limit_of_a_sampler_of_whole_episodes() -> None:
     loop: Any = assemble("dr_grpo", Softmax(), Limited()).loop
     weight = loop.keywords["weights"](torch.ones(2, 4, dtype=torch.bool))
     torch.testing.assert_close(weight, torch.full((2, 4), 1 / 100))
+
+
+@every_method
+def test_nothing_moves_where_no_decision_counts(method: str, sample: Sample) -> None:
+    """Adam's moments would move the parameters."""
+    masked = False
+
+    def sampled(policy: nn.Module, **size: Any) -> Rollout:
+        found = sample(policy, **size)
+        return replace(found, mask=found.mask & (not masked))
+
+    learner, policy, critic = assembled(method, sampled)
+    run = iter(learner)
+    next(run)
+    for masked in (True, False):
+        before = flat(policy), flat(critic)
+        metrics = next(run)
+        moved = not torch.equal(flat(policy), before[0]), not torch.equal(flat(critic), before[1])
+        assert moved == ((False, False) if masked else (True, has_critic(options_of(method, "control")())))
+        assert (metrics["gradient_norm"] == 0) == masked
+
+
+@every_method
+def test_returns_of_segments_are_refused(method: str, sample: Sample) -> None:
+    learner, _, _ = assembled(method, sample)
+    learner.sample = Segments(sample)
+    if options_of(method, "control")().credit == "reward_to_go":
+        with pytest.raises(UserError, match="rows end inside episodes"):
+            next(iter(learner))
+    else:
+        next(iter(learner))
+
+
+class Segments:
+    whole_episodes = False
+
+    def __init__(self, sample: Sample) -> None:
+        self.inner = sample
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        return self.inner(policy, rows=8, steps=4)

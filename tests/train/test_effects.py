@@ -190,3 +190,9 @@ def test_off_policy_credit_with_one_epoch_is_on_policy() -> None:
     b = run("actor_critic", lam=1.0, steps=1)
     torch.testing.assert_close(column(a, "value_loss"), column(b, "value_loss"), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(column(a, "entropy"), column(b, "entropy"), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "dapo", "cispo", "reinforce_plus_plus"])
+def test_kl_is_that_of_the_update_also_where_it_is_one_step(method: str) -> None:
+    given = {"baseline": "none"} if method == "reinforce_plus_plus" else {}
+    assert all(row["kl_old"] > 1e-9 and row["effective_sample_size"] < 1 for row in run(method, **given).metrics)

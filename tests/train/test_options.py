@@ -562,3 +562,12 @@ def test_a_null_byte_is_in_no_name(values: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="no name holds a null byte") as raised:
         with_values(options_of("ppo", "language")(), values)
     assert "\0" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 1}}', '[{"a": 1}]', "{"])
+def test_an_object_has_each_name_once(text: str) -> None:
+    for method, world, name in (("ppo", "control", "env_options"), ("grpo", "language", "template_variables")):
+        options = options_of(method, world)()
+        with pytest.raises(OptionError, match=f"{name} is .*: it must be a JSON object that has each name once"):
+            validate(with_values(options, {name: text}), options)
+        validate(with_values(options, {name: '{"a": {"b": 1}, "b": 1}'}), options)

@@ -179,3 +179,8 @@ def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:
     assert said(error, "P", tuned, {"lam"}) == said(error, None, {}, set()) == "lam is 2.5"
     assert said(OptionError("gamma", "gamma is 2"), "P", tuned, set()) == "gamma is 2"
     assert said(UserError("lam is 2.5"), "P", tuned, set()) == "lam is 2.5"
+
+
+def test_the_line_has_what_the_run_reads() -> None:
+    options = with_values(options_of("ppo", "control")(), {"credit": "n_step", "epochs": 3})
+    assert presets.said("tuned", {"lam": 0.9, "epochs": 3, "n": 5}, options) == "preset tuned: epochs=3, n=5"

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from language.rewards.conftest import NAN, PROMPTS, TEXTS, judged, length, returning, said
 from policygrad.errors import UserError
-from policygrad.language.rewards import Rewards, exact_match, text_of
+from policygrad.language.rewards import Rewards, exact_match, soft_overlong_penalty, text_of
+from policygrad.language.rewards.calling import GIVEN
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,38 @@ def test_numbers_come_in_many_forms(values: Any) -> None:
 
 
 # What a function is given.
+
+
+class Judge:
+    def __call__(self, prompts: list[str], completions: list[str], cut: list[bool]) -> list[float]:
+        return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (lambda prompts, completions, answer: [], ""),
+        (lambda prompts, completions, **_: [], ""),
+        (lambda prompts, completions, **columns: [], "completion_ids, completions_raw, cut"),
+        (lambda completions, **columns: [], "prompts, completion_ids, completions_raw, cut"),
+        (lambda **columns: [], "prompts, completions, completion_ids, completions_raw, cut"),
+        (lambda completions, completions_raw, **_: [], "completions_raw"),
+        (Judge(), "cut"),
+        (exact_match, ""),
+        (soft_overlong_penalty(4, 2), ""),
+    ],
+)
+def test_a_column_that_a_function_would_not_get_is_refused(function: Any, wanted: str) -> None:
+    judge = Rewards([exact_match, function], names=["first", "second"])
+    judge.check_columns(["answer", "cuts", "prompt"])
+    for column in GIVEN:
+        if column in wanted.split(", "):
+            advice = f"would not get the column '{column}' of the data.* by columns, such as data_{column}={column}$"
+            with pytest.raises(UserError, match=f"^reward 'second' {advice}") as raised:
+                judge.check_columns(["answer", column])
+            assert len(str(raised.value)) <= 200
+        else:
+            judge.check_columns(["answer", column])
 
 
 def test_a_function_with_columns_is_given_all_and_one_without_those_it_names() -> None:

@@ -392,7 +392,7 @@ def test_the_share_of_successes_is_in_the_line() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_envs": 10**9}, "1000000000 environments would take .* GiB, and this machine has .*: lower num_envs"),
+        ({"num_envs": 10**9}, "1000000000 environments would take .* GiB, and .* are free here: lower num_envs"),
         ({"num_steps": 10**12}, "a rollout of 2 environments and 1000000000000 steps would take .*: lower num_envs or"),
         ({"hidden": (10**9, 10**9)}, r"networks with hidden \[1000000000, 1000000000\] would take .*: lower hidden"),
     ],

@@ -440,6 +440,41 @@ def test_several_data_sets_are_mixed(language: dict[str, Any], tmp_path: Path) -
         rollout_of(**options, dataset_weight=1)
 
 
+def test_weights_are_of_sets_of_any_kind(language: dict[str, Any]) -> None:
+    del language["task"]
+    sets = [[{"prompt": x, "answer": x}] * n for x, n in (("1", 30), ("2", 10))]
+    options = language | {"held_out": 0, "prompts_per_rollout": 8}
+    world = rollout_of(**options, dataset=sets, dataset_weight=[1, 3])
+    assert sum(world.sample._next().texts.count("2") for _ in range(5)) == 30
+    for data, weights, said in (
+        (sets, [1], "there are 2 data sets and 1 weights: give one weight for each"),
+        (sets[0], [1, 3], "dataset_weight is of several data sets, and there is one: leave it out"),
+        (sets[0], 1, "there is one: leave it out"),
+        (datasets.Dataset.from_list(sets[0]), 1, "there is one: leave it out"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            rollout_of(**options, dataset=data, dataset_weight=weights)
+
+
+@pytest.mark.parametrize("form", ["rows", "dataset", "file"])
+def test_a_column_that_a_reward_would_lose_is_refused(form: str, language: dict[str, Any], tmp_path: Path) -> None:
+    del language["task"]
+    rows = [{"prompt": str(i), "answer": "1", "cut": i} for i in range(40)]
+    data = {"rows": rows, "dataset": datasets.Dataset.from_list(rows)}.get(form) or write(tmp_path / "d.jsonl", rows)
+    seen = []
+
+    def judge(completions: list[str], cut: list[bool], data_cut: list[int] | None = None) -> list[float]:
+        seen.extend(data_cut or [])
+        return [0.0] * len(cut)
+
+    options = language | {"dataset": data, "held_out": 0}
+    with pytest.raises(UserError, match=r"would not get the column 'cut' of the data.*data_cut=cut"):
+        rollout_of(**options | {"reward": judge})
+    rollout_of(**options)  # exact_match does not want it
+    list(pg.Training("grpo", **options | {"reward": judge, "columns": {"data_cut": "cut"}}))
+    assert seen
+
+
 def test_an_evaluation_set_of_ones_own(language: dict[str, Any], tmp_path: Path) -> None:
     other = write(tmp_path / "other.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}])
     del language["held_out"]
