@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from policygrad.errors import Note, one_line
 
 BACKEND = "inductor"  # torch.compile's
 INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")  # of Adam, besides its rate
 
 
 def graph(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,11 +81,14 @@ def _undisturbed() -> Iterator[None]:
 
 
 def has_rule(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's step can be part of a graph: Adam's and AdamW's, without variants of their own."""
-    if not isinstance(optimizer, Adam):
+    """Whether the optimizer's step can be part of a graph: Adam's, AdamW's and SGD's, without variants of their own.
+
+    Muon's is not: it is iterated in bfloat16, which a graph rounds at other places.
+    """
+    if not isinstance(optimizer, tuple(RULES)):
         return False
     plain = all(
-        not group[name] for group in optimizer.param_groups for name in ("amsgrad", "maximize", "differentiable")
+        not group.get(name) for group in optimizer.param_groups for name in ("amsgrad", "maximize", "differentiable")
     )
     return plain and all(p.dtype != torch.bfloat16 for p in _parameters(optimizer))
 
@@ -101,7 +104,8 @@ def gradient_step(
     """
 
     # Not read from the optimizer inside the graph: it would be another graph for another rate.
-    groups = [(group["params"], *map(group.get, SETTINGS)) for group in optimizer.param_groups]
+    rule, names = next(x for kind, x in RULES.items() if isinstance(optimizer, kind))
+    groups = [(group["params"], *map(group.get, names)) for group in optimizer.param_groups]
 
     def step(batch: Any, rates: list[Tensor], states: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         value, metrics = objective(batch)
@@ -119,7 +123,7 @@ def gradient_step(
             for (group, *settings), rate, state in zip(groups, rates, states, strict=True):
                 reached = [p for p in group if gradients[p] is not None]
                 found = [gradients[p].where(finite, 0.0) for p in reached]
-                _adam(reached, found, state, rate.where(finite, 0.0), *settings)
+                rule(reached, found, state, rate.where(finite, 0.0), *settings)
         return {**metrics, **norms}
 
     compiled = graph(step, lambda *arguments: None)
@@ -148,6 +152,29 @@ def _adam(
     )  # fmt: skip
     for x, step in zip(state, steps, strict=True):
         x["step"].copy_(step)
+
+
+def _sgd(
+    parameters: list[Tensor], gradients: list[Tensor], state: list[Any], rate: Tensor,
+    momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+) -> None:  # fmt: skip
+    """torch's own rule, at a rate of 1 from 0, because it takes no tensor as its rate."""
+    found = [x.add(p, alpha=weight_decay) for p, x in zip(parameters, gradients, strict=True)]
+    moves = [torch.zeros_like(p) for p in parameters]
+    buffers = [x["momentum_buffer"] for x in state] if momentum else [None] * len(found)
+    sgd(
+        moves, found, buffers, lr=1.0, momentum=momentum, dampening=dampening, weight_decay=0.0, nesterov=nesterov,
+        foreach=False, fused=False, maximize=False,
+    )  # fmt: skip
+    for p, move in zip(parameters, moves, strict=True):
+        p.add_(rate * move)
+
+
+# Optimizer -> its rule in a graph, and the settings that it takes besides the rate.
+RULES: dict[type[Optimizer], tuple[Callable[..., None], tuple[str, ...]]] = {
+    Adam: (_adam, ("betas", "eps", "weight_decay", "decoupled_weight_decay")),
+    SGD: (_sgd, ("momentum", "dampening", "weight_decay", "nesterov")),
+}
 
 
 def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:

@@ -1,6 +1,6 @@
 """Critics: bootstrap values, fitting a critic to targets, and baselines that need a policy or a critic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -58,7 +58,7 @@ class ValueObjective(Objective):
 
 def fit_critic(
     critic: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     epochs: int = 10,
     minibatch_size: int = 64,
@@ -81,7 +81,8 @@ def fit_critic(
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
         return metrics
 
-    fit.critic, fit.optimizer = critic, optimizer  # type: ignore[attr-defined]
+    fit.critic = critic  # type: ignore[attr-defined]
+    fit.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)  # type: ignore[attr-defined]
     return fit
 
 
@@ -92,8 +93,8 @@ def no_fit(batch: Batch) -> Metrics:
 
 def fitted(fit: Fit, batch: Batch, policy: nn.Module) -> Metrics:
     """Fit the critic after the policy's update. Raises UserError if that moves the policy: they share parameters."""
-    optimizer = getattr(fit, "optimizer", None)  # a fused one leaves no trace in the versions
-    learning = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad} if optimizer else {}
+    groups = [group for x in getattr(fit, "optimizers", ()) for group in x.param_groups]
+    learning = {p for group in groups for p in group["params"] if p.requires_grad}  # a fused one leaves versions as is
     before = [p._version for p in policy.parameters()]
     shared = any(p in learning for p in policy.parameters())
     metrics = {} if shared else fit(batch)

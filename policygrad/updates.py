@@ -5,14 +5,14 @@ An update is (objective, batch) -> metrics, and changes the objective's paramete
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from policygrad.compiling import gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
@@ -51,9 +51,13 @@ StepSize = Callable[[Tensor], Tensor]
 
 
 def ascend(
-    optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None, compiled: bool = False
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    max_grad_norm: float = math.inf,
+    micro_batch: int | None = None,
+    compiled: bool = False,
 ) -> Update:
-    """theta <- theta + step(grad objective): one ascent step of a torch optimizer.
+    """theta <- theta + step(grad objective): one ascent step of a torch optimizer, or of several.
 
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
@@ -64,6 +68,7 @@ def ascend(
     is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no
     gradient reaches them.
     """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     checked: Scalar | None = None
     parts: dict[str, list[Tensor]] = {}
     step: Callable[[Batch], Metrics | None] | None = None
@@ -72,15 +77,16 @@ def ascend(
         nonlocal checked, parts, step
         first = objective is not checked
         if first:
-            parts, step = _parts(objective, optimizer), None
+            parts, step = _parts(objective, optimizers), None
         if not batch.mask.any():
             with torch.no_grad():
                 value, metrics = objective(batch)
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}}
-        optimizer.zero_grad()
+        for one in optimizers:
+            one.zero_grad()
         in_parts = micro_batch is not None and micro_batch < len(batch.mask)
-        if compiled and not first and not in_parts and has_rule(optimizer):
-            step = step or gradient_step(objective, optimizer, parts, max_grad_norm)
+        if compiled and not first and not in_parts and len(optimizers) == 1 and has_rule(optimizers[0]):
+            step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm)
             if (found := step(batch)) is not None:
                 for name in parts:
                     _check_finite(found[f"{name}gradient_norm"])
@@ -99,22 +105,24 @@ def ascend(
         norms = {f"{name}gradient_norm": clip_grad_norm_(found, max_grad_norm) for name, found in parts.items()}
         for norm in norms.values():
             _check_finite(norm)
-        optimizer.step()
+        for one in optimizers:
+            one.step()
         return {**total, **norms}
 
     return update
 
 
-class MasterWeightsAdam(Adam):
-    """Adam on float32 copies of the bfloat16 parameters, the master weights (Micikevicius et al. 2018, 1710.03740).
+class MasterWeights(Optimizer):
+    """An optimizer on float32 copies of the bfloat16 parameters, the master weights (Micikevicius et al. 2018,
+    1710.03740): a mixin for those of torch.
 
     bfloat16 has 8 significant bits: an update below 1/512 of a weight would be lost. The copies, `master` in the
     optimizer's state, take it whole; the parameters are the copies, rounded. Gradients are float32, so that
-    micro-batches add up in it. Parameters in float32 and float64 are Adam's. Raises UserError for float16.
+    micro-batches add up in it. Other parameters are the optimizer's own. Raises UserError for float16.
     """
 
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options)
+    def __init__(self, params: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(params, *arguments, **options)
         if any(p.dtype == torch.float16 for p in self._parameters()):
             raise UserError(
                 "weights in float16 cannot be trained, since small gradients are 0 in it: make them float32 or "
@@ -152,12 +160,28 @@ class MasterWeightsAdam(Adam):
                 p.data = x.copy_(master)
 
 
-def _parts(objective: Any, optimizer: Optimizer) -> dict[str, list[Tensor]]:
+class MasterWeightsAdam(MasterWeights, Adam):
+    """Adam on master weights."""
+
+
+class MasterWeightsAdamW(MasterWeights, AdamW):
+    """AdamW on master weights."""
+
+
+class MasterWeightsSGD(MasterWeights, SGD):
+    """SGD on master weights."""
+
+
+class MasterWeightsMuon(MasterWeights, Muon):
+    """Muon on master weights."""
+
+
+def _parts(objective: Any, optimizers: Sequence[Optimizer]) -> dict[str, list[Tensor]]:
     """The optimizer's parameters: those of a critic that shares none with the policy as `critic_`, the others as ``.
 
     Raises UserError if the objective has a parameter to learn that the optimizer lacks, or the other way round.
     """
-    given = [p for group in optimizer.param_groups for p in group["params"]]
+    given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(objective, nn.Module):  # a function: it may depend on any tensor
         return {"": given}
     known, own = set(given), dict(objective.named_parameters())

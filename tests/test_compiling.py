@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from policygrad.errors import NonFiniteError, Note
 from policygrad.rollout import Batch
 from policygrad.train.compose import COMPILE_PAYS, compiles
 from policygrad.train.options import options_of, with_values
-from policygrad.updates import MasterWeightsAdam, ascend
+from policygrad.updates import MasterWeightsAdam, MasterWeightsSGD, ascend
 
 
 def in_its_own_process(check: Callable[[], None]) -> None:
@@ -60,7 +61,9 @@ def compare_by_the_compiler() -> None:
     """Steps at changing rates, from a state that is loaded on the way, and a gradient that is not finite."""
     warnings.simplefilter("error", Note)
     torch.set_default_dtype(torch.float64)
-    for make in (torch.optim.Adam, torch.optim.AdamW, MasterWeightsAdam):
+    momentum, nesterov = partial(torch.optim.SGD, momentum=0.9, dampening=0.1), partial(MasterWeightsSGD, momentum=0.5)
+    adams: list[Any] = [torch.optim.Adam, torch.optim.AdamW, MasterWeightsAdam]
+    for make in [*adams, torch.optim.SGD, momentum, partial(nesterov, nesterov=True)]:
         plain, compiled = critic(), critic()
         optimizers = [make(x.parameters(), lr=0.1, weight_decay=0.1) for x in (plain, compiled)]
         objectives = [ValueObjective(x) for x in (plain, compiled)]
@@ -84,7 +87,7 @@ def compare_by_the_compiler() -> None:
         else:
             raise AssertionError("a gradient of NaN was no error")
     counts = torch._dynamo.utils.counters["stats"]
-    assert counts["unique_graphs"] == 3, counts
+    assert counts["unique_graphs"] == 6, counts
 
 
 def count_compilations() -> None:
@@ -174,12 +177,15 @@ def test_what_has_no_graph_runs_plain_and_says_so_once(float64: None, monkeypatc
     assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_only_the_plain_form_of_adam_has_a_rule() -> None:
+def test_only_plain_forms_have_a_rule() -> None:
     p = nn.Parameter(torch.zeros(3))
     assert has_rule(torch.optim.Adam([p], fused=True))
     assert has_rule(torch.optim.AdamW([p], weight_decay=0.1))
     assert not has_rule(torch.optim.Adam([p], amsgrad=True))
-    assert not has_rule(torch.optim.SGD([p], lr=0.1))
+    assert has_rule(torch.optim.SGD([p], lr=0.1, momentum=0.9))
+    assert not has_rule(torch.optim.SGD([p], lr=0.1, maximize=True))
+    assert not has_rule(torch.optim.RMSprop([p], lr=0.1))
+    assert not has_rule(torch.optim.Muon([nn.Parameter(torch.zeros(3, 3))]))
     assert not has_rule(MasterWeightsAdam([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]))
 
 

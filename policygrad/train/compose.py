@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Optimizer
 
 from policygrad import advantages, returns, score, weights
 from policygrad.advantages import standardize, unnormalized
@@ -45,6 +45,9 @@ from policygrad.train.methods import METHODS, method_named
 from policygrad.train.options import EPISODIC, has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
     MasterWeightsAdam,
+    MasterWeightsAdamW,
+    MasterWeightsMuon,
+    MasterWeightsSGD,
     Metrics,
     Objective,
     Update,
@@ -90,7 +93,7 @@ class Learner:
     objective: Objective
     update: Update
     loop: Callable[..., Iterator[dict[str, Tensor | float]]]  # takes the four pieces above
-    optimizers: list[Adam]
+    optimizers: list[Optimizer]
     coefficients: dict[str, AdaptiveCoefficient]
 
     def __iter__(self) -> Iterator[dict[str, Tensor | float]]:
@@ -130,9 +133,10 @@ def compose(
                 f"critic and policy share parameters, and {options.method} fits its critic alone, which would move the "
                 "policy: give the critic a network of its own, or use ppo or actor_critic"
             )
-        optimizers.append(_adam(options, [(critic, critic_rate(options))]))
+        own = optimizers_of(options, [(critic, critic_rate(options))])
+        optimizers += own
         fit = fit_critic(
-            critic, optimizers[-1], epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
+            critic, own, epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
             micro_batch=getattr(options, "micro_batch", None), compiled=compiles(options),
         )  # fmt: skip
     return Learner(
@@ -249,7 +253,7 @@ def objective_of(
             )
 
 
-def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Adam]]:
+def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Optimizer]]:
     """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer."""
     trained = {p.dtype for p in policy.parameters() if p.requires_grad}
     if METHODS[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
@@ -268,9 +272,9 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
         step_size = rules[options.step_rule]
         return natural_step(step_size=step_size, damping=options.damping, cg_iters=options.cg_iters), []
     parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
-    optimizer = _adam(options, parts)
+    optimizers = optimizers_of(options, parts)
     limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": options.micro_batch}
-    return ascend(optimizer, **limits, compiled=compiles(options)), [optimizer]
+    return ascend(optimizers, **limits, compiled=compiles(options)), optimizers
 
 
 def loop_of(
@@ -358,12 +362,39 @@ def critic_rate(options: Any) -> float:
     return options.learning_rate if rate is None else rate
 
 
-def _adam(options: Any, parts: list[tuple[nn.Module, float]]) -> Adam:
-    """Adam with a learning rate for each module. Parameters shared by two modules use the first one's rate."""
+def optimizers_of(options: Any, parts: list[tuple[nn.Module, float]]) -> list[Optimizer]:
+    """The optimizer, with a learning rate for each module. Parameters shared by two modules use the first one's rate.
+
+    Muon is for matrices that are no embeddings; AdamW takes the other parameters. Its rate is adjusted to the size of
+    AdamW's steps (Liu et al. 2025, arXiv 2502.16982), so that one rate serves both.
+    """
     groups: list[dict[str, Any]] = []
-    taken = set[nn.Parameter]()
+    taken, embeddings = set[nn.Parameter](), set[nn.Parameter]()
     for module, rate in parts:
+        embeddings |= {p for x in module.modules() if isinstance(x, nn.Embedding) for p in x.parameters()}
         parameters = [p for p in module.parameters() if p.requires_grad and p not in taken]
         taken |= set(parameters)
         groups.append({"params": parameters, "lr": rate})
-    return MasterWeightsAdam([group for group in groups if group["params"]], eps=options.adam_epsilon, fused=True)
+    if options.optimizer != "muon":
+        return _made(options, options.optimizer, groups)
+    matrices = {p for p in taken if p.ndim == 2} - embeddings
+
+    def only(kept: set[nn.Parameter]) -> list[dict[str, Any]]:
+        return [group | {"params": [p for p in group["params"] if p in kept]} for group in groups]
+
+    return _made(options, "muon", only(matrices)) + _made(options, "adamw", only(taken - matrices))
+
+
+def _made(options: Any, name: str, groups: list[dict[str, Any]]) -> list[Optimizer]:
+    """The optimizer of a name for these groups of parameters; none if there are no parameters."""
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        return []
+    given = {"weight_decay": options.weight_decay}
+    if name in ("adam", "adamw"):
+        make = MasterWeightsAdam if name == "adam" else MasterWeightsAdamW
+        return [make(groups, eps=options.adam_epsilon, fused=True, **given)]
+    given |= {} if options.momentum is None else {"momentum": options.momentum}
+    if name == "sgd":
+        return [MasterWeightsSGD(groups, **given)]
+    return [MasterWeightsMuon(groups, adjust_lr_fn="match_rms_adamw", **given)]

@@ -101,7 +101,11 @@ class Keywords(TypedDict, total=False):
     kl_ref_target: float
     kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"]
     learning_rate: float | None
-    learning_rate_schedule: Literal["constant", "linear"]
+    learning_rate_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    optimizer: Literal["adam", "adamw", "sgd", "muon"]
+    weight_decay: float
+    momentum: float | None
     adam_epsilon: float
     epochs: int
     minibatch_size: int | None

@@ -82,7 +82,7 @@ class Options:
     device: str = option("cpu", "Device of policy and critic: cpu, cuda, cuda:1, mps.")
     threads: int | None = option(None, "CPU threads of torch; one is fastest for small networks. None: all.", THREADS)
     compile: Literal["auto", "on", "off"] = option("auto",
-        "Gradient steps of Adam as one compiled graph, the same to rounding; auto: if the run has enough of them.",
+        "Gradient steps as one compiled graph, the same to rounding, not Muon's; auto: if the run has enough of them.",
         world=("control", "exact"))
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
@@ -269,11 +269,20 @@ class Options:
 
     # Update
     learning_rate: float | None = option(0.0003,
-        "Adam learning rate of the policy; also of the critic if they share the optimizer. None, for a language "
+        "Learning rate of the policy; also of the critic if they share the optimizer. None, for a language "
         "model: 1e-6, or 1e-4 for an adapter.", RATE, **ASCEND)
-    learning_rate_schedule: Literal["constant", "linear"] = option("constant",
-        "Learning rate schedule: constant, or linear decay to 0.")
-    adam_epsilon: float = option(1e-05, "Epsilon of Adam, added to the denominator.", RATE)
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = option("constant",
+        "Learning rate schedule, by iterations: constant, or decay to 0, linear or by half a cosine.")
+    warmup: float = option(0.0,
+        "Share of the run over which learning rates first rise from 0, linearly (Hugging Face's warmup_ratio).", SHARE)
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = option("adam",
+        "Optimizer, as in torch.optim. muon: Muon for matrices, its rate adjusted to AdamW's, which takes the others.")
+    weight_decay: float = option(0.0,
+        "Weight decay: added to the gradient by adam and sgd, apart from it by adamw and muon.", NOT_NEGATIVE)
+    momentum: float | None = option(None,
+        "Momentum; None: torch's own, 0 for sgd and 0.95 for muon.", SHARE, optimizer=("sgd", "muon"))
+    adam_epsilon: float = option(1e-05,
+        "Epsilon of Adam, added to the denominator.", RATE, optimizer=("adam", "adamw", "muon"))
     epochs: int = option(1,
         "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.", COUNT, **ASCEND)
     minibatch_size: int | None = option(64,
@@ -301,7 +310,7 @@ class Options:
         "copy: a copy of the model with a value head; shared: a value head on the policy's trunk; or the directory or "
         "hub id of another model with the same tokenizer.", **LANGUAGE)
     critic_learning_rate: float | None = option(None,
-        "Adam learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE)
+        "Learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE)
     critic_epochs: int = option(10,
         "Passes over the rollout to fit a critic with its own optimizer.",
         COUNT, objective=("reinforce", "surrogate", "grpo"))
@@ -459,8 +468,8 @@ def _check_read(f: Field, options: Any) -> None:
             "evaluation_split", "evaluation_split is of evaluation_dataset: set that too, or leave it out"
         )
     critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate"}
-    if METHODS[options.method].update != "ascend":  # then Adam is the critic's alone
-        critics |= {"adam_epsilon", "learning_rate_schedule"}
+    if METHODS[options.method].update != "ascend":  # then the optimizer is the critic's alone
+        critics |= {"optimizer", "weight_decay", "momentum", "adam_epsilon", "learning_rate_schedule", "warmup"}
     if f.name in critics and not has_critic(options):
         raise OptionError(f.name, f"{f.name} is a critic's, and credit {options.credit} has none: leave it out")
 
@@ -495,6 +504,8 @@ def _conflicts(o: Any) -> Any:
             "critic_learning_rate",
             f"critic_learning_rate is None, which is the policy's, and {o.method} has none: give a number",
         )
+    if getattr(o, "compile", "off") == "on" and o.optimizer == "muon":
+        yield "compile", "compile is on, and Muon's steps have no graph: leave it out, or choose another optimizer"
     if o.credit == "trajectory_return" and o.discounted:
         yield "discounted", "discounted is for reward_to_go: a trajectory_return has gamma^t in it already"
     if getattr(o, "learning_rate", 1.0) is None and world != "language":

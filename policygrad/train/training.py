@@ -127,6 +127,7 @@ class Training:
                 release(directory, made, WRITTEN)
             raise
         self.rates = [group["lr"] for group in self._groups()]
+        self._schedule(0.0)
 
     def _begin(self, directory: Path) -> None:
         """Save the run as it is before training, so that a process that is killed leaves a directory that loads."""
@@ -252,9 +253,9 @@ class Training:
 
     def _schedule(self, share: float) -> None:
         """Set the learning rates of the next iteration."""
-        if self.options.learning_rate_schedule == "linear":
-            for group, rate in zip(self._groups(), self.rates, strict=True):
-                group["lr"] = rate * max(0.0, 1 - share)
+        factor = scheduled(self.options.learning_rate_schedule, self.options.warmup, share)
+        for group, rate in zip(self._groups(), self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.learner.optimizers for group in optimizer.param_groups]
@@ -368,6 +369,15 @@ class Recorder:
         except Exception as error:
             warnings.warn(f"{unwritable(directory, error)}: {self.run.kept('there')}, undescribed", Note, stacklevel=2)
         return None
+
+
+def scheduled(schedule: str, warmup: float, share: float) -> float:
+    """The factor of the learning rates once a share s of the run is done: s / warmup, and after that, with the share
+    u = (s - warmup) / (1 - warmup) of the rest: 1 (constant), 1 - u (linear) or (1 + cos(pi u)) / 2 (cosine)."""
+    if share < warmup:
+        return share / warmup
+    rest = min(1.0, (share - warmup) / (1 - warmup))
+    return {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[schedule]
 
 
 def how_it_ended(error: BaseException | None) -> str:

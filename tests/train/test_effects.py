@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from gymnasium.spaces import Box
 from outcomes import parameters
 
 import policygrad as pg
 from policygrad.errors import UserError
-from policygrad.train.options import EPISODIC, options_of
+from policygrad.language import arithmetic
+from policygrad.train.compose import optimizers_of
+from policygrad.train.options import EPISODIC, options_of, with_values
 from policygrad.train.run import Run
 
 
@@ -118,25 +121,83 @@ def test_normalized_advantages_do_not_care_for_the_scale_of_the_objective() -> N
 
 
 @pytest.mark.parametrize("method", ["ppo", "reinforce", "actor_critic", "off_policy_actor_critic", "trpo", "dr_grpo"])
-def test_the_linear_schedule_ends_at_0(method: str) -> None:
-    """The rate of each iteration is what is left of the steps when it begins."""
-
-    def rates(**schedule: Any) -> list[list[float]]:
-        training = pg.Training(method, "probes:Known-v0", **small(method, steps=300, **schedule))
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "factor"),
+    [
+        ("constant", 0.0, lambda done: 1.0),
+        ("constant", 0.5, lambda done: min(1.0, done / 150)),
+        ("linear", 0.0, lambda done: max(0.0, 1 - done / 300)),
+        ("linear", 0.5, lambda done: done / 150 if done < 150 else max(0.0, 2 - done / 150)),
+        ("cosine", 0.0, lambda done: 0.5 + 0.5 * math.cos(math.pi * min(1.0, done / 300))),
+        ("cosine", 0.5, lambda d: d / 150 if d < 150 else 0.5 + 0.5 * math.cos(math.pi * (min(d, 300) / 150 - 1))),
+    ],
+)
+def test_the_rates_follow_their_schedule(method: str, schedule: str, warmup: float, factor: Any) -> None:
+    """The rate of each iteration is by the steps that are done when it begins."""
+    values = small(method, steps=300, learning_rate_schedule=schedule, warmup=warmup)
+    with pg.Training(method, "probes:Known-v0", **values) as training:
         groups = [group for optimizer in training.learner.optimizers for group in optimizer.param_groups]
-        found = [[group["lr"] for group in groups]]
+        found, done = [[group["lr"] for group in groups]], [0.0]
         for row in training:
-            steps.append(row["steps"])
+            done.append(row["steps"])
             found.append([group["lr"] for group in groups])
-        return found
+    assert len(found) > 4
+    assert len(groups) >= 1
+    for rates, steps in zip(found, done, strict=True):
+        assert rates == pytest.approx([0.01 * factor(steps)] * len(groups), abs=1e-12)
 
-    steps = [0.0]
-    linear = rates(learning_rate_schedule="linear")
-    assert len(linear) > 3
-    for rate, done in zip(linear, steps, strict=True):
-        assert rate == pytest.approx([x * max(0.0, 1 - done / 300) for x in linear[0]])
-    assert set(linear[-1]) == {0.0}
-    assert all(rate == linear[0] for rate in rates())
+
+def step_of(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parameters of a policy before and after one step on one rollout."""
+    values = small("actor_critic", iterations=1, steps=None, value_coefficient=0.0, **options)
+    with pg.Training("actor_critic", "probes:Known-v0", **values) as training:
+        before = parameters(training.run)
+        next(training)
+        return before, parameters(training.run)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_sgd_steps_by_the_rate_times_the_gradient() -> None:
+    sgd = {"optimizer": "sgd", "critic_learning_rate": None}
+    (before, after), (_, double) = (step_of(**sgd, learning_rate=x) for x in (0.1, 0.2))
+    close(double - before, 2 * (after - before))
+    _, decayed = step_of(**sgd, learning_rate=0.1, weight_decay=0.5)
+    close(after - decayed, 0.05 * before)
+
+
+def test_the_decay_of_adamw_and_muon_is_apart_from_the_gradient() -> None:
+    for name in ("adamw", "muon"):
+        (before, after), (_, decayed) = (step_of(optimizer=name, weight_decay=x) for x in (0.0, 0.5))
+        close(after - decayed, 0.01 * 0.5 * before)
+    assert torch.equal(step_of(optimizer="adam")[1], step_of(optimizer="adamw")[1])
+    assert not torch.equal(step_of(optimizer="adam", weight_decay=0.5)[1], step_of(optimizer="adam")[1])
+
+
+def test_momentum_repeats_the_steps_before() -> None:
+    """The second step of SGD with momentum m is m times the first and its own."""
+    for name, default in (("sgd", 0.0), ("muon", 0.95)):
+        plain, given, other = (
+            parameters(run("actor_critic", optimizer=name, **momentum))
+            for momentum in ({}, {"momentum": default}, {"momentum": 0.5})
+        )
+        assert torch.equal(plain, given)
+        assert not torch.equal(plain, other)
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    policy, model = pg.Policy(Box(-1, 1, (3,)), Box(-1, 1, (2,))), arithmetic.model(hidden=16, layers=1)
+    for module, excluded in ((policy, set()), (model, {id(model.get_input_embeddings().weight)})):
+        options = with_values(options_of("ppo", "control")(), {"optimizer": "muon"})
+        muon, adamw = optimizers_of(options, [(module, 0.01)])
+        assert isinstance(muon, torch.optim.Muon)
+        assert isinstance(adamw, torch.optim.AdamW)
+        held = [{id(p) for group in x.param_groups for p in group["params"]} for x in (muon, adamw)]
+        matrices = {id(p) for p in module.parameters() if p.ndim == 2} - excluded
+        assert held == [matrices, {id(p) for p in module.parameters()} - matrices]
+        assert all(held)
 
 
 def test_the_gradient_is_scaled_down_to_its_bound() -> None:
