@@ -142,6 +142,10 @@ VALUES: dict[str, Any] = {
     "kl_ref_estimate": "k3",
     "learning_rate": 0.003,
     "learning_rate_schedule": "linear",
+    "warmup": 0.5,
+    "optimizer": "sgd",
+    "weight_decay": 0.5,
+    "momentum": 0.5,
     "adam_epsilon": 0.1,
     "epochs": 2,
     "minibatch_size": 5,
@@ -273,6 +277,9 @@ def test_threads_are_torchs_while_it_trains() -> None:
     [
         ("trpo", "control", {"adam_epsilon": 0.1, "credit": "group"}),
         ("npg", "control", {"learning_rate_schedule": "linear", "credit": "group"}),
+        ("npg", "control", {"warmup": 0.1, "credit": "group"}),
+        ("trpo", "control", {"optimizer": "muon", "credit": "group"}),
+        ("trpo", "control", {"weight_decay": 0.1, "credit": "group"}),
         ("ppo", "control", {"critic_learning_rate": 0.1, "credit": "group"}),
     ],
 )
