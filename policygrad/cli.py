@@ -288,6 +288,8 @@ def _train(rest: list[str]) -> int:
     for note in run.world.notes(run):
         print(f"note: {note}")
     print(f"{name} on {run.world.name}: {run.world.result(run.metrics, run.seconds)}")
+    if run.profile is not None:
+        print(run.profile.table())
     flags = trusting(run.world.kind, run.world.stored(), run.options)
     if run.world.kind == "language" and not run.world.judged:
         flags += " --dataset PROMPTS"

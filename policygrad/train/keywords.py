@@ -17,6 +17,7 @@ class Keywords(TypedDict, total=False):
     device: str
     threads: int | None
     compile: Literal["auto", "on", "off"]
+    profile: bool
     stop_at_return: float
     evaluate_every: int
     evaluation_completions: int

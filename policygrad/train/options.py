@@ -84,6 +84,8 @@ class Options:
     compile: Literal["auto", "on", "off"] = option("auto",
         "Gradient steps as one compiled graph, the same to rounding, not Muon's; auto: if the run has enough of them.",
         world=("control", "exact"))
+    profile: bool = option(False,
+        "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
     evaluate_every: int = option(0,

@@ -1,9 +1,10 @@
 """A run: a trained policy to evaluate, save and load, on any world."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from policygrad.train.generators import Generators
 from policygrad.train.methods import METHODS
 from policygrad.train.names import check_trusted, outside
 from policygrad.train.options import OptionError, check_bounds, options_of, with_values
+from policygrad.train.profiling import Profile
 from policygrad.train.reports import Row, draw_curve
 from policygrad.train.worlds import world_of
 from policygrad.train.worlds.world import Evaluation, World
@@ -39,6 +41,7 @@ class Run:
     metrics: list[Row] = field(default_factory=list)
     seconds: float = 0.0
     ended: str | None = None  # finished, interrupted, or the error; None while the run goes on
+    profile: Profile | None = None  # where the time goes, if that is measured
     before: Evaluation | None = None  # scores before and after training, if the world evaluates
     after: Evaluation | None = None
 
@@ -51,6 +54,10 @@ class Run:
     def critic(self) -> nn.Module | None:
         """The critic, if the run has one."""
         return self.world.critic
+
+    def span(self, name: str) -> Any:
+        """A block whose time is of this name, if times are measured."""
+        return nullcontext() if self.profile is None else self.profile.span(name)
 
     def act(self, obs: Any, *, greedy: bool = True) -> Any:
         """The action for one observation, or the actions for a batch, as the environment gives and takes them.
@@ -114,7 +121,10 @@ class Run:
             self.saved = self.stage
 
     def describe(self, directory: Path) -> None:
-        """Write what describes the run: config.json, the model card, summary.json and curve.png. Raises OSError."""
+        """Write what describes the run: config.json, the model card, summary.json, trace.json and curve.png.
+
+        Raises OSError.
+        """
         write_json(directory / "config.json", self.configuration())  # last: where it is, the others are
         if self.world.kind == "language":
             from policygrad.train.worlds.language import card
@@ -122,6 +132,8 @@ class Run:
             write_bytes(directory / "model" / "README.md", card(self).encode())
         if self.ended is not None:
             self.summarize(directory)
+        if self.profile is not None and self.profile.spans:
+            write_bytes(directory / "trace.json", json.dumps(self.profile.trace()).encode())
         if self.metrics:
             draw_curve(self.metrics, f"{self.method} on {self.world.name}", directory / "curve.png", self.world.curve())
 

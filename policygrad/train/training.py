@@ -29,6 +29,7 @@ from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
 from policygrad.train.names import absolute, located
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
+from policygrad.train.profiling import Profile
 from policygrad.train.reports import Log, ProgressLine, Row
 from policygrad.train.run import Run, arithmetic, check_device
 from policygrad.train.worlds import ROWS as OF_ROWS
@@ -113,6 +114,9 @@ class Training:
                 self.learner = compose(
                     options, self.world.policy, self.world.critic, self.world.sample, self.world.reference, self._due
                 )
+                if options.profile:
+                    self.run.profile = Profile()
+                    self.world.watch(self.run.profile, self.learner)
                 self.iterations = iter(self.learner)
                 if directory is not None:
                     made = claim(directory)
@@ -146,7 +150,8 @@ class Training:
             raise StopIteration
         start = time.perf_counter()
         try:
-            return self._advance(start)
+            with self.run.span("other"):
+                return self._advance(start)
         except BaseException:
             self.done = True  # the method stopped in the middle of an iteration
             raise
@@ -159,7 +164,8 @@ class Training:
             seconds = time.perf_counter() - start
             self.done = self.world.solved(row) or self._share(row["steps"], self.iteration) >= 1
             self.run.stage = Stage(self.iteration, int(row["steps"]), "ended" if self.done else "unfinished")
-            self._judge(row)
+            with self.run.span("evaluation"):
+                self._judge(row)
             self.clock += time.perf_counter() - start
             row["seconds"] = self.run.seconds = self.clock
             row |= self.world.speeds(row, self.last, seconds)
@@ -291,6 +297,8 @@ def train(method: str, task: Any = None, *, progress: bool = True, **arguments: 
         if progress and note is not None and arguments.get("preset") != "none":
             print(note, file=sys.stderr, flush=True)
         complete(training, progress)
+    if progress and training.run.profile is not None:
+        print(training.run.profile.table(), file=sys.stderr, flush=True)
     return training.run
 
 
@@ -301,8 +309,11 @@ def complete(training: Training, progress: bool = True) -> None:
     description = f"{run.method} {run.world.name}"
     with Recorder(training) as record, ProgressLine(description, total, progress) as line:
         for row in training:
-            record(row)
-            line.update(row["steps"] if total == options.steps else float(training.iteration), run.world.status(row))
+            with run.span("logging"):
+                record(row)
+                line.update(
+                    row["steps"] if total == options.steps else float(training.iteration), run.world.status(row)
+                )
 
 
 class Recorder:

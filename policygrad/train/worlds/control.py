@@ -247,6 +247,12 @@ class ControlWorld(World):
             self.sample.stepping.obs = None  # its episodes were cut: training goes on with new ones
         return found
 
+    def watch(self, profile: Any, learner: Any) -> None:
+        stepping = self.sample.stepping
+        for name in ("step", "reset"):
+            setattr(stepping, name, profile.timed("environment", getattr(stepping, name)))
+        super().watch(profile, learner)
+
     def solved(self, row: Row) -> bool:
         return row["episodes"] >= 100 and row["return"] >= self.options.stop_at_return
 

@@ -302,6 +302,10 @@ class LanguageWorld(World):
         )
         return self.last
 
+    def watch(self, profile: Any, learner: Any) -> None:
+        self.sample.judge = profile.timed("scoring", self.sample.judge)
+        profile.watch(learner, self.sample, ("sampling", "scoring", "learning"))
+
     def speeds(self, row: Row, before: Row, seconds: float) -> Row:
         """Tokens per second of sampling and of learning in this iteration."""
         tokens, sampling = (

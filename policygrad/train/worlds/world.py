@@ -87,6 +87,10 @@ class World(ABC):
         critic = {} if self.critic is None else {"critic": self.critic}
         return nn.ModuleDict({"policy": self.policy, **critic})
 
+    def watch(self, profile: Any, learner: Any) -> None:
+        """Measure the time of the pieces of this world's sampler and of the learner: see profiling.Profile."""
+        profile.watch(learner, self.sample, ("acting", "acting", "update"))
+
     def solved(self, row: Row) -> bool:
         """Whether training can stop early."""
         return False
