@@ -6,6 +6,7 @@ No torch here: --help must be instant.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from functools import cache
@@ -406,6 +407,8 @@ def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> An
         single = texts if isinstance(texts, tuple) else (texts,)
         if any(isinstance(y, str) and "\0" in y for y in single):
             raise OptionError(name, f"{origin}{name} is {shortened(x)}: no name holds a null byte")
+        if any(isinstance(y, str) and re.search("[\ud800-\udfff]", y) for y in single):
+            raise OptionError(name, f"{origin}{name} is {shortened(x)}: half of a surrogate pair is no character")
         if any(isinstance(y, Integral) and abs(int(y)) >= 2**63 for y in single):
             raise OptionError(name, f"{origin}{name} is too large: an integer must be less than 2**63 in size")
         if not _fits(texts, kinds[name]):

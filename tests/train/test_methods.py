@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -61,8 +61,8 @@ from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.returns import reward_to_go, trajectory_return
 from policygrad.rollout import Rollout, decisions
 from policygrad.score import sequence_ratio, token_ratio
-from policygrad.train.methods import ALIASES, METHODS, TABLE, method_named
-from policygrad.train.options import options_of
+from policygrad.train.methods import ALIASES, CREDITS, METHODS, TABLE, method_named
+from policygrad.train.options import Options, options_of
 from policygrad.updates import Objective
 
 SIZE = 3
@@ -654,3 +654,10 @@ def test_where_action_and_observation_matter_each_observation_finds_its_own(name
         next(run)
     for x, action in {-1: 0, 1: 1}.items():
         assert policy(torch.full((1, 1, 1), float(x))).probs[..., action].item() > 0.8
+
+
+def test_the_credits_are_those_of_the_option() -> None:
+    assert get_args(get_type_hints(Options)["credit"]) == CREDITS
+    for name in CREDITS:
+        with pytest.raises(UserError, match=f"^{name} is a credit and no method: .* and credit {name}$"):
+            method_named(name)

@@ -247,7 +247,8 @@ class LanguageWorld(World):
         elif self.options.model is not None:  # the base of the adapter
             self.options = dataclasses.replace(self.options, tokenizer=str(folder))
         if self.evaluated_on is None:
-            saved = read_examples(directory / HELD_OUT)
+            rows = read_examples(directory / HELD_OUT)
+            saved = list(data.load_examples(rows)) if rows else []
         else:
             saved = list(self.examples(**self.evaluated_on))
         with models.quiet():
