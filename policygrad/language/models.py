@@ -33,6 +33,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     with _one_line(name, "tokenizer"), quiet():
         _check_files(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some wrong settings show only in use
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {ending(name)} has no end-of-sequence token, so no completion could end: give another"

@@ -248,7 +248,7 @@ class LanguageWorld(World):
             self.options = dataclasses.replace(self.options, tokenizer=str(folder))
         if self.evaluated_on is None:
             rows = read_examples(directory / HELD_OUT)
-            saved = list(data.load_examples(rows)) if rows else []
+            saved: list[Any] = data.load_examples(rows) if rows else []
         else:
             saved = list(self.examples(**self.evaluated_on))
         with models.quiet():

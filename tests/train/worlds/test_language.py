@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -528,3 +530,115 @@ def test_arithmetic_reads_no_options_of_other_data(option: str) -> None:
     value = "{}" if option == "template_variables" else "a=b"
     with pytest.raises(OptionError, match=f"arithmetic makes its own problems: leave {option} out"):
         pg.train("grpo", "arithmetic", **{option: value})
+
+
+# A run's directory that someone has changed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs `full`, with a critic, and `lora`."""
+    place = tmp_path_factory.mktemp("runs")
+    size: dict[str, Any] = {"iterations": 1, "prompts_per_rollout": 2, "completions": 2, "max_tokens": 3, "held_out": 2}
+    size |= {"preset": "none", "progress": False}
+    pg.train("ppo", "arithmetic", **size, minibatch_size=2, out=place / "full")
+    pg.train("grpo", "arithmetic", **size, lora_rank=2, out=place / "lora")
+    return place
+
+
+class Evil:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.place,)
+
+
+def changed(file: str, **values: Any) -> Any:
+    """Change entries of a JSON file; options.NAME is one of the options."""
+
+    def change(run: Path) -> None:
+        content = json.loads((run / file).read_text())
+        for name, x in values.items():
+            inside, _, last = name.rpartition("__")
+            (content[inside] if inside else content)[last] = x
+        (run / file).write_text(json.dumps(content))
+
+    return change
+
+
+def replaced(file: str, content: str | bytes) -> Any:
+    return lambda run: (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cut(file: str) -> Any:
+    return lambda run: (run / file).write_bytes((run / file).read_bytes()[: (run / file).stat().st_size // 2])
+
+
+def fifo(file: str) -> Any:
+    return lambda run: ((run / file).unlink(missing_ok=True), os.mkfifo(run / file))
+
+
+def linked(file: str) -> Any:
+    return lambda run: ((run / file).unlink(missing_ok=True), (run / file).symlink_to(__file__))
+
+
+def pickled(file: str, weights: str) -> Any:
+    return lambda run: ((run / weights).unlink(), torch.save(Evil(run / "ran"), run / file))
+
+
+DEEP = "[" * 10**5 + "]" * 10**5
+WEIGHTS, ADAPTER = "model/model.safetensors", "model/adapter_model.safetensors"
+DAMAGE: dict[str, tuple[str, Any]] = {
+    "config deep": ("full", replaced("config.json", DEEP)),
+    "config fifo": ("full", fifo("config.json")),
+    "config link": ("full", linked("config.json")),
+    "huge number": ("full", changed("config.json", options__max_tokens=10**18)),
+    "a larger number": ("full", changed("config.json", options__max_tokens=10**400)),
+    "half a character": ("full", changed("config.json", options__stop=["\ud800"])),
+    "reward of a file": ("full", changed("config.json", options__reward=["evil.py:f"])),
+    "reward of a module": ("full", changed("config.json", options__reward=["evil:f"])),
+    "template deep": ("full", changed("config.json", options__template_variables=f'{{"a": {DEEP}}}')),
+    "held out fifo": ("full", fifo("held_out.jsonl")),
+    "held out link": ("full", linked("held_out.jsonl")),
+    "held out half a character": ("full", replaced("held_out.jsonl", '{"prompt": "\\ud800", "answer": "1"}')),
+    "held out number": ("full", replaced("held_out.jsonl", '{"prompt": 1}')),
+    "weights cut": ("full", cut(WEIGHTS)),
+    "weights fifo": ("full", fifo(WEIGHTS)),
+    "weights link": ("full", linked(WEIGHTS)),
+    "weights pickled": ("full", pickled("model/pytorch_model.bin", WEIGHTS)),
+    "model of a kind": ("full", changed("model/config.json", model_type="evil")),
+    "model of code": (
+        "full",
+        changed("model/config.json", auto_map={"AutoConfig": "evil.M"}, model_type="e"),
+    ),
+    "model of no size": ("full", changed("model/config.json", hidden_size="four")),
+    "tokenizer deep": ("full", replaced("model/tokenizer.json", DEEP)),
+    "tokenizer of a length": ("full", changed("model/tokenizer_config.json", model_max_length="x")),
+    "critic cut": ("full", cut("critic.safetensors")),
+    "critic fifo": ("full", fifo("critic.safetensors")),
+    "adapter cut": ("lora", cut(ADAPTER)),
+    "adapter pickled": ("lora", pickled("model/adapter_model.bin", ADAPTER)),
+    "another rank": ("lora", changed("config.json", options__lora_rank=3)),
+    "adapter fifo": ("lora", fifo("model/adapter_config.json")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_changed_run_is_one_line_and_nothing_of_it_runs(
+    damage: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, change = DAMAGE[damage]
+    run = tmp_path / "run"
+    shutil.copytree(saved / kind, run)
+    for place in (run, run / "model"):
+        (place / "evil.py").write_text(f"open({str(run / 'ran')!r}, 'w')\nM = f = None\n")
+    change(run)
+    monkeypatch.chdir(run)
+    with pytest.raises(UserError) as raised:
+        pg.load(run).evaluate(1)
+    assert len(str(raised.value)) <= 200
+    assert "\n" not in str(raised.value)
+    assert not (run / "ran").exists()
