@@ -335,7 +335,8 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
                 samples_table(result.rows[:: result.completions], limit=command.samples)
 
     if preset is not None:
-        print(presets.said(preset, tuned, command.options), flush=True)
+        options = with_values(options_of(name, kind_of(task, values))(), values)
+        print(presets.said(preset, tuned, options), flush=True)
     progress = not command.json or at_terminal()  # beside one JSON object a bar, but no lines in a log
     with Training(name, task, out=out, preset=preset or "none", progress=progress, **values) as training:
         judged("before:", training.run.before)
