@@ -18,6 +18,7 @@ from policygrad.control.acting import Mode
 from policygrad.control.environments import close, label, make_environments
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.policies import Policy
+from policygrad.control.processes import Processes
 from policygrad.control.sampler import Sampler
 from policygrad.control.spaces import describe, rebuild
 from policygrad.control.stepping import info_means
@@ -176,7 +177,7 @@ def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None
 def time_limit(environments: VectorEnv) -> int | None:
     """The longest episode that the environment allows, by its specification or a TimeLimit wrapper."""
     base = environments.unwrapped
-    if isinstance(base, AsyncVectorEnv):
+    if isinstance(base, AsyncVectorEnv | Processes):
         limited = all(base.call("has_wrapper_attr", "_max_episode_steps"))
         limits = list(base.get_attr("_max_episode_steps")) if limited else []
     else:

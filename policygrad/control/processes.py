@@ -1,67 +1,132 @@
-"""One process per environment. What happens to a process is said in one line."""
+"""Environments in processes of their own, several in each. What happens to a process is said in one line."""
 
 import multiprocessing
-import queue
+import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import gymnasium
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.vector.async_vector_env import AsyncState
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
 from policygrad.errors import UserError, one_line
 
 CLOSING = 10.0  # seconds that the processes have to close their environments
+COLUMNS = ("obs", "action", "reward", "terminated", "truncated")
 
 
-class Processes(AsyncVectorEnv):
-    """Gymnasium's AsyncVectorEnv, with a time limit for the start of a process, each step, reset and call.
+class Processes(VectorEnv):
+    """Steps the environments in as many processes as there are cores, each with its share of neighbors.
 
-    Raises UserError if an environment raises an error, and if its process dies or does not answer in time.
+    Observations, actions, rewards and flags are in shared memory; a pipe says when they are there. Each environment
+    resets on the step after its episode ends. time_limit: seconds for the start of a process, a step, a reset and a
+    call. Raises UserError if an environment raises an error, and if its process dies or does not answer in time.
     """
 
-    def __init__(self, makers: list[Callable[[], gymnasium.Env]], time_limit: float | None = None) -> None:
-        self.time_limit = time_limit
-        super().__init__([partial(_sending, make) for make in makers], autoreset_mode=AutoresetMode.NEXT_STEP)
+    def __init__(
+        self, makers: list[Callable[[], gymnasium.Env]], time_limit: float | None = None, workers: int | None = None
+    ) -> None:
+        self.num_envs, self.time_limit, self.closed = len(makers), time_limit, False
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        example = makers[0]()
+        self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
+        example.close()
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.shares = [
+            list(map(int, x)) for x in np.array_split(range(self.num_envs), min(workers or cores, len(makers)))
+        ]
+        like = {
+            "obs": self.observation_space, "action": self.action_space, "reward": np.dtype(np.float64),
+            "terminated": np.dtype(bool), "truncated": np.dtype(bool),
+        }  # fmt: skip
+        memory = {name: _shared(x, self.num_envs) for name, x in like.items()}
+        self.current = multiprocessing.RawArray("i", len(self.shares))  # the environment that each one is at
+        self.columns = {name: _array(*x) for name, x in memory.items()}
+        pipes = [multiprocessing.Pipe() for _ in self.shares]
+        self.pipes = [ours for ours, _ in pipes]
+        self.processes = []
+        for k, share in enumerate(self.shares):
+            made = CloudpickleWrapper([makers[i] for i in share])  # type: ignore[arg-type]
+            process = multiprocessing.Process(
+                target=_work, args=(k, share, made, memory, self.current, pipes), daemon=True, name=f"environments {k}"
+            )
+            process.start()
+            self.processes.append(process)
+        for _, theirs in pipes:
+            theirs.close()
+        try:
+            self._asked("its start", None)
+        except BaseException:
+            self._end()
+            raise
 
-    def reset(self, **options: Any) -> Any:
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         """As Gymnasium's."""
-        with self._told("reset"):
-            self.reset_async(**options)
-            return self.reset_wait(self.time_limit)
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        infos = self._asked("reset", lambda share: ([seeds[i] for i in share], options))
+        return self.columns["obs"].copy(), self._together(infos)
 
-    def step(self, actions: Any) -> Any:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """As Gymnasium's."""
-        with self._told("step"):
-            self.step_async(actions)
-            return self.step_wait(self.time_limit)
+        self.columns["action"][:] = actions
+        infos = self._asked("step", lambda share: None)
+        obs, _, reward, terminated, truncated = (self.columns[name].copy() for name in COLUMNS)
+        return obs, reward, terminated, truncated, self._together(infos)
 
     def call(self, name: str, *arguments: Any, **named: Any) -> tuple[Any, ...]:
-        """As Gymnasium's."""
-        with self._told(name):
-            self.call_async(name, *arguments, **named)
-            return self.call_wait(self.time_limit)
+        """A method's result, or an attribute, of each environment."""
+        return tuple(x for _, x in self._asked("call", lambda share: (name, arguments, named), name))
 
-    def close_extras(self, timeout: float | None = CLOSING, terminate: bool = False) -> None:
-        """Let each process close its environment, and end those that do not in time."""
-        for pipe in self.parent_pipes:
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """An attribute of each environment."""
+        return self.call(name)
+
+    def close_extras(self, **options: Any) -> None:
+        """Let each process close its environments, and end those that do not in time."""
+        for pipe in self.pipes:
             with suppress(OSError):
-                if pipe is not None:
-                    pipe.send(("close", None))
-        until = time.monotonic() + (0.0 if terminate else timeout or CLOSING)
+                pipe.send(("close", None))
+        until = time.monotonic() + CLOSING
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
         self._end()
 
-    def _check_spaces(self) -> None:
-        with self._told("its start"):
-            self.call_async("render_mode")  # the first answer comes when the environment is made
-            self.call_wait(self.time_limit)
-            super()._check_spaces()
+    def _together(self, infos: list[tuple[int, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for i, info in infos:
+            if info:
+                found = self._add_info(found, info, i)
+        return found
+
+    def _asked(self, request: str, argument: Callable[[list[int]], Any] | None, said: str | None = None) -> list[Any]:
+        """The answers (environment, x) of all processes. argument: of each share; None: nothing is sent."""
+        said, until = said or request, None if self.time_limit is None else time.monotonic() + self.time_limit
+        with self._told(said):
+            if argument is not None:
+                for pipe, share in zip(self.pipes, self.shares, strict=True):
+                    pipe.send((request, argument(share)))
+            answers: list[Any] = []
+            errors: list[Any] = []
+            for pipe in self.pipes:
+                if until is not None and not pipe.poll(max(0.0, until - time.monotonic())):
+                    raise multiprocessing.TimeoutError
+                done, found = pipe.recv()
+                answers += found if done else []
+                errors += [] if done else [found]
+        for kind, text, trace in errors:
+            if kind is None:
+                raise UserError(text)
+            raise UserError(f"the environment raised {kind} in {said}: {text} (--debug shows where)") from RuntimeError(
+                trace
+            )
+        return answers
 
     @contextmanager
     def _told(self, method: str) -> Iterator[None]:
@@ -75,24 +140,25 @@ class Processes(AsyncVectorEnv):
 
     def _lost(self, method: str, late: bool) -> str:
         if late:
-            silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
+            silent = next(k for k, pipe in enumerate(self.pipes) if not pipe.poll(0))
             return (
-                f"environment {silent[0]} of {self.num_envs} did not finish {method} within {self.time_limit:g} s: fix "
-                "it, or raise step_time_limit"
+                f"environment {self.current[silent]} of {self.num_envs} did not finish {method} within "
+                f"{self.time_limit:g} s: fix it, or raise step_time_limit"
             )
         until = time.monotonic() + 1.0  # a pipe closes a moment before its process is gone
         while all(x.exitcode is None for x in self.processes) and time.monotonic() < until:
             time.sleep(0.01)
-        gone = [(i, x.exitcode) for i, x in enumerate(self.processes) if x.exitcode is not None]
+        gone = [(k, x.exitcode) for k, x in enumerate(self.processes) if x.exitcode is not None]
         if not gone:
             return f"a process of the environments closed its pipe in {method}: fix the environment"
-        i, code = gone[0]
+        k, code = gone[0]
         how = f"exited with code {code}"
         if code is not None and code < 0:
             how = f"was ended by {signal.Signals(-code).name}"
             how += " (out of memory?)" if -code == signal.SIGKILL else ""
         return (
-            f"the process of environment {i} of {self.num_envs} {how} in {method}: to see where, try vectorization sync"
+            f"the process of environment {self.current[k]} of {self.num_envs} {how} in {method}: to see where, try "
+            "vectorization sync"
         )
 
     def _end(self) -> None:
@@ -101,64 +167,90 @@ class Processes(AsyncVectorEnv):
             if process.is_alive():
                 process.kill()
             process.join()
-        for pipe in self.parent_pipes:
-            if pipe is not None:
-                pipe.close()
+        for pipe in self.pipes:
+            pipe.close()
         self.closed = True
 
-    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
-        """Raise the first error of the processes, without Gymnasium's report on standard error."""
-        failed = [i for i, success in enumerate(successes) if not success]
-        if not failed:
-            return
-        method = "reset" if self._state is AsyncState.WAITING_RESET else "step"
-        errors = []
-        with suppress(queue.Empty):
-            for _ in failed:
-                errors.append(self.error_queue.get(timeout=5.0))
-        for i in failed:
-            self.parent_pipes[i].close()
-            self.parent_pipes[i] = None  # type: ignore[call-overload]
-        self._state = AsyncState.DEFAULT
-        if not errors:
-            raise UserError(f"environment {failed[0]} raised an error in {method} that cannot be sent to this process")
-        _, kind, value, trace = errors[0]
-        if issubclass(kind, UserError):
-            raise UserError(str(value))
-        if not issubclass(kind, Exception):
-            raise kind(value)
-        name, said = value.args if kind is _Sent else (kind.__name__, value)
-        raise UserError(
-            f"the environment raised {name} in {method}: {one_line(said)} (--debug shows where)"
-        ) from RuntimeError(trace)
+
+def _shared(like: Any, count: int) -> tuple[Any, tuple[int, ...], np.dtype]:
+    """Shared memory for a batch of a space, or for `count` numbers of a type."""
+    shape, dtype = ((count,), like) if isinstance(like, np.dtype) else (like.shape, np.dtype(like.dtype))
+    return multiprocessing.RawArray("b", max(1, int(np.prod(shape)) * dtype.itemsize)), shape, dtype
 
 
-class _Sent(Exception):
-    """The class's name and the text of an error: it itself may not survive the way to another process."""
+def _array(memory: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
 
-class _Sending(gymnasium.Wrapper):
-    """An environment that raises its errors in a form that can be sent to another process."""
+def _work(k: int, share: list[int], made: Any, memory: dict[str, Any], current: Any, pipes: list[Any]) -> None:
+    """What a process does: it answers requests until it is told to close, or its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    for other, (ours, theirs) in enumerate(pipes):
+        ours.close()  # so that a pipe ends with either of its two processes
+        if other != k:
+            theirs.close()
+    pipe, columns = pipes[k][1], {name: _array(*x) for name, x in memory.items()}
+    environments: list[gymnasium.Env] = []
+    resetting = [True] * len(share)
 
-    def reset(self, **options: Any) -> Any:
+    def at(i: int) -> int:
+        current[k] = share[i]
+        return i
+
+    def started() -> list[Any]:
+        for i, make in enumerate(made.fn):
+            at(i)
+            environments.append(make())
+        return []
+
+    def reset(i: int, **options: Any) -> Any:
+        obs, info = environments[at(i)].reset(**options)
+        columns["obs"][share[i]], resetting[i] = obs, False
+        return share[i], info
+
+    def step(i: int) -> Any:
+        j = share[i]
+        if resetting[i]:
+            columns["reward"][j], columns["terminated"][j], columns["truncated"][j] = 0.0, False, False
+            return reset(i)
+        obs, reward, terminated, truncated, info = environments[at(i)].step(columns["action"][j].copy())
+        columns["obs"][j], columns["reward"][j] = obs, reward
+        columns["terminated"][j], columns["truncated"][j] = terminated, truncated
+        resetting[i] = terminated or truncated
+        return j, info
+
+    def call(i: int, name: str, arguments: Any, named: Any) -> Any:
+        found = environments[at(i)].get_wrapper_attr(name)
+        return share[i], found(*arguments, **named) if callable(found) else found
+
+    def answer(request: str, argument: Any) -> list[Any]:
+        everyone = range(len(share))
+        match request:
+            case "start":
+                return started()
+            case "reset":
+                seeds, options = argument
+                return [reset(i, seed=seeds[i], options=options) for i in everyone]
+            case "step":
+                return [step(i) for i in everyone]
+        return [call(i, *argument) for i in everyone]
+
+    request, argument = "start", None
+    while request != "close":
         try:
-            return self.env.reset(**options)
-        except Exception as error:
-            raise _sent(error) from error
-
-    def step(self, action: Any) -> Any:
+            reply = (True, answer(request, argument))
+        except BaseException as error:
+            kind = None if isinstance(error, UserError) else type(error).__name__
+            text = str(error) if kind is None else one_line(error, 120)
+            reply = (False, (kind, text, traceback.format_exc()))  # type: ignore[assignment]
         try:
-            return self.env.step(action)
-        except Exception as error:
-            raise _sent(error) from error
-
-
-def _sent(error: Exception) -> Exception:
-    """The error in that form; that of a user stays one."""
-    if isinstance(error, UserError):
-        return UserError(str(error))
-    return _Sent(type(error).__name__, one_line(error, 200))
-
-
-def _sending(make: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    return _Sending(make())
+            pipe.send(reply)
+            request, argument = pipe.recv()
+        except (EOFError, OSError):  # the parent is gone
+            break
+    for environment in environments:
+        with suppress(Exception):
+            environment.close()

@@ -23,6 +23,7 @@ from policygrad.control.checks import (
 from policygrad.control.environments import autoreset_mode
 from policygrad.control.envpool import EnvPool
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
+from policygrad.control.processes import Processes
 from policygrad.control.spaces import describe, unsupported
 from policygrad.errors import UserError, one_line, type_of
 
@@ -100,7 +101,7 @@ class Stepping:
         """Start a new episode in every environment."""
         seed: Any = None
         grouped = self.group_size > 1
-        takes_list = isinstance(self.environments.unwrapped, SyncVectorEnv | AsyncVectorEnv | EnvPool)
+        takes_list = isinstance(self.environments.unwrapped, SyncVectorEnv | AsyncVectorEnv | Processes | EnvPool)
         if grouped or self.seeded:
             groups = self.environments.num_envs // self.group_size
             drawn = self.generator.integers(2**31, size=groups).repeat(self.group_size).tolist()

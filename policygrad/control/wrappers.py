@@ -17,6 +17,7 @@ from gymnasium.wrappers import NormalizeReward
 from gymnasium.wrappers.vector import NormalizeReward as NormalizeVectorReward
 from torch import Tensor
 
+from policygrad.control.processes import Processes
 from policygrad.errors import UserError, one_line
 
 Learned = dict[str, np.ndarray]  # by name, such as NormalizeObservation.0.obs_rms.mean
@@ -136,7 +137,7 @@ class Wrappers:
     def learned(self) -> Learned:
         """What all copies have learned together. Raises UserError if it is out of reach, in processes of the user's."""
         copies = [x.learned() for x in self.copies]
-        if isinstance(self.base, AsyncVectorEnv):
+        if isinstance(self.base, AsyncVectorEnv | Processes):
             if all(self.base.call("has_wrapper_attr", "learned")):
                 copies = list(self.base.call("learned"))
             elif any(self.base.call("has_wrapper_attr", "obs_rms")):
@@ -153,7 +154,7 @@ class Wrappers:
         Raises UserError where the wrappers are not those that learned.
         """
         own = self.learned()
-        if isinstance(self.base, AsyncVectorEnv) and own:
+        if isinstance(self.base, AsyncVectorEnv | Processes) and own:
             name = _class_of(next(iter(own)))
             raise UserError(
                 f"{name} learns in processes, out of reach: evaluate on a callable that makes the environment"

@@ -11,12 +11,13 @@ import torch
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import TimeLimit
 from probes import Broken, Counting, Known, limited
 
 from policygrad.control import Policy, Sampler, make_environments
 from policygrad.control.environments import autoreset_mode, importable, label, named
+from policygrad.control.processes import Processes
 from policygrad.errors import UserError
 
 
@@ -69,7 +70,7 @@ def test_the_native_form_keeps_the_time_limit() -> None:
     assert environments.unwrapped.max_episode_steps == 500  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("vectorization", "kind"), [("sync", SyncVectorEnv), ("async", AsyncVectorEnv)])
+@pytest.mark.parametrize(("vectorization", "kind"), [("sync", SyncVectorEnv), ("async", Processes)])
 def test_the_other_forms_are_there_by_choice(vectorization: str, kind: type) -> None:
     environments = make_environments("CartPole-v1", 2, vectorization=vectorization)
     try:

@@ -1,12 +1,16 @@
-"""One process per environment: what happens to one is said in one line, and nothing waits for it."""
+"""Environments in processes: the same numbers, and what happens to a process is said in one line."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from probes import Broken, Known, limited
 
 from policygrad.control import make_environments
@@ -150,6 +154,62 @@ def test_a_wrong_value_in_a_process_is_the_same_line_as_without() -> None:
         said.append(str(raised.value))
         environments.close()
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_the_numbers_are_those_of_one_process(workers: int) -> None:
+    makers = [limited(Known, 3 + i) for i in range(5)]
+    whole = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+    shared = Processes(makers, workers=workers)
+    assert len(shared.processes) == workers
+    seeds, generator = [7, 7, 1, 2, 3], np.random.default_rng(0)
+    np.testing.assert_array_equal(shared.reset(seed=seeds)[0], whole.reset(seed=seeds)[0])
+    for _ in range(12):
+        action = generator.normal(size=(5, 2)).astype(np.float32)
+        found, expected = shared.step(action), whole.step(action)
+        for x, y in zip(found[:4], expected[:4], strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert found[4].keys() == expected[4].keys()
+        for name, x in found[4].items():
+            np.testing.assert_array_equal(x, expected[4][name])
+    assert shared.call("has_wrapper_attr", "learned") == (False,) * 5
+    shared.close()
+    assert not any(x.is_alive() for x in shared.processes)
+
+
+def test_what_was_returned_does_not_change_with_the_next_step() -> None:
+    environments = Processes([limited(Known, 8)] * 2)
+    environments.reset(seed=[0, 1])
+    first = environments.step(np.zeros((2, 2), np.float32))
+    before = [x.copy() for x in first[:4]]
+    environments.step(np.ones((2, 2), np.float32))
+    for x, y in zip(first[:4], before, strict=True):
+        np.testing.assert_array_equal(x, y)
+    environments.close()
+
+
+def test_no_process_outlives_its_parent() -> None:
+    script = """
+import os, sys, gymnasium
+from policygrad.control.processes import Processes
+environments = Processes([lambda: gymnasium.make("CartPole-v1")] * 3, workers=3)
+print(*[x.pid for x in environments.processes], flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    until = time.monotonic() + 20
+    pids = [int(x) for x in done.stdout.split()]
+    assert len(pids) == 3
+    while any(_runs(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
 
 
 def test_a_time_limit_that_is_kept_changes_nothing() -> None:

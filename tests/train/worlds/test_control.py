@@ -10,12 +10,13 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import NormalizeObservation, TimeLimit
 from probes import Counting, Known, Potential, limited
 from torch import nn
 
 import policygrad as pg
+from policygrad.control.processes import Processes
 from policygrad.errors import Note, UserError
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, options_of
@@ -41,7 +42,7 @@ def test_every_method_trains_on_an_environment(method: str) -> None:
         ("CartPole-v1", "auto", CartPoleVectorEnv),
         ("CartPole-v1", "sync", SyncVectorEnv),
         ("Acrobot-v1", "auto", SyncVectorEnv),
-        ("probes:Known-v0", "async", AsyncVectorEnv),
+        ("probes:Known-v0", "async", Processes),
     ],
 )
 @pytest.mark.parametrize("method", ["actor_critic", "grpo"])
