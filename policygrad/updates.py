@@ -17,7 +17,7 @@ from torch.optim import Adam, Optimizer
 from policygrad.compiling import gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
-from policygrad.rollout import Batch, micro_batches
+from policygrad.rollout import Batch, Split, micro_batches, parts_of
 
 Metrics = dict[str, Tensor]
 
@@ -51,17 +51,18 @@ StepSize = Callable[[Tensor], Tensor]
 
 
 def ascend(
-    optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: int | None = None, compiled: bool = False
+    optimizer: Optimizer, *, max_grad_norm: float = math.inf, micro_batch: Split = None, compiled: bool = False
 ) -> Update:
     """theta <- theta + step(grad objective): one ascent step of a torch optimizer.
 
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
-    objective sees at a time while gradients accumulate; it changes only the memory. compiled: every step after the
-    first is one graph (compiling.gradient_step): the same step to rounding. The update returns the objective's
-    metrics, and gradient_norm and critic_gradient_norm, the norms before scaling. It raises NonFiniteError before the
-    step if a gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the
-    objective's, or no gradient reaches them.
+    objective sees at a time while gradients accumulate, or a function that parts them (rollout.Split); it changes only
+    time and memory. compiled: every step after the first is one graph (compiling.gradient_step): the same step to
+    rounding. The update returns the objective's metrics, those of the split, and gradient_norm and
+    critic_gradient_norm, the norms before scaling. It raises NonFiniteError before the step if a gradient is NaN or
+    infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no gradient
+    reaches them.
     """
     checked: Scalar | None = None
     parts: dict[str, list[Tensor]] = {}
@@ -73,15 +74,15 @@ def ascend(
         if first:
             parts, step = _parts(objective, optimizer), None
         optimizer.zero_grad()
-        in_parts = micro_batch is not None and micro_batch < len(batch.mask)
-        if compiled and not first and not in_parts and has_rule(optimizer):
+        parted, measured = parts_of(batch.obs, micro_batch)
+        if compiled and not first and len(parted) == 1 and has_rule(optimizer):
             step = step or gradient_step(objective, optimizer, parts, max_grad_norm)
             if (found := step(batch)) is not None:
                 for name in parts:
                     _check_finite(found[f"{name}gradient_norm"])
                 return found
         total: Metrics = {}
-        for share, part in micro_batches(batch, micro_batch or 1) if in_parts else [(1.0, batch)]:
+        for share, part in micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]:
             value, metrics = objective(part)
             if not value.requires_grad:
                 raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
@@ -95,7 +96,7 @@ def ascend(
         for norm in norms.values():
             _check_finite(norm)
         optimizer.step()
-        return {**total, **norms}
+        return {**total, **norms, **measured}
 
     return update
 

@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from policygrad.language.distributions import CHUNK, TokenDistribution
+from policygrad.language.packing import packed, padding
+from policygrad.rollout import Parts
 
 
 class Prefixes(NamedTuple):
@@ -28,6 +30,11 @@ class Prefixes(NamedTuple):
     prompt_mask: Bool[Tensor, "B P"]
     completion: Int[Tensor, "B T"]
     completion_mask: Bool[Tensor, "B T"]
+
+    def lengths(self) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """The tokens of each prompt, and the steps up to each row's last decision, at least 1."""
+        steps = torch.arange(1, self.completion.shape[1] + 1, device=self.completion.device)
+        return self.prompt_mask.sum(1), (steps * self.completion_mask).amax(1).clamp(min=1)
 
     @staticmethod
     def join(several: "Sequence[Prefixes]") -> "Prefixes":
@@ -81,6 +88,16 @@ class LanguagePolicy(nn.Module):
         if self.plain_head:
             return trunk(model)(**inputs).last_hidden_state[:, -count:]
         return model(**inputs, logits_to_keep=count).logits[:, -count:]
+
+    def parts(self, obs: Prefixes, rows: int | None = None, tokens: int | None = None) -> Parts:
+        """The rows to compute together, at most `rows` and `tokens` of them (packing.packed). A rollout.Split.
+
+        Its metric is `padding`, the share of padding in the tokens that are computed.
+        """
+        prompt, steps = obs.lengths()
+        lengths = (prompt + steps - 1).tolist()
+        parts = packed(lengths, rows, tokens)
+        return [torch.tensor(part) for part in parts], {"padding": torch.tensor(padding(lengths, parts))}
 
     def distribution(
         self, states: Float[Tensor, "B T H"], where: Bool[Tensor, "B T"] | None = None
@@ -163,29 +180,27 @@ def hidden_states(trunk: nn.Module, obs: Prefixes, autocast: torch.dtype | None 
 def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dtype | None) -> Float[Tensor, "B T H"]:
     """The states at the T positions that predict the completion's tokens. states: (count, **inputs) -> the last ones.
 
-    Columns without a decision or a prompt token at their outer side are left out. The shapes of a rollout are fixed,
-    the work is not.
+    Each row is moved to the left, and the columns after the longest row's last decision are left out: attention, which
+    is causal, then needs no mask for padding, and a long prompt beside a long completion of another row costs nothing.
+    The shapes of a rollout are fixed, the work is not.
     """
-    steps = obs.completion.shape[1]
-    obs = obs if torch.compiler.is_compiling() else _trimmed(obs)
+    (prompt, steps), (rows, width) = obs.lengths(), obs.prompt.shape
     tokens = torch.cat([obs.prompt, obs.completion[:, :-1]], 1)
-    seen = torch.cat([obs.prompt_mask, torch.ones_like(obs.completion_mask[:, :-1])], 1)
-    inputs = {"input_ids": tokens, "position_ids": positions(seen), "use_cache": False}
-    if torch.compiler.is_compiling() or not bool(obs.prompt_mask.all()):
-        inputs["attention_mask"] = seen.long()
+    longest, shortest = tokens.shape[1], 1
+    if not torch.compiler.is_compiling():
+        longest, shortest = int((prompt + steps).max()) - 1, max(1, int(prompt.min()))
+    place = torch.arange(longest, device=tokens.device)
+    moved = (place + (width - prompt).unsqueeze(1)).clamp(max=tokens.shape[1] - 1)
     with precision(tokens.device, autocast):
-        out = states(obs.completion.shape[1], **inputs)
-    return pad(out, (0, 0, 0, steps - out.shape[1]))
-
-
-def _trimmed(obs: Prefixes) -> Prefixes:
-    """Without the columns before the longest prompt, and those after the last decision of all rows."""
-    first = int(obs.prompt_mask.any(0).int().argmax())
-    reached = obs.completion_mask.any(0).nonzero()
-    count = int(reached[-1]) + 1 if len(reached) else 1
-    return Prefixes(
-        obs.prompt[:, first:], obs.prompt_mask[:, first:], obs.completion[:, :count], obs.completion_mask[:, :count]
-    )
+        out = states(
+            longest - shortest + 1,  # from the end of the shortest prompt on
+            input_ids=tokens.gather(1, moved),
+            position_ids=place.expand(rows, -1),
+            use_cache=False,
+        )
+    step = torch.arange(obs.completion.shape[1], device=tokens.device)
+    index = ((prompt - shortest).unsqueeze(1) + step).clamp(0, out.shape[1] - 1)
+    return out.take_along_dim(index.unsqueeze(2), 1)
 
 
 def positions(seen: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:

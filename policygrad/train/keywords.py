@@ -105,6 +105,7 @@ class Keywords(TypedDict, total=False):
     epochs: int
     minibatch_size: int | None
     micro_batch: int | None
+    micro_batch_tokens: int | None
     max_grad_norm: float
     delta: float
     damping: float

@@ -280,6 +280,9 @@ class Options:
     micro_batch: int | None = option(None,
         "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
         COUNT, **ASCEND)
+    micro_batch_tokens: int | None = option(None,
+        "Tokens computed at a time, prompts and padding included; a longer row is computed alone. See micro_batch.",
+        COUNT, **LANGUAGE, **ASCEND)
     max_grad_norm: float = option(math.inf,
         "Gradient clipping: maximum norm of the gradient, of policy and critic apart if they share no parameter.",
         POSITIVE, **ASCEND)

@@ -101,10 +101,18 @@ class LanguageWorld(World):
             completions,
             options.max_tokens,
             stop_texts=options.stop,
-            micro_batch=getattr(options, "micro_batch", None),
+            micro_batch=self._rows(prompts),
         )
         check_memory(self.policy, min(together, len(prompts)), int(prompts.lengths.max()), request)
         return request
+
+    def _rows(self, prompts: Prompts) -> int | None:
+        """The completions of these prompts to sample at a time; None: all."""
+        rows, tokens = (getattr(self.options, name, None) for name in ("micro_batch", "micro_batch_tokens"))
+        if tokens is None:
+            return rows
+        fitting = max(1, tokens // (int(prompts.lengths.max()) + self.options.max_tokens))
+        return min(fitting, rows or fitting)
 
     def _task(self, progress: bool, saved: list[dict[str, Any]] | None = None) -> Task:
         """The task from the options. saved: the examples to evaluate on, if there is nothing to train on."""
@@ -283,7 +291,7 @@ class LanguageWorld(World):
             seed=seed,
             greedy=bool(greedy),
             stop_texts=self.options.stop,
-            micro_batch=getattr(self.options, "micro_batch", None),
+            micro_batch=self._rows(self.prompts.held_out),
         )
         return self.last
 

@@ -464,8 +464,11 @@ def test_a_stop_text_ends_completions(language: dict[str, Any]) -> None:
         rollout_of(**language, stop="")
 
 
-def test_the_rows_at_a_time_change_no_completion(language: dict[str, Any]) -> None:
-    whole, parts = (pg.train("grpo", **language | {"iterations": 1}, micro_batch=x) for x in (None, 3))
+@pytest.mark.parametrize(("limit", "rows"), [({"micro_batch": 3}, 3), ({"micro_batch_tokens": 40}, 2)])
+def test_the_rows_at_a_time_change_no_completion(language: dict[str, Any], limit: dict[str, int], rows: int) -> None:
+    whole, parts = (pg.train("grpo", **language | {"iterations": 1}, **x) for x in ({}, limit))
+    assert (whole.world.sample.request.micro_batch, parts.world.sample.request.micro_batch) == (None, rows)
+    assert all(0 <= run.metrics[-1]["padding"] <= 0.05 for run in (whole, parts))
     for rows in (slice(0, 1), slice(1, 2)):
         assert [x["reward"] for x in whole.metrics[1:][rows]] == [x["reward"] for x in parts.metrics[1:][rows]]
     assert whole.before.rows == parts.before.rows
