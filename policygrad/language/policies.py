@@ -190,7 +190,8 @@ def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dt
     if not torch.compiler.is_compiling():
         longest, shortest = int((prompt + steps).max()) - 1, max(1, int(prompt.min()))
     place = torch.arange(longest, device=tokens.device)
-    moved = (place + (width - prompt).unsqueeze(1)).clamp(max=tokens.shape[1] - 1)
+    last = (prompt + steps - 2).clamp(min=0).unsqueeze(1)  # repeated: a row has no token of padding to warn of
+    moved = place.minimum(last) + (width - prompt).unsqueeze(1)
     with precision(tokens.device, autocast):
         out = states(
             longest - shortest + 1,  # from the end of the shortest prompt on
