@@ -6,8 +6,8 @@ A head of 151,936 tokens on hidden states of width 896 (the sizes of Qwen2.5-0.5
 step: log-probabilities and entropies of the actions, the clipped surrogate of PPO with an entropy bonus, and the
 gradients of hidden states and weight. "plain" holds the logits whole and calls log_softmax, as trainers do. Each runs
 in a process of its own, REPETITIONS times in turn; medians. seconds: of the processor, all threads together, so that
-other work on the machine does not count. The peak is what VmHWM rises above the VmRSS just before the step, when hidden states and
-weight are in memory already (Linux). The gradients are compared on 64 tokens.
+other work on the machine does not count. The peak is what VmHWM rises above the VmRSS just before the step, when
+hidden states and weight are in memory already (Linux). The gradients are compared on 64 tokens.
 """
 
 import json
@@ -122,9 +122,10 @@ def main() -> None:
 
 Written by `python benchmarks/memory.py`: log-probabilities, entropies, the clipped surrogate and the gradients of
 hidden states and weight, for {ROWS} x {TOKENS} tokens, a vocabulary of {VOCABULARY:,} and hidden states of width
-{WIDTH}, in float32. *plain* holds the logits whole; *chunked* is `TokenDistribution`, which takes a block of the vocabulary at a time.
-The peak is the rise of resident memory during the step. The weight's gradient, which both must return, is
-{VOCABULARY * WIDTH * 4 / GIB:.2f} GiB of it; one copy of the logits is {ROWS * TOKENS * VOCABULARY * 4 / GIB:.2f} GiB.
+{WIDTH}, in float32. *plain* holds the logits whole; *chunked* is `TokenDistribution`, which takes a block of the
+vocabulary at a time. Seconds are those of the processor, medians of {REPETITIONS}. The peak is the rise of resident
+memory during the step. The weight's gradient, which both must return, is {VOCABULARY * WIDTH * 4 / GIB:.2f} GiB of it;
+one copy of the logits is {ROWS * TOKENS * VOCABULARY * 4 / GIB:.2f} GiB.
 
 {table}
 

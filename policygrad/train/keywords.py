@@ -46,7 +46,7 @@ class Keywords(TypedDict, total=False):
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
     gradient_checkpointing: bool
-    autocast: Literal["none", "bfloat16"]
+    autocast: Literal["none", "bfloat16", "auto"]
     dataset: Any
     dataset_weight: float | Sequence[float]
     split: str
@@ -106,6 +106,7 @@ class Keywords(TypedDict, total=False):
     minibatch_size: int | None
     micro_batch: int | None
     micro_batch_tokens: int | None
+    shared_prompts: Literal["auto", "on", "off"]
     max_grad_norm: float
     delta: float
     damping: float

@@ -38,6 +38,7 @@ from policygrad.language.policies import (
     LanguagePolicy,
     Prefixes,
     ValueModel,
+    can_share,
     evaluating,
     positions,
     prefixes,
@@ -367,6 +368,34 @@ def test_packed_rows_give_the_gradient_of_the_whole_batch(
     one_by_one = log_probabilities(policy, given, 1)
     assert_close(log_probabilities(policy, given, split), one_by_one, rtol=0, atol=1e-12)
     assert one_by_one.abs().sum(1).count_nonzero() == 5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "phi", "opt"])
+@pytest.mark.parametrize("limits", [None, {}, {"tokens": 30}, {"rows": 2}])
+def test_a_prompt_computed_once_gives_the_same_gradient(name: str, limits: dict[str, int] | None) -> None:
+    model, computed = tiny(name, dtype=torch.float64), []
+    policy = LanguagePolicy(model, temperature=0.8)
+    obs = observed((5, 3, 6, 2), (4, 1, 6, 0))
+    row = torch.tensor([0, 2, 1, 0, 0, 3, 2])
+    repeated = Prefixes(obs.prompt[row], obs.prompt_mask[row], *observed((1,) * 7, (4, 1, 6, 0, 3, 5, 6))[2:])
+    given = batch(policy, repeated, per_token)
+    whole, logp = gradient_of(policy, given, None), policy(repeated).log_prob(repeated.completion)
+    assert can_share(policy)
+    policy.shared = True
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, tokens: computed.append(tuple(tokens[0].shape)))
+    assert_close(policy(repeated).log_prob(repeated.completion), logp, rtol=0, atol=1e-12)
+    assert computed == [(4, 6), (7, 5)], "each prompt once, and the completions but for their last token"
+    split = None if limits is None else partial(policy.parts, **limits)
+    assert distance(gradient_of(policy, given, split), whole) < 1e-12
+
+
+def test_which_models_can_share_a_prompt() -> None:
+    able = {name: can_share(LanguagePolicy(tiny(name))) for name in ("llama", "qwen2", "mistral", "gemma3", "lfm2")}
+    assert able == {"llama": True, "qwen2": True, "mistral": False, "gemma3": False, "lfm2": False}
+    model = tiny()
+    checkpoint_gradients(model)
+    assert not can_share(LanguagePolicy(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen2"])
