@@ -4,8 +4,9 @@
     python benchmarks/speed_language.py --peers PEERS/bin/python [--only NAME] [--repetitions 3] [--smollm2 DIRECTORY]
 
 Each measurement is a process of its own: the first step is warm-up, the next are timed. Seconds a step, and the peak of
-resident memory (Linux); medians of the repetitions, and the ratio of the medians. Weights are random, so
-that nearly every completion has all its tokens; there is no KL to a reference. The row of SmolLM2 needs what benchmarks/smollm2.py made.
+resident memory (Linux); medians of the repetitions, and the ratio of the medians. Weights are random, so that nearly
+every completion has all its tokens; there is no KL to a reference. The row of SmolLM2 needs what benchmarks/smollm2.py
+made.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Name: (shape of the Llama; prompts, completions, tokens of a prompt and of a completion, LoRA rank, timed steps, ratio).
+# Name: (shape of the Llama, prompts, completions, tokens of both, LoRA rank, steps to time, the ratio asked for).
 SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 LARGE = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
 WORK: dict[str, tuple[dict[str, Any] | None, int, int, int, int, int, int, float]] = {
