@@ -234,6 +234,7 @@ class _ByVocabulary(torch.autograd.Function):
             logits = block.logits(slice(None)).div_(ctx.temperature).sub_(largest.unsqueeze(1))
             g = logits.exp()  # pi times the total
             if by_entropy is None:
+                assert by_logp is not None
                 g.mul_((-by_logp / total).unsqueeze(1))
             else:  # log pi_v + entropy = logits - moment
                 factor = logits.sub_(moment.unsqueeze(1)).mul_(by_entropy.unsqueeze(1))
