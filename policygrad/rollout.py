@@ -151,7 +151,7 @@ def in_parts(function: Callable[..., Tensor], micro_batch: Split, obs: Any, *col
     """function(obs, *columns), a row for each of theirs, computed one micro-batch after another."""
     parts, _ = parts_of(obs, micro_batch)
     found = [function(*tree_map(lambda x, index=index: x[index], (obs, *columns))) for index in parts]
-    return found[0] if len(parts) == 1 else torch.cat(found)[torch.cat(list(parts)).argsort()]
+    return torch.cat(found)[torch.cat(list(parts)).argsort()]
 
 
 def micro_batches(batch: Batch, rows: int | Sequence[Tensor]) -> Iterator[tuple[float, Batch]]:
