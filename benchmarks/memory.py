@@ -5,15 +5,18 @@
 A head of 151,936 tokens on hidden states of width 896 (the sizes of Qwen2.5-0.5B), 4 rows of 512 tokens, float32. The
 step: log-probabilities and entropies of the actions, the clipped surrogate of PPO with an entropy bonus, and the
 gradients of hidden states and weight. "plain" holds the logits whole and calls log_softmax, as trainers do. Each runs
-in a process of its own. The peak is what VmHWM rises above the VmRSS just before the step, when hidden states and
-weight are in memory already (Linux). The gradients of the two are compared on 64 tokens.
+in a process of its own, REPETITIONS times in turn; medians. seconds: of the processor, all threads together, so that
+other work on the machine does not count. The peak is what VmHWM rises above the VmRSS just before the step, when
+hidden states and weight are in memory already (Linux). The gradients are compared on 64 tokens.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +26,13 @@ from policygrad.language.distributions import TokenDistribution
 from policygrad.objectives import clipped_surrogate
 
 VOCABULARY, WIDTH, ROWS, TOKENS, SMALL = 151_936, 896, 4, 512, 64
+REPETITIONS = 3
 GIB = 2**30
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
 
 
 def plain(hidden: Tensor, weight: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    logp = (hidden @ weight.T).float().log_softmax(-1)
+    logp = (hidden @ weight.T).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
@@ -66,22 +70,27 @@ def measured(name: str) -> dict[str, float]:
     head = {"plain": plain, "chunked": chunked}[name]
     step(head, *problem(1, 2, vocabulary=1_000))  # libraries loaded, threads started
     given = problem(ROWS, TOKENS)
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = memory("VmRSS"), time.process_time()
     objective = step(head, *given)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {"peak": memory("VmHWM") - before, "seconds": seconds, "objective": objective}
 
 
-def difference() -> dict[str, float]:
-    """The largest difference of a gradient's entries, relative to the largest entry; logits in 5 chunks."""
+def difference() -> dict[str, dict[str, float]]:
+    """The largest error of a gradient's entries, relative to the largest entry, against the plain one in float64."""
     found = []
-    for head in (plain, lambda *inputs: chunked(*inputs, chunk=15 * VOCABULARY)):
-        given = problem(1, SMALL)
-        step(head, *given)
-        found.append([x.grad for x in given[:2]])
+    for head, dtype in ((plain, torch.float64), (plain, torch.float32), (chunked, torch.float32)):
+        hidden, weight, *others = problem(1, SMALL)
+        given = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        step(partial(chunked, chunk=15 * VOCABULARY) if head is chunked else head, *given, *others)
+        found.append([x.grad for x in given])
+    exact, *rounded = found
     return {
-        name: ((a - b).abs().max() / a.abs().max()).item()
-        for name, a, b in zip(("hidden", "weight"), *found, strict=True)
+        name: {
+            of: ((a - b).abs().max() / a.abs().max()).item()
+            for of, a, b in zip(("hidden", "weight"), exact, gradients, strict=True)
+        }
+        for name, gradients in zip(("plain", "chunked"), rounded, strict=True)
     }
 
 
@@ -91,27 +100,36 @@ def in_a_process(what: str) -> dict[str, float]:
 
 
 def main() -> None:
-    result = {name: in_a_process(name) for name in ("plain", "chunked")}
+    found = [{name: in_a_process(name) for name in ("plain", "chunked")} for _ in range(REPETITIONS)]
+    result = {
+        name: {key: statistics.median(x[name][key] for x in found) for key in ("peak", "seconds")} for name in found[0]
+    }
     gradient = in_a_process("difference")
-    lines = ["| | peak, GiB | of plain | seconds |", "|---|---|---|---|"]
+    lines = ["| | peak, GiB | of plain | seconds | of plain |", "|---|---|---|---|---|"]
     for name, x in result.items():
         share = x["peak"] / result["plain"]["peak"]
-        lines.append(f"| {name} | {x['peak'] / GIB:.2f} | {share:.2f} | {x['seconds']:.1f} |")
-    lines += ["", "| gradient of | largest difference, relative to the largest entry |", "|---|---|"]
-    lines += [f"| {name} | {x:.1e} |" for name, x in gradient.items()]
+        slower = x["seconds"] / result["plain"]["seconds"]
+        lines.append(f"| {name} | {x['peak'] / GIB:.2f} | {share:.2f} | {x['seconds']:.1f} | {slower:.2f} |")
+    lines += [
+        "",
+        "| largest error, relative to the largest entry, of the gradient of | hidden | weight |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {x['hidden']:.1e} | {x['weight']:.1e} |" for name, x in gradient.items()]
     table = "\n".join(lines)
     print(table)
     DOCUMENT.write_text(f"""# Memory of a learning step
 
 Written by `python benchmarks/memory.py`: log-probabilities, entropies, the clipped surrogate and the gradients of
 hidden states and weight, for {ROWS} x {TOKENS} tokens, a vocabulary of {VOCABULARY:,} and hidden states of width
-{WIDTH}, in float32. *plain* holds the logits whole; *chunked* is `TokenDistribution`, which takes 2^24 logits at once.
-The peak is the rise of resident memory during the step. The weight's gradient, which both must return, is
-{VOCABULARY * WIDTH * 4 / GIB:.2f} GiB of it; one copy of the logits is {ROWS * TOKENS * VOCABULARY * 4 / GIB:.2f} GiB.
+{WIDTH}, in float32. *plain* holds the logits whole; *chunked* is `TokenDistribution`, which takes a block of the
+vocabulary at a time. Seconds are those of the processor, medians of {REPETITIONS}. The peak is the rise of resident
+memory during the step. The weight's gradient, which both must return, is {VOCABULARY * WIDTH * 4 / GIB:.2f} GiB of it;
+one copy of the logits is {ROWS * TOKENS * VOCABULARY * 4 / GIB:.2f} GiB.
 
 {table}
 
-Gradients are compared on {SMALL} tokens of the same vocabulary, in 5 chunks. CPU, {os.cpu_count()} cores,
+Gradients are compared with those in float64, on {SMALL} tokens of the same vocabulary. CPU, {os.cpu_count()} cores,
 {torch.get_num_threads()} threads, torch {torch.__version__.split("+")[0]}; other work may have run beside it.
 """)
 

@@ -17,7 +17,7 @@ from policygrad.critics import bootstrap_values, no_fit
 from policygrad.errors import UserError
 from policygrad.returns import discount, reward_to_go
 from policygrad.returns import vtrace as vtrace_returns
-from policygrad.rollout import Rollout, holes_last
+from policygrad.rollout import Rollout, Split, holes_last
 from policygrad.score import log_probabilities, token_ratio
 
 
@@ -52,7 +52,7 @@ def baselined(
     return _reading(assign, **getattr(baseline, "keywords", {}))
 
 
-def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: int | None = None) -> Assign:
+def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: Split = None) -> Assign:
     """A = estimate(reward, value, terminated, ended), target = A + V, value = V.
 
     estimate: a partial of gae, n_step_advantage or monte_carlo_advantage that takes these four arrays. The value is
@@ -76,7 +76,7 @@ def vtrace(
     lam: float = 1.0,
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
-    micro_batch: int | None = None,
+    micro_batch: Split = None,
 ) -> Assign:
     """V-trace (IMPALA, Espeholt et al. 2018, eq. 1): credit for the current policy from an older policy's steps."""
 

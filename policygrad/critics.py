@@ -13,7 +13,7 @@ from policygrad.diagnostics import explained_variance, mean_metrics
 from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
-from policygrad.rollout import Batch, Rollout, minibatches
+from policygrad.rollout import Batch, Rollout, Split, in_parts, minibatches
 from policygrad.updates import Metrics, Objective, ascend
 from policygrad.weights import average, normalized
 
@@ -22,17 +22,16 @@ Fit = Callable[[Batch], Metrics]
 
 
 @torch.no_grad()
-def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: int | None = None) -> Float[Tensor, "B steps"]:
+def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: Split = None) -> Float[Tensor, "B steps"]:
     """V(s_0), ..., V(s_T): V of every step, then of the state where each row stops (0 if every row terminates).
 
     micro_batch: rows computed at a time. Raises UserError if the critic returns the wrong shape.
     """
-    parts = list(rollout.split(micro_batch or len(rollout.mask)))
-    value = _of_every_step(torch.cat([critic(part.obs) for part in parts]), rollout)
+    value = _of_every_step(in_parts(critic, micro_batch, rollout.obs), rollout)
     if rollout.final_obs is None:
         return torch.cat([value, torch.zeros_like(value[:, :1])], 1)
-    last = [critic(tree_map(lambda x: x.unsqueeze(1), part.final_obs)) for part in parts]
-    return torch.cat([value, torch.cat(last)], 1)
+    last = in_parts(critic, micro_batch, tree_map(lambda x: x.unsqueeze(1), rollout.final_obs))
+    return torch.cat([value, last], 1)
 
 
 def unit(critic: nn.Module) -> Tensor | float:
@@ -63,7 +62,7 @@ def fit_critic(
     epochs: int = 10,
     minibatch_size: int = 64,
     max_grad_norm: float = torch.inf,
-    micro_batch: int | None = None,
+    micro_batch: Split = None,
     compiled: bool = False,
 ) -> Fit:
     """Regress V(s) on batch.target: minimize the mean of ((V(s) - target) / unit)^2 in minibatches.

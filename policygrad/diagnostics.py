@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from policygrad.divergences import k3
-from policygrad.rollout import Batch
+from policygrad.rollout import Batch, Split
 from policygrad.score import log_probabilities, log_ratio
 from policygrad.weights import average, normalized
 
@@ -34,7 +34,7 @@ def ratio_metrics(
     }
 
 
-def after_update(objective: Any, batch: Batch, *, micro_batch: int | None = None) -> dict[str, Tensor]:
+def after_update(objective: Any, batch: Batch, *, micro_batch: Split = None) -> dict[str, Tensor]:
     """The size of an update: ratio_metrics of the current policy against the policy that sampled the batch.
 
     With a critic, also the explained_variance of its predictions before the update. Costs one forward pass of the

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+Parts = tuple[Sequence[Tensor], dict[str, Tensor]]  # the indices of the rows computed together, and metrics of them
+Split = int | Callable[[Any], Parts] | None  # rows computed at a time; or observations -> parts; None: all
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,25 @@ def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
             yield tree_unflatten(part, layout)
 
 
-def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
-    """Split the batch in order into parts of at most `rows` rows, each with its share of the batch's weight.
+def parts_of(obs: Any, micro_batch: Split) -> Parts:
+    """The rows that are computed together: in order, `micro_batch` at a time, or as that function of obs says."""
+    if callable(micro_batch):
+        return micro_batch(obs)
+    rows = torch.arange(len(tree_leaves(obs)[0]))
+    return rows.split(micro_batch or max(1, len(rows))), {}
+
+
+def in_parts(function: Callable[..., Tensor], micro_batch: Split, obs: Any, *columns: Tensor) -> Tensor:
+    """function(obs, *columns), a row for each of theirs, computed one micro-batch after another."""
+    parts, _ = parts_of(obs, micro_batch)
+    found = [function(*tree_map(lambda x, index=index: x[index], (obs, *columns))) for index in parts]
+    return torch.cat(found)[torch.cat(list(parts)).argsort()]
+
+
+def micro_batches(batch: Batch, rows: int | Sequence[Tensor]) -> Iterator[tuple[float, Batch]]:
+    """Split the batch into parts, each with its share of the batch's weight.
+
+    rows: the rows of each part, or how many a part has at most, in order.
 
     Each part's weights are divided by its share, so the share-weighted mean of an objective or metric over the parts is
     its value on the batch, even if it divides by the sum of the weights. (A ratio of two means, such as the effective
@@ -145,9 +165,10 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[float, Batch]]:
     whole batch has none, the first part is kept.
     """
     total = float(batch.weight.sum())
-    for start in range(0, batch.mask.shape[0], rows):
-        part = tree_map(lambda x, start=start: x[start : start + rows], batch)
-        share = float(part.weight.sum()) / total if total > 0 else float(start == 0)
+    parts = torch.arange(len(batch.mask)).split(rows) if isinstance(rows, int) else rows
+    for i, index in enumerate(parts):
+        part = tree_map(lambda x, index=index: x[index], batch)
+        share = float(part.weight.sum()) / total if total > 0 else float(i == 0)
         if share > 0:
             yield share, part._replace(weight=part.weight / share)
 

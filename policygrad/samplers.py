@@ -15,7 +15,7 @@ from policygrad.advantages import group_std
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.errors import UserError
 from policygrad.returns import kl_in_reward
-from policygrad.rollout import Rollout
+from policygrad.rollout import Rollout, Split
 from policygrad.score import log_probabilities, log_ratio
 from policygrad.weights import average, per_token
 
@@ -117,7 +117,7 @@ class KLCharged(Wrapper):
     """
 
     def __init__(
-        self, sample: Sample, reference: nn.Module, coefficient: AdaptiveCoefficient, micro_batch: int | None = None
+        self, sample: Sample, reference: nn.Module, coefficient: AdaptiveCoefficient, micro_batch: Split = None
     ) -> None:
         super().__init__(sample)
         self.reference, self.coefficient, self.micro_batch = reference, coefficient, micro_batch
@@ -148,7 +148,7 @@ class Rescored(Wrapper):
     mean and the largest pi_old / mu), and importance_cut (the share of weights at the bound).
     """
 
-    def __init__(self, sample: Sample, bound: float = 2.0, micro_batch: int | None = None) -> None:
+    def __init__(self, sample: Sample, bound: float = 2.0, micro_batch: Split = None) -> None:
         super().__init__(sample)
         self.bound, self.micro_batch = bound, micro_batch
 

@@ -3,9 +3,8 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from policygrad.rollout import Batch, Rollout
+from policygrad.rollout import Batch, Rollout, Split, in_parts
 
 
 def score(
@@ -44,14 +43,7 @@ def sequence_ratio(
 
 
 @torch.no_grad()
-def log_probabilities(
-    policy: nn.Module, rollout: Rollout | Batch, micro_batch: int | None = None
-) -> Float[Tensor, "B T"]:
+def log_probabilities(policy: nn.Module, rollout: Rollout | Batch, micro_batch: Split = None) -> Float[Tensor, "B T"]:
     """log pi(a|s) of the actions taken, `micro_batch` rows at a time; 0 behind the mask."""
-    rows = len(rollout.mask)
-    size = micro_batch or rows
-    parts = []
-    for start in range(0, rows, size):
-        obs = tree_map(lambda x, start=start: x[start : start + size], rollout.obs)
-        parts.append(policy(obs).log_prob(rollout.action[start : start + size]))
-    return torch.cat(parts).where(rollout.mask, 0.0)
+    logp = in_parts(lambda obs, action: policy(obs).log_prob(action), micro_batch, rollout.obs, rollout.action)
+    return logp.where(rollout.mask, 0.0)

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 from policygrad.compiling import gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
-from policygrad.rollout import Batch, micro_batches
+from policygrad.rollout import Batch, Split, micro_batches, parts_of
 
 Metrics = dict[str, Tensor]
 
@@ -54,17 +54,18 @@ def ascend(
     optimizer: Optimizer | Sequence[Optimizer],
     *,
     max_grad_norm: float = math.inf,
-    micro_batch: int | None = None,
+    micro_batch: Split = None,
     compiled: bool = False,
 ) -> Update:
     """theta <- theta + step(grad objective): one ascent step of a torch optimizer, or of several.
 
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
-    objective sees at a time while gradients accumulate; it changes only the memory. compiled: every step after the
-    first is one graph (compiling.gradient_step): the same step to rounding. The update returns the objective's metrics,
-    and gradient_norm and critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes
-    nothing: the optimizer's moments would move the parameters. It raises NonFiniteError before the step if a gradient
+    objective sees at a time while gradients accumulate, or a function that parts them (rollout.Split); it changes only
+    time and memory. compiled: every step after the first is one graph (compiling.gradient_step): the same step to
+    rounding. The update returns the objective's metrics, those of the split, and gradient_norm and
+    critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes nothing: the
+    optimizer's moments would move the parameters. It raises NonFiniteError before the step if a gradient
     is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no
     gradient reaches them.
     """
@@ -78,21 +79,21 @@ def ascend(
         first = objective is not checked
         if first:
             parts, step = _parts(objective, optimizers), None
+        parted, measured = parts_of(batch.obs, micro_batch)
         if not batch.mask.any():
             with torch.no_grad():
                 value, metrics = objective(batch)
-            return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}}
+            return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
-        in_parts = micro_batch is not None and micro_batch < len(batch.mask)
-        if compiled and not first and not in_parts and len(optimizers) == 1 and has_rule(optimizers[0]):
+        if compiled and not first and len(parted) == 1 and len(optimizers) == 1 and has_rule(optimizers[0]):
             step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm)
             if (found := step(batch)) is not None:
                 for name in parts:
                     _check_finite(found[f"{name}gradient_norm"])
-                return found
+                return {**found, **measured}
         total: Metrics = {}
-        for share, part in micro_batches(batch, micro_batch or 1) if in_parts else [(1.0, batch)]:
+        for share, part in micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]:
             value, metrics = objective(part)
             if not value.requires_grad:
                 raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
@@ -107,7 +108,7 @@ def ascend(
             _check_finite(norm)
         for one in optimizers:
             one.step()
-        return {**total, **norms}
+        return {**total, **norms, **measured}
 
     return update
 

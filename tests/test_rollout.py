@@ -20,6 +20,7 @@ from policygrad.rollout import (
     at_last_decision,
     decisions,
     holes_last,
+    in_parts,
     micro_batches,
     minibatches,
 )
@@ -458,3 +459,11 @@ def test_rollouts_that_know_where_their_rows_stop_do_not_join_others(softmax: nn
     for pair in ([knows, knows_not], [knows_not, knows]):
         with pytest.raises(ValueError, match="final_obs"):
             Rollout.join(pair)
+
+
+@pytest.mark.parametrize("parts", [[[2, 0, 1]], [[2, 1], [0]], [[0], [1], [2]]])
+def test_what_is_computed_in_parts_comes_back_in_the_order_of_the_rows(parts: list[list[int]]) -> None:
+    obs, action = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [20.0], [30.0]])
+    split = tuple(torch.tensor(part) for part in parts)
+    found = in_parts(lambda x, y: x + y, lambda obs: (split, {}), obs, action)
+    assert found.tolist() == [[11.0], [22.0], [33.0]]

@@ -1,10 +1,10 @@
-"""A check before training: the tokens of a completion are scored as they were sampled."""
+"""Checks before training: tokens are scored as they were sampled, and alike where a prompt is computed once."""
 
 import torch
 
 from policygrad.errors import UserError
 from policygrad.language.generation import Request, generate
-from policygrad.language.policies import LanguagePolicy, Prefixes, causal
+from policygrad.language.policies import LanguagePolicy, Prefixes, can_share, causal
 from policygrad.language.sampler import Prompts
 
 TOKENS = 8  # of each completion
@@ -37,3 +37,29 @@ def check_scored_as_sampled(policy: LanguagePolicy, prompts: Prompts, max_tokens
             f"{type(causal(policy.model)).__name__} gives other log-probabilities to its own samples, by "
             f"{difference:.3g} on average: a padded batch or its cache changes what it computes; give another model"
         )
+
+
+def shares_prompts(policy: LanguagePolicy, prompts: Prompts) -> bool:
+    """Whether log pi and its gradient are the same if a prompt is computed once for its completions, to rounding.
+
+    The gradient is that of the first two parameters to train, which lie below all keys and values.
+    """
+    if not can_share(policy):
+        return False
+    shortest = prompts.lengths.argsort()
+    some = prompts.take(shortest[[0, len(shortest) // 2]])
+    first = [p for p in policy.parameters() if p.requires_grad][:2]
+    device, generator = first[0].device, torch.Generator().manual_seed(0)
+    prompt, mask = (x.to(device).repeat_interleave(2, 0) for x in some.padded())
+    words = len(causal(policy.model).get_input_embeddings().weight)  # type: ignore[arg-type]
+    tokens = torch.randint(words, (len(prompt), TOKENS), generator=generator).to(device)
+    obs = Prefixes(prompt, mask, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    found, was = [], policy.shared
+    for policy.shared in (False, True):
+        logp = policy(obs).log_prob(tokens)
+        gradient = torch.autograd.grad(logp.sum(), first, materialize_grads=True)
+        found.append([logp.detach(), *gradient])
+    policy.shared = was
+    half = policy.autocast is not None or next(policy.parameters()).dtype in (torch.float16, torch.bfloat16)
+    limit = HALF if half else FLOAT32
+    return all(float((a - b).norm()) <= limit * float(a.norm()) for a, b in zip(*found, strict=True))

@@ -6,15 +6,19 @@ T counts the tokens of the completion. A left-padded prompt precedes it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from policygrad.language.distributions import CHUNK, TokenDistribution
+from policygrad.language.packing import Row, by_group, cheapest, packed, padding
+from policygrad.rollout import Parts
 
 
 class Prefixes(NamedTuple):
@@ -28,6 +32,15 @@ class Prefixes(NamedTuple):
     prompt_mask: Bool[Tensor, "B P"]
     completion: Int[Tensor, "B T"]
     completion_mask: Bool[Tensor, "B T"]
+
+    def lengths(self) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """The tokens of each prompt, and the steps up to each row's last decision, at least 1."""
+        steps = torch.arange(1, self.completion.shape[1] + 1, device=self.completion.device)
+        return self.prompt_mask.sum(1), (steps * self.completion_mask).amax(1).clamp(min=1)
+
+    def prompts(self) -> tuple[Int[Tensor, "N P"], Int[Tensor, " B"]]:
+        """The different prompts, -1 at padding, and which of them each row has."""
+        return self.prompt.where(self.prompt_mask, -1).unique(dim=0, return_inverse=True)
 
     @staticmethod
     def join(several: "Sequence[Prefixes]") -> "Prefixes":
@@ -50,7 +63,7 @@ class LanguagePolicy(nn.Module):
 
     model: any `AutoModelForCausalLM`, with or without a peft adapter. Its dropout is turned off for good, so that the
     policy scored is the policy sampled from. autocast: the type of the trunk's arithmetic (bfloat16); logits are
-    raised to float32. chunk: the most logits held at once.
+    raised to float32. chunk: the most logits held at once. shared: a prompt is computed once for its rows (can_share).
 
     Call it with `Prefixes`, or with rows of tokens [B, T] for the distribution of each next token.
     """
@@ -62,8 +75,10 @@ class LanguagePolicy(nn.Module):
         temperature: float = 1.0,
         autocast: torch.dtype | None = None,
         chunk: int = CHUNK,
+        shared: bool = False,
     ) -> None:
         super().__init__()
+        self.shared = shared
         self.model = without_dropout(model)
         self.temperature = temperature
         self.autocast = autocast
@@ -73,6 +88,8 @@ class LanguagePolicy(nn.Module):
     def forward(self, obs: Prefixes | Tensor) -> TokenDistribution:
         """The distribution of the next token after every prefix."""
         obs = prefixes(obs) if isinstance(obs, Tensor) else obs
+        if self.shared and not torch.compiler.is_compiling() and (several := _Shared.of(obs)) is not None:
+            return self.distribution(several.states(self), obs.completion_mask)
         return self.distribution(_over_steps(obs, self.states, self.autocast), obs.completion_mask)
 
     def states(self, count: int, **inputs: Any) -> Float[Tensor, "B T H"]:
@@ -81,6 +98,19 @@ class LanguagePolicy(nn.Module):
         if self.plain_head:
             return trunk(model)(**inputs).last_hidden_state[:, -count:]
         return model(**inputs, logits_to_keep=count).logits[:, -count:]
+
+    def parts(self, obs: Prefixes, rows: int | None = None, tokens: int | None = None) -> Parts:
+        """The rows to compute together, at most `rows` and `tokens` of them (packing). A rollout.Split.
+
+        Its metric is `padding`, the share of padding in the tokens that are computed.
+        """
+        prompt, steps = (x.tolist() for x in obs.lengths())
+        given = [Row(p, t - 1, i) for i, (p, t) in enumerate(zip(prompt, steps, strict=True))]
+        parts = packed([row.prompt + row.rest for row in given], rows, tokens)
+        if self.shared:
+            given = [row._replace(group=k) for row, k in zip(given, obs.prompts()[1].tolist(), strict=True)]
+            parts = cheapest(given, parts, by_group(given, rows, tokens))
+        return [torch.tensor(part) for part in parts], {"padding": torch.tensor(padding(given, parts, self.shared))}
 
     def distribution(
         self, states: Float[Tensor, "B T H"], where: Bool[Tensor, "B T"] | None = None
@@ -91,6 +121,58 @@ class LanguagePolicy(nn.Module):
             head: Any = causal(self.model).get_output_embeddings()
             weight, bias = head.weight, head.bias
         return TokenDistribution(states, weight, bias, temperature=self.temperature, where=where, chunk=self.chunk)
+
+
+def can_share(policy: LanguagePolicy) -> bool:
+    """Whether the keys and values of a prompt can be computed once, with their gradient, for several completions.
+
+    They can in a cache of full-attention layers, and without gradient checkpoints, which allow no cache.
+    """
+    model = causal(policy.model)
+    if "past_key_values" not in signature(model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return plain and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+class _Shared(NamedTuple):
+    """Rows some of which have the same prompt: each prompt once, on the left of its rows' completions."""
+
+    prompt: Int[Tensor, "N P"]
+    prompt_mask: Bool[Tensor, "N P"]
+    row: Int[Tensor, " B"]  # whose prompt each completion follows
+    completion: Int[Tensor, "B t"]  # up to the last decision of all rows
+    steps: int
+
+    @staticmethod
+    def of(obs: Prefixes) -> "_Shared | None":
+        """The rows so; None if each has a prompt of its own."""
+        prompt, row = obs.prompts()
+        if len(prompt) == len(row):
+            return None
+        seen, count = prompt >= 0, int(obs.lengths()[1].max())
+        first = int(seen.any(0).int().argmax())
+        prompt, seen = prompt[:, first:].clamp(min=0), seen[:, first:]
+        return _Shared(prompt, seen, row, obs.completion[:, :count], obs.completion.shape[1])
+
+    def states(self, policy: LanguagePolicy) -> Float[Tensor, "B T H"]:
+        """As those of _over_steps. The gradient of a prompt's keys and values is the sum over its completions."""
+        cache, seen = DynamicCache(config=causal(policy.model).config), self.prompt_mask
+        place, count = positions(seen), self.completion.shape[1]
+        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        masks = [seen, seen[self.row]]
+        masks[1] = torch.cat([masks[1], masks[1].new_ones(len(self.row), count - 1)], 1)
+        inputs = [{} if bool(seen.all()) else {"attention_mask": mask.long()} for mask in masks]
+        with precision(seen.device, policy.autocast):
+            out = policy.states(1, input_ids=self.prompt, position_ids=place, **inputs[0], **given)[self.row]
+            if count > 1:
+                cache.reorder_cache(self.row)  # type: ignore[arg-type]
+                following = place[self.row, -1:] + torch.arange(1, count, device=seen.device)
+                tokens = self.completion[:, :-1]
+                rest = policy.states(count - 1, input_ids=tokens, position_ids=following, **inputs[1], **given)
+                out = torch.cat([out, rest], 1)
+        return pad(out, (0, 0, 0, self.steps - count))
 
 
 class AdapterOff(nn.Module):
@@ -163,29 +245,28 @@ def hidden_states(trunk: nn.Module, obs: Prefixes, autocast: torch.dtype | None 
 def _over_steps(obs: Prefixes, states: Callable[..., Tensor], autocast: torch.dtype | None) -> Float[Tensor, "B T H"]:
     """The states at the T positions that predict the completion's tokens. states: (count, **inputs) -> the last ones.
 
-    Columns without a decision or a prompt token at their outer side are left out. The shapes of a rollout are fixed,
-    the work is not.
+    Each row is moved to the left, and the columns after the longest row's last decision are left out: attention, which
+    is causal, then needs no mask for padding, and a long prompt beside a long completion of another row costs nothing.
+    The shapes of a rollout are fixed, the work is not.
     """
-    steps = obs.completion.shape[1]
-    obs = obs if torch.compiler.is_compiling() else _trimmed(obs)
+    (prompt, steps), (rows, width) = obs.lengths(), obs.prompt.shape
     tokens = torch.cat([obs.prompt, obs.completion[:, :-1]], 1)
-    seen = torch.cat([obs.prompt_mask, torch.ones_like(obs.completion_mask[:, :-1])], 1)
-    inputs = {"input_ids": tokens, "position_ids": positions(seen), "use_cache": False}
-    if torch.compiler.is_compiling() or not bool(obs.prompt_mask.all()):
-        inputs["attention_mask"] = seen.long()
+    longest, shortest = tokens.shape[1], 1
+    if not torch.compiler.is_compiling():
+        longest, shortest = int((prompt + steps).max()) - 1, max(1, int(prompt.min()))
+    place = torch.arange(longest, device=tokens.device)
+    last = (prompt + steps - 2).clamp(min=0).unsqueeze(1)  # repeated: a row has no token of padding to warn of
+    moved = place.minimum(last) + (width - prompt).unsqueeze(1)
     with precision(tokens.device, autocast):
-        out = states(obs.completion.shape[1], **inputs)
-    return pad(out, (0, 0, 0, steps - out.shape[1]))
-
-
-def _trimmed(obs: Prefixes) -> Prefixes:
-    """Without the columns before the longest prompt, and those after the last decision of all rows."""
-    first = int(obs.prompt_mask.any(0).int().argmax())
-    reached = obs.completion_mask.any(0).nonzero()
-    count = int(reached[-1]) + 1 if len(reached) else 1
-    return Prefixes(
-        obs.prompt[:, first:], obs.prompt_mask[:, first:], obs.completion[:, :count], obs.completion_mask[:, :count]
-    )
+        out = states(
+            longest - shortest + 1,  # from the end of the shortest prompt on
+            input_ids=tokens.gather(1, moved),
+            position_ids=place.expand(rows, -1),
+            use_cache=False,
+        )
+    step = torch.arange(obs.completion.shape[1], device=tokens.device)
+    index = ((prompt - shortest).unsqueeze(1) + step).clamp(0, out.shape[1] - 1)
+    return out.take_along_dim(index.unsqueeze(2), 1)
 
 
 def positions(seen: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -223,6 +304,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was)
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device computes in bfloat16 itself: Ampere and later, AMX or AVX512-BF16."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return torch.cuda.get_device_capability(kind) >= (8, 0)
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return kind.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> Any:

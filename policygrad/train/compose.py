@@ -38,7 +38,7 @@ from policygrad.divergences import (
 )
 from policygrad.errors import UserError
 from policygrad.objectives import clipped_surrogate, clipped_weight
-from policygrad.rollout import Batch
+from policygrad.rollout import Batch, Split
 from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import METHODS, method_named
@@ -137,10 +137,10 @@ def compose(
         optimizers += own
         fit = fit_critic(
             critic, own, epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
-            micro_batch=getattr(options, "micro_batch", None), compiled=compiles(options),
+            micro_batch=split_of(options, policy), compiled=compiles(options),
         )  # fmt: skip
     return Learner(
-        wrapped(options, sample, critic, anchored, coefficients),
+        wrapped(options, policy, sample, critic, anchored, coefficients),
         credit_of(options, policy, critic),
         objective,
         update,
@@ -181,7 +181,7 @@ def assemble(
 
 def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
     """The credit from the options."""
-    gamma, micro_batch = options.gamma, getattr(options, "micro_batch", None)
+    gamma, micro_batch = options.gamma, split_of(options, policy)
     if options.credit == "group":
         credit = grouped(GROUP_BASELINES[options.group_baseline], GROUP_SCALES[options.group_scale])
     elif options.credit in RETURNS:
@@ -273,7 +273,7 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
         return natural_step(step_size=step_size, damping=options.damping, cg_iters=options.cg_iters), []
     parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
     optimizers = optimizers_of(options, parts)
-    limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": options.micro_batch}
+    limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": split_of(options, policy)}
     return ascend(optimizers, **limits, compiled=compiles(options)), optimizers
 
 
@@ -307,7 +307,7 @@ def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Ca
     """The function that measures an update, for metrics and for an adaptive penalty."""
     if METHODS[options.method].objective == "grpo" and options.world == "language":
         return measured_in_steps  # another forward pass of a large model is expensive
-    report = partial(after_update, micro_batch=getattr(options, "micro_batch", None))
+    report = partial(after_update, micro_batch=split_of(options, objective.policy))
     penalty = getattr(objective, "penalty", None)
     reads = penalty is not None and penalty.adapts
     return lambda objective, batch: report(objective, batch) if reads or due() else {}
@@ -315,13 +315,14 @@ def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Ca
 
 def wrapped(
     options: Any,
+    policy: nn.Module,
     sample: Sample,
     critic: nn.Module | None,
     reference: nn.Module | None,
     coefficients: dict[str, AdaptiveCoefficient],
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
-    micro_batch = getattr(options, "micro_batch", None)
+    micro_batch = split_of(options, policy)
     if getattr(options, "overlap", False):
         sample = Overlapped(sample)
     if getattr(options, "ratio", "token") == "sequence":
@@ -335,6 +336,13 @@ def wrapped(
     if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):
         sample = InUnits(sample, critic)
     return sample
+
+
+def split_of(options: Any, policy: nn.Module) -> Split:
+    """The rows computed at a time; a policy whose rows are of unequal length parts them itself."""
+    rows, tokens = (getattr(options, name, None) for name in ("micro_batch", "micro_batch_tokens"))
+    parts = getattr(policy, "parts", None)
+    return rows if parts is None else partial(parts, rows=rows, tokens=tokens)
 
 
 def compiles(options: Any) -> bool:

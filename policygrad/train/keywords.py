@@ -48,7 +48,7 @@ class Keywords(TypedDict, total=False):
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
     gradient_checkpointing: bool
-    autocast: Literal["none", "bfloat16"]
+    autocast: Literal["none", "bfloat16", "auto"]
     dataset: Any
     dataset_weight: float | Sequence[float]
     split: str
@@ -111,6 +111,8 @@ class Keywords(TypedDict, total=False):
     epochs: int
     minibatch_size: int | None
     micro_batch: int | None
+    micro_batch_tokens: int | None
+    shared_prompts: Literal["auto", "on", "off"]
     max_grad_norm: float
     delta: float
     damping: float

@@ -152,8 +152,9 @@ class Options:
     lora_targets: tuple[str, ...] = option((),
         "Layers with an adapter; by default all linear layers except the head. Repeatable.", **LANGUAGE)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
-    autocast: Literal["none", "bfloat16"] = option("none",
-        "Type of the computation; weights keep their type, and log-probabilities are float32.", **LANGUAGE)
+    autocast: Literal["none", "bfloat16", "auto"] = option("none",
+        "Type of the computation; weights keep their type, and log-probabilities are float32. auto: bfloat16 where the "
+        "device has arithmetic for it.", **LANGUAGE)
     dataset: tuple[str, ...] = option((),
         "Prompts: a JSON, JSONL, CSV or Parquet file, or a hub id, with a column `prompt`; the rewards receive the "
         "other columns. Repeatable: the sets are mixed in proportion to their sizes.", **LANGUAGE)
@@ -294,6 +295,12 @@ class Options:
     micro_batch: int | None = option(None,
         "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
         COUNT, **ASCEND)
+    micro_batch_tokens: int | None = option(None,
+        "Tokens computed at a time, prompts and padding included; a longer row is computed alone. See micro_batch.",
+        COUNT, **LANGUAGE, **ASCEND)
+    shared_prompts: Literal["auto", "on", "off"] = option("auto",
+        "Compute the prompt of a group once in learning, the same to rounding; auto: if the model allows it.",
+        **LANGUAGE, **ASCEND)
     max_grad_norm: float = option(math.inf,
         "Gradient clipping: maximum norm of the gradient, of policy and critic apart if they share no parameter.",
         POSITIVE, **ASCEND)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ from policygrad.language.policies import (
     LanguagePolicy,
     Prefixes,
     ValueModel,
+    can_share,
     evaluating,
     positions,
     prefixes,
@@ -45,10 +47,10 @@ from policygrad.language.policies import (
     without_dropout,
 )
 from policygrad.objectives import clipped_surrogate
-from policygrad.rollout import Batch, Rollout
-from policygrad.score import token_ratio
+from policygrad.rollout import Batch, Rollout, Split
+from policygrad.score import log_probabilities, token_ratio
 from policygrad.updates import Objective, ascend
-from policygrad.weights import average, per_row, per_token
+from policygrad.weights import average, per_budget, per_episode, per_row, per_token
 
 # Which keep float64 all the way: the norms of the others compute in float32 inside.
 DOUBLE = ["gpt2", "neox", "phi", "opt", "falcon"]
@@ -118,7 +120,7 @@ def test_columns_of_padding_are_not_computed(name: str) -> None:
     wider = Prefixes(*(nn.functional.pad(x, (3, 0) if i < 2 else (0, 5)) for i, x in enumerate(obs)))
     widths.clear()
     policy(wider)
-    assert widths == [4 + 3 - 1]
+    assert widths == [max(2 + 3, 4 + 1) - 1]
 
 
 @every_architecture
@@ -340,11 +342,60 @@ class ClippedWithEntropy(Objective):
         return value + 0.1 * average(distribution.entropy(), batch.weight), {"objective": value.detach()}
 
 
-def gradient_of(policy: LanguagePolicy, given: Batch, micro_batch: int | None) -> Tensor:
+def gradient_of(policy: LanguagePolicy, given: Batch, micro_batch: Split) -> Tensor:
     """The gradient that `ascend` hands to the optimizer."""
     update = ascend(torch.optim.SGD(policy.parameters(), lr=0.0), micro_batch=micro_batch)
     update(ClippedWithEntropy(policy), given)
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("weights", [per_row, per_token, per_episode, per_budget])
+@pytest.mark.parametrize(("name", "limits"), [("gpt2", {}), ("gpt2", {"tokens": 13}), ("phi", {"rows": 1})])
+def test_packed_rows_give_the_gradient_of_the_whole_batch(
+    name: str, limits: dict[str, int], weights: Callable[[Tensor], Tensor]
+) -> None:
+    policy = LanguagePolicy(tiny(name, dtype=torch.float64), temperature=0.8)
+    obs = observed((1, 5, 3, 6, 2, 4), (4, 1, 6, 0, 2, 3))
+    given = batch(policy, obs, weights)
+    whole = gradient_of(policy, given, None)
+    split = partial(policy.parts, **limits)
+    parts, metrics = split(obs)
+    # A row takes its prompt and all of its tokens but the last one; without a decision, its prompt.
+    equal = [[3], [5]] if limits == {"rows": 1} else [[3, 5]]
+    assert [part.tolist() for part in parts] == [[2], *equal, [1], [0], [4]]
+    assert 0 <= float(metrics["padding"]) <= 0.05
+    assert distance(gradient_of(policy, given, split), whole) < 1e-12
+    one_by_one = log_probabilities(policy, given, 1)
+    assert_close(log_probabilities(policy, given, split), one_by_one, rtol=0, atol=1e-12)
+    assert one_by_one.abs().sum(1).count_nonzero() == 5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "phi", "opt"])
+@pytest.mark.parametrize("limits", [None, {}, {"tokens": 30}, {"rows": 2}])
+def test_a_prompt_computed_once_gives_the_same_gradient(name: str, limits: dict[str, int] | None) -> None:
+    model, computed = tiny(name, dtype=torch.float64), []
+    policy = LanguagePolicy(model, temperature=0.8)
+    obs = observed((5, 3, 6, 2), (4, 1, 6, 0))
+    row = torch.tensor([0, 2, 1, 0, 0, 3, 2])
+    repeated = Prefixes(obs.prompt[row], obs.prompt_mask[row], *observed((1,) * 7, (4, 1, 6, 0, 3, 5, 6))[2:])
+    given = batch(policy, repeated, per_token)
+    whole, logp = gradient_of(policy, given, None), policy(repeated).log_prob(repeated.completion)
+    assert can_share(policy)
+    policy.shared = True
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, tokens: computed.append(tuple(tokens[0].shape)))
+    assert_close(policy(repeated).log_prob(repeated.completion), logp, rtol=0, atol=1e-12)
+    assert computed == [(4, 6), (7, 5)], "each prompt once, and the completions but for their last token"
+    split = None if limits is None else partial(policy.parts, **limits)
+    assert distance(gradient_of(policy, given, split), whole) < 1e-12
+
+
+def test_which_models_can_share_a_prompt() -> None:
+    able = {name: can_share(LanguagePolicy(tiny(name))) for name in ("llama", "qwen2", "mistral", "gemma3", "lfm2")}
+    assert able == {"llama": True, "qwen2": True, "mistral": False, "gemma3": False, "lfm2": False}
+    model = tiny()
+    checkpoint_gradients(model)
+    assert not can_share(LanguagePolicy(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen2"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,14 +12,14 @@ import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import UserError, ending, listed
+from policygrad.errors import Note, UserError, ending, listed
 from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
-from policygrad.language.checks import check_scored_as_sampled
+from policygrad.language.checks import check_scored_as_sampled, shares_prompts
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import Request, check_memory, generate
-from policygrad.language.policies import LanguagePolicy, reference_of
+from policygrad.language.policies import LanguagePolicy, causal, has_bfloat16, reference_of
 from policygrad.language.sampler import CompletionSampler, Prompts, request_of
 from policygrad.language.tasks import (
     ARITHMETIC,
@@ -74,6 +75,7 @@ class LanguageWorld(World):
             self.policy, device = self.prompts.policy, options.device
             if own.engine is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
+            self.policy.shared = self._shares_prompts()
             self.sample = CompletionSampler(
                 self.prompts.train,
                 self.prompts.tokenizer,
@@ -101,10 +103,31 @@ class LanguageWorld(World):
             completions,
             options.max_tokens,
             stop_texts=options.stop,
-            micro_batch=getattr(options, "micro_batch", None),
+            micro_batch=self._rows(prompts),
         )
         check_memory(self.policy, min(together, len(prompts)), int(prompts.lengths.max()), request)
         return request
+
+    def _shares_prompts(self) -> bool:
+        """Whether the prompt of a group is computed once. Raises OptionError if it shall be, and cannot."""
+        wanted = getattr(self.options, "shared_prompts", "off")
+        if wanted == "off" or self.options.completions == 1:
+            return False
+        works, name = shares_prompts(self.policy, self.prompts.train), type(causal(self.policy.model)).__name__
+        said = f"{name} cannot compute a prompt once for its completions here"
+        if not works and wanted == "on":
+            raise OptionError("shared_prompts", f"{said} (sliding windows, gradient checkpoints): leave it out")
+        if not works:
+            warnings.warn(f"{said}: it computes it for each of them", Note, stacklevel=2)
+        return works
+
+    def _rows(self, prompts: Prompts) -> int | None:
+        """The completions of these prompts to sample at a time; None: all."""
+        rows, tokens = (getattr(self.options, name, None) for name in ("micro_batch", "micro_batch_tokens"))
+        if tokens is None:
+            return rows
+        fitting = max(1, tokens // (int(prompts.lengths.max()) + self.options.max_tokens))
+        return min(fitting, rows or fitting)
 
     def _task(self, progress: bool, saved: list[dict[str, Any]] | None = None) -> Task:
         """The task from the options. saved: the examples to evaluate on, if there is nothing to train on."""
@@ -237,7 +260,10 @@ class LanguageWorld(World):
         return METHODS[self.options.method].update != "ascend"
 
     def _autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.options.autocast == "bfloat16" else None
+        wanted = self.options.autocast
+        return (
+            torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and has_bfloat16(self.options.device)) else None
+        )
 
     def load(self, directory: Path) -> Stage:
         folder = directory / "model"
@@ -299,7 +325,7 @@ class LanguageWorld(World):
             seed=seed,
             greedy=bool(greedy),
             stop_texts=self.options.stop,
-            micro_batch=getattr(self.options, "micro_batch", None),
+            micro_batch=self._rows(self.prompts.held_out),
         )
         return self.last
 

@@ -15,13 +15,14 @@ import torch
 from tiny_models import tiny
 
 import policygrad as pg
-from policygrad.errors import UserError
+from policygrad.errors import Note, UserError
 from policygrad.language import arithmetic, models
 from policygrad.language.evaluation import Evaluation
 from policygrad.language.generation import Completions, generate
 from policygrad.language.policies import trunk
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
+from policygrad.train.training import Training
 from policygrad.train.worlds.language import verdict
 
 
@@ -501,8 +502,32 @@ def test_a_stop_text_ends_completions(language: dict[str, Any]) -> None:
         rollout_of(**language, stop="")
 
 
-def test_the_rows_at_a_time_change_no_completion(language: dict[str, Any]) -> None:
-    whole, parts = (pg.train("grpo", **language | {"iterations": 1}, micro_batch=x) for x in (None, 3))
+def test_a_shared_prompt_changes_nothing_but_rounding(language: dict[str, Any]) -> None:
+    runs = [pg.train("grpo", **language | {"iterations": 2}, shared_prompts=x) for x in ("off", "on", "auto")]
+    assert [run.world.policy.shared for run in runs] == [False, True, True]
+    for run in runs[1:]:
+        for row, plain in zip(run.metrics[1:], runs[0].metrics[1:], strict=True):
+            assert row["reward"] == plain["reward"]
+            assert row["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-4, abs=1e-6)
+    with pytest.raises(OptionError, match="cannot compute a prompt once"):
+        rollout_of(**language, shared_prompts="on", gradient_checkpointing=True)
+    with pytest.warns(Note, match="it computes it for each of them"):
+        rollout_of(**language, gradient_checkpointing=True)
+
+
+def test_bfloat16_is_chosen_where_the_device_has_it(language: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, has in (("cpu", torch.bfloat16), ("meta", None)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has is not None)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        with Training("grpo", **language, autocast="auto") as training:
+            assert training.world.policy.autocast == has, name
+
+
+@pytest.mark.parametrize(("limit", "rows"), [({"micro_batch": 3}, 3), ({"micro_batch_tokens": 40}, 2)])
+def test_the_rows_at_a_time_change_no_completion(language: dict[str, Any], limit: dict[str, int], rows: int) -> None:
+    whole, parts = (pg.train("grpo", **language | {"iterations": 1}, shared_prompts="off", **x) for x in ({}, limit))
+    assert (whole.world.sample.request.micro_batch, parts.world.sample.request.micro_batch) == (None, rows)
+    assert all(0 <= run.metrics[-1]["padding"] <= 0.05 for run in (whole, parts))
     for rows in (slice(0, 1), slice(1, 2)):
         assert [x["reward"] for x in whole.metrics[1:][rows]] == [x["reward"] for x in parts.metrics[1:][rows]]
     assert whole.before.rows == parts.before.rows
