@@ -126,7 +126,8 @@ class Training:
                     self.run.before = self.world.evaluate()
                 self._mark()
         except BaseException:
-            self.world.close()
+            with warnings.catch_warnings(action="ignore", category=Note):  # there are no results to speak of
+                self.world.close()
             if directory is not None and made is not None:
                 release(directory, made, WRITTEN)
             raise
