@@ -15,7 +15,7 @@ from policygrad.control.policies import CategoricalHead, NormalHead, Policy
 from policygrad.control.spaces import to_environment
 from policygrad.errors import UserError
 
-BLOCK = 128  # steps whose noise and outputs are set aside at a time
+BLOCK = 128  # the most steps whose noise and outputs are set aside at a time
 IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
 
 
@@ -80,9 +80,17 @@ class PerceptronActor(Actor):
     """
 
     def __init__(
-        self, policy: Policy, device: torch.device, rows: int, generator: np.random.Generator | None, *, keep: bool
+        self,
+        policy: Policy,
+        device: torch.device,
+        rows: int,
+        steps: int,
+        generator: np.random.Generator | None,
+        *,
+        keep: bool,
     ) -> None:
         self.policy, self.device, self.rows, self.generator, self.keep = policy, device, rows, generator, keep
+        self.block = min(BLOCK, steps)
         linear = [x for x in policy.network if isinstance(x, nn.Linear)]
         activations = [IN_PLACE[type(x)] for x in policy.network if not isinstance(x, nn.Linear)]
         layers = [(x.bias.detach(), x.weight.detach().t()) for x in linear]
@@ -92,11 +100,11 @@ class PerceptronActor(Actor):
         ]
         self.last = layers[-1]
         self.choose = policy.head.choice()
-        self.outputs: list[Tensor] = []  # blocks [BLOCK, B, F]
+        self.outputs: list[Tensor] = []  # blocks [block, B, F]
         self.t = 0
 
     def __call__(self, obs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        k = self.t % BLOCK
+        k = self.t % self.block
         if k == 0:
             self._next_block()
         x = torch.from_numpy(obs).to(self.device)
@@ -119,9 +127,9 @@ class PerceptronActor(Actor):
         head, dtype = self.policy.head, self.last[0].dtype
         if self.outputs and not self.keep:
             self.outputs.clear()
-        self.outputs.append(torch.empty(BLOCK, self.rows, head.size, dtype=dtype, device=self.device))
+        self.outputs.append(torch.empty(self.block, self.rows, head.size, dtype=dtype, device=self.device))
         self.host = self.outputs[-1].numpy() if self.device.type == "cpu" else None
-        self.noise = None if self.generator is None else head.noise(self.generator, (BLOCK, self.rows))
+        self.noise = None if self.generator is None else head.noise(self.generator, (self.block, self.rows))
 
 
 def actor(
@@ -129,17 +137,18 @@ def actor(
     space: spaces.Space,
     device: torch.device,
     rows: int,
+    steps: int,
     generator: np.random.Generator,
     *,
     keep: bool = True,
 ) -> Actor:
-    """The actor of a policy for `rows` environments with this action space.
+    """The actor of a policy for `rows` environments with this action space, and for at most so many steps.
 
     generator: of the noise. keep: whether log_probabilities will be asked for.
     """
     own = policy.policy if isinstance(policy, Mode) else policy
     if _is_plain(own):
-        return PerceptronActor(own, device, rows, generator if own is policy else None, keep=keep)  # type: ignore[arg-type]
+        return PerceptronActor(own, device, rows, steps, generator if own is policy else None, keep=keep)  # type: ignore[arg-type]
     return DistributionActor(policy, space, device, keep=keep)
 
 

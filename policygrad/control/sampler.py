@@ -173,7 +173,7 @@ class Sampler:
     def _actor(self, policy: nn.Module, *, keep: bool = True) -> Actor:
         environments = self.stepping.environments
         space, rows = environments.single_action_space, environments.num_envs
-        return actor(policy, space, self.device, rows, self.noise, keep=keep)
+        return actor(policy, space, self.device, rows, self.length, self.noise, keep=keep)
 
 
 class _Columns:

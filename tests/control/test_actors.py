@@ -48,7 +48,7 @@ def test_log_probabilities_and_actions_are_those_of_the_policys_distributions(
 ) -> None:
     policy, steps = made(obs_space, *case, activation=activation), BLOCK + 3
     seen = observations(obs_space, steps)
-    act = actor(policy, case[0], CPU, ROWS, np.random.default_rng(0))
+    act = actor(policy, case[0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))
     assert isinstance(act, PerceptronActor)
     with torch.no_grad():
         pairs = [act(obs, np.ones(ROWS, dtype=bool)) for obs in seen]
@@ -67,7 +67,7 @@ def test_log_probabilities_and_actions_are_those_of_the_policys_distributions(
 def test_without_noise_the_action_is_the_mode(case: tuple[spaces.Space, dict[str, Any]]) -> None:
     policy = made(BOX, *case)
     obs = observations(BOX, 1)[0]
-    act = actor(Mode(policy), case[0], CPU, ROWS, np.random.default_rng(0))
+    act = actor(Mode(policy), case[0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))
     assert isinstance(act, PerceptronActor)
     with torch.no_grad():
         action, _ = act(obs, np.ones(ROWS, dtype=bool))
@@ -100,9 +100,9 @@ def test_an_output_that_is_not_finite_is_told_where_it_counts() -> None:
     obs[2] = np.nan
     with torch.no_grad():
         with pytest.raises(UserError, match="output is not finite"):
-            actor(policy, spaces.Discrete(3), CPU, ROWS, np.random.default_rng(0))(obs, counts)
+            actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts)
         counts[2] = False
-        actor(policy, spaces.Discrete(3), CPU, ROWS, np.random.default_rng(0))(obs, counts)
+        actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts)
 
 
 def test_a_policy_that_does_more_than_its_layers_is_called() -> None:
@@ -124,7 +124,7 @@ def test_a_policy_that_does_more_than_its_layers_is_called() -> None:
     for policy in others:
         space = policy.action_space  # type: ignore[attr-defined]
         for played in (policy, Mode(policy)):
-            act = actor(played, space, CPU, ROWS, np.random.default_rng(0))  # type: ignore[arg-type]
+            act = actor(played, space, CPU, ROWS, BLOCK + 3, np.random.default_rng(0))  # type: ignore[arg-type]
             assert isinstance(act, DistributionActor)
             with torch.no_grad():
                 action, taken = act(observations(BOX, 1)[0], np.ones(ROWS, dtype=bool))
@@ -138,6 +138,6 @@ def test_an_actor_reads_the_parameters_as_they_are() -> None:
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.3)
-        action, _ = actor(Mode(policy), ACTIONS[1][0], CPU, ROWS, np.random.default_rng(0))(obs, everywhere)
+        action, _ = actor(Mode(policy), ACTIONS[1][0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, everywhere)
         expected = policy(torch.from_numpy(obs).unsqueeze(1)).mode[:, 0]
     torch.testing.assert_close(torch.from_numpy(action), expected)

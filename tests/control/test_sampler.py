@@ -661,7 +661,7 @@ def test_the_layout_of_next_step_resets() -> None:
             lambda obs: torch.distributions.Independent(
                 torch.distributions.Categorical(logits=torch.zeros(len(obs), 1, 2, 5)), 1
             ),
-            r"returned a Independent, and actions are Box\(.*: return Independent\(Normal\(mean, std\), 1\)",
+            r"returned an Independent, and actions are Box\(.*: return Independent\(Normal\(mean, std\), 1\)",
         ),
         (
             lambda obs: torch.distributions.Independent(
