@@ -79,14 +79,14 @@ def ascend(
         first = objective is not checked
         if first:
             parts, step = _parts(objective, optimizers), None
-        parted, measured = parts_of(batch.obs, micro_batch)
+        parted, measured = ((), {}) if micro_batch is None else parts_of(batch.obs, micro_batch)
         if not batch.mask.any():
             with torch.no_grad():
                 value, metrics = objective(batch)
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
-        if compiled and not first and len(parted) == 1 and len(optimizers) == 1 and has_rule(optimizers[0]):
+        if compiled and not first and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0]):
             step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm)
             if (found := step(batch)) is not None:
                 for name in parts:

@@ -158,7 +158,7 @@ def _is_plain(policy: nn.Module) -> bool:
         type(policy) is Policy
         and isinstance(policy.head, CategoricalHead | NormalHead)
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)
-        and not any(x._forward_hooks or x._forward_pre_hooks for x in policy.modules())
+        and not any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in policy.modules())
     )
 
 

@@ -34,7 +34,8 @@ class Sampler:
     resets is no decision: it is masked, it cuts every trace (`ended`), and no statistic counts it.
 
     groups: None makes every row its own group, "all" puts all rows in one, and k (with whole_episodes) makes groups of
-    k rows that start from the same state. observation_normalizer and reward_scaler: running statistics, part of the
+    k rows that start from the same state. seed: of the environments and of the actions' noise; without one, torch's
+    generator decides the noise. (A policy of the user's own class draws from that in any case.) observation_normalizer and reward_scaler: running statistics, part of the
     state. The policy is put in evaluation mode: with dropout the scored policy would differ from the sampled one.
 
     Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled, and the numbers

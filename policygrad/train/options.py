@@ -493,6 +493,8 @@ def _conflicts(o: Any) -> Any:
         yield "steps", "steps and iterations are both None: say how long to train"
     if method.objective not in ("ppo", "grpo") and o.normalize_advantages == "minibatch":
         yield "normalize_advantages", f"normalize_advantages is minibatch, and {o.method} has none: use batch or none"
+    if getattr(o, "overlap", False) and o.profile:
+        yield "profile", "profile follows one thread, and overlap samples in another: leave one of the two out"
     if getattr(o, "overlap", False) and method.objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
         yield (
             "overlap",

@@ -111,11 +111,14 @@ def test_a_policy_that_does_more_than_its_layers_is_called() -> None:
 
     hooked = made(BOX, spaces.Discrete(3), {})
     hooked.register_forward_hook(lambda *_: None)
+    replaced = made(BOX, spaces.Discrete(3), {})
+    replaced.forward = lambda obs: Policy.forward(replaced, 2 * obs)  # type: ignore[method-assign]
     normed = made(BOX, spaces.Discrete(3), {})
     torch.nn.utils.parametrizations.weight_norm(normed.network[0])
     others: list[nn.Module] = [
         Own(BOX, spaces.Discrete(3)),
         hooked,
+        replaced,
         normed,
         made(BOX, spaces.Discrete(3), {}, activation="gelu"),
         made(BOX, spaces.MultiDiscrete([2, 3]), {}),

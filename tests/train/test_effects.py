@@ -65,6 +65,11 @@ def test_overlap_learns_from_a_policy_that_is_one_update_old() -> None:
     assert not torch.equal(first, plain)
 
 
+def test_overlap_and_a_profile_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="leave one of the two out"):
+        run("ppo", overlap=True, profile=True)
+
+
 @pytest.mark.parametrize("method", ["reinforce", "actor_critic"])
 def test_overlap_is_refused_where_nothing_corrects_for_it(method: str) -> None:
     with pytest.raises(UserError, match="one update old"):
