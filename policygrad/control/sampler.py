@@ -35,8 +35,9 @@ class Sampler:
 
     groups: None makes every row its own group, "all" puts all rows in one, and k (with whole_episodes) makes groups of
     k rows that start from the same state. seed: of the environments and of the actions' noise; without one, torch's
-    generator decides the noise. (A policy of the user's own class draws from that in any case.) observation_normalizer and reward_scaler: running statistics, part of the
-    state. The policy is put in evaluation mode: with dropout the scored policy would differ from the sampled one.
+    generator decides the noise. (A policy of the user's own class draws from that in any case.) observation_normalizer
+    and reward_scaler: running statistics, part of the state. The policy is put in evaluation mode: with dropout the
+    scored policy would differ from the sampled one.
 
     Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled, and the numbers
     in their infos; reward_per_step of this rollout, unscaled; where groups have several rows, group_std and flat_groups
