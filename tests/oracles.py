@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.testing import assert_close
 
+from policygrad.algorithms.grpo import measured_in_steps
 from policygrad.exact.policies import SoftmaxPolicy, probabilities, tabular
 from policygrad.exact.tokens import (
     OnPrefixes,
@@ -53,10 +55,12 @@ def composed(
 
 
 def line(name: str) -> Method:
-    """A line of the table whose gradient is followed by an optimizer that is given."""
+    """A line of the table whose gradient is followed by an optimizer that is given. GRPO's metrics are the step's."""
 
-    def method(policy: nn.Module, sample: Sample, optimizer: Optimizer, **values: Any) -> Iterator[dict[str, Any]]:
+    def method(policy: nn.Module, sample: Sample, optimizer: Optimizer, /, **values: Any) -> Iterator[dict[str, Any]]:
         learner = composed(name, policy, sample, **values)
+        if METHODS[name].objective == "grpo":
+            learner = replace(learner, loop=partial(learner.loop, diagnose=measured_in_steps))
         bound = {"max_grad_norm": values.get("max_grad_norm", inf), "micro_batch": values.get("micro_batch")}
         return iter(replace(learner, update=ascend(optimizer, **bound)))
 

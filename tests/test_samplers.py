@@ -251,7 +251,7 @@ def test_the_ratio_stays_that_to_the_policy_before_the_update(policy: OnPrefixes
     assert_only_changed(found, rollout, "logp", "importance", "metrics")
     close(found.logp, logp_of(policy, rollout).detach())
     metrics = iteration(line("grpo"), policy, lambda _: found)[1]
-    assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
+    assert metrics["kl_old"] == metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
 
 
 def test_the_mismatch_is_measured(policy: OnPrefixes) -> None:

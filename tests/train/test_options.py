@@ -164,7 +164,7 @@ VALUES: dict[str, Any] = {
 # They may not change the numbers: tests of their own, below and in the tests of the worlds.
 # On an exact world the others are the same pieces as in control.
 OF_EXACT = {"steps", "iterations", "seed", "evaluate_every", "num_envs", "episode_steps", "gamma", "credit", "weights"}
-ELSEWHERE = {"compile", "profile", "device", "threads", "vectorization", "step_time_limit", "micro_batch"}
+ELSEWHERE = {"compile", "profile", "overlap", "device", "threads", "vectorization", "step_time_limit", "micro_batch"}
 # No step on a table oversteps its radius, so that none is shortened.
 UNREACHED: dict[str, set[str]] = {"control": set(), "exact": {"backtracks", "shrink"}}
 TASKS = {"control": "probes:Known-v0", "exact": "exact:chain"}

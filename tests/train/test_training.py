@@ -577,7 +577,7 @@ def test_parameters_that_are_not_finite_do_not_overwrite_what_was_saved(
 
 
 def test_a_training_that_failed_goes_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    Stop(monkeypatch, fault, calls=3)
+    Stop(monkeypatch, fault, calls=6)
     made = pg.Training("ppo", "probes:Known-v0", **{n: x for n, x in SMALL.items() if n != "progress"})
     with pytest.raises(RuntimeError, match="a bug"):
         next(made)

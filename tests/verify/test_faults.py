@@ -109,10 +109,11 @@ def negative(f):
 
 
 def downhill(f):
-    def faulty(optimizer, **options):
-        for group in optimizer.param_groups:
-            group["lr"] *= -1
-        return f(optimizer, **options)
+    def faulty(given, **options):
+        for optimizer in given if isinstance(given, list) else [given]:
+            for group in optimizer.param_groups:
+                group["lr"] *= -1
+        return f(given, **options)
 
     return faulty
 

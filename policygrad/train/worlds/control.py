@@ -168,7 +168,7 @@ class ControlWorld(World):
 
     def _settle(self) -> None:
         """Wait for a rollout that is sampled beside: it changes statistics that are part of the run."""
-        if self.environments is not None:
+        if hasattr(self, "sample"):
             _ = self.sample.stepping
 
     def fingerprint(self) -> list[float]:
