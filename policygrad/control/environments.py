@@ -52,7 +52,7 @@ def make_environments(
     environment: an id that Gymnasium knows (`module:Id-v0` imports the module first); the name of a class or function
     that makes one, as `module:Name` or `path/file.py:Name`; such a callable itself; an environment object (for one
     copy); or a vector environment, which stays as it is. vectorization: `auto` uses the environment's own vectorized
-    form if it has one, else `sync`; `async` runs one process per copy; `envpool` takes EnvPool's environment of this
+    form if it has one, else `sync`; `async` runs a process per core; `envpool` takes EnvPool's environment of this
     id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
     start, a step or a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and
     other composite observations are flattened into a Box.

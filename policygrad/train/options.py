@@ -103,7 +103,7 @@ class Options:
         "Episodes in a group, all from the same start; None: the whole rollout is one group.",
         TWO, **CONTROL, credit=("group",))
     vectorization: Literal["auto", "sync", "async", "envpool"] = option("auto",
-        "auto: the environment's own vectorized version, else sync; async: one process per environment; envpool: "
+        "auto: the environment's own vectorized version, else sync; async: a process per core; envpool: "
         "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
     step_time_limit: float | None = option(None,
         "Seconds that an environment's process may take for its start, a step or a reset; None: any time.",
