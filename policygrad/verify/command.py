@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
 from policygrad.verify.control import control_rows, harder_sections
 from policygrad.verify.methods import method_section
@@ -69,7 +69,9 @@ def run(options: VerifyOptions) -> int:
 def verify(options: VerifyOptions, function: Advantage | None = None) -> Report:
     """All findings, in float64 and with random numbers of their own: the caller's are left as they were."""
     if not SAMPLES[0] <= options.samples <= SAMPLES[1]:
-        raise UserError(f"--samples is {options.samples}: give {SAMPLES[0]:,} to {SAMPLES[1]:,}")
+        raise UserError(f"--samples is {shortened(options.samples)}: give {SAMPLES[0]:,} to {SAMPLES[1]:,}")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed is {shortened(options.seed)}: it must be 0 or more and less than 2**63")
     with exactly(), torch.random.fork_rng(devices=[]), _progress() as advance:
         torch.manual_seed(options.seed)
         findings = []

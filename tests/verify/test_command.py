@@ -123,9 +123,17 @@ def test_the_options_need_no_torch():
 
 
 def test_too_few_and_too_many_samples_are_refused():
-    for samples in (10, 10_000_000):
-        with pytest.raises(UserError, match="--samples"):
+    for samples in (10, 10_000_000, 10**400):
+        with pytest.raises(UserError, match="--samples") as raised:
             verify(VerifyOptions(world="bandit", samples=samples))
+        assert len(str(raised.value)) <= 200
+
+
+def test_a_seed_beyond_the_generators_is_refused():
+    for seed in (-1, 2**63, 10**400):
+        with pytest.raises(UserError, match="--seed") as raised:
+            verify(VerifyOptions(world="bandit", seed=seed))
+        assert len(str(raised.value)) <= 200
 
 
 def test_rows_with_holes_expect_what_those_without_do():
