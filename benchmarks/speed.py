@@ -79,8 +79,9 @@ def theirs(name: str) -> dict[str, float]:
     return {"speed": (model.num_timesteps - first) / seconds, "return": statistics.mean(found) if found else 0.0}
 
 
-def measured(python: str, *words: str) -> dict[str, float]:
-    done = subprocess.run([python, __file__, "child", *words], capture_output=True, text=True, check=False)
+def measured(script: str, python: str, *words: str) -> dict[str, float]:
+    """What a script prints last when this Python runs it as a child."""
+    done = subprocess.run([python, script, "child", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -108,7 +109,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(options.repetitions):
             for way, python in ways.items():
-                found[way].append(measured(python, way, name))
+                found[way].append(measured(__file__, python, way, name))
         speed = {way: statistics.median(x["speed"] for x in xs) for way, xs in found.items()}
         returns = " / ".join(f"{statistics.median(x['return'] for x in xs):,.0f}" for xs in found.values())
         columns = [

@@ -13,12 +13,13 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from speed import measured
 
 # Name: (shape of the Llama, prompts, completions, tokens of both, LoRA rank, steps to time, the ratio asked for).
 SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -112,13 +113,6 @@ def theirs(name: str, model: str) -> dict[str, float]:
     return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def measured(python: str, *words: str) -> dict[str, float]:
-    done = subprocess.run([python, __file__, "child", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
         who, name, model = sys.argv[2:5]
@@ -143,7 +137,7 @@ def main() -> None:
             found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for _ in range(options.repetitions):
                 for way, python in ways.items():
-                    found[way].append(measured(python, way, name, model))
+                    found[way].append(measured(__file__, python, way, name, model))
         middle = {
             way: {key: statistics.median(x[key] for x in xs) for key in ("seconds", "peak")}
             for way, xs in found.items()

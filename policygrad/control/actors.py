@@ -156,6 +156,7 @@ def _is_plain(policy: nn.Module) -> bool:
     """Whether calling a policy does no more than its layers do, and PerceptronActor knows its layers and its head."""
     return (
         type(policy) is Policy
+        and all(p.dtype == torch.get_default_dtype() for p in policy.parameters())  # that of observations
         and isinstance(policy.head, CategoricalHead | NormalHead)
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)
         and not any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in policy.modules())

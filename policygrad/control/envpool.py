@@ -34,6 +34,8 @@ class EnvPool(VectorEnv):
             near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "choose vectorization auto"
             raise UserError(f"EnvPool has no environment {ending(shortened(name), 60)}: {hint}")
+        if "seed" in options:
+            raise UserError("seed is no option of EnvPool's environments here: the seed of the run decides")
         self.num_envs, self.metadata = num_envs, {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.make = partial(envpool.make_gymnasium, name, num_envs=num_envs, **options)
         self.pool = self._seeded(np.random.SeedSequence())

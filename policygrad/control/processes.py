@@ -61,8 +61,9 @@ class Processes(VectorEnv):
             self.processes.append(process)
         for _, theirs in pipes:
             theirs.close()
+        self.number = 0  # of the newest request: an interrupt may leave answers to older ones
         try:
-            self._asked("its start", None)
+            self._answers("its start")
         except BaseException:
             self._end()
             raise
@@ -75,6 +76,8 @@ class Processes(VectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """As Gymnasium's."""
+        if np.shape(actions) != self.columns["action"].shape:
+            raise UserError(f"the actions have shape {np.shape(actions)}, not {self.columns['action'].shape}")
         self.columns["action"][:] = actions
         infos = self._asked("step", lambda share: None)
         obs, _, reward, terminated, truncated = (self.columns[name].copy() for name in COLUMNS)
@@ -92,7 +95,7 @@ class Processes(VectorEnv):
         """Let each process close its environments, and end those that do not in time."""
         for pipe in self.pipes:
             with suppress(OSError):
-                pipe.send(("close", None))
+                pipe.send((-1, "close", None))
         until = time.monotonic() + CLOSING
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
@@ -105,19 +108,26 @@ class Processes(VectorEnv):
                 found = self._add_info(found, info, i)
         return found
 
-    def _asked(self, request: str, argument: Callable[[list[int]], Any] | None, said: str | None = None) -> list[Any]:
-        """The answers (environment, x) of all processes. argument: of each share; None: nothing is sent."""
-        said, until = said or request, None if self.time_limit is None else time.monotonic() + self.time_limit
+    def _asked(self, request: str, argument: Callable[[list[int]], Any], said: str | None = None) -> list[Any]:
+        """The answers of all processes to a request with an argument for each share. said: its name in messages."""
+        self.number += 1
+        with self._told(said or request):
+            for pipe, share in zip(self.pipes, self.shares, strict=True):
+                pipe.send((self.number, request, argument(share)))
+        return self._answers(said or request)
+
+    def _answers(self, said: str) -> list[Any]:
+        """The answers (environment, x) of all processes to the newest request."""
+        until = None if self.time_limit is None else time.monotonic() + self.time_limit
+        answers: list[Any] = []
+        errors: list[Any] = []
         with self._told(said):
-            if argument is not None:
-                for pipe, share in zip(self.pipes, self.shares, strict=True):
-                    pipe.send((request, argument(share)))
-            answers: list[Any] = []
-            errors: list[Any] = []
             for pipe in self.pipes:
-                if until is not None and not pipe.poll(max(0.0, until - time.monotonic())):
-                    raise multiprocessing.TimeoutError
-                done, found = pipe.recv()
+                number = -1
+                while number != self.number:
+                    if until is not None and not pipe.poll(max(0.0, until - time.monotonic())):
+                        raise multiprocessing.TimeoutError
+                    number, done, found = pipe.recv()
                 answers += found if done else []
                 errors += [] if done else [found]
         for kind, text, trace in errors:
@@ -192,65 +202,80 @@ def _work(k: int, share: list[int], made: Any, memory: dict[str, Any], current: 
         ours.close()  # so that a pipe ends with either of its two processes
         if other != k:
             theirs.close()
-    pipe, columns = pipes[k][1], {name: _array(*x) for name, x in memory.items()}
-    environments: list[gymnasium.Env] = []
-    resetting = [True] * len(share)
-
-    def at(i: int) -> int:
-        current[k] = share[i]
-        return i
-
-    def started() -> list[Any]:
-        for i, make in enumerate(made.fn):
-            at(i)
-            environments.append(make())
-        return []
-
-    def reset(i: int, **options: Any) -> Any:
-        obs, info = environments[at(i)].reset(**options)
-        columns["obs"][share[i]], resetting[i] = obs, False
-        return share[i], info
-
-    def step(i: int) -> Any:
-        j = share[i]
-        if resetting[i]:
-            columns["reward"][j], columns["terminated"][j], columns["truncated"][j] = 0.0, False, False
-            return reset(i)
-        obs, reward, terminated, truncated, info = environments[at(i)].step(columns["action"][j].copy())
-        columns["obs"][j], columns["reward"][j] = obs, reward
-        columns["terminated"][j], columns["truncated"][j] = terminated, truncated
-        resetting[i] = terminated or truncated
-        return j, info
-
-    def call(i: int, name: str, arguments: Any, named: Any) -> Any:
-        found = environments[at(i)].get_wrapper_attr(name)
-        return share[i], found(*arguments, **named) if callable(found) else found
-
-    def answer(request: str, argument: Any) -> list[Any]:
-        everyone = range(len(share))
-        match request:
-            case "start":
-                return started()
-            case "reset":
-                seeds, options = argument
-                return [reset(i, seed=seeds[i], options=options) for i in everyone]
-            case "step":
-                return [step(i) for i in everyone]
-        return [call(i, *argument) for i in everyone]
-
-    request, argument = "start", None
+    worker = _Worker(k, share, {name: _array(*x) for name, x in memory.items()}, current)
+    pipe, number, request, argument = pipes[k][1], 0, "start", made.fn
     while request != "close":
         try:
-            reply = (True, answer(request, argument))
+            reply = (number, True, getattr(worker, request)(argument))
         except BaseException as error:
             kind = None if isinstance(error, UserError) else type(error).__name__
             text = str(error) if kind is None else one_line(error, 120)
-            reply = (False, (kind, text, traceback.format_exc()))  # type: ignore[assignment]
+            reply = (number, False, (kind, text, traceback.format_exc()))
         try:
             pipe.send(reply)
-            request, argument = pipe.recv()
+            number, request, argument = pipe.recv()
         except (EOFError, OSError):  # the parent is gone
             break
-    for environment in environments:
+    for environment in worker.environments:
         with suppress(Exception):
             environment.close()
+
+
+class _Worker:
+    """A process's share of the environments, and its rows of the columns. Each method answers one kind of request.
+
+    share: the numbers of its environments. current: where each process says which environment it is at.
+    """
+
+    def __init__(self, k: int, share: list[int], columns: dict[str, np.ndarray], current: Any) -> None:
+        self.k, self.share, self.columns, self.current = k, share, columns, current
+        self.environments: list[gymnasium.Env] = []
+        self.resetting = [True] * len(share)
+
+    def start(self, makers: list[Callable[[], gymnasium.Env]]) -> list[Any]:
+        """Make the environments."""
+        for i, make in enumerate(makers):
+            self._at(i)
+            self.environments.append(make())
+        return []
+
+    def reset(self, argument: tuple[list[int | None], Any]) -> list[tuple[int, Any]]:
+        """Reset them. argument: their seeds, and the options."""
+        seeds, options = argument
+        return [self._reset(i, seed=seed, options=options) for i, seed in enumerate(seeds)]
+
+    def step(self, argument: None) -> list[tuple[int, Any]]:
+        """Step them, or reset those whose episode has ended."""
+        return [self._step(i) for i in range(len(self.share))]
+
+    def call(self, argument: tuple[str, tuple[Any, ...], dict[str, Any]]) -> list[tuple[int, Any]]:
+        """Call a method of each, or read an attribute. argument: its name and arguments."""
+        name, arguments, named = argument
+        answers = []
+        for i, j in enumerate(self.share):
+            self._at(i)
+            found = self.environments[i].get_wrapper_attr(name)
+            answers.append((j, found(*arguments, **named) if callable(found) else found))
+        return answers
+
+    def _at(self, i: int) -> int:
+        """Say that the process is at this environment; its number among all."""
+        self.current[self.k] = self.share[i]
+        return self.share[i]
+
+    def _reset(self, i: int, **options: Any) -> tuple[int, Any]:
+        j = self._at(i)
+        obs, info = self.environments[i].reset(**options)
+        self.columns["obs"][j], self.resetting[i] = obs, False
+        return j, info
+
+    def _step(self, i: int) -> tuple[int, Any]:
+        j, columns = self._at(i), self.columns
+        if self.resetting[i]:
+            columns["reward"][j], columns["terminated"][j], columns["truncated"][j] = 0.0, False, False
+            return self._reset(i)
+        obs, reward, terminated, truncated, info = self.environments[i].step(columns["action"][j].copy())
+        columns["obs"][j], columns["reward"][j] = obs, reward
+        columns["terminated"][j], columns["truncated"][j] = terminated, truncated
+        self.resetting[i] = terminated or truncated
+        return j, info

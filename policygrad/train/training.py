@@ -229,7 +229,9 @@ class Training:
         return max([*shares, *([steps / self.options.steps] if self.options.steps else [])])
 
     def _due(self) -> bool:
-        """Whether the current iteration's row will be kept."""
+        """Whether the current iteration's row may be kept."""
+        if getattr(self.options, "overlap", False):  # the sampler is at the next rollout, and not to be waited for
+            return True
         share = self._share(float(self.world.sample.steps), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
 

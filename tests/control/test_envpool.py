@@ -106,6 +106,7 @@ def test_an_evaluation_ends_at_the_environments_own_limit() -> None:
         ("CartPoll-v1", {}, "did you mean CartPole"),
         (lambda: None, {}, "EnvPool has no environment"),
         ("CartPole-v1", {"wind": 3}, "its arguments are env_options"),
+        ("CartPole-v1", {"seed": 3}, "the seed of the run decides"),
     ],
 )
 def test_what_envpool_does_not_know_is_refused(name: Any, options: dict[str, Any], said: str) -> None:

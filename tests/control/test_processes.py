@@ -188,6 +188,41 @@ def test_what_was_returned_does_not_change_with_the_next_step() -> None:
     environments.close()
 
 
+class Thinking(Known):
+    def step(self, action: Any) -> Any:
+        time.sleep(1.0)
+        return super().step(action)
+
+    def name(self) -> str:
+        return "slow"
+
+
+def test_an_answer_to_a_request_that_was_interrupted_is_not_taken_for_another_s() -> None:
+    environments = Processes([Thinking, Thinking])
+    environments.reset(seed=[0, 1])
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            environments.step(np.zeros((2, 2), np.float32))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert environments.call("name") == ("slow", "slow")
+    environments.close()
+
+
+def test_actions_of_another_shape_are_refused() -> None:
+    environments = Processes([limited(Known, 8)] * 2)
+    environments.reset(seed=[0, 1])
+    with pytest.raises(UserError, match=r"shape \(1, 2\), not \(2, 2\)"):
+        environments.step(np.zeros((1, 2), np.float32))
+    environments.close()
+
+
 def test_no_process_outlives_its_parent() -> None:
     script = """
 import os, sys, gymnasium
