@@ -43,7 +43,7 @@ os.environ |= {
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore::DeprecationWarning"}
 
 LIMIT = 10.0  # seconds of a case
-GRACE = 10.0  # seconds from SIGINT to the end
+GRACE = 60.0  # seconds from SIGINT to the end: an interrupt waits until the compiler is done
 MEMORY = 8 * 2**30  # bytes of address space
 LINE = 200  # characters of a message
 ASIDE = re.compile(r"(preset|note:|before:|after:) |.* left$")  # lines beside the message: the preset, the progress

@@ -83,7 +83,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from policygrad.language import arithmetic
-    from policygrad.language.generation import Request
+    from policygrad.language.completions import Request
     from policygrad.language.models import load_model, load_tokenizer, save_model, stop_tokens
     from policygrad.language.policies import LanguagePolicy
     from policygrad.language.rewards import Rewards
@@ -136,7 +136,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from policygrad.language import arithmetic
-    from policygrad.language.generation import Request
+    from policygrad.language.completions import Request
     from policygrad.language.models import load_model, load_tokenizer, stop_tokens
     from policygrad.language.policies import LanguagePolicy
     from policygrad.language.rewards import Rewards

@@ -32,7 +32,8 @@ from matplotlib.ticker import PercentFormatter
 from policygrad.divergences import kl
 from policygrad.errors import UserError
 from policygrad.language import arithmetic
-from policygrad.language.generation import Request, generate
+from policygrad.language.completions import Request
+from policygrad.language.generation import generate
 from policygrad.language.models import load_model, save_model
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.sampler import Prompts

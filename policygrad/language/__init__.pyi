@@ -21,12 +21,8 @@ from policygrad.language.evaluation import (
     evaluate_policy as evaluate_policy,
     pass_at_k as pass_at_k,
 )
-from policygrad.language.generation import (
-    Completions as Completions,
-    Engine as Engine,
-    Request as Request,
-    generate as generate,
-)
+from policygrad.language.completions import Completions as Completions, Engine as Engine, Request as Request
+from policygrad.language.generation import generate as generate
 from policygrad.language.models import (
     load_model as load_model,
     load_tokenizer as load_tokenizer,

@@ -3,7 +3,8 @@
 import torch
 
 from policygrad.errors import UserError
-from policygrad.language.generation import Request, generate
+from policygrad.language.completions import Request
+from policygrad.language.generation import generate
 from policygrad.language.policies import LanguagePolicy, Prefixes, can_share, causal
 from policygrad.language.sampler import Prompts
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError
-from policygrad.language.generation import Engine, check_memory, generate
+from policygrad.language.completions import Engine
+from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy
 from policygrad.language.sampler import Judge, Prompts, answer, check_judged, request_of
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from policygrad.errors import UserError, listed
-from policygrad.language.generation import Completions, Engine, Request, generate
+from policygrad.language.completions import Completions, Engine, Request
+from policygrad.language.generation import generate
 from policygrad.language.models import stop_tokens
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.rewards import Rewards, repeats, text_of

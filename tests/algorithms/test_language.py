@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import policygrad as pg
 from policygrad.language import arithmetic
+from policygrad.language.completions import Request
 from policygrad.language.data import columns_of, encode_prompts
-from policygrad.language.generation import Request
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import LanguagePolicy, ValueModel, reference_of, trunk
 from policygrad.language.rewards import Rewards

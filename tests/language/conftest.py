@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from policygrad.language.completions import Completions, Request
 from policygrad.language.data import left_padded
-from policygrad.language.generation import Completions, Request
 from policygrad.language.policies import LanguagePolicy, Prefixes, ValueModel, trunk
 
 VOCABULARY, HIDDEN, PAD, END = 23, 16, 0, 1

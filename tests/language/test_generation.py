@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicLayer
 
 from language.conftest import END, PAD, RECURRENT, SLIDING, VOCABULARY, every_architecture, prompts, tiny
 from policygrad.errors import UserError
-from policygrad.language import generation
-from policygrad.language.generation import Completions, Request, check_memory, generate, inverse_transform
+from policygrad.language import decoding, generation
+from policygrad.language.completions import Completions, Request
+from policygrad.language.generation import check_memory, generate, inverse_transform
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import LanguagePolicy, Prefixes
 
@@ -171,9 +172,9 @@ def test_keys_and_values_are_written_in_place_and_only_what_is_written_is_attend
     sampled(policy, max_tokens=4, stop=())
     kinds = {kind for row in seen[1:] for kind, *_ in row}
     assert DynamicLayer not in kinds
-    assert name in own_ways or kinds == {generation._Roomy}
+    assert name in own_ways or kinds == {decoding.Roomy}
     for first, second, third in zip(*seen[1:], strict=True):
-        if first[0] is generation._Roomy:
+        if first[0] is decoding.Roomy:
             assert first[1] == second[1] == third[1]
             assert [x[2][-2] for x in (first, second, third)] == [7, 8, 9]
             assert first[2][0] == 12
@@ -191,7 +192,7 @@ def test_rows_that_have_ended_are_taken_out_and_nothing_else_changes(
     model.get_input_embeddings().register_forward_pre_hook(lambda _, x: computed.append(len(x[0])))
     results = []
     for kept in (0.0, 3 / 4, 0.999):
-        monkeypatch.setattr(generation, "KEPT", kept)
+        monkeypatch.setattr(decoding, "KEPT", kept)
         computed.clear()
         torch.manual_seed(0)  # the same prompts
         results.append((sampled(policy, completions=8, max_tokens=9, stop=range(END, END + 12))[0], computed[1:]))

@@ -32,7 +32,8 @@ from language.conftest import (
 )
 from policygrad.critics import bootstrap_values
 from policygrad.divergences import kl
-from policygrad.language.generation import Request, generate
+from policygrad.language.completions import Request
+from policygrad.language.generation import generate
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import (
     LanguagePolicy,

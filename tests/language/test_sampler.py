@@ -18,8 +18,9 @@ from policygrad.credit import grouped
 from policygrad.divergences import AdaptiveCoefficient
 from policygrad.errors import UserError
 from policygrad.language import arithmetic
+from policygrad.language.completions import Completions, Engine, Request
 from policygrad.language.data import left_padded, openings
-from policygrad.language.generation import Completions, Engine, Request, generate
+from policygrad.language.generation import generate
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.rewards import Rewards
 from policygrad.language.sampler import CUTS, CompletionSampler, Prompts, answer, as_rollout, request_of

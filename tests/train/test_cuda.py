@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Critic, Softmax
+from language.conftest import END, PAD, prompts, tiny
 from outcomes import DISTINCT, parameters, untimed
 from problems import problem
 from torch.testing import assert_close
@@ -17,6 +19,10 @@ from torch.utils._pytree import tree_map
 
 import policygrad as pg
 from policygrad.errors import Note
+from policygrad.language import decoding
+from policygrad.language.completions import Request
+from policygrad.language.generation import generate
+from policygrad.language.policies import LanguagePolicy
 from policygrad.train.compose import assemble
 from policygrad.train.options import EPISODIC, options_of
 from policygrad.updates import ascend
@@ -111,6 +117,46 @@ def test_a_language_model_trains_there(method: str, language: dict[str, Any], tm
 def test_adapters_and_bfloat16_train_there(values: dict[str, Any], language: dict[str, Any]) -> None:
     run = pg.train("grpo", device="cuda", preset="none", **language, **values)
     assert parameters(run).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "qwen3"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_recorded_step_draws_what_a_step_by_itself_draws(
+    name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    policy = LanguagePolicy(tiny(name).cuda(), temperature=1.7, autocast=autocast)
+    prompt, mask = (x.cuda() for x in prompts(2, 6, 1, 4))
+    monkeypatch.setattr(decoding, "BLOCK", 7)
+    monkeypatch.setattr(decoding.Recorded, "every", 5)
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
+    done = []
+    for records in (True, False):
+        if not records:  # the same step, by itself
+            monkeypatch.setattr(decoding.Recorded, "_record", lambda self: None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Note)  # a step that is not recorded says so
+            generator = torch.Generator("cuda").manual_seed(0)
+            done.append(generate(policy, prompt, mask, Request(6, 30, (END, 5), PAD), generator))
+    assert len(replays) > 15
+    for x, y in zip(vars(done[0]).values(), vars(done[1]).values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_model_that_waits_for_the_gpu_is_not_recorded_and_says_so() -> None:
+    torch.manual_seed(0)
+    prompt, mask = (x.cuda() for x in prompts(2, 6, 1, 4))
+    done = []
+    for waits in (False, True):
+        model = tiny().cuda()
+        if waits:
+            model.model.layers[1].register_forward_hook(lambda module, given, out: out * float(out.isfinite().all()))
+        generator = torch.Generator("cuda").manual_seed(0)
+        with pytest.warns(Note, match="not recorded") if waits else nullcontext():
+            done.append(generate(LanguagePolicy(model), prompt, mask, Request(4, 20, (END,), PAD), generator))
+        assert torch.ones(3, device="cuda").sum().item() == 3, "the device goes on to work"
+    assert torch.equal(done[0].tokens, done[1].tokens)
 
 
 def test_modules_of_ones_own_learn_there(sample: Any) -> None:

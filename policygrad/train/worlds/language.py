@@ -17,8 +17,9 @@ from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
+from policygrad.language.completions import Request
 from policygrad.language.evaluation import Evaluation, evaluate_policy
-from policygrad.language.generation import Request, check_memory, generate
+from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, causal, has_bfloat16, reference_of
 from policygrad.language.sampler import CompletionSampler, Prompts, request_of
 from policygrad.language.tasks import (

@@ -17,8 +17,9 @@ from tiny_models import tiny
 import policygrad as pg
 from policygrad.errors import Note, UserError
 from policygrad.language import arithmetic, models
+from policygrad.language.completions import Completions
 from policygrad.language.evaluation import Evaluation
-from policygrad.language.generation import Completions, generate
+from policygrad.language.generation import generate
 from policygrad.language.policies import trunk
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
