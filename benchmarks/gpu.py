@@ -1,6 +1,6 @@
 """An iteration on a GPU: plain and compiled, decoding recorded and step by step, and on the CPU beside it.
 
-    python benchmarks/gpu.py [REPETITIONS]
+    python benchmarks/gpu.py [REPETITIONS] [NAME]   # NAME: a part of what is timed
 
 Medians of iterations, in alternation; the GPU is synchronized by the metrics that are read after every iteration.
 Control: PPO on CartPole-v1, 64 environments x 128 steps, 4 epochs of 4 minibatches. Language: GRPO with random weights
@@ -88,6 +88,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         groups: dict[str, dict[str, Callable[[], Training]]] = {}
         for name, make in cases(Path(place)).items():
+            if not all(part in name for part in sys.argv[2:]):
+                continue
             groups.setdefault(name.split(",")[0], {})[name] = make
         for group in groups.values():
             trainings = {name: make() for name, make in group.items()}

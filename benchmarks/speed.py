@@ -7,9 +7,8 @@
 Each measurement is a process of its own. It first trains for a warm-up, and compilation is in it; then it trains for
 the steps that are timed. Speeds are medians of the repetitions, and a ratio is that of the medians. The return stands
 beside the speed: the mean of the last 100 training episodes, of rejax the mean of 128 evaluation episodes. torch has
-one thread on both sides, which is the faster setting of Stable-Baselines3 too. The rows at the end time whole
-processes: from the start of Python to a mean return of 475 over 100 training episodes, and the two commands that do
-nothing. Rows with EnvPool need it installed. Writes docs/speed.json, docs/speed.md and docs/speed.png when all
+one thread on both sides. The rows at the end time whole processes: from the start of Python to a mean return of 475 over
+100 training episodes, and the two commands that do nothing. Rows with EnvPool need it installed. Writes docs/speed.json, docs/speed.md and docs/speed.png when all
 of it is run; --write does it again from docs/speed.json.
 """
 
@@ -279,7 +278,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     names = [f"{row['work']}: {row['way']} / {row['peer']}" for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.axvline(1, color="0.4", linewidth=1, linestyle=":")
-    axes.set_xlabel("speed of this library / speed of the peer, in the same run (red: what was asked for)")
+    axes.set_xlabel("speed, as a multiple of the peer in the same run (red: asked for)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS / "speed.png", dpi=150)
 
@@ -288,12 +287,12 @@ def write() -> None:
     """docs/speed.md and docs/speed.png from docs/speed.json. What was written by hand below the table stays."""
     rows = json.loads((DOCS / "speed.json").read_text())
     head = [
-        "| work | this library | speed | peer | speed | ratio | asked for | returns |",
+        "| work | this library | speed | peer | speed | ratio | asked for | returns of both |",
         "|---|---|---|---|---|---|---|---|",
     ]
     text = (
         "# Speed\n\nMade by `python benchmarks/speed.py --peers PEERS/bin/python`: environment steps per second of "
-        f"training, sampling and learning together, on {platform.machine()} with {os.cpu_count()} cores. "
+        f"training, sampling and learning together, on {platform.machine()} with {os.cpu_count()} cores.\n"
         f"{__doc__.split(chr(10) * 2)[2].strip()}\n\n![The ratios of the table](speed.png)\n\n"
     )
     asked = [row for row in rows if row["asked"] is not None]

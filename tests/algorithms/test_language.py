@@ -203,6 +203,17 @@ def test_the_ratio_is_1_to_the_bit_when_the_rows_keep_their_order() -> None:
     assert torch.equal(policy(rollout.obs).log_prob(rollout.action).where(rollout.mask, 0.0), rollout.logp)
 
 
+@pytest.mark.parametrize(("epochs", "passes"), [(1, 1), (3, 3)])
+@pytest.mark.parametrize("method", of_groups)
+def test_a_step_is_one_forward_pass_as_the_sampler_has_scored_its_tokens(method: str, epochs: int, passes: int) -> None:
+    policy = made_policy()
+    seen: list[bool] = []
+    policy.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    batched = {"epochs": epochs} | ({"sampling_rounds": 1} if method == "dapo" else {})
+    next(iter(learner(method, policy, made_sampler(), kl_ref="none", **batched)))
+    assert seen == [True] * passes, "of the learner; the sampler calls no forward pass of the policy"
+
+
 @pytest.mark.parametrize("name", [x for x in CASES if x not in OF_CONTROL and CASES[x][0] not in NATURAL])
 def test_where_nothing_counts_nothing_changes(name: str) -> None:
     """All completions were cut, and cut ones are masked: overlong filtering on a model that does not stop yet."""
