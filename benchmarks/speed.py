@@ -7,9 +7,9 @@
 Each measurement is a process of its own. It first trains for a warm-up, and compilation is in it; then it trains for
 the steps that are timed. Speeds are medians of the repetitions, and a ratio is that of the medians. The return stands
 beside the speed: the mean of the last 100 training episodes, of rejax the mean of 128 evaluation episodes. torch has
-one thread on both sides. The rows at the end time whole processes: from the start of Python to a mean return of 475 over
-100 training episodes, and the two commands that do nothing. Rows with EnvPool need it installed. Writes docs/speed.json, docs/speed.md and docs/speed.png when all
-of it is run; --write does it again from docs/speed.json.
+one thread on both sides. The rows at the end time whole processes: from the start of Python to a mean return of 475
+over 100 training episodes, and the two commands that do nothing. Rows with EnvPool need it installed. Writes
+docs/speed.json, docs/speed.md and docs/speed.png when all of it is run; --write does it again from docs/speed.json.
 """
 
 import argparse
