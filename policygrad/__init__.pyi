@@ -67,10 +67,13 @@ from policygrad.samplers import (
     WithoutFlatGroups as WithoutFlatGroups,
 )
 from policygrad.train.checkpoints import load_policy as load_policy
+from policygrad.train.comparison import Comparison as Comparison, compare as compare
 from policygrad.train.compose import Learner as Learner, assemble as assemble
 from policygrad.train.keywords import Keywords as Keywords
 from policygrad.train.run import Run as Run
+from policygrad.train.studies import Study as Study, study as study
 from policygrad.train.training import Training as Training, train as train
+from policygrad.train.watching import watch as watch
 from policygrad.updates import Objective as Objective
 from policygrad.weights import (
     average as average,

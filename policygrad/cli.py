@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
@@ -47,6 +47,8 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
   policygrad reward-model [options]         learn a reward from preferences
   policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
+  policygrad watch RUN [options]            a video of its episodes, or a transcript
+  policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad verify [options]               hold every method and estimator against the exact gradient
   policygrad list                           methods, their variants and presets
 
@@ -62,21 +64,17 @@ for example:
 
 
 @dataclass
-class Eval:
-    """Play whole episodes with a trained policy, or answer held-out prompts, and report the score.
-
-    A run directory is data: code that it names, and files of elsewhere, are used only if the name is repeated here, or
-    with --trust.
-    """
+class Trained:
+    """A run, what to play of it, and the names that it may follow out of its directory."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Directory of a run, as written by train."""
     episodes: int | None = None
-    """Number of episodes (control); 10 by default."""
+    """Number of episodes (control); by default 10, and 1 to watch."""
     max_steps: int | None = None
     """Maximum length of an episode (control); by default the task's time limit."""
     completions: int | None = None
-    """Completions per prompt (language models), and the largest k of pass@k; by default as in training."""
+    """Completions per prompt (language models), and the largest k of pass@k; by default as in training, 1 to watch."""
     greedy: FlagCreatePairsOff[bool] = False
     """Take the most likely action; the default in control."""
     sampled: FlagCreatePairsOff[bool] = False
@@ -105,6 +103,50 @@ class Eval:
     """Run Python code that comes with the model (language models)."""
     device: str | None = None
     """Device of the policy; by default as in training."""
+
+
+@dataclass
+class Eval(Trained):
+    """Play whole episodes with a trained policy, or answer held-out prompts, and report the score.
+
+    A run directory is data: code that it names, and files of elsewhere, are used only if the name is repeated here, or
+    with --trust.
+    """
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass
+class Watch(Trained):
+    """Make a video of a trained policy's episodes; for language models and exact worlds, a transcript.
+
+    A run directory is data, as for eval.
+    """
+
+    out: Path | None = None
+    """File of the video, .mp4 or .gif (by default RUN/video.mp4), or of the transcript (by default the terminal)."""
+
+
+@dataclass
+class Compare:
+    """Compare runs: for each method and task the interquartile mean, mean and median of the final scores with their
+    bootstrap intervals, learning curves, performance profiles, and the probability that one method beats another.
+
+    Runs are grouped by what they are: the method, and the options that differ, all but the seed.
+    """
+
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
+    """Directories of runs, or directories that hold runs, such as a study's."""
+    out: Path | None = None
+    """Directory for comparison.png, comparison.md and comparison.json."""
+    score: Literal["auto", "training", "evaluation"] = "auto"
+    """training: the last return of training (language models: reward); evaluation: the last held-out reward, or J on
+    exact worlds; auto: evaluation if every run has it, training if none has."""
+    at: int | None = None
+    """Compare the scores at this many steps (language models: completions); by default the last."""
+    unfinished: FlagCreatePairsOff[bool] = False
+    """Count runs that have not finished, too."""
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object and nothing else."""
 
@@ -203,7 +245,14 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _dispatch(rest: list[str]) -> int:
-    commands = {"train": _train, "reward-model": _reward_model, "eval": _eval, "verify": _verify, "list": _list}
+    commands = {
+        "train": _train,
+        "reward-model": _reward_model,
+        "eval": _eval,
+        "compare": _compare,
+        "verify": _verify,
+        "list": _list,
+    }
     if not rest or rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -251,7 +300,7 @@ def _train(rest: list[str]) -> int:
     name, rest = method_named(method).name, rest[1:]
     asked = {"-h", "--help"} & set(rest)
     named = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}
-    known = {f.name for f in fields(Options)} | {"out", "preset", "json", "samples", "help"}
+    known = {f.name for f in fields(Options)} | {"out", "preset", "json", "samples", "seeds", "processes", "help"}
     if task is None and named - known:  # its value may have been meant as the task
         raise UserError(_no_option(as_flag(min(named - known)), map(as_flag, known)))
     kind = (
@@ -279,6 +328,10 @@ def _train(rest: list[str]) -> int:
         _language_installed()
     with presets.blamed(preset, tuned, given):
         validate(with_values(options, values), options)
+        if command.seeds is not None:
+            return _study(name, task, preset, tuned, command, values, named)
+        if command.processes is not None:
+            raise UserError("processes is of a study: give its seeds, such as --seeds 0-9, or leave it out")
         with _aside(command.json), run_directory(command.out, default) as out:
             _quiet()
             run = _run(name, task, out, preset, tuned, command, values)
@@ -295,6 +348,40 @@ def _train(rest: list[str]) -> int:
         flags += " --dataset PROMPTS"
     print(f"run: {out} (evaluate: policygrad eval {shlex.quote(str(out))}{flags})")
     return 0
+
+
+def _study(name: str, task: Any, preset: str | None, tuned: Any, command: Any, values: Any, named: set[str]) -> int:
+    """Train several seeds, and print what they come to."""
+    from policygrad.train.reports import at_terminal
+    from policygrad.train.studies import seeds_of, study
+
+    for option in sorted({"seed", "samples"} & named):
+        raise UserError(f"{option} is of one run, and seeds of a study: leave one of the two out")
+    common = {x: y for x, y in values.items() if x != "seed"}
+    with _aside(command.json):
+        _quiet()
+        if preset is not None:
+            print(
+                presets.said(preset, tuned, with_values(options_of(name, kind_of(task, values))(), values)), flush=True
+            )
+        found = study(
+            name,
+            task,
+            seeds=seeds_of(command.seeds),
+            out=command.out,
+            processes=command.processes,
+            preset=preset or "none",
+            progress=not command.json or at_terminal(),
+            **common,
+        )
+    if command.json:
+        print(json.dumps(found.summary()))
+    elif found.comparison is not None:
+        found.comparison.show()
+        print(f"study: {found.directory} (comparison.png; compare it: policygrad compare {found.directory} RUN...)")
+    for seed, said in found.failed.items():
+        print(f"policygrad: {within(f'seed {seed} failed: {said}')}", file=sys.stderr)
+    return 2 if found.failed else 0
 
 
 def _is_task(word: str) -> bool:
@@ -362,6 +449,10 @@ def _command(options: Any) -> Any:
          "Options given here override them.")], field(default=None)),
         ("json", Annotated[FlagCreatePairsOff[bool], arg(help="Print one JSON object at the end, and nothing else.")],
          field(default=False)),
+        ("seeds", Annotated[str | None, arg(help="Train a run for each of these seeds, such as 0-9 or 0,3,7: a study, "
+         "in as many processes as cores. Once more, it trains those that have not finished.")], field(default=None)),
+        ("processes", Annotated[int | None, arg(help="Processes of a study; by default as the cores allow.")],
+         field(default=None)),
     ]  # fmt: skip
     if options.world == "language":
         made.append(
@@ -417,38 +508,74 @@ def _reward_model(rest: list[str]) -> int:
     return 0
 
 
-def _eval(rest: list[str]) -> int:
-    known = {f.name for f in fields(Eval)}
+def _loaded(kind: Any, name: str, rest: list[str]) -> tuple[Any, Any, dict[str, Any]]:
+    """A command on a trained run, the run, and how it is played: seed and greedy."""
+    known = {f.name for f in fields(kind)}
     named = [x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")]
     unread = [x for x in named if x not in known and x in {f.name for f in fields(Options)}]
     if unread:
-        raise UserError(f"eval does not read {unread[0]}, which the run has from training: leave it out")
-    command = _parse(Eval, rest, "eval", UseAppendAction)
+        raise UserError(f"{name} does not read {unread[0]}, which the run has from training: leave it out")
+    command = _parse(kind, rest, name, UseAppendAction)
     if command.greedy and command.sampled:
         raise UserError("--greedy and --sampled exclude each other: give one")
-    with _aside(command.json):
+    with _aside(getattr(command, "json", False)):
         _quiet()
         from policygrad.train.run import Run
-        from policygrad.train.samples import samples_table
 
         repeated = {name: x for name in REPEATED if (x := getattr(command, name))}
         run = Run.load(command.run, trust=command.trust, **repeated)
-        worlds = {"episodes": "control", "max_steps": "control", "completions": "language", "samples": "language"}
-        for name, world in worlds.items():
-            if getattr(command, name) is not None and world != run.world.kind:
-                raise UserError(f"{as_flag(name)} is for {world}, and {command.run} on {run.world.name}: leave it out")
+    worlds = {"episodes": "control", "max_steps": "control", "completions": "language", "samples": "language"}
+    for option, world in worlds.items():
+        if getattr(command, option) is not None and world != run.world.kind:
+            raise UserError(f"{as_flag(option)} is for {world}, and {command.run} on {run.world.name}: leave it out")
+    greedy = True if command.greedy else False if command.sampled else None
+    return command, run, {"seed": 1000 if command.seed is None else command.seed, "greedy": greedy}
+
+
+def _eval(rest: list[str]) -> int:
+    command, run, how = _loaded(Eval, "eval", rest)
+    with _aside(command.json):
+        from policygrad.train.samples import samples_table
+
         if command.seed is not None and run.world.kind == "exact":
             raise UserError(f"{run.world.name} is evaluated exactly, without random numbers: leave --seed out")
-        greedy = True if command.greedy else False if command.sampled else None
         count = command.completions if command.episodes is None else command.episodes
-        seed = 1000 if command.seed is None else command.seed
-        result: Any = run.evaluate(count, seed=seed, greedy=greedy, max_steps=command.max_steps)
+        result: Any = run.evaluate(count, max_steps=command.max_steps, **how)
     if command.json:
         print(json.dumps({**result.summary(), "policy": vars(run.stage)}))
         return 0
     print(f"{result.line()}; {run.standing()}")
     if hasattr(result, "rows"):
         samples_table(result.rows[:: result.completions], limit=4 if command.samples is None else command.samples)
+    return 0
+
+
+def _watch(rest: list[str]) -> int:
+    command, run, how = _loaded(Watch, "watch", rest)
+    from policygrad.train.watching import transcript, video
+
+    if run.world.kind == "control":
+        out = command.out or command.run / "video.mp4"
+        episodes = 1 if command.episodes is None else command.episodes
+        found = video(run, out, episodes, max_steps=command.max_steps, **how)
+        print(f"{found.line()}; {run.standing()}\nvideo: {out}")
+        return 0
+    text = transcript(run, command.samples, command.completions, out=command.out, **how)
+    print(text if command.out is None else f"transcript: {command.out}")
+    return 0
+
+
+def _compare(rest: list[str]) -> int:
+    command = _parse(Compare, rest, "compare")
+    from policygrad.train.comparison import compare
+
+    found = compare(*command.runs, out=command.out, score=command.score, at=command.at, unfinished=command.unfinished)
+    if command.json:
+        print(json.dumps(found.summary()))
+        return 0
+    found.show()
+    if command.out is not None:
+        print(f"comparison: {command.out} (comparison.png, comparison.md, comparison.json)")
     return 0
 
 
@@ -544,7 +671,7 @@ def _kinds(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     parts = {name: get_args(x)[0] if get_origin(x) is Annotated else x for name, x in hints.items()}
     nested = [_kinds(x) for x in parts.values() if is_dataclass(x)]
-    own = {as_flag(x): kind for x, kind in parts.items() if not is_dataclass(kind) and x not in ("task", "run")}
+    own = {as_flag(x): kind for x, kind in parts.items() if not is_dataclass(kind) and x not in ("task", "run", "runs")}
     return {name: kind for kinds in (*nested, own) for name, kind in kinds.items()}
 
 

@@ -351,6 +351,110 @@ def test_eval_says_it_in_words(policygrad: Any, run: Path) -> None:
     assert "3 episodes" in said.out
 
 
+# Several runs
+
+
+def test_a_study_trains_its_seeds_and_sums_them_up(policygrad: Any) -> None:
+    said = policygrad(*PPO, "--seeds", "0-1", "--out", "study")
+    assert said.code == 0
+    assert "seed 0: return" in said.err
+    assert "study: study (" in said.out
+    assert re.search(r"ppo +2 ", said.out)
+    for seed in range(2):
+        assert strict(Path("study", f"seed-{seed}", "config.json").read_text())["options"]["seed"] == seed
+    again = policygrad(*PPO, "--seeds", "0-1", "--out", "study", "--json")
+    assert (again.code, again.out.count("\n")) == (0, 1)
+    assert set(strict(again.out)["runs"]) == {"0", "1"}
+    assert strict(policygrad("compare", "study", "--json").out) == strict(again.out)["comparison"]
+
+
+def test_a_seed_that_fails_is_one_line_and_exit_code_2(policygrad: Any) -> None:
+    policygrad(*PPO, "--seeds", "0", "--out", "study")
+    Path("study", "seed-1").mkdir()
+    Path("study", "seed-1", "mine").write_text("")
+    said = policygrad(*PPO, "--seeds", "0,1,2", "--out", "study", "--json")
+    assert said.code == 2
+    assert list(strict(said.out)["failed"]) == ["1"]
+    assert list(strict(said.out)["runs"]) == ["0", "2"]
+    assert said.err.count("policygrad: seed 1 failed: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--seeds", "3-1"), "seeds is '3-1': give a range such as 0-9"),
+        (("--seeds", "0-1", "--seed", 1), "seed is of one run, and seeds of a study"),
+        (("--seeds", "0,0"), "the seed 0 is given more than once"),
+        (("--processes", 2), "processes is of a study"),
+        (("--seeds", "0-1", "--processes", 0), "processes is 0"),
+        (("--seeds", "0-1", "--gamma", 3), "gamma is 3.0"),
+    ],
+    ids=str,
+)
+def test_a_study_that_cannot_be_meant_is_one_line(
+    policygrad: Any, tmp_path: Path, flags: tuple[Any, ...], said: str
+) -> None:
+    assert_one_line(policygrad(*PPO, *flags, "--out", "study"), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_prints_a_table_and_writes_a_picture(policygrad: Any) -> None:
+    for seed in range(2):
+        policygrad("train", "ppo", "exact:chain", "--steps", 64, "--seed", seed, "--out", f"runs/ppo-{seed}")
+        policygrad("train", "trpo", "exact:chain", "--steps", 64, "--seed", seed, "--out", f"runs/trpo-{seed}")
+    said = policygrad("compare", "runs", "--out", "here")
+    assert (said.code, said.err) == (0, "")
+    assert "exact:chain: J of the policy, in closed form" in said.out
+    assert "note: intervals of 2 runs are too narrow" in said.out
+    assert "comparison: here" in said.out
+    found = strict(Path("here", "comparison.json").read_text())
+    assert (
+        strict(policygrad("compare", "runs/ppo-0", "runs/ppo-1", "runs/trpo-0", "runs/trpo-1", "--json").out) == found
+    )
+    assert policygrad("compare", "runs", "--score", "training", "--at", 40, "--unfinished").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "there is no run to compare"),
+        (("nowhere",), "nowhere does not exist"),
+        (("run", "--score", "best"), "--score is 'best': it must be one of auto, training, evaluation"),
+        (("run", "--at", 0), "at is 0"),
+        (("run", "--at", "x"), "--at is 'x': it must be a whole number"),
+    ],
+    ids=str,
+)
+def test_compare_refuses_what_cannot_be_meant(
+    policygrad: Any, run: Path, arguments: tuple[Any, ...], said: str
+) -> None:
+    assert_one_line(policygrad("compare", *arguments), said)
+
+
+def test_watch_writes_a_video_or_prints_a_transcript(policygrad: Any) -> None:
+    policygrad("train", "ppo", "CartPole-v1", "--steps", 64, "--num-steps", 8, "--preset", "none", "--out", "cart",
+               "--minibatch-size", 8)  # fmt: skip
+    said = policygrad("watch", "cart", "--out", "film.gif", "--max-steps", 4)
+    assert said.code == 0
+    assert "return 4.0" in said.out
+    assert "video: film.gif" in said.out
+    assert Path("film.gif").stat().st_size > 1000
+    assert_one_line(policygrad("watch", "cart", "--out", "film.avi"), "a video is an .mp4 or a .gif file")
+    assert_one_line(policygrad("watch", "cart", "--samples", 3), "--samples is for language")
+    policygrad("train", "ppo", "exact:chain", "--steps", 64, "--out", "chain")
+    said = policygrad("watch", "chain", "--seed", 3)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("episode 1: ")
+    assert policygrad("watch", "chain", "--seed", 3, "--out", "said.txt").code == 0
+    assert Path("said.txt").read_text() == said.out
+    assert_one_line(policygrad("watch", "chain", "--episodes", 3), "--episodes is for control")
+
+
+def test_watch_imports_no_code_that_a_run_names(policygrad: Any, run: Path) -> None:
+    assert_one_line(policygrad("watch", run, "--out", "film.gif"), "environment 'probes:Known-v0': repeat")
+    assert_one_line(policygrad("watch", run, "--out", "film.gif", "--trust"), "has no picture")
+
+
 # Help and lists
 
 
@@ -365,6 +469,7 @@ def test_help_is_everywhere_and_imports_no_torch() -> None:
     commands += [["train", name, "--help"] for name in METHODS]
     commands += [["train", "ppo", task, "--help"] for task in (*TASKS.values(), "mine.py:Env", "module:Env-v0")]
     commands += [["train", "--seed", "1", "ppo", "CartPole-v1", "-h"], ["eval", "run", "--help"], ["list", "presets"]]
+    commands += [["compare", "--help"], ["compare", "run", "--help"], ["watch", "--help"], ["watch", "run", "--help"]]
     commands += [["list", "environments", "--help"], ["verify", "--estimator", "mine.py:f", "--help"]]
     script = f"""
 import contextlib, io, sys
@@ -390,7 +495,7 @@ def test_help_has_exactly_the_options_of_the_method_on_the_world(policygrad: Any
     said = policygrad("train", method, TASKS[world], "--help")
     assert (said.code, said.err) == (0, "")
     shown = re.findall(r"^\W*(?:-h, )?--([\w-]+)", said.out, re.MULTILINE)
-    own = {"out", "preset", "json", "help"} | ({"samples"} if world == "language" else set())
+    own = {"out", "preset", "json", "seeds", "processes", "help"} | ({"samples"} if world == "language" else set())
     names = {f.name for f in dataclasses.fields(options_of(method, world))} | own
     assert sorted(shown) == sorted(name.replace("_", "-") for name in names)
 

@@ -92,10 +92,11 @@ def test_every_metric_is_explained() -> None:
 
 
 def shortened(rest: list[str]) -> list[str]:
-    """The arguments, with one step of training."""
-    if "--steps" in rest:
-        at = rest.index("--steps")
-        rest = rest[:at] + rest[at + 2 :]
+    """The arguments, with one step of training, and of a study two seeds."""
+    for flag in ("--steps", "--seeds"):
+        if flag in rest:
+            at = rest.index(flag)
+            rest = rest[:at] + rest[at + 2 :] + (["--seeds", "0-1"] if flag == "--seeds" else [])
     return [*rest, "--steps", "1"]
 
 

@@ -43,7 +43,7 @@ ALL = "all tasks"
 NARROW = 110  # characters of a terminal
 
 # Options that change how a run is computed, watched or kept, and not what it is.
-APART = {"seed", "device", "threads", "compile", "profile", "step_time_limit"}
+APART = {"seed", "device", "threads", "compile", "profile", "step_time_limit", "checkpoint_every", "checkpoints"}
 
 Kind = Literal["training", "evaluation"]
 
@@ -333,20 +333,25 @@ def recorded(run: Run | Path) -> Recorded:
             raise ValueError(f"there is no {shortened(method, 30)} on {shortened(world, 30)}")
         if type(options["seed"]) is not int:
             raise ValueError(f"the seed is {shortened(options['seed'], 30)}")
-        ended = None
-        if (run / "summary.json").exists():
-            ended = read_json(run / "summary.json")["ended"]
-        if not isinstance(ended, str | None):
-            raise ValueError(f"it ended {shortened(ended, 30)}")
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
     if task is None and world == "control":  # an environment that was handed in
         description = read_json(run / "policy.json")
         task = one_line(description.get("environment") if isinstance(description, dict) else None, 60)
     rows = _rows(run / "metrics.jsonl", AXES[world][0])
-    return Recorded(str(run), method, world, _task(task, options), options, rows, ended)
+    return Recorded(str(run), method, world, _task(task, options), options, rows, how_it_ended(run))
+
+
+def how_it_ended(run: Path) -> str | None:
+    """How the run in a directory ended; None if it has not. Raises UserError if its summary.json is damaged."""
+    path = run / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    ended = summary.get("ended") if isinstance(summary, dict) else 0
+    if not isinstance(ended, str | None):
+        raise damaged(path, f"it says that the run ended {shortened(ended, 30)}")
+    return ended
 
 
 def _task(name: str | None, options: dict[str, Any]) -> str:

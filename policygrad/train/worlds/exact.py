@@ -62,17 +62,20 @@ class ExactWorld(World):
             )
         self._make_tables()
         rows, seed = self.options.num_envs, self.options.seed
-        if self.tokens is None:
-            horizon = self.options.episode_steps or self.world.time_limit or HORIZON
-            self.sample: Any = EpisodeSampler(self.world, rows, horizon, seed)
-            return
-        if self.options.episode_steps is not None:
+        if self.tokens is not None and self.options.episode_steps is not None:
             raise OptionError("episode_steps", f"{self.name} has a length of its own: leave episode_steps out")
-        if rows % COMPLETIONS:
+        if self.tokens is not None and rows % COMPLETIONS:
             raise UserError(
                 f"num_envs is {rows}: {self.name} answers each prompt {COMPLETIONS} times; give a multiple of it"
             )
-        self.sample = CompletionSampler(self.tokens, rows // COMPLETIONS, COMPLETIONS, seed)
+        self.sample = self.sampler(rows, seed)
+
+    def sampler(self, rows: int, seed: int, completions: int = COMPLETIONS) -> Any:
+        """A sampler of so many episodes; of `exact:tokens`, of so many answers, `completions` to each prompt."""
+        if self.tokens is not None:
+            return CompletionSampler(self.tokens, rows // completions, completions, seed)
+        horizon = self.options.episode_steps or self.world.time_limit or HORIZON
+        return EpisodeSampler(self.world, rows, horizon, seed)
 
     def _make_tables(self) -> None:
         states, actions = self.world.reward.shape

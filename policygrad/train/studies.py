@@ -1,0 +1,459 @@
+"""Studies: one method on one task with several seeds, each seed in a process of its own.
+
+A study is a directory with a run for each seed: seed-0, seed-1, ... The same study in the same directory trains the
+seeds that have not finished.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Unpack
+
+from policygrad import __version__
+from policygrad.errors import Kept, Note, UserError, ending, listed, one_line, shortened
+from policygrad.files import as_path, damaged, read_json, write_json
+from policygrad.train.comparison import Comparison, compare, how_it_ended
+from policygrad.train.directories import file_name
+from policygrad.train.keywords import Arguments
+from policygrad.train.methods import method_named
+from policygrad.train.options import options_of
+from policygrad.train.reports import ProgressLine
+from policygrad.train.run import json_number
+from policygrad.train.worlds import kind_of
+
+ABOUT = "study.json"  # what the runs of a study have in common
+MOST = 1000  # seeds of a study
+LONGEST = 1000  # characters of a value in study.json; rows of data are longer, and stand there by their hash
+BETWEEN = 0.2  # seconds between two reports of a process
+
+
+@dataclass
+class Study:
+    """The runs of a study by their seeds, why others failed, and what all of its finished runs came to."""
+
+    directory: Path
+    runs: dict[int, Path] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    comparison: Comparison | None = None  # None if no run has finished
+
+    def summary(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "study": str(self.directory),
+            "runs": {str(seed): str(path) for seed, path in sorted(self.runs.items())},
+            "failed": {str(seed): said for seed, said in sorted(self.failed.items())},
+            "comparison": None if self.comparison is None else self.comparison.summary(),
+        }
+
+
+def seeds_of(text: str) -> list[int]:
+    """Seeds as they are typed: 0-9, or 0,3,7, or both. Raises UserError."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last) if dash else (first, first)
+        if not all(x.isascii() and x.isdecimal() and len(x) < 20 for x in ends) or int(ends[0]) > int(ends[1]):
+            raise UserError(f"seeds is {shortened(text)}: give a range such as 0-9, or a list such as 0,3,7")
+        if int(ends[1]) - int(ends[0]) >= MOST:
+            raise UserError(f"seeds is {shortened(text)}: a study has at most {MOST:,}")
+        found += range(int(ends[0]), int(ends[1]) + 1)
+    return found
+
+
+def study(
+    method: str,
+    task: Any = None,
+    *,
+    seeds: Sequence[int],
+    out: Path | str | None = None,
+    processes: int | None = None,
+    progress: bool = True,
+    **arguments: Unpack[Arguments],
+) -> Study:
+    """Train the same run with several seeds, each in a process of its own, and sum them up.
+
+    The run of a seed is bit for bit that of `train(..., seed=seed)`, in the directory out/seed-N; `out` is by default
+    runs/TASK/METHOD-seeds. If `out` holds this study already, only the seeds that have not finished are trained, and a
+    run that was stopped starts again. processes: how many at a time; by default as many as the cores allow with the
+    threads of a run, and one on a device that is no CPU. arguments: as of Training; what is not text or a number must
+    be something that cloudpickle can send to another process.
+
+    A seed that fails does not stop the others: `failed` of the result says why. Raises UserError if the request is
+    wrong, if `out` holds something else, or if all seeds fail.
+    """
+    asked = [int(x) if isinstance(x, Integral) and not isinstance(x, bool) else x for x in seeds]
+    _check_seeds(asked)
+    values: dict[str, Any] = dict(arguments)
+    if "seed" in values:
+        raise UserError("seed is of one run, and seeds of a study: give one of the two")
+    name = method_named(method).name
+    request = _request(name, task, values)
+    directory = _directory(out, request)
+    workers = _processes(processes, name, task, values, len(asked))
+    with _taken(directory):
+        write_json(directory / ABOUT, request)
+        found = Study(directory)
+        for seed in asked:
+            path = directory / f"seed-{seed}"
+            if _finished(path):
+                found.runs[seed] = path
+        missing = [seed for seed in asked if seed not in found.runs]
+        if progress and found.runs and missing:
+            print(f"finished before: seeds {listed(map(str, found.runs), 100)}", file=sys.stderr, flush=True)
+        _train(found, missing, workers, name, task, values, progress)
+        if found.runs:
+            try:
+                found.comparison = compare(directory)
+                found.comparison.save(directory)
+            except UserError as error:  # no episode has ended, or the disk is full: the runs are there
+                warnings.warn(str(error), Note, stacklevel=2)
+    reasons = set(found.failed.values())
+    if not found.runs and len(reasons) == 1:
+        raise UserError(reasons.pop())
+    return found
+
+
+# What a study is
+
+
+def _check_seeds(seeds: list[Any]) -> None:
+    if not 1 <= len(seeds) <= MOST:
+        raise UserError(f"there are {len(seeds):,} seeds: give 1 to {MOST:,} of them")
+    wrong = [x for x in seeds if type(x) is not int or not 0 <= x < 2**63]
+    if wrong:
+        raise UserError(f"a seed is {shortened(wrong[0], 40)}: it must be a whole number of 0 or more, below 2**63")
+    twice = [x for i, x in enumerate(seeds) if x in seeds[:i]]
+    if twice:
+        raise UserError(f"the seed {twice[0]} is given more than once: give each once")
+
+
+def _request(name: str, task: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """What the runs of a study have in common, as JSON."""
+
+    def said(x: Any) -> Any:
+        text = json.dumps(json_number(tuple(x) if isinstance(x, list) else x), default=str)
+        return json.loads(text) if len(text) < LONGEST else f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+    common = {x: said(y) for x, y in sorted(values.items())}
+    return {"policygrad": __version__, "method": name, "task": said(task), "options": common}
+
+
+def _directory(out: Path | str | None, request: dict[str, Any]) -> Path:
+    """The directory of a study: the given one, or the first of its default names that is free or has this study.
+
+    Raises UserError if the given one has something else.
+    """
+    if out is not None:
+        directory = as_path(out)
+        other = _other(directory, request)
+        if other is not None:
+            raise UserError(f"{ending(str(directory), 80)} {other}: choose another directory")
+        return directory
+    task = request["task"] or (request["options"].get("dataset") or ["rows"])[0]
+    default = Path("runs") / file_name(Path(str(task)).stem if "/" in str(task) else str(task))
+    names = (f"{request['method']}-seeds" + (f"-{i}" if i > 1 else "") for i in count(1))
+    return next(default / x for x in names if _other(default / x, request) is None)
+
+
+def _other(directory: Path, request: dict[str, Any]) -> str | None:
+    """What a directory holds that is not this study; None if it is free, or has the study."""
+    if not directory.exists() and not directory.is_symlink():
+        return None
+    if not directory.is_dir():
+        return "is a file"
+    if (directory / ABOUT).exists():
+        known = read_json(directory / ABOUT)
+        if not isinstance(known, dict) or not isinstance(known.get("options"), dict):
+            raise damaged(directory / ABOUT, "it describes no study")
+        if known == request:
+            return None
+        flat = [{**x, **x["options"]} for x in (known, request)]
+        names = [x for x in {**flat[0], **flat[1]} if x != "options" and flat[0].get(x) != flat[1].get(x)]
+        return f"holds a study that differs in {listed(names, 60)}"
+    return "is not empty, and holds no study" if any(directory.iterdir()) else None
+
+
+def _processes(given: int | None, name: str, task: Any, values: dict[str, Any], seeds: int) -> int:
+    """How many processes at a time."""
+    if given is not None and (type(given) is not int or not 1 <= given <= MOST):
+        raise UserError(f"processes is {shortened(given, 30)}: it must be a whole number between 1 and {MOST:,}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    kind = kind_of(task if isinstance(task, str) or not _is_rows(task) else "rows", values)
+    threads = values.get("threads", options_of(name, kind)().threads) or cores
+    default = max(1, cores // threads) if str(values.get("device", "cpu")) == "cpu" else 1
+    return min(given or default, max(1, seeds))
+
+
+def _is_rows(task: Any) -> bool:
+    return isinstance(task, list) or hasattr(task, "column_names")
+
+
+@contextmanager
+def _taken(directory: Path) -> Iterator[None]:
+    """Hold a study's directory: of two processes one gets it. The system lets go of it if this process dies."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        said = f"{ending(str(directory), 80)} cannot be written ({error.strerror})"
+        raise UserError(f"{said}: choose another directory") from error
+    try:
+        with suppress(ImportError):  # there is no fcntl on Windows
+            import fcntl
+
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"{ending(str(directory), 80)} is being trained by another process: let it end") from error
+    finally:
+        os.close(held)
+        if [path.name for path in directory.iterdir()] in ([], [ABOUT]):  # no seed has begun
+            with suppress(OSError):
+                (directory / ABOUT).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+
+
+def _finished(path: Path) -> bool:
+    """Whether a seed's directory holds a run that has finished."""
+    return path.is_dir() and how_it_ended(path) == "finished"
+
+
+# The processes
+
+
+def _train(
+    found: Study, seeds: list[int], workers: int, name: str, task: Any, values: dict[str, Any], progress: bool
+) -> None:
+    """Train the seeds, `workers` at a time, and note in `found` what becomes of them."""
+    named = task if isinstance(task, str) else getattr(task, "__name__", type(task).__name__)
+    label = f"{name} {one_line(named, 40)}, seeds"
+    every = len(seeds) + len(found.runs)
+    shares: dict[int, tuple[float, str]] = {}
+    stop = threading.Event()
+    children = [_Child(found.directory / f"seed-{seed}", seed, name, task, values, stop) for seed in seeds]
+
+    with ProgressLine(label, every, progress) as line, ThreadPoolExecutor(max(1, workers)) as pool:
+
+        def tell(seed: int, share: float, status: str) -> None:
+            shares[seed] = share, status
+            running = [f"seed {x}: {said}" for x, (done, said) in sorted(shares.items()) if done < 1 and said]
+            line.update(len(found.runs) + sum(done for done, _ in shares.values() if done < 1), running)
+
+        def say(text: str) -> None:
+            if progress:
+                line.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        notes: set[str] = set()
+
+        def note(seed: int, text: str) -> None:
+            if text not in notes:
+                notes.add(text)
+                say(f"note (seed {seed}): {text}")
+
+        jobs = {pool.submit(child.train, tell, note): child for child in children}
+        try:
+            for job in as_completed(jobs):
+                child = jobs[job]
+                shares.pop(child.seed, None)
+                try:
+                    result = job.result()
+                except UserError as error:
+                    found.failed[child.seed] = str(error)
+                    say(f"seed {child.seed}: {error}")
+                    continue
+                found.runs[child.seed] = child.path
+                say(f"seed {child.seed}: {result}")
+        except BaseException as error:
+            stop.set()
+            for job in jobs:
+                job.cancel()
+            for child in children:
+                child.stop()
+            pool.shutdown()
+            error.add_note(Kept(_standing(found, seeds)))
+            raise
+
+
+def _standing(found: Study, seeds: list[int]) -> str:
+    """What a study that is stopped has, and how to go on."""
+    done = [seed for seed in seeds if _finished(found.directory / f"seed-{seed}")]
+    left = [seed for seed in seeds if seed not in done]
+    return (
+        f"{len(found.runs | dict.fromkeys(done))} seeds are finished in {ending(str(found.directory), 50)}; the same "
+        f"command trains the others ({listed(map(str, left), 30)})"
+    )
+
+
+class _Child:
+    """A process that trains one seed. It is told what to train on its standard input, and stops when that closes."""
+
+    def __init__(
+        self, path: Path, seed: int, name: str, task: Any, values: dict[str, Any], stopped: threading.Event
+    ) -> None:
+        self.path, self.seed, self.stopped = path, seed, stopped
+        self.job = (name, task, {**values, "seed": seed, "out": str(path)})
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def train(self, tell: Callable[[int, float, str], None], note: Callable[[int, str], None]) -> str:
+        """Train to the end, and return the result in words. Raises UserError if that fails."""
+        self._make_room()
+        job = _sent(self.job)
+        code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
+        code += "from policygrad.train.studies import child; child()"
+        path = json.dumps([x for x in sys.path if isinstance(x, str)])
+        process = self.process = subprocess.Popen(
+            [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(len(job).to_bytes(8, "little") + job)
+            process.stdin.flush()
+        if self.stopped.is_set():
+            self.stop()
+        said: dict[str, Any] = {}
+        for line in process.stdout:
+            try:
+                said = json.loads(line)
+            except ValueError:  # it died while it wrote
+                said = {}
+                break
+            if "share" in said:
+                tell(self.seed, said["share"], said["status"])
+            elif "note" in said:
+                note(self.seed, said["note"])
+            else:
+                break
+        process.stdout.close()
+        self.stop()
+        code_ = process.wait()
+        if "result" in said:
+            return said["result"]
+        if "error" in said:
+            raise UserError(said["error"])
+        how = f"by signal {-code_}" if code_ < 0 else f"with exit code {code_}"
+        hint = ": there may be too little memory; lower processes" if code_ == -signal.SIGKILL else ""
+        raise UserError(f"the process of seed {self.seed} ended {how}{hint}")
+
+    def stop(self) -> None:
+        """Close the pipe, on which the process saves what it has, and ends."""
+        if self.process is not None and self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+
+    def _make_room(self) -> None:
+        """Remove a run of this seed that has not finished: what is trained now is the same, bit for bit."""
+        if not self.path.exists() and not self.path.is_symlink():
+            return
+        name, _, values = self.job
+        try:
+            config = read_json(self.path / "config.json")
+            ours = config["method"] == name and config["options"]["seed"] == values["seed"]
+        except (UserError, KeyError, TypeError):
+            ours = self.path.is_dir() and not self.path.is_symlink() and {*os.listdir(self.path)} <= {"metrics.jsonl"}
+        if not ours or self.path.is_symlink():
+            raise UserError(
+                f"{ending(str(self.path), 100)} holds something else than a run of this study: move it away"
+            )
+        shutil.rmtree(self.path)
+
+
+def _sent(job: tuple[str, Any, dict[str, Any]]) -> bytes:
+    """A job in a form for another process."""
+    from gymnasium.vector.utils import CloudpickleWrapper
+
+    try:
+        return pickle.dumps(CloudpickleWrapper(job))  # type: ignore[arg-type]
+    except Exception as error:  # of any kind, from objects of the user's
+        said = "a seed's process cannot be sent what it shall train"
+        raise UserError(
+            f"{said} ({type(error).__name__}: {one_line(error, 80)}): name it, as in module:name"
+        ) from error
+
+
+def child() -> None:
+    """The process of one seed: read the job from standard input, train, and report on standard output."""
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an environment prints is no report
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    pipe = sys.stdin.buffer
+    job = pipe.read(int.from_bytes(pipe.read(8), "little"))
+
+    def report(**what: Any) -> None:
+        with suppress(OSError):  # nobody reads it any more
+            reports.write(json.dumps(what) + "\n")
+            reports.flush()
+
+    def watch() -> None:
+        pipe.read()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        end = {"result": _trained(pickle.loads(job).fn, report)}
+    except KeyboardInterrupt:
+        end = {"error": "stopped"}
+    except Exception as error:
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        end = {"error": one_line(said, 200)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pipe closes at the end, too
+    report(**end)
+    sys.stderr.flush()
+    os._exit(0)  # without waiting for threads of others
+
+
+def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) -> str:
+    """Train as `train` does, and return the result in words."""
+    import gymnasium
+
+    from policygrad.train.training import Training, complete
+
+    gymnasium.logger.min_level = logging.CRITICAL  # its warnings are for authors of environments
+    others = warnings.showwarning
+
+    def shown(message: Any, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, Note):
+            report(note=str(message))
+        else:
+            others(message, category, *place)
+
+    warnings.showwarning = shown  # type: ignore[assignment]
+    method, task, values = job
+
+    class Reporting(Training):
+        """Tells how far it is."""
+
+        next = 0.0
+
+        def __next__(self) -> Any:
+            row = super().__next__()
+            if time.monotonic() >= self.next:
+                self.next = time.monotonic() + BETWEEN
+                share = min(1.0, self._share(row["steps"], self.iteration))
+                report(share=0.999 * share, status="  ".join(self.run.world.status(row)[:1]))
+            return row
+
+    with Reporting(method, task, progress=False, **values) as training:
+        complete(training, progress=False)
+        run = training.run
+        return run.world.result(run.metrics, run.seconds)
