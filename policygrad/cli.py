@@ -249,6 +249,7 @@ def _dispatch(rest: list[str]) -> int:
         "train": _train,
         "reward-model": _reward_model,
         "eval": _eval,
+        "watch": _watch,
         "compare": _compare,
         "verify": _verify,
         "list": _list,
@@ -361,9 +362,8 @@ def _study(name: str, task: Any, preset: str | None, tuned: Any, command: Any, v
     with _aside(command.json):
         _quiet()
         if preset is not None:
-            print(
-                presets.said(preset, tuned, with_values(options_of(name, kind_of(task, values))(), values)), flush=True
-            )
+            options = with_values(options_of(name, kind_of(task, values))(), values)
+            print(presets.said(preset, tuned, options), flush=True)
         found = study(
             name,
             task,

@@ -57,6 +57,7 @@ class Metric(NamedTuple):
 
 METRICS: dict[tuple[str, Kind], Metric] = {
     ("control", "training"): Metric("return", "mean return of the last 100 training episodes"),
+    ("control", "evaluation"): Metric("evaluation", "mean return of evaluation episodes"),
     ("language", "training"): Metric("reward", "mean reward of a training rollout"),
     ("language", "evaluation"): Metric("held_out", "mean reward on held-out prompts"),
     ("exact", "training"): Metric("return", "mean return of a training rollout"),
@@ -248,7 +249,7 @@ def compare(
 
     runs: directories of runs, directories that hold runs, and runs themselves (`Run`). out: a directory for a picture,
     a table and the numbers. score: training takes the last `return` (language: `reward`) of training; evaluation takes
-    the last held-out score, or J on `exact:` worlds; auto takes evaluation if every run has it, training if none has.
+    the last evaluation, which is J on `exact:` worlds; auto takes evaluation if every run has it, training if none has.
     at: compare the scores at this many steps (language: completions) instead of the last. unfinished: count runs that
     have not finished too, by the last score that they have.
 

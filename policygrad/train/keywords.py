@@ -20,6 +20,7 @@ class Keywords(TypedDict, total=False):
     profile: bool
     stop_at_return: float
     evaluate_every: int
+    evaluation_episodes: int
     evaluation_completions: int
     num_envs: int
     num_steps: int

@@ -90,8 +90,9 @@ class Options:
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
     evaluate_every: int = option(0,
-        "Iterations between evaluations, on held-out prompts or exactly; 0: evaluate only before and after training.",
-        NOT_NEGATIVE, world=("language", "exact"))
+        "Iterations between evaluations, on held-out prompts, exactly, or in environments of their own; 0: only before "
+        "and after training, and never in environments.", NOT_NEGATIVE)
+    evaluation_episodes: int = option(10, "Episodes in an evaluation.", COUNT, **CONTROL)
     evaluation_completions: int = option(4, "Completions per held-out prompt in an evaluation.", COUNT, **LANGUAGE)
 
     # What is sampled: episodes
@@ -471,6 +472,10 @@ def _check_read(f: Field, options: Any) -> None:
     if f.name == "gamma" and not reads_gamma:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
+        )
+    if f.name == "evaluation_episodes" and not options.evaluate_every:
+        raise OptionError(
+            "evaluation_episodes", "evaluation_episodes is of evaluate_every, which is 0: set that too, or leave it out"
         )
     evaluation = bool(getattr(options, "evaluation_dataset", ()))
     if f.name == "held_out" and evaluation:

@@ -31,6 +31,7 @@ FIRST, EVERY = 3.0, 30.0  # seconds to the first plain line of progress, and bet
 GROUPS = {
     "return": "episodes",
     "length": "episodes",
+    "evaluation": "episodes",
     "episodes": "episodes",
     "success": "episodes",
     "reward_per_step": "episodes",

@@ -147,11 +147,17 @@ def _request(name: str, task: Any, values: dict[str, Any]) -> dict[str, Any]:
     """What the runs of a study have in common, as JSON."""
 
     def said(x: Any) -> Any:
-        text = json.dumps(json_number(tuple(x) if isinstance(x, list) else x), default=str)
+        text = json.dumps(json_number(tuple(x) if isinstance(x, list) else x), default=_named)
         return json.loads(text) if len(text) < LONGEST else f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
     common = {x: said(y) for x, y in sorted(values.items())}
     return {"policygrad": __version__, "method": name, "task": said(task), "options": common}
+
+
+def _named(x: Any) -> str:
+    """An object that JSON lacks as a text that is the same in every process."""
+    said = json_number(x) if callable(x) else str(x)
+    return type(x).__name__ if " at 0x" in said else said
 
 
 def _directory(out: Path | str | None, request: dict[str, Any]) -> Path:
@@ -219,16 +225,18 @@ def _taken(directory: Path) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"{ending(str(directory), 80)} is being trained by another process: let it end") from error
-    finally:
+    except OSError as error:
         os.close(held)
+        raise UserError(f"{ending(str(directory), 80)} is being trained by another process: let it end") from error
+    try:
+        yield
+    finally:
         if [path.name for path in directory.iterdir()] in ([], [ABOUT]):  # no seed has begun
             with suppress(OSError):
                 (directory / ABOUT).unlink(missing_ok=True)
                 for path in made:
                     path.rmdir()
+        os.close(held)
 
 
 def _finished(path: Path) -> bool:

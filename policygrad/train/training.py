@@ -123,7 +123,7 @@ class Training:
                     self.run.places.add(directory.resolve())
                     self._begin(directory)
                 if self.world.judged:
-                    self.run.before = self.world.evaluate()
+                    self.run.before = self.run.evaluate()
                 self._mark()
         except BaseException:
             with warnings.catch_warnings(action="ignore", category=Note):  # there are no results to speak of
@@ -246,9 +246,11 @@ class Training:
         if name is None or self.run.before is None:
             return
         if self.iteration == 1:
-            self.run.metrics.append({"completions": 0.0, "steps": 0.0, name: self.run.before.score})
+            self.run.metrics.append(
+                {x: 0.0 for x in ("completions", "steps") if x in row} | {name: self.run.before.score}
+            )
         if self.done or self._judged(self.iteration):
-            self.run.after = self.world.evaluate()
+            self.run.after = self.run.evaluate()
             row[name] = self.run.after.score
 
     def _mark(self) -> None:

@@ -291,7 +291,7 @@ def transcript(
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}: ask for at least one")
     said = _answers if run.world.kind == "language" else _episodes
-    text = said(run, SAMPLES if samples is None else samples, completions or 1, seed, greedy)
+    text = said(run, SAMPLES if samples is None else samples, 1 if completions is None else completions, seed, greedy)
     if out is not None:
         try:
             write_bytes(as_path(out), (text + "\n").encode(errors="backslashreplace"))

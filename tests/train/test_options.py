@@ -99,6 +99,7 @@ VALUES: dict[str, Any] = {
     "seed": 1,
     "stop_at_return": (-1e9, {"steps": 1000, "iterations": None, "num_envs": 16}),
     "evaluate_every": {0: 1, 1: 0},
+    "evaluation_episodes": (3, {"evaluate_every": 1}),
     "num_envs": 6,
     "num_steps": 7,
     "episode_steps": 3,

@@ -229,8 +229,12 @@ def _has_rows(run: Path) -> bool:
 
 
 def test_two_studies_do_not_share_a_directory(tmp_path: Path) -> None:
-    with studies._taken(tmp_path), pytest.raises(UserError, match="is being trained by another process"):
-        pg.study("ppo", "probes:Known-v0", seeds=[0], out=tmp_path, **QUIET)
+    request = studies._request("ppo", "probes:Known-v0", {x: y for x, y in QUIET.items() if x != "progress"})
+    with studies._taken(tmp_path):
+        (tmp_path / "study.json").write_text(json.dumps(request))  # no seed has begun
+        with pytest.raises(UserError, match="is being trained by another process"):
+            pg.study("ppo", "probes:Known-v0", seeds=[0], out=tmp_path, **QUIET)
+        assert (tmp_path / "study.json").exists()
 
 
 # What is asked

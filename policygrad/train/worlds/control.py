@@ -51,8 +51,19 @@ class ControlWorld(World):
         """Whether the environments are made here, and not handed in."""
         return not isinstance(self.task, gymnasium.Env | VectorEnv)
 
+    @property
+    def judged(self) -> str | None:  # type: ignore[override]
+        """The metric of evaluation in training, the mean return of its episodes, if there is to be one."""
+        return "evaluation" if self.options.evaluate_every else None
+
     def build(self, own: Own, progress: bool) -> None:
         options = self.options
+        if self.judged and not self.mine:
+            raise OptionError(
+                "evaluate_every",
+                "evaluate_every plays in environments of its own, and the one handed in is made already: hand in a "
+                "function that makes it",
+            )
         vectorization = options.vectorization
         if getattr(options, "group_size", None) is not None and vectorization == "auto" and self.mine:
             vectorization = "sync"  # a native vector environment takes one seed for all
@@ -217,7 +228,7 @@ class ControlWorld(World):
         environment: Any = None,
         max_steps: int | None = None,
     ) -> Evaluation:
-        """Play `count` whole episodes (10 by default) with the policy's mode, or with samples if not `greedy`.
+        """Play `count` whole episodes with the policy's mode, or with samples if not `greedy`.
 
         environment: another one than that of training. max_steps: cuts every episode. What wrappers learned in training
         is used, and does not change.
@@ -233,7 +244,7 @@ class ControlWorld(World):
         found = evaluate(
             self.policy,
             played,
-            10 if count is None else count,
+            self.options.evaluation_episodes if count is None else count,
             seed=seed,
             stochastic=greedy is False,
             normalizer=self.normalizer,
@@ -258,14 +269,16 @@ class ControlWorld(World):
 
     def status(self, row: Row) -> list[str]:
         parts = [f"return {row['return']:,.1f}"] if "return" in row else [f"{row['reward_per_step']:.4g} reward/step"]
+        parts += [f"evaluation {row['evaluation']:,.1f}"] if "evaluation" in row else []
         parts += [f"success {row['success']:.2f}"] if "success" in row else []
         parts += [f"KL {row['kl_old']:.4f}"] if "kl_old" in row else []
         return [*parts, f"{row['steps_per_second']:,.0f} steps/s"]
 
     def curve(self) -> Curve:
+        points = ("evaluation", "mean return of an evaluation") if self.judged else None
         if self.sample.stepping.finished:
-            return Curve()
-        return Curve(y=("reward_per_step", "mean reward of a step in a rollout"))
+            return Curve(points=points)
+        return Curve(points=points, y=("reward_per_step", "mean reward of a step in a rollout"))
 
     def summary(self, rows: list[Row]) -> dict[str, Any]:
         """return_mean, return_std and success cover the last 100 training episodes."""

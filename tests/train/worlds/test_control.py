@@ -1,5 +1,7 @@
 """Control: any Gymnasium environment, by any method, however its copies are stepped."""
 
+import dataclasses
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import NormalizeObservation, TimeLimit
+from outcomes import parameters, untimed
 from probes import Counting, Known, Potential, limited
 from torch import nn
 
@@ -320,6 +323,65 @@ def test_an_evaluation_of_the_environment_in_training_lets_training_go_on_with_n
         training.run.evaluate(1)
         rollout = training.world.sample(training.world.policy)
     assert rollout.obs[0, :, 1].tolist() == list(range(16))
+
+
+class Chancy(Known):
+    """Draws from the global generators, too."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *ends = super().step(action)
+        chance = torch.rand(()).item() + np.random.random() + random.random()  # noqa: NPY002
+        return (obs, reward + chance, *ends)
+
+
+def noisy() -> gymnasium.Env:
+    return TimeLimit(NormalizeObservation(Chancy()), 8)
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce", "trpo"])
+@pytest.mark.parametrize("task", [noisy, "CartPole-v1"], ids=["noisy", "CartPole-v1"])
+def test_evaluation_does_not_disturb_training(method: str, task: Any) -> None:
+    known = {f.name for f in dataclasses.fields(options_of(method, "control"))}
+    small = {name: x for name, x in FAST.items() if name in known | {"progress", "preset"}}
+    small |= {"normalize_observations": True, "iterations": 4}
+    if method == "reinforce":
+        small.pop("num_steps")
+    plain = pg.train(method, task, **small)
+    judged = pg.train(method, task, evaluate_every=1, evaluation_episodes=3, **small)
+    assert torch.equal(parameters(plain), parameters(judged))
+    rows = [{name: x for name, x in row.items() if name != "evaluation"} for row in judged.metrics[1:]]
+    assert untimed(rows) == untimed(plain.metrics)
+    assert judged.world.learned() == pytest.approx(plain.world.learned() or {})
+
+
+def test_evaluations_are_those_of_the_run_at_their_time() -> None:
+    small = {**FAST, "iterations": 5, "normalize_observations": True}
+    scores = []
+    with pg.Training("ppo", noisy, evaluate_every=2, evaluation_episodes=3, **small) as training:
+        first = training.run.evaluate(3)
+        for row in training:
+            scores.append((row.get("evaluation"), training.run.evaluate(3).score))
+        run = training.run
+    assert [x is not None for x, _ in scores] == [False, True, False, True, True]
+    assert all(x == y for x, y in scores if x is not None)
+    assert run.before == first
+    assert run.after == run.evaluate()
+    assert run.metrics[0] == {"steps": 0.0, "evaluation": first.score}
+    assert set(run.summary()["after"]) >= {"return_mean", "episodes"}
+
+
+def test_by_default_nothing_is_evaluated_in_training() -> None:
+    run = pg.train("ppo", noisy, **FAST)
+    assert (run.before, run.after) == (None, None)
+    assert "before" not in run.summary()
+    assert not any("evaluation" in row for row in run.metrics)
+
+
+def test_an_evaluation_needs_environments_of_its_own() -> None:
+    with pytest.raises(OptionError, match="hand in a function that makes it"):
+        pg.train("ppo", noisy(), evaluate_every=1, **{**FAST, "num_envs": 1})
+    with pytest.raises(OptionError, match="evaluation_episodes is of evaluate_every, which is 0"):
+        pg.train("ppo", noisy, evaluation_episodes=3, **FAST)
 
 
 def test_a_run_acts_as_it_is_evaluated() -> None:
