@@ -43,7 +43,11 @@ ALL = "all tasks"
 NARROW = 110  # characters of a terminal
 
 # Options that change how a run is computed, watched or kept, and not what it is.
-APART = {"seed", "device", "threads", "compile", "profile", "step_time_limit", "checkpoint_every", "checkpoints"}
+APART = {
+    *("seed", "device", "threads", "compile", "profile", "step_time_limit", "checkpoint_every", "checkpoints"),
+    *("evaluate_every", "evaluation_episodes", "evaluation_completions"),
+    *("micro_batch", "micro_batch_tokens", "shared_prompts", "gradient_checkpointing"),
+}
 
 Kind = Literal["training", "evaluation"]
 

@@ -19,6 +19,7 @@ INK, QUIET = "#222222", "#777777"
 PAIRS = 10  # drawn; the table has all
 TASKS = 8  # drawn, and all of them together
 SMALL, BODY = 8.0, 9.5
+WRAPPED = 22  # characters of a label beside a plot
 
 
 def draw_comparison(comparison: Comparison) -> bytes:
@@ -28,7 +29,7 @@ def draw_comparison(comparison: Comparison) -> bytes:
     labels = list(dict.fromkeys(group.label for task in tasks for group in comparison.of(task)))
     styles = {label: _style(i) for i, label in enumerate(labels)}
     pairs = any(x.task in tasks for x in comparison.improvements)
-    height = max([2.9, *(1.3 + 0.42 * len(comparison.of(task)) for task in tasks)])
+    height = max(_height(comparison, task) for task in tasks)
     figure = Figure(figsize=(15.5 if pairs else 12, height * len(tasks) + 0.55), dpi=150, layout="constrained")
     widths = [1.35, 1.1, 1.0, *([1.1] if pairs else [])]
     axes = figure.subplots(len(tasks), len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
@@ -49,9 +50,20 @@ def draw_comparison(comparison: Comparison) -> bytes:
             one.title.set_color(INK)
     handles = [_handle(axes[0][0], label, styles[label]) for label in labels]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), frameon=False, fontsize=BODY)
+    left_out = len([task for task in comparison.tasks if task != ALL]) - TASKS
+    if left_out > 0:
+        figure.supxlabel(f"{left_out} more tasks are in the table", fontsize=BODY, color=QUIET)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
+
+
+def _height(comparison: Comparison, task: str) -> float:
+    """Inches for the labels of a task's groups and pairs."""
+    groups = comparison.of(task)
+    lines = max(len(textwrap.wrap(group.label, WRAPPED)) for group in groups) + 1
+    pairs = min(PAIRS, len(groups) * (len(groups) - 1) // 2)
+    return max(2.9, 0.9 + max(0.42, 0.17 * lines) * len(groups), 0.9 + 0.37 * pairs)
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -109,7 +121,7 @@ def _scores(axes: Any, groups: list[Group], styles: dict[str, Any]) -> None:
         axes.plot([run.score for run in group.runs], [i] * group.count, "|", color=color, alpha=0.6, markersize=11)
         _bar(axes, i, group.iqm, styles[group.label], _marker(group.label, styles))
     counts = [f"{group.count} run" + ("s" if group.count > 1 else "") for group in groups]
-    names = [f"{textwrap.fill(group.label, 22)}\n({x})" for group, x in zip(groups, counts, strict=True)]
+    names = [f"{textwrap.fill(group.label, WRAPPED)}\n({x})" for group, x in zip(groups, counts, strict=True)]
     axes.set_yticks(range(len(groups)), names)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
