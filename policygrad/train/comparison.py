@@ -246,7 +246,7 @@ def compare(
     *runs: Any,
     out: Path | str | None = None,
     score: Literal["auto", "training", "evaluation"] = "auto",
-    at: float | None = None,
+    at: int | float | None = None,
     unfinished: bool = False,
 ) -> Comparison:
     """Compare runs that differ in more than their seed, or sum up the seeds of one method.
@@ -275,7 +275,7 @@ def compare(
         )
     kind, names = _kind(kept, score), _short_names({run.task for run in kept})
     kept = [replace(run, task=names[run.task]) for run in kept]
-    comparison = _compared(kept, kind, math.inf if at is None else at, notes)
+    comparison = _compared(kept, kind, math.inf if at is None else float(at), notes)
     if out is not None:
         comparison.save(out)
     return comparison
@@ -329,7 +329,8 @@ def recorded(run: Run | Path) -> Recorded:
         config = json.loads(json.dumps(run.configuration()))
         place = str(run.directory or f"the run of seed {config['options']['seed']}")
         task = _task(config["task"] or run.world.name, config["options"])
-        return Recorded(place, run.method, run.world.kind, task, config["options"], run.metrics, run.ended)
+        rows = [row for row in run.metrics if "seconds" in row]  # as in its file: none of before training
+        return Recorded(place, run.method, run.world.kind, task, config["options"], rows, run.ended)
     path = run / "config.json"
     config = read_json(path)
     try:
@@ -548,12 +549,12 @@ def _note_ends(
 def _group(
     task: str, label: str, runs: list[Score], scores: list[np.ndarray], thresholds: np.ndarray, curve: Curve | None
 ) -> Group:
-    found = [estimate(statistic, scores) for statistic in (interquartile_mean, mean, median)]
+    iqm, average, middle = (estimate(statistic, scores) for statistic in (interquartile_mean, mean, median))
     profile = performance_profile(thresholds)
     shares = Curve(thresholds.tolist(), profile(scores).tolist())
     if has_interval(scores):
         shares.low, shares.high = (x.tolist() for x in interval(profile, scores))
-    return Group(task, label, runs, *found, shares, curve)
+    return Group(task, label, runs, iqm, average, middle, shares, curve)
 
 
 def _improvements(task: str, groups: Sequence[tuple[str, list[np.ndarray]]]) -> list[Improvement]:

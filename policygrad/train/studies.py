@@ -30,7 +30,7 @@ from policygrad.errors import Kept, Note, UserError, ending, listed, one_line, s
 from policygrad.files import as_path, damaged, read_json, write_json
 from policygrad.train.comparison import Comparison, compare, how_it_ended
 from policygrad.train.directories import file_name
-from policygrad.train.keywords import Arguments
+from policygrad.train.keywords import Keywords
 from policygrad.train.methods import method_named
 from policygrad.train.options import options_of
 from policygrad.train.reports import ProgressLine
@@ -83,23 +83,28 @@ def study(
     seeds: Sequence[int],
     out: Path | str | None = None,
     processes: int | None = None,
+    preset: str | None = None,
+    policy: Any = None,
+    critic: Any = None,
+    engine: Any = None,
     progress: bool = True,
-    **arguments: Unpack[Arguments],
+    **keywords: Unpack[Keywords],
 ) -> Study:
     """Train the same run with several seeds, each in a process of its own, and sum them up.
 
     The run of a seed is bit for bit that of `train(..., seed=seed)`, in the directory out/seed-N; `out` is by default
     runs/TASK/METHOD-seeds. If `out` holds this study already, only the seeds that have not finished are trained, and a
     run that was stopped starts again. processes: how many at a time; by default as many as the cores allow with the
-    threads of a run, and one on a device that is no CPU. arguments: as of Training; what is not text or a number must
-    be something that cloudpickle can send to another process.
+    threads of a run, and one on a device that is no CPU. The other arguments are those of Training; what is not text
+    or a number must be something that cloudpickle can send to another process.
 
     A seed that fails does not stop the others: `failed` of the result says why. Raises UserError if the request is
     wrong, if `out` holds something else, or if all seeds fail.
     """
     asked = [int(x) if isinstance(x, Integral) and not isinstance(x, bool) else x for x in seeds]
     _check_seeds(asked)
-    values: dict[str, Any] = dict(arguments)
+    own = {"preset": preset, "policy": policy, "critic": critic, "engine": engine}
+    values: dict[str, Any] = {**keywords, **{x: y for x, y in own.items() if y is not None}}
     if "seed" in values:
         raise UserError("seed is of one run, and seeds of a study: give one of the two")
     name = method_named(method).name
@@ -195,7 +200,7 @@ def _other(directory: Path, request: dict[str, Any]) -> str | None:
     return "is not empty, and holds no study" if any(directory.iterdir()) else None
 
 
-def _processes(given: int | None, name: str, task: Any, values: dict[str, Any], seeds: int) -> int:
+def _processes(given: Any, name: str, task: Any, values: dict[str, Any], seeds: int) -> int:
     """How many processes at a time."""
     if given is not None and (type(given) is not int or not 1 <= given <= MOST):
         raise UserError(f"processes is {shortened(given, 30)}: it must be a whole number between 1 and {MOST:,}")

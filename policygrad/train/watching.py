@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,14 +216,16 @@ def _writer(out: Path, fps: float) -> Iterator[Show]:
         raise UserError(f"{ending(str(out), 80)} cannot be written ({said}): choose another place") from error
     finally:
         write.abort()
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 class _Mp4:
     """H.264 by imageio-ffmpeg's own encoder."""
 
     def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps, self.encoder, self.size = path, fps, None, (0, 0)
+        self.path, self.fps, self.size = path, fps, (0, 0)
+        self.encoder: Any = None
 
     def add(self, image: Image.Image) -> None:
         """Add a frame. All have the size of the first."""
@@ -231,7 +233,7 @@ class _Mp4:
 
         if self.encoder is None:
             self.size = image.size
-            self.encoder: Any = imageio_ffmpeg.write_frames(
+            self.encoder = imageio_ffmpeg.write_frames(
                 str(self.path), image.size, fps=self.fps, codec="libx264", macro_block_size=2, quality=8
             )
             self.encoder.send(None)
