@@ -411,7 +411,8 @@ def test_compare_prints_a_table_and_writes_a_picture(policygrad: Any) -> None:
     assert (
         strict(policygrad("compare", "runs/ppo-0", "runs/ppo-1", "runs/trpo-0", "runs/trpo-1", "--json").out) == found
     )
-    assert policygrad("compare", "runs", "--score", "training", "--at", 40, "--unfinished").code == 0
+    assert policygrad("compare", "runs", "--score", "training", "--at", 4000, "--unfinished").code == 0
+    assert_one_line(policygrad("compare", "runs", "--at", 1), "by 1 to compare: give a larger at")
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,12 @@ class Comparison:
 
     def show(self, console: Console | None = None) -> None:
         """Print the tables and the notes."""
-        console = console or Console(highlight=False)
+        if console is None:
+            console = Console()
+            with console.capture() as said:  # rich would end the program if nobody reads it any more
+                self.show(console)
+            print(said.get(), end="", flush=True)
+            return
         for title, columns, rows in self.tables():
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
             for i, name in enumerate(columns):
@@ -471,7 +476,8 @@ def _compared(runs: Sequence[Recorded], kind: Kind, until: float, notes: list[st
         groups += made
         improvements += _improvements(task, [(x.label, [np.array([run.score for run in x.runs])]) for x in made])
     if not groups:
-        raise UserError(f"no run has a {METRICS[runs[0].world, kind].name} to compare yet: train longer")
+        when, how = ("yet", "train longer") if math.isinf(until) else (f"by {until:,.0f}", "give a larger at")
+        raise UserError(f"no run has a {METRICS[runs[0].world, kind].name} {when} to compare: {how}")
     if len({group.task for group in groups}) > 1:
         metrics[ALL] = "scores between the lowest (0) and the highest (1) of each task here"
         axes[ALL] = ""
@@ -520,7 +526,8 @@ def _scored(runs: Iterable[Recorded], name: str, until: float, notes: list[str])
     for run in runs:
         x, y = run.series(name, until)
         if not len(y):
-            notes.append(f"{ending(run.place, 60)} has no {name} yet, as no episode has ended: it is left out")
+            when = "yet, as no episode has ended" if math.isinf(until) else f"by {until:,.0f}"
+            notes.append(f"{ending(run.place, 60)} has no {name} {when}: it is left out")
             continue
         yield run, Score(run.place, run.seed, float(y[-1]), float(x[-1]), run.ended)
 

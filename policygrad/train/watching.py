@@ -24,7 +24,8 @@ from policygrad.train.run import Run, arithmetic
 SMALLEST = 320  # pixels of a frame's width; smaller frames are enlarged by a whole factor
 SUFFIXES = (".mp4", ".gif")
 SAMPLES = 4  # prompts of a transcript, or episodes
-ACTIONS = 4  # numbers of an action in the caption
+ACTIONS = 3  # numbers of an action in the caption
+COLUMNS = (0.0, 0.2, 0.36, 0.6)  # where its parts begin, in widths, so that nothing moves as numbers grow
 
 Show = Callable[[Image.Image], None]
 
@@ -190,14 +191,14 @@ def captioned(frame: np.ndarray, parts: list[str]) -> Image.Image:
     canvas = Image.new("RGB", (width, height + height % 2), "white")
     canvas.paste(image, (0, 0))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
-    for i, part in enumerate(parts):  # in columns, so that nothing moves as numbers grow
-        draw.text((size // 2 + i * width * 0.22, image.height + 0.4 * size), part, fill="#222222", font=font)
+    for column, part in zip(COLUMNS, parts, strict=False):
+        draw.text((size // 2 + column * width, image.height + 0.4 * size), part, fill="#222222", font=font)
     return canvas
 
 
 def _action(action: Any) -> str:
     numbers = np.asarray(action).reshape(-1)
-    said = [f"{x:.2f}" if numbers.dtype.kind == "f" else str(x) for x in numbers[:ACTIONS]]
+    said = [f"{x:+.1f}" if numbers.dtype.kind == "f" else str(x) for x in numbers[:ACTIONS]]
     return " ".join(said) + (" ..." if len(numbers) > ACTIONS else "")
 
 
