@@ -19,7 +19,7 @@ INK, QUIET = "#222222", "#777777"
 PAIRS = 10  # drawn; the table has all
 TASKS = 8  # drawn, and all of them together
 SMALL, BODY = 8.0, 9.5
-WRAPPED = 22  # characters of a label beside a plot
+WRAPPED = 28  # characters of a label beside a plot
 
 
 def draw_comparison(comparison: Comparison) -> bytes:
@@ -138,12 +138,16 @@ def _profiles(axes: Any, groups: list[Group], styles: dict[str, Any]) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
+def _shortened(label: str) -> str:
+    return textwrap.shorten(label, 36, placeholder=" ...")
+
+
 def _improvements(axes: Any, comparison: Comparison, task: str, styles: dict[str, Any]) -> None:
     """The probability of improvement of each pair, beside the line of a coin."""
     pairs = [x for x in comparison.improvements if x.task == task][:PAIRS]
     for i, pair in enumerate(pairs):
         _bar(axes, i, pair.probability, styles[pair.better], _marker(pair.better, styles))
-    names = [f"{textwrap.shorten(x.better, 26)}\nover {textwrap.shorten(x.worse, 26)}" for x in pairs]
+    names = [f"{_shortened(x.better)}\nover {_shortened(x.worse)}" for x in pairs]
     axes.set_yticks(range(len(pairs)), names)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.axvline(0.5, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
