@@ -350,10 +350,10 @@ def recorded(run: Run | Path) -> Recorded:
         description = read_json(run / "policy.json")
         task = one_line(description.get("environment") if isinstance(description, dict) else None, 60)
     rows = _rows(run / "metrics.jsonl", AXES[world][0])
-    return Recorded(str(run), method, world, _task(task, options), options, rows, how_it_ended(run))
+    return Recorded(str(run), method, world, _task(task, options), options, rows, outcome_of(run))
 
 
-def how_it_ended(run: Path) -> str | None:
+def outcome_of(run: Path) -> str | None:
     """How the run in a directory ended; None if it has not. Raises UserError if its summary.json is damaged."""
     path = run / "summary.json"
     if not path.exists():

@@ -28,7 +28,7 @@ from typing import Any, Unpack
 from policygrad import __version__
 from policygrad.errors import Kept, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_json
-from policygrad.train.comparison import Comparison, compare, how_it_ended
+from policygrad.train.comparison import Comparison, compare, outcome_of
 from policygrad.train.directories import file_name
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import method_named
@@ -246,7 +246,7 @@ def _taken(directory: Path) -> Iterator[None]:
 
 def _finished(path: Path) -> bool:
     """Whether a seed's directory holds a run that has finished."""
-    return path.is_dir() and how_it_ended(path) == "finished"
+    return path.is_dir() and outcome_of(path) == "finished"
 
 
 # The processes
