@@ -68,6 +68,7 @@ from policygrad.samplers import (
 )
 from policygrad.train.checkpoints import load_policy as load_policy
 from policygrad.train.comparison import Comparison as Comparison, compare as compare
+from policygrad.train.page import report as report
 from policygrad.train.compose import Learner as Learner, assemble as assemble
 from policygrad.train.keywords import Keywords as Keywords
 from policygrad.train.run import Run as Run

@@ -49,6 +49,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
   policygrad watch RUN [options]            a video of its episodes, or a transcript
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
+  policygrad report RUN... [options]        a page with the curves of runs, and what they say
   policygrad verify [options]               hold every method and estimator against the exact gradient
   policygrad list                           methods, their variants and presets
 
@@ -126,6 +127,21 @@ class Watch(Trained):
 
     out: Path | None = None
     """File of the video, .mp4 or .gif (by default RUN/video.mp4), or of the transcript (by default the terminal)."""
+
+
+@dataclass
+class Report:
+    """Write an HTML page about runs: their curves, and the known illnesses of training that these show; their
+    configuration, evaluation, samples and video. The page needs no network."""
+
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
+    """Directories of runs, or directories that hold runs, such as a study's."""
+    out: Path | None = None
+    """File of the page; by default RUN/report.html, and report.html for several."""
+    live: FlagCreatePairsOff[bool] = False
+    """Serve the page on this machine (127.0.0.1) instead, and follow the runs as they go on."""
+    port: int = 0
+    """Port of --live; by default any that is free."""
 
 
 @dataclass
@@ -251,6 +267,7 @@ def _dispatch(rest: list[str]) -> int:
         "eval": _eval,
         "watch": _watch,
         "compare": _compare,
+        "report": _report,
         "verify": _verify,
         "list": _list,
     }
@@ -562,6 +579,29 @@ def _watch(rest: list[str]) -> int:
         return 0
     text = transcript(run, command.samples, command.completions, out=command.out, **how)
     print(text if command.out is None else f"transcript: {command.out}")
+    return 0
+
+
+def _report(rest: list[str]) -> int:
+    command = _parse(Report, rest, "report")
+    if not command.runs:
+        raise UserError("report needs runs: policygrad report RUN...")
+    if command.live and command.out is not None:
+        raise UserError("--live serves the page and --out writes it: give one of the two")
+    if command.port and not command.live:
+        raise UserError("--port is of --live: add that, or leave it out")
+    if not 0 <= command.port < 2**16:
+        raise UserError(f"port is {command.port}: it must be 0 to 65535")
+    from policygrad.train.page import report, serve
+
+    if not command.live:
+        alone = len(command.runs) == 1 and command.runs[0].is_dir()
+        print(f"report: {report(*command.runs, out=command.out or (command.runs[0] if alone else 'report.html'))}")
+        return 0
+    with serve(command.runs, command.port) as server:
+        print(f"report: http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0
 
 

@@ -270,7 +270,7 @@ def compare(
     if score not in ("auto", "training", "evaluation"):
         raise UserError(f"score is {shortened(score)}: it must be one of auto, training, evaluation")
     notes: list[str] = []
-    found = [recorded(x) for x in _each(runs, notes)]
+    found = [recorded(x) for x in runs_in(runs, notes)]
     kept = list(_counted(found, unfinished, notes))
     if not kept:
         raise UserError(
@@ -289,7 +289,7 @@ def compare(
 # Runs, from directories
 
 
-def _each(places: Sequence[Any], notes: list[str]) -> Iterator[Run | Path]:
+def runs_in(places: Sequence[Any], notes: list[str]) -> Iterator[Run | Path]:
     """The runs given, and those in the directories given, each once."""
     seen = set()
     for place in places:

@@ -91,17 +91,36 @@ def entropy_collapsed(course: Course) -> Finding | None:
         return None
     least = 0.02 if name == "action_std" else max(0.001, 0.05 * entropy[0])
     low = np.flatnonzero(entropy < least)
-    if not len(low) or low[0] > len(entropy) / 2 or (entropy[low[0] :] > 4 * least).any():
+    if not len(low) or low[0] > len(entropy) / 2 or np.mean(entropy[low[0] :] < least) < 0.9:
         return None
     reached = course.values(score)
     since = reached[int(low[0] / len(entropy) * len(reached)) :]
     if len(since) >= 4 and _change(*np.array_split(since, 2)) > CLEAR:
         return None
+    fell = f"fell from {entropy[0]:.3g} to {entropy[low[0]]:.2g} within {low[0] / len(entropy):.0%} of the run"
+    said = fell if low[0] else f"is {np.median(entropy):.2g} from the first rows on"
     return Finding(
-        "entropy collapsed", name,
-        f"{name} fell from {entropy[0]:.3g} to {entropy[low[0]]:.2g} within {low[0] / len(entropy):.0%} of the run, "
-        f"and {score} has not risen since",
+        "entropy collapsed", name, f"{name} {said}, and {score} has not risen since",
         "If the task is not solved, the policy stopped exploring: lower learning_rate, or raise entropy_coefficient",
+    )  # fmt: skip
+
+
+def score_fell(course: Course) -> Finding | None:
+    """The score has lost more than half of what it had gained."""
+    name = course.score()
+    if name is None:
+        return None
+    reached = course.values(name)
+    size = max(2, len(reached) // 8)
+    parts = [reached[i : i + size] for i in range(0, len(reached) - size + 1, size)]
+    best, last, first = max(parts, key=np.mean), reached[-size:], parts[0].mean()
+    if best.mean() - last.mean() <= max(0.5 * (best.mean() - first), 0.1 * abs(best.mean())):
+        return None
+    if _change(last, best) <= CLEAR:
+        return None
+    return Finding(
+        "the score fell", name, f"{name} was {best.mean():.4g} at its best, and is {last.mean():.4g} at the end",
+        "Lower learning_rate or let it fall (learning_rate_schedule linear), or set target_kl",
     )  # fmt: skip
 
 
@@ -277,6 +296,7 @@ def at_the_bounds(course: Course) -> Finding | None:
 
 
 CHECKS: list[Callable[[Course], Finding | None]] = [
-    entropy_collapsed, steps_too_far, nothing_moves, critic_explains_nothing, everything_clipped, always_cut,
-    groups_flat, part_falls, repeats_its_prompt, length_drifts, memorizes, gradient_peaks, steps_refused, at_the_bounds,
+    entropy_collapsed, score_fell, steps_too_far, nothing_moves, critic_explains_nothing, everything_clipped,
+    always_cut, groups_flat, part_falls, repeats_its_prompt, length_drifts, memorizes, gradient_peaks, steps_refused,
+    at_the_bounds,
 ]  # fmt: skip

@@ -40,6 +40,10 @@ ILL: dict[str, tuple[Course, Course]] = {
         run(entropy=np.where(np.arange(COUNT) < 8, 0.7, 0.001), **{"return": FLAT}),
         run(entropy=np.where(np.arange(COUNT) < 8, 0.7, 0.001)),  # the return goes on rising
     ),
+    "score_fell": (
+        run(**{"return": np.where(np.arange(COUNT) < 20, 20 + 300 * RISES, 30.0) + NOISE}),
+        run(**{"return": 200 * RISES + 30 * np.sin(np.arange(COUNT))}),
+    ),
     "steps_too_far": (run(kl_old=0.03, options={"target_kl": 0.01}), run(kl_old=0.03, options={"target_kl": "inf"})),
     "nothing_moves": (run(kl_old=0.0, **{"return": FLAT}), run(kl_old=0.0)),
     "critic_explains_nothing": (run(explained_variance=0.01), run(explained_variance=0.3)),
