@@ -366,7 +366,8 @@ def _samples(runs: Sequence[Reported]) -> str:
 def _configuration(runs: Sequence[Reported]) -> str:
     """The options: first those that differ between runs or from their defaults, then the others."""
     names = list(dict.fromkeys(name for one in runs for name in one.run.options))
-    important, others = [], []
+    important: list[tuple[list[str], bool]] = []
+    others: list[tuple[list[str], bool]] = []
     for name in names:
         cells = [json.dumps(one.run.options.get(name)) for one in runs]
         usual = all(cell == _default(one, name) for cell, one in zip(cells, runs, strict=True))
