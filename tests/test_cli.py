@@ -398,6 +398,31 @@ def test_a_study_that_cannot_be_meant_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_report_writes_a_page_beside_the_run(policygrad: Any, run: Path) -> None:
+    said = policygrad("report", run, "--out", "page.html")
+    assert (said.code, said.err, said.out) == (0, "", "report: page.html\n")
+    assert Path("page.html").read_text().startswith("<!doctype html>")
+    policygrad("train", "ppo", "exact:chain", "--steps", 64, "--out", "mine")
+    assert policygrad("report", "mine").out == f"report: {Path('mine', 'report.html')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "report needs runs"),
+        (("nothing",), "nothing does not exist"),
+        (("@", "--port", 80), "--port is of --live"),
+        (("@", "--live", "--out", "x.html"), "give one of the two"),
+        (("@", "--live", "--port", 70000), "port is 70000"),
+    ],
+    ids=str,
+)
+def test_a_report_that_cannot_be_meant_is_one_line(
+    policygrad: Any, run: Path, words: tuple[Any, ...], said: str
+) -> None:
+    assert_one_line(policygrad("report", *(run if word == "@" else word for word in words)), said)
+
+
 def test_compare_prints_a_table_and_writes_a_picture(policygrad: Any) -> None:
     for seed in range(2):
         policygrad("train", "ppo", "exact:chain", "--steps", 64, "--seed", seed, "--out", f"runs/ppo-{seed}")
