@@ -69,7 +69,7 @@ def test_it_ends_at_stop_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not done.cut.all()
 
 
-@pytest.mark.parametrize("name", [*SLIDING, *RECURRENT, *OWN_MASK, "llama"])
+@pytest.mark.parametrize("name", [*sorted(SLIDING | RECURRENT | OWN_MASK), "llama"])
 def test_layers_that_do_not_attend_to_all_keys_by_a_mask_grow(name: str) -> None:
     model = tiny(name)
     assert Recorded.can(LanguagePolicy(model), DynamicCache(config=model.config)) == (name == "llama")
