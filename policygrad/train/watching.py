@@ -175,9 +175,10 @@ def _no_picture(name: str, why: str) -> UserError:
 
 
 def _headless() -> None:
-    """Let MuJoCo draw without a screen, where there is none and nothing else is asked for."""
-    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
-        os.environ["MUJOCO_GL"] = "egl"
+    """Let MuJoCo and pygame draw without a screen, where there is none and nothing else is asked for."""
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else SDL looks for screens, and says what it misses
 
 
 def captioned(frame: np.ndarray, parts: list[str]) -> Image.Image:

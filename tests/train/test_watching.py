@@ -219,26 +219,29 @@ def test_a_policy_that_fails_leaves_no_video(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-MUJOCO = """
+WITHOUT_A_SCREEN = """
 import sys, policygrad as pg
-run = pg.train("ppo", "Reacher-v5", num_envs=1, num_steps=8, minibatch_size=8, steps=8, preset="none", progress=False)
+run = pg.train("ppo", sys.argv[2], num_envs=1, num_steps=8, minibatch_size=8, steps=8, preset="none", progress=False)
 pg.watch(run, sys.argv[1], max_steps=2)
 """
 
 
-@pytest.mark.skipif(find_spec("mujoco") is None, reason="mujoco is not installed")
-def test_mujoco_is_drawn_without_a_screen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "package"), [("Reacher-v5", "mujoco"), ("CartPole-v1", "pygame")])
+def test_an_environment_is_drawn_without_a_screen_and_without_a_word(task: str, package: str, tmp_path: Path) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     place = Path(pg.__file__).parent.parent
-    environment = {x: y for x, y in os.environ.items() if x not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
+    screens = ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL", "SDL_VIDEODRIVER", "XDG_RUNTIME_DIR")
+    environment = {x: y for x, y in os.environ.items() if x not in screens}
     done = subprocess.run(
-        [sys.executable, "-c", MUJOCO, str(tmp_path / "film.gif")],
+        [sys.executable, "-c", WITHOUT_A_SCREEN, str(tmp_path / "film.gif"), task],
         env=environment | {"PYTHONPATH": str(place)},
         capture_output=True,
         text=True,
     )
     if "cannot be drawn" in done.stderr:
         pytest.skip("there is no EGL here")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     shown = frames(tmp_path / "film.gif")
     assert len(shown) == 3
     assert shown[0].std() > 10
