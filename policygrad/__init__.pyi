@@ -71,9 +71,10 @@ from policygrad.train.comparison import Comparison as Comparison, compare as com
 from policygrad.train.page import report as report
 from policygrad.train.compose import Learner as Learner, assemble as assemble
 from policygrad.train.keywords import Keywords as Keywords
+from policygrad.train.reproduce import reproduce as reproduce
 from policygrad.train.run import Run as Run
 from policygrad.train.studies import Study as Study, study as study
-from policygrad.train.training import Training as Training, train as train
+from policygrad.train.training import Training as Training, resume as resume, train as train
 from policygrad.train.watching import watch as watch
 from policygrad.updates import Objective as Objective
 from policygrad.weights import (

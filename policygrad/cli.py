@@ -29,6 +29,7 @@ from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_n
 from policygrad.train.names import trusting
 from policygrad.train.options import Options, for_command_line, in_words, options_of, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
+from policygrad.train.stopping import SIGNALS, Stopped
 from policygrad.train.worlds import NO_PROMPTS, kind_of
 from policygrad.verify.options import VerifyOptions
 
@@ -46,6 +47,8 @@ policygrad: the policy-gradient family of reinforcement learning
                                               exact:chain       a small world in closed form
   policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
   policygrad reward-model [options]         learn a reward from preferences
+  policygrad resume RUN [options]           go on with a run that was stopped, or killed, as if it had not been
+  policygrad reproduce RUN [options]        train it again from its directory alone, and compare every bit
   policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
   policygrad watch RUN [options]            a video of its episodes, or a transcript
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
@@ -167,6 +170,58 @@ class Compare:
     """Print one JSON object and nothing else."""
 
 
+@dataclass
+class Reproduce:
+    """Train a run again from its directory alone, compare every number, and say where it parts. Nothing is written.
+
+    A run directory is data: code that it names, and models and data sets of elsewhere, are used only if the name is
+    repeated here, or with --trust.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Directory of a run, as written by train."""
+    trust: FlagCreatePairsOff[bool] = False
+    """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
+    environment: str | None = None
+    """Environment, if it is of a module or file (control)."""
+    reward: tuple[str, ...] = ()
+    """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
+    dataset: tuple[str, ...] = ()
+    """Prompts of training (language models). Repeatable."""
+    evaluation_dataset: tuple[str, ...] = ()
+    """Prompts of evaluation (language models). Repeatable."""
+    model: str | None = None
+    """Model that training began with (language models)."""
+    base_model: str | None = None
+    """Base of that model, if it is an adapter (language models)."""
+    tokenizer: str | None = None
+    """Tokenizer of training (language models)."""
+    critic: str | None = None
+    """Model of the critic (language models)."""
+    trust_remote_code: FlagCreatePairsOff[bool] = False
+    """Run Python code that comes with the model (language models)."""
+    device: str | None = None
+    """Device; by default as before."""
+    threads: int | None = None
+    """CPU threads of torch; by default as before."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object at the end, and nothing else."""
+
+
+@dataclass
+class Resume(Reproduce):
+    """Go on with a run that was stopped or killed, from its last checkpoint, as if it had not been.
+
+    A run directory is data: code that it names, and models and data sets of elsewhere, are used only if the name is
+    repeated here, or with --trust.
+    """
+
+    steps: int | None = None
+    """Train for so many steps more than the run was to have."""
+    iterations: int | None = None
+    """Train for so many iterations more than the run was to have."""
+
+
 class Helped(Exception):
     """Help was asked for, and printed."""
 
@@ -187,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug and line is not None:
             traceback.print_exc()
         if line is not None:
-            print(f"policygrad: {within(line)}", file=sys.stderr)
+            print(f"policygrad: {within(line, LONGEST if code == 2 else 10 * LONGEST)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -224,23 +279,15 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
     return None, None
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the process: it stops training as Ctrl-C does."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"signal {number}")
-        self.number = number
-
-
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise Stopped, once: a second signal ends the process at once.
 
-    A signal that is ignored stays so (nohup), and processes forked here behave as usual.
+    While a run trains, the first one only asks it to stop, and these come into effect with the second. A signal that is
+    ignored stays so (nohup), and processes forked here behave as usual.
     """
-    names = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
     main, owner = threading.current_thread() is threading.main_thread(), os.getpid()
-    before = {x: signal.getsignal(x) for x in names if main and signal.getsignal(x) is not signal.SIG_IGN}
+    before = {x: signal.getsignal(x) for x in SIGNALS if main and signal.getsignal(x) is not signal.SIG_IGN}
 
     def stop(number: int, frame: Any) -> None:
         for x in before:
@@ -263,6 +310,8 @@ def _stopped_by_signals() -> Iterator[None]:
 def _dispatch(rest: list[str]) -> int:
     commands = {
         "train": _train,
+        "resume": _resume,
+        "reproduce": _reproduce,
         "reward-model": _reward_model,
         "eval": _eval,
         "watch": _watch,
@@ -353,12 +402,17 @@ def _train(rest: list[str]) -> int:
         with _aside(command.json), run_directory(command.out, default) as out:
             _quiet()
             run = _run(name, task, out, preset, tuned, command, values)
-    if command.json:
+    return _trained(run, out, command.json)
+
+
+def _trained(run: Any, out: Path, as_json: bool) -> int:
+    """Print what a run has come to."""
+    if as_json:
         print(json.dumps(run.summary()))
         return 0
     for note in run.world.notes(run):
         print(f"note: {note}")
-    print(f"{name} on {run.world.name}: {run.world.result(run.metrics, run.seconds)}")
+    print(f"{run.method} on {run.world.name}: {run.world.result(run.metrics, run.seconds)}")
     if run.profile is not None:
         print(run.profile.table())
     flags = trusting(run.world.kind, run.world.stored(), run.options)
@@ -399,6 +453,39 @@ def _study(name: str, task: Any, preset: str | None, tuned: Any, command: Any, v
     for seed, said in found.failed.items():
         print(f"policygrad: {within(f'seed {seed} failed: {said}')}", file=sys.stderr)
     return 2 if found.failed else 0
+
+
+def _resume(rest: list[str]) -> int:
+    command = _parse(Resume, rest, "resume", UseAppendAction)
+    with _aside(command.json):
+        _quiet()
+        from policygrad.train.reports import at_terminal
+        from policygrad.train.training import Training, complete
+
+        progress = not command.json or at_terminal()
+        with Training.resume(command.run, progress=progress, **_given(command)) as training:
+            if not command.json:
+                print(f"goes on from iteration {training.iteration:,} ({training.run.stage.steps:,} steps)", flush=True)
+            complete(training, progress, signals=True)
+    return _trained(training.run, command.run, command.json)
+
+
+def _reproduce(rest: list[str]) -> int:
+    command = _parse(Reproduce, rest, "reproduce", UseAppendAction)
+    with _aside(command.json):
+        _quiet()
+        from policygrad.train.reports import at_terminal
+        from policygrad.train.reproduce import reproduce
+
+        found = reproduce(command.run, progress=not command.json or at_terminal(), **_given(command))
+    print(json.dumps(found.summary()) if command.json else "\n".join(found.lines()))
+    return int(found.first is not None)
+
+
+def _given(command: Any) -> dict[str, Any]:
+    """What the user says of a run, beside its directory."""
+    values = {f.name: getattr(command, f.name) for f in fields(command) if f.name not in ("run", "json")}
+    return {name: x for name, x in values.items() if x is not None and x is not False and x != ()}
 
 
 def _is_task(word: str) -> bool:
@@ -444,7 +531,7 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
     progress = not command.json or at_terminal()  # beside one JSON object a bar, but no lines in a log
     with Training(name, task, out=out, preset=preset or "none", progress=progress, **values) as training:
         judged("before:", training.run.before)
-        complete(training, progress)
+        complete(training, progress, signals=True)
         judged("after: ", training.run.after)
     return training.run
 

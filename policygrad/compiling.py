@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
+from torch.utils._pytree import tree_leaves
 
 from policygrad.errors import Note, one_line
 
@@ -25,8 +26,11 @@ BACKEND = "inductor"  # torch.compile's
 INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def graph(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: int = 0) -> Callable[..., Any]:
     """The function as one graph, compiled at its first call; if it has none, `otherwise`, and a Note that says why.
+
+    varying: so many of the first arguments have another number of rows at each call. They are not fixed from the start:
+    torch would make a graph for the first number alone, and the results would depend on which number that was.
 
     torch keeps graphs with a function's code, and few of them: the code of this one is its own.
     """
@@ -46,6 +50,8 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any]) -> Callab
         nonlocal works
         if works is False:
             return otherwise(*arguments)
+        for x in tree_leaves(arguments[:varying]):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
             with _undisturbed():
                 result = compiled(*arguments)
@@ -94,13 +100,13 @@ def has_rule(optimizer: Optimizer) -> bool:
 
 
 def gradient_step(
-    objective: Any, optimizer: Optimizer, parts: dict[str, list[Tensor]], max_grad_norm: float
+    objective: Any, optimizer: Optimizer, parts: dict[str, list[Tensor]], max_grad_norm: float, varying: bool = False
 ) -> Callable[[Any], dict[str, Tensor] | None]:
     """(batch) -> metrics: an ascent step like that of `updates.ascend`, as one graph.
 
     The optimizer has taken a step before; its rates may change after this, its other settings may not. parts: its
-    parameters by whose norm they are scaled together. If a gradient is not finite, no parameter changes. What has no
-    graph is not stepped: the result is None, and a Note says why.
+    parameters by whose norm they are scaled together. varying: batches have different numbers of rows. If a gradient is
+    not finite, no parameter changes. What has no graph is not stepped: the result is None, and a Note says why.
     """
 
     # Not read from the optimizer inside the graph: it would be another graph for another rate.
@@ -126,7 +132,7 @@ def gradient_step(
                 rule(reached, found, state, rate.where(finite, 0.0), *settings)
         return {**metrics, **norms}
 
-    compiled = graph(step, lambda *arguments: None)
+    compiled = graph(step, lambda *arguments: None, int(varying))
 
     def update(batch: Any) -> dict[str, Tensor] | None:
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group in optimizer.param_groups]

@@ -64,14 +64,16 @@ def fit_critic(
     max_grad_norm: float = torch.inf,
     micro_batch: Split = None,
     compiled: bool = False,
+    varying: bool = False,
 ) -> Fit:
     """Regress V(s) on batch.target: minimize the mean of ((V(s) - target) / unit)^2 in minibatches.
 
     The fit returns value_loss and critic_gradient_norm (means over all minibatches), and the explained_variance of
-    batch.value, the critic's predictions before the fit. max_grad_norm, micro_batch, compiled: see updates.ascend.
+    batch.value, the critic's predictions before the fit. max_grad_norm, micro_batch, compiled and varying: see
+    updates.ascend.
     """
     objective = ValueObjective(critic)
-    update = ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch, compiled=compiled)
+    update = ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch, compiled=compiled, varying=varying)
 
     def fit(batch: Batch) -> Metrics:
         share = normalized(batch.weight)

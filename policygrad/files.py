@@ -3,13 +3,16 @@
 What comes from elsewhere is data: a file's kind, place and size are checked before it is read. Nothing is unpickled.
 """
 
+import hashlib
 import json
 import os
 import stat
 import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
@@ -19,6 +22,13 @@ from policygrad.errors import UserError, ending, one_line, shortened
 LARGEST_JSON = 64 * 2**20  # bytes; the largest tokenizers have some 30 MB
 DEEPEST_JSON = 32  # levels of lists and objects
 LONGEST = 200  # characters of a message
+# The types of tensors that safetensors has, by its names.
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
+    torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
 def as_path(place: Any) -> Path:
@@ -135,6 +145,54 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)  # room for others, if the disk is full
         raise
+
+
+def write_durably(path: Path, parts: Iterable[Any]) -> tuple[int, str]:
+    """As write_bytes, and on the disk itself before this returns. parts: what has bytes, written one after another.
+
+    Returns the size and the SHA-256 of the file. Raises OSError.
+    """
+    temporary, digest, size = path.with_name(path.name + ".new"), hashlib.sha256(), 0
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                digest.update(part)
+                size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the new name, too
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    return size, digest.hexdigest()
+
+
+def as_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """The parts of a safetensors file: its header, then one tensor after another, with one copy at a time."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, x in tensors.items():
+        end = place + x.numel() * x.element_size()
+        header[name] = {"dtype": TYPES[x.dtype], "shape": list(x.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # tensors begin where torch's own do, at a multiple of 64 bytes
+    yield struct.pack("<Q", len(text)) + text
+    for x in tensors.values():
+        yield bytes_of(x)
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """The bytes of a tensor, in order."""
+    if not x.numel():  # which has no strides to view
+        return memoryview(b"")
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, content: Any) -> None:

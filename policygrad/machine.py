@@ -1,10 +1,27 @@
-"""What the machine has left."""
+"""What the machine is, and what it has left."""
 
 import math
 import os
+import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+
+
+def described(root: Path = Path("/")) -> dict[str, str]:
+    """What the bits of a result may depend on, besides the versions of packages. root: where /proc is."""
+    named = re.search(r"^model name\s*: (.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": platform.processor() if named is None else named[1],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        **gpu,
+    }
 
 
 def free_memory(root: Path = Path("/")) -> float:

@@ -75,7 +75,8 @@ class Overlapped(Wrapper):
                 "from torch's generator, which two threads would share; leave overlap off"
             )
         lag = 0.0 if self.next is None else 1.0
-        rollout = self.sample(policy) if self.next is None else self.next.result()
+        sampled = self.sample(policy) if self.next is None else self.next.result()
+        rollout = sampled.to(next(policy.parameters()).device)  # one of a file is not there yet
         if self.policy is None:
             self.policy = deepcopy(policy)
         self.policy.load_state_dict(policy.state_dict())

@@ -56,14 +56,17 @@ def ascend(
     max_grad_norm: float = math.inf,
     micro_batch: Split = None,
     compiled: bool = False,
+    varying: bool = False,
 ) -> Update:
     """theta <- theta + step(grad objective): one ascent step of a torch optimizer, or of several.
 
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
     objective sees at a time while gradients accumulate, or a function that parts them (rollout.Split); it changes only
-    time and memory. compiled: every step after the first is one graph (compiling.gradient_step): the same step to
-    rounding. The update returns the objective's metrics, those of the split, and gradient_norm and
+    time and memory. compiled: every step after the optimizer's first is one graph (compiling.gradient_step): the same
+    step to rounding, so a run that goes on with an optimizer that was loaded takes the way of one that was never
+    stopped. varying: the batches have different numbers of rows, for which there is one graph from the start. The
+    update returns the objective's metrics, those of the split, and gradient_norm and
     critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes nothing: the
     optimizer's moments would move the parameters. It raises NonFiniteError before the step if a gradient
     is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no
@@ -86,9 +89,10 @@ def ascend(
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
-        if compiled and not first and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0]):
-            step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm)
+        if compiled and _begun(optimizers) and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0]):
+            step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
             if (found := step(batch)) is not None:
+                checked = objective
                 for name in parts:
                     _check_finite(found[f"{name}gradient_norm"])
                 return {**found, **measured}
@@ -108,9 +112,15 @@ def ascend(
             _check_finite(norm)
         for one in optimizers:
             one.step()
+            one.param_groups[0]["begun"] = True  # part of its state_dict
         return {**total, **norms, **measured}
 
     return update
+
+
+def _begun(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether each has taken a step, also in the run that its state is of; SGD without momentum has no other state."""
+    return all(one.param_groups[0].get("begun", False) for one in optimizers)
 
 
 class MasterWeights(Optimizer):

@@ -837,9 +837,101 @@ def test_a_run_that_is_terminated_says_what_it_keeps_and_eval_says_so_too(policy
         patch.setattr(ProgressLine, "update", update)
         said = policygrad("train", "a2c", task, *some)
     assert said.code == 128 + signal.SIGTERM
-    kept = re.fullmatch(r"policygrad: stopped; the (policy of iteration 1 \(\d+ steps\)) is kept in it\n", said.err)
+    again = "policygrad resume it" + (" --trust" if task.startswith("probes") else "")
+    kept = re.fullmatch(
+        rf"policygrad: stopped; the (policy of iteration 1 \(\d+ steps\)) is kept in it; to go on: {again}\n", said.err
+    )
     assert kept, said.err
     assert policygrad("eval", "it", "--trust").out.endswith(f"; {kept[1]} of a run that was stopped\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_run_that_is_stopped_goes_on_by_the_command_that_it_prints(policygrad: Any, name: str) -> None:
+    """After a whole iteration, so that it ends as if it had not been stopped."""
+    from policygrad.train.reports import ProgressLine
+
+    number, updates, update = signal.Signals[name], [0], ProgressLine.update
+
+    def stopping(line: ProgressLine, done: float, parts: list[str]) -> None:
+        updates[0] += 1
+        update(line, done, parts)
+        if updates[0] == 2:
+            os.kill(os.getpid(), number)
+
+    longer = (*PPO[:-1], "250")
+    whole = policygrad(*longer, "--out", "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressLine, "update", stopping)
+        said = policygrad(*longer, "--out", "it's")
+    assert said.code == 128 + number
+    assert said.err.count("\n") == 1
+    command = shlex.split(said.err.partition("to go on: ")[2])
+    assert command[:3] == ["policygrad", "resume", "it's"]
+    again = policygrad(*command[1:])
+    assert again.code == 0
+    assert re.search(r"^goes on from iteration 2 \(\d+ steps\)$", again.out, re.MULTILINE)
+    score = r"^ppo on .*: return [^(]*\(last \d+ episodes\)"
+    assert re.search(score, again.out, re.MULTILINE)[0] == re.search(score, whole.out, re.MULTILINE)[0]  # type: ignore[index]
+    judged = [json.loads(policygrad("eval", x, "--trust", "--json").out) for x in ("whole", "it's")]
+    assert judged[0] == judged[1]
+    assert policygrad("resume", "it's", "--trust").code == 2, "it has ended"
+    more = policygrad("resume", "it's", "--trust", "--steps", "50", "--json")
+    assert strict(more.out)["steps"] >= 300
+
+
+def test_a_second_signal_stops_a_run_at_once(policygrad: Any, tmp_path: Path) -> None:
+    """In the middle of an iteration; the checkpoint before it is where it goes on from."""
+    from policygrad.control.environments import Checked
+
+    step, steps = Checked.step, [0]
+
+    def stopping(environment: Any, action: Any) -> Any:
+        steps[0] += 1
+        if steps[0] in (150, 152):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert steps[0] <= 152
+        return step(environment, action)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checked, "step", stopping)
+        said = policygrad(*PPO[:-1], "100000", "--compile", "off", "--checkpoint-every", "1", "--out", "it")
+    assert said.code == 130
+    kept = r"stopped; the policy of iteration 2 \(\d+ steps\) is kept in it"
+    assert re.fullmatch(rf"policygrad: {kept}; to go on: policygrad resume it --trust\n", said.err), said.err
+    assert sorted(x.stem for x in (tmp_path / "it" / "checkpoints").glob("*.json")) == ["000000001", "000000002"]
+
+
+def test_resume_and_reproduce_print_one_json_object_and_nothing_else(policygrad: Any) -> None:
+    policygrad(*PPO, "--out", "it")
+    assert strict(policygrad("resume", "it", "--trust", "--steps", "64", "--json").out)["steps"] > 100
+    said = policygrad("reproduce", "it", "--trust", "--json")
+    assert said.code == 0
+    assert strict(said.out)["reproduced"]
+    metrics = Path("it", "metrics.jsonl")
+    metrics.write_text(metrics.read_text().replace('"entropy": ', '"entropy": 1', 1))
+    said = policygrad("reproduce", "it", "--trust")
+    assert said.code == 1
+    assert said.out.startswith("not reproduced: from iteration 1 (")
+    assert "entropy is " in said.out
+    assert said.out.splitlines()[1] == "what differs between the machines: nothing that config.json says"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("resume",), "RUN is missing"),
+        (("resume", "nowhere"), "is no run directory"),
+        (("resume", "it", "--steps", "0"), "steps is 0: it must be a whole number, at least 1"),
+        (("resume", "it", "--steps", "many"), "--steps is 'many'"),
+        (("resume", "it", "--gamma", "0.5"), "there is no option --gamma"),
+        (("resume", "it"), "has ended, after"),
+        (("reproduce", "nowhere"), "is no run directory"),
+        (("reproduce", "it", "--steps", "3"), "there is no option --steps"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_line(policygrad: Any, arguments: tuple[str, ...], expected: str) -> None:
+    policygrad("train", "ppo", "exact:bandit", "--num-envs", 4, "--iterations", 2, "--out", "it")
+    assert_one_line(policygrad(*arguments), expected)
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError, EOFError, RuntimeError])
@@ -892,7 +984,8 @@ def test_an_interrupt_of_asynchronous_environments_is_one(tmp_path: Path) -> Non
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=60)
     assert (command.returncode, out) == (130, "")
-    kept = r"policygrad: stopped; the policy (of|from the middle of) iteration [\d,]+ .*is kept in run\n"
+    kept = r"policygrad: stopped; the policy (of|from the middle of) iteration [\d,]+ .*is kept in run"
+    kept += r"(; to go on.*: policygrad resume run --trust)?\n"
     assert re.fullmatch(kept, err)
     summary = strict((tmp_path / "run" / "summary.json").read_text())
     assert summary["ended"] == "interrupted"

@@ -1,24 +1,29 @@
 """A file from elsewhere is looked at before it is read, and one that is written is there whole or not at all."""
 
+import errno
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from policygrad.errors import UserError
 from policygrad.files import (
     DEEPEST_JSON,
     LARGEST_JSON,
+    TYPES,
     add_metadata,
     as_path,
+    as_safetensors,
     check_directory,
     read_json,
     read_metadata,
     read_tensors,
     write_bytes,
+    write_durably,
     write_json,
 )
 
@@ -132,3 +137,38 @@ def test_a_model_directory_is_looked_at_before_a_library_reads_it(
     (tmp_path / "model" / "pytorch_model.bin").symlink_to(__file__)
     with pytest.raises(UserError, match="link out of its directory"):
         check_directory(tmp_path / "model", tmp_path)
+
+
+def test_what_is_written_durably_is_there_with_its_size_and_hash(tmp_path: Path) -> None:
+    path, content = tmp_path / "x", os.urandom(1000)
+    assert write_durably(path, [content[:10], memoryview(content[10:])]) == (1000, hashlib.sha256(content).hexdigest())
+    assert path.read_bytes() == content
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_what_was_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "x").write_bytes(b"old")
+    monkeypatch.setattr(os, name, full)
+    with pytest.raises(OSError, match="No space"):
+        write_durably(tmp_path / "x", [b"new"])
+    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("x", b"old")]
+
+
+def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
+    tensors = {str(kind): (100 * torch.randn(3, 2)).to(kind) for kind in TYPES}
+    tensors |= {"none": torch.zeros(0, 3), "one": torch.tensor(3.5), "turned": torch.arange(6.0).view(2, 3).T}
+    path = tmp_path / "x.safetensors"
+    write_durably(path, as_safetensors(tensors, {"a": "b"}))
+    assert read_metadata(path) == {"a": "b"}
+    for found in (load_file(path), load(path.read_bytes())):
+        assert sorted(found) == sorted(tensors)
+        for name, x in tensors.items():
+            assert found[name].dtype == x.dtype
+            assert found[name].shape == x.shape
+            assert torch.equal(*(y.contiguous().flatten().view(torch.uint8) for y in (found[name], x)))

@@ -1,11 +1,11 @@
-"""What is free: of the machine, and of the control groups around the process."""
+"""What the machine is, and what is free: of it, and of the control groups around the process."""
 
 import math
 from pathlib import Path
 
 import pytest
 
-from policygrad.machine import free_memory
+from policygrad.machine import described, free_memory
 
 
 def made(root: Path, files: dict[str, str]) -> Path:
@@ -53,3 +53,11 @@ def test_free_is_what_is_available_within_every_limit(files: dict[str, str], fre
 def test_without_a_word_of_the_system_it_is_what_is_installed(tmp_path: Path) -> None:
     assert 2**28 < free_memory(tmp_path) <= math.inf
     assert 0 < free_memory() <= free_memory(tmp_path)
+
+
+def test_a_machine_is_described_by_what_bits_depend_on(tmp_path: Path) -> None:
+    found = described(made(tmp_path, {"proc/cpuinfo": "processor: 0\nmodel name\t: Abacus 9 (wood)\nflags: x\n"}))
+    assert found["processor"] == "Abacus 9 (wood)"
+    assert {"system", "instructions", "cores", "python"} <= set(found)
+    assert all(isinstance(x, str) for x in found.values())
+    assert described() == described()

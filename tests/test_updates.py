@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from policygrad.updates import (
     Metrics,
     Objective,
     Update,
+    _begun,
     ascend,
     kl_radius,
     learning_rate,
@@ -523,6 +525,23 @@ def test_the_master_weights_are_in_the_state_and_resume_bit_for_bit() -> None:
     for name in ("master", "exp_avg", "exp_avg_sq"):
         assert second.state[other][name].dtype == torch.float32
         assert torch.equal(second.state[other][name], first.state[whole][name])
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_that_is_loaded_has_taken_its_first_step(make: Any) -> None:
+    """SGD without momentum has nothing else that says so; a compiled update would take its first step plain again."""
+    first, second = (make([nn.Parameter(torch.ones(3))], lr=0.1) for _ in range(2))
+
+    def objective(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return first.param_groups[0]["params"][0].sum(), {}
+
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    assert not _begun([first])
+    ascend(first)(objective, Batch(mask, mask, mask, mask, mask, mask, mask, mask))
+    assert _begun([first])
+    second.load_state_dict(deepcopy(first.state_dict()))
+    assert _begun([second])
+    assert not _begun([second, make([nn.Parameter(torch.ones(3))], lr=0.1)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -21,6 +21,7 @@ from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObserva
 from policygrad.control.checks import checked_flag, checked_member, checked_number
 from policygrad.control.envpool import EnvPool
 from policygrad.control.processes import Processes
+from policygrad.control.replay import Recording
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.errors import Note, UserError, ending, one_line, shortened
 from policygrad.functions import load_function, load_module
@@ -209,6 +210,7 @@ class Checked(gymnasium.Wrapper):
     def __init__(self, environment: gymnasium.Env) -> None:
         super().__init__(environment)
         self.layers = Layers(environment)
+        self.recording = Recording([x for _, x in self.layers.layers], environment.action_space)
 
     @property
     def unflattened(self) -> spaces.Space:
@@ -219,23 +221,39 @@ class Checked(gymnasium.Wrapper):
         """What the wrappers inside have learned."""
         return self.layers.learned()
 
+    def recorded(self) -> dict[str, Any] | None:
+        """The episode so far, to be played again; None if it cannot be."""
+        return self.recording.state_dict()
+
+    def replayed(self, state: dict[str, Any]) -> bool:
+        """Play an episode of `recorded` again. Returns whether it came to where it was."""
+        try:
+            return self.recording.load_state_dict(state, self)
+        except Exception:  # of the environment
+            return False
+
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """As the environment's, with the observation checked. A seed also decides the samples of the spaces."""
+        self.recording.begin(options.get("seed"))
         if options.get("seed") is not None:
             of_actions, of_observations = np.random.SeedSequence(options["seed"], spawn_key=(2,)).generate_state(2)
             self.env.action_space.seed(int(of_actions))
             self.env.observation_space.seed(int(of_observations))
         obs, info = self.env.reset(**options)
         _numbers(info)  # which is checked
-        return checked_member(obs, self.observation_space, "the environment's reset returned"), {}
+        obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's reset returned")
+        return obs, {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As the environment's, with everything checked."""
+        self.recording.add(action)
         obs, reward, terminated, truncated, info = self.env.step(action)
-        obs = checked_member(obs, self.observation_space, "the environment's step returned")
+        obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's step returned")
         terminated, truncated = checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated")
         numbers = _numbers(info) if terminated or truncated or not isinstance(info, dict) else {}
-        return obs, checked_number(reward), terminated, truncated, numbers
+        reward = checked_number(reward)
+        self.recording.ended, self.recording.total = terminated or truncated, self.recording.total + float(reward)
+        return obs, reward, terminated, truncated, numbers
 
     def close(self) -> None:
         """As the environment's. An error becomes a note: what was learned is not lost for it."""

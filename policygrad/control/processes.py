@@ -91,6 +91,14 @@ class Processes(VectorEnv):
         """An attribute of each environment."""
         return self.call(name)
 
+    def restore(self, states: list[dict[str, Any]]) -> list[bool]:
+        """Play each environment's episode of Checked.recorded again: whether it came to where it was."""
+        limit, self.time_limit = self.time_limit, None  # of one step, and these are many
+        try:
+            return [x for _, x in self._asked("restore", lambda share: [states[i] for i in share])]
+        finally:
+            self.time_limit = limit
+
     def close_extras(self, **options: Any) -> None:
         """Let each process close its environments, and end those that do not in time."""
         for pipe in self.pipes:
@@ -194,10 +202,10 @@ def _array(memory: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _work(k: int, share: list[int], made: Any, memory: dict[str, Any], current: Any, pipes: list[Any]) -> None:
     """What a process does: it answers requests until it is told to close, or its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGHUP"):  # of a terminal, for all its processes: the parent decides
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other, (ours, theirs) in enumerate(pipes):
         ours.close()  # so that a pipe ends with either of its two processes
         if other != k:
@@ -256,6 +264,14 @@ class _Worker:
             self._at(i)
             found = self.environments[i].get_wrapper_attr(name)
             answers.append((j, found(*arguments, **named) if callable(found) else found))
+        return answers
+
+    def restore(self, states: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+        """Play their episodes again. states: what each has recorded."""
+        answers = []
+        for i, state in enumerate(states):
+            answers.append((self._at(i), self.environments[i].get_wrapper_attr("replayed")(state)))
+            self.resetting[i] = state["ended"]
         return answers
 
     def _at(self, i: int) -> int:

@@ -94,12 +94,12 @@ class Stepping:
     def go_on(self) -> None:
         """Continue the episodes; start new ones if there are none, or if they are of other environments."""
         if self.obs is None or not self.begun:
-            self.seeded = self.seeded or self.obs is not None  # a state was loaded, and its generator decides
             self.reset()
 
     def reset(self) -> None:
         """Start a new episode in every environment."""
         seed: Any = None
+        self.seeded |= self.obs is not None and not self.begun  # a state was loaded, and its generator decides
         grouped = self.group_size > 1
         takes_list = isinstance(self.environments.unwrapped, SyncVectorEnv | AsyncVectorEnv | Processes | EnvPool)
         if grouped or self.seeded:

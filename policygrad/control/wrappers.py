@@ -147,6 +147,12 @@ class Wrappers:
                 )
         return merged(copies) | self.around.learned()
 
+    def take(self, learned: Learned) -> bool:
+        """Give all copies what others have learned together. Returns whether they are in reach, not in processes."""
+        for x in (*self.copies, self.around):
+            x.set(learned)
+        return not isinstance(self.base, AsyncVectorEnv | Processes)
+
     @contextmanager
     def frozen(self, learned: Learned | None) -> Iterator[VectorEnv]:
         """The vector environment with these statistics, which stay as they are; None: its own. Undone afterwards.

@@ -163,24 +163,24 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
-    fill(policy, _part(tensors, "policy."), weights)
+    fill(policy, part_of(tensors, "policy."), weights)
     normalizer = None
     if description["normalizes_observations"] is not False:
-        statistics = {name: x.numpy() for name, x in _part(tensors, "observations.").items()}
+        statistics = {name: x.numpy() for name, x in part_of(tensors, "observations.").items()}
         shape = description["policy"] and tuple(description["policy"]["observation_space"]["shape"])
         try:
-            normalizer = _normalizer(statistics, shape)
+            normalizer = normalizer_of(statistics, shape)
         except KeyError as error:
             said = f"policy.json says normalizes_observations, and observations.{error.args[0]} is missing"
             raise damaged(weights, said) from error
         except ValueError as error:
             raise damaged(weights, f"the statistics of observations make no sense: {error}") from error
-    learned: Learned = {name: x.numpy() for name, x in _part(tensors, "wrappers.").items()}
+    learned: Learned = {name: x.numpy() for name, x in part_of(tensors, "wrappers.").items()}
     environment = one_line(description.get("environment") or "your own", 40)
-    return Saved(policy, normalizer, _part(tensors, "critic."), learned, environment, metadata)
+    return Saved(policy, normalizer, part_of(tensors, "critic."), learned, environment, metadata)
 
 
-def _normalizer(statistics: dict[str, np.ndarray], shape: tuple[int, ...] | None) -> ObservationNormalizer:
+def normalizer_of(statistics: dict[str, np.ndarray], shape: tuple[int, ...] | None) -> ObservationNormalizer:
     """A frozen normalizer with these statistics. shape: that of an observation, if it is known."""
     mean, var, count = (statistics[name] for name in ("mean", "var", "count"))
     if any(x.dtype.kind != "f" for x in (mean, var, count)):
@@ -227,5 +227,6 @@ def feature_count(space: dict[str, Any]) -> int:
     return math.prod(space["shape"])
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names have this prefix, without it."""
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -137,7 +137,7 @@ def compose(
         optimizers += own
         fit = fit_critic(
             critic, own, epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
-            micro_batch=split_of(options, policy), compiled=compiles(options),
+            micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options),
         )  # fmt: skip
     return Learner(
         wrapped(options, policy, sample, critic, anchored, coefficients),
@@ -274,7 +274,7 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
     parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
     optimizers = optimizers_of(options, parts)
     limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": split_of(options, policy)}
-    return ascend(optimizers, **limits, compiled=compiles(options)), optimizers
+    return ascend(optimizers, **limits, compiled=compiles(options), varying=varies(options)), optimizers
 
 
 def loop_of(
@@ -293,7 +293,7 @@ def loop_of(
         return partial(loop, epochs=getattr(options, "epochs", 1))
     normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized
     if compiles(options) and normalize is standardize:
-        normalize = graph(standardize, standardize)
+        normalize = graph(standardize, standardize, 2 * varies(options))
     return partial(
         loop,
         epochs=options.epochs,
@@ -362,6 +362,11 @@ def compiles(options: Any) -> bool:
     if has_critic(options) and hasattr(options, "critic_epochs"):
         updates += decisions * options.critic_epochs / options.critic_minibatch_size
     return COMPILE_PAYS <= updates < math.inf
+
+
+def varies(options: Any) -> bool:
+    """Whether rollouts have different numbers of steps: those of whole episodes have as many as the longest."""
+    return options.world == "control" and options.credit in EPISODIC
 
 
 def critic_rate(options: Any) -> float:

@@ -4,10 +4,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from policygrad.errors import UserError, ending
 
+with suppress(ImportError):  # not on every system
+    import fcntl
+
 CLAIM = "metrics.jsonl"  # the first file of a run: who creates it has the directory
+LOCK = ".lock"  # who writes there holds a lock on it
 
 
 def file_name(name: str) -> str:
@@ -85,6 +90,44 @@ def release(directory: Path, made: list[Path], names: tuple[str, ...] = ()) -> N
             path.rmdir() if path.is_dir() else path.unlink()
         for path in made:
             path.rmdir()
+
+
+class Lock:
+    """The right to write to a run's directory, until it is released or the process is gone, however that ends.
+
+    The lock is the process's alone: children that outlive it do not have it. Raises UserError if another run holds it.
+    """
+
+    held: ClassVar[set[Path]] = set()  # by this process, which the system's locks do not keep apart
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory.resolve() / LOCK
+        taken = UserError(f"{ending(str(directory), 100)} is being written by another run: wait for it, or stop it")
+        if self.path in Lock.held:
+            raise taken
+        try:
+            self.file = self.path.open("a")
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+        try:
+            if "fcntl" in globals():
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.file.close()
+            raise taken from error
+        except OSError:  # a file system without locks
+            pass
+        Lock.held.add(self.path)
+
+    def release(self) -> None:
+        """Let others write there."""
+        if not self.file.closed:
+            self.file.close()
+            Lock.held.discard(self.path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.release()
 
 
 def _unwritable(directory: Path, error: OSError) -> UserError:

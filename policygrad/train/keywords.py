@@ -17,7 +17,10 @@ class Keywords(TypedDict, total=False):
     device: str
     threads: int | None
     compile: Literal["auto", "on", "off"]
+    start: str | Path | None
     profile: bool
+    checkpoint_every: int | None
+    checkpoints: int
     stop_at_return: float
     evaluate_every: int
     evaluation_episodes: int

@@ -5,14 +5,17 @@ A run directory may come from anyone, so such a name is believed only if the use
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from policygrad.errors import UserError, ending, shortened
 
 # Options that hold such names, and their values that are names of this library's own.
 NAMES: dict[str, tuple[Any, ...]] = {
+    "start": (),
     "model": (),
     "base_model": (),
     "tokenizer": (),
@@ -24,18 +27,23 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "env_options": (),
 }
 # What a run keeps itself, so that loading it does not read the name; a model is kept unless it is an adapter's base.
-KEPT = ("model", "base_model", "tokenizer", "dataset", "evaluation_dataset")
+KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset")
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 
 
-def outside(kind: str, task: Any, options: Any) -> dict[str, list[str]]:
-    """The names that loading and evaluating a run follows out of its directory: option -> names."""
+def outside(kind: str, task: Any, options: Any, *, training: bool = False) -> dict[str, list[str]]:
+    """The names that loading and evaluating a run follows out of its directory: option -> names.
+
+    training: those that training it follows.
+    """
     found: dict[str, list[str]] = {}
     if kind == "control" and isinstance(task, str) and ":" in task:
         found["environment"] = [task]
+    if kind == "language" and training and task not in (None, "arithmetic", "rows"):
+        found["dataset"] = [task]
     adapter = getattr(options, "lora_rank", 0) > 0
     for name in NAMES:
-        if name in KEPT and not (adapter and name in ("model", "base_model")):
+        if name in KEPT and not training and not (adapter and name in ("model", "base_model")):
             continue
         texts = [x for x in _texts(name, getattr(options, name, None)) if not _built_in(name, x)]
         if texts:
@@ -52,9 +60,16 @@ def check_trusted(names: Mapping[str, list[str]]) -> None:
         raise UserError(start + (said if len(said) <= room else said[: room - 3] + "...") + end)
 
 
-def trusting(kind: str, task: Any, options: Any) -> str:
-    """The flags that `policygrad eval` needs for a run of one's own."""
-    flags = [" --trust"] if outside(kind, task, options) else []
+def resuming(directory: Path, kind: str, task: Any, options: Any) -> str:
+    """The command that goes on with a run of one's own; for an environment without a name, the call in Python."""
+    if kind == "control" and task is None:
+        return f"policygrad.resume({str(directory)!r}, environment=...)"
+    return f"policygrad resume {shlex.quote(str(directory))}{trusting(kind, task, options, training=True)}"
+
+
+def trusting(kind: str, task: Any, options: Any, *, training: bool = False) -> str:
+    """The flags that `policygrad eval` needs for a run of one's own; training: those of `policygrad resume`."""
+    flags = [" --trust"] if outside(kind, task, options, training=training) else []
     return "".join(flags + ([" --trust-remote-code"] if getattr(options, "trust_remote_code", False) else []))
 
 

@@ -85,8 +85,14 @@ class Options:
     compile: Literal["auto", "on", "off"] = option("auto",
         "Gradient steps as one compiled graph, the same to rounding, not Muon's; auto: if the run has enough of them.",
         world=("control", "exact"))
+    start: str | None = option(None,
+        "Run to begin from: its policy, and its critic and statistics where they fit; any method may go on from it.",
+        TEXT, **EPISODES)
     profile: bool = option(False,
         "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")
+    checkpoint_every: int | None = option(None,
+        "Iterations between checkpoints, which `policygrad resume` goes on from; None: in 2% of the time.", COUNT)
+    checkpoints: int = option(2, "Checkpoints to keep, the newest ones; 0: none, and no resuming.", NOT_NEGATIVE)
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
     evaluate_every: int = option(0,
@@ -496,6 +502,8 @@ def _conflicts(o: Any) -> Any:
     method, world = METHODS[o.method], o.world
     if o.steps is None and o.iterations is None:
         yield "steps", "steps and iterations are both None: say how long to train"
+    if o.checkpoint_every is not None and not o.checkpoints:
+        yield "checkpoint_every", "checkpoint_every is of checkpoints, and there are to be 0: set that too"
     if method.objective not in ("ppo", "grpo") and o.normalize_advantages == "minibatch":
         yield "normalize_advantages", f"normalize_advantages is minibatch, and {o.method} has none: use batch or none"
     if getattr(o, "overlap", False) and o.profile:

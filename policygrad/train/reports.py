@@ -5,10 +5,11 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,29 @@ GROUPS = {
 class Log:
     """metrics.jsonl and TensorBoard events in a run directory. A full disk stops neither: it delays them."""
 
-    def __init__(self, directory: Path) -> None:
-        events = directory / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
-        self.metrics, self.events = Tail(directory / "metrics.jsonl"), Tail(events)
-        self.events.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+    def __init__(self, directory: Path, at: Mapping[str, Any] | None = None) -> None:
+        """at: the `position` of a log to go on with. What was written after it is removed."""
+        at = at or {"metrics": 0, "events": None}
+        self.metrics, events = Tail(directory / "metrics.jsonl", at["metrics"]), directory / "tensorboard"
+        if at["events"] is None:
+            for path in events.glob("events.out.tfevents.*"):
+                if re.fullmatch(r"\d+\.\d+", path.name.removeprefix("events.out.tfevents.")):  # of this class
+                    path.unlink()
+            self.events = Tail(events / f"events.out.tfevents.{int(time.time())}.{os.getpid()}")
+            self.events.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        else:
+            name, written = at["events"]
+            self.events = Tail(events / Path(name).name, written)
+        self.close()
+
+    def position(self) -> dict[str, Any]:
+        """Where the log is, all of it on the disk. Raises OSError if there is no room for it."""
+        self.close()
+        if self.metrics.waiting or self.events.waiting:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self.metrics.path.open("rb") as file:
+            os.fsync(file.fileno())
+        return {"metrics": self.metrics.written, "events": (self.events.path.name, self.events.written)}
 
     def write(self, row: Row) -> None:
         """Write one line of metrics.jsonl and one point of each TensorBoard curve."""
@@ -81,8 +101,8 @@ class Log:
 class Tail:
     """A file that grows by whole records. What a full disk refuses is written later, and said once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.waiting, self.written, self.warned = path, b"", 0, False
+    def __init__(self, path: Path, written: int = 0) -> None:
+        self.path, self.waiting, self.written, self.warned = path, b"", written, False
 
     def write(self, record: bytes) -> None:
         """Append a record, and those before it that are not written yet."""
@@ -102,6 +122,21 @@ class Tail:
                 name = ending(str(self.path), 60)
                 warnings.warn(f"{name} cannot be written ({error.strerror}): training goes on", Note, stacklevel=3)
             self.warned = True
+
+
+def read_rows(path: Path, size: int) -> list[Row]:
+    """The rows in the first `size` bytes of metrics.jsonl. What is missing is said."""
+    try:
+        with path.open("rb") as file:
+            held = file.read(size)
+        rows = [json.loads(line) for line in held.splitlines()]
+        if len(held) == size and all(isinstance(row, dict) for row in rows):
+            return rows
+    except (OSError, ValueError):
+        rows = []
+    rows = [row for row in rows if isinstance(row, dict)]
+    warnings.warn(f"{ending(str(path), 80)} is not what it was at the checkpoint: rows are missing", Note, stacklevel=2)
+    return rows
 
 
 def _record(event: Event) -> bytes:

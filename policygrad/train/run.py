@@ -14,6 +14,7 @@ from torch import nn
 
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
+from policygrad.machine import described
 from policygrad.train.checkpoints import Stage
 from policygrad.train.directories import claim
 from policygrad.train.generators import Generators
@@ -41,6 +42,7 @@ class Run:
     metrics: list[Row] = field(default_factory=list)
     seconds: float = 0.0
     ended: str | None = None  # finished, interrupted, or the error; None while the run goes on
+    totals: list[dict[str, Any]] = field(default_factory=list)  # steps and iterations before there were to be more
     profile: Profile | None = None  # where the time goes, if that is measured
     before: Evaluation | None = None  # scores before and after training, if the world evaluates
     after: Evaluation | None = None
@@ -161,51 +163,20 @@ class Run:
         repeated: options, which override the run's; `trust_remote_code` is taken from here alone.
         """
         directory = as_path(directory)
-        path = directory / "config.json"
-        if directory.name == "model" and (directory.parent / "metrics.jsonl").exists():
-            shown = ending(str(directory.parent), 70)
-            raise UserError(f"{shown}/model is a run's model: give the run, {shown}")
-        if not path.exists():
-            raise UserError(f"{ending(str(directory), 80)} is no run directory: give one that train wrote")
-        config = read_json(path)
-        try:
-            method, kind, task, given = (config[name] for name in ("method", "world", "task", "options"))
-            if method not in METHODS or kind not in ("control", "language", "exact"):
-                raise ValueError(f"there is no {shortened(method, 30)} on {shortened(kind, 30)}")
-            if not isinstance(task, str | None) or not isinstance(config.get("preset"), str | None):
-                raise ValueError("task and preset must be text")
-            values = {name: float(x) if x in ("inf", "-inf", "nan") else x for name, x in given.items()}
-            values |= dict.fromkeys({"trust", "trust_remote_code"} & values.keys(), False)
-            options = with_values(options_of(method, kind)(), values)
-            check_bounds(options)
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            said = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-            raise damaged(path, said) from error
-        names = outside(kind, task, options)
-        own = (("environment", environment, "control"), ("policy", policy, "control"), ("dataset", dataset, "language"))
-        for name, x, its in own:
-            if x is not None and kind != its:
-                raise UserError(f"{name} is for {its}, and this run is on {kind}: leave it out")
-        if environment is not None:
-            task = environment
-            names.pop("environment", None)
         of_dataset = {name: repeated.pop(name) for name in ("split", "columns") if name in repeated}
         if of_dataset and dataset is None:
             raise UserError(f"{min(of_dataset)} is of another data set to evaluate on, and there is none: give dataset")
-        options = with_values(options, repeated)
-        check_bounds(options)
-        check_device(options.device)
-        if trust and hasattr(options, "trust"):
-            options = with_values(options, {"trust": True})
-        if not trust:
-            check_trusted({name: texts for name, texts in names.items() if name not in repeated})
+        method, kind, task, preset, options = configured(directory, repeated, trust, environment)
+        for name, x, its in (("policy", policy, "control"), ("dataset", dataset, "language")):
+            if x is not None and kind != its:
+                raise UserError(f"{name} is for {its}, and this run is on {kind}: leave it out")
         try:
             world = world_of(kind)(task, options)
         except (UserError, TypeError, AttributeError) as error:
-            raise damaged(path, one_line(error)) from error
+            raise damaged(directory / "config.json", one_line(error)) from error
         if dataset is not None:
             world.evaluated_on = {"source": dataset, "split": options.evaluation_split, **of_dataset}
-        run = cls(method, options, config.get("preset"), world, directory)
+        run = cls(method, options, preset, world, directory)
         run.places.add(directory.resolve())
         with arithmetic(run.world, options.threads), torch.random.fork_rng([]):  # new modules draw their weights
             run.stage = run.world.load(directory, **({} if policy is None else {"policy": policy}))
@@ -231,7 +202,9 @@ class Run:
             "task": self.world.stored(),
             "preset": self.preset,
             "options": {name: json_number(x) for name, x in dataclasses.asdict(self.options).items()},
+            "totals": self.totals,
             "versions": self.world.versions(),
+            "machine": described(),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -251,6 +224,56 @@ class Run:
             **self.world.summary(self.metrics),
             **{when: None if x is None else x.summary() for when, x in judged.items()},
         }
+
+
+def configured(
+    directory: Path,
+    repeated: dict[str, Any],
+    trust: bool = False,
+    environment: Any = None,
+    *,
+    training: bool = False,
+) -> tuple[str, str, Any, str | None, Any]:
+    """What a run's directory says that it is: its method, world, task, preset and options.
+
+    repeated: options that override the run's. environment: the task of a control run, in place of its own. training:
+    the run is to be trained, which follows more names than evaluating it. Raises UserError for a directory without a
+    run, for a damaged one, and for names that are neither repeated nor trusted (see names.py).
+    """
+    path = directory / "config.json"
+    if directory.name == "model" and (directory.parent / "metrics.jsonl").exists():
+        shown = ending(str(directory.parent), 70)
+        raise UserError(f"{shown}/model is a run's model: give the run, {shown}")
+    if not path.exists():
+        raise UserError(f"{ending(str(directory), 80)} is no run directory: give one that train wrote")
+    config = read_json(path)
+    try:
+        method, kind, task, given = (config[name] for name in ("method", "world", "task", "options"))
+        if method not in METHODS or kind not in ("control", "language", "exact"):
+            raise ValueError(f"there is no {shortened(method, 30)} on {shortened(kind, 30)}")
+        if not isinstance(task, str | None) or not isinstance(config.get("preset"), str | None):
+            raise ValueError("task and preset must be text")
+        values = {name: float(x) if x in ("inf", "-inf", "nan") else x for name, x in given.items()}
+        values |= dict.fromkeys({"trust", "trust_remote_code"} & values.keys(), False)
+        options = with_values(options_of(method, kind)(), values)
+        check_bounds(options)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        said = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        raise damaged(path, said) from error
+    names = outside(kind, task, options, training=training)
+    if environment is not None:
+        if kind != "control":
+            raise UserError(f"environment is for control, and this run is on {kind}: leave it out")
+        task = environment if isinstance(environment, str) else task
+        names.pop("environment", None)
+    options = with_values(options, repeated)
+    check_bounds(options)
+    check_device(options.device)
+    if trust and hasattr(options, "trust"):
+        options = with_values(options, {"trust": True})
+    if not trust:
+        check_trusted({name: texts for name, texts in names.items() if name not in repeated})
+    return method, kind, task, config.get("preset"), options
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Training: one loop for every method and world, an iterator of rows of metrics."""
 
+import json
 import math
 import re
 import shutil
@@ -9,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,28 +19,40 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, one_line
-from policygrad.files import add_metadata, as_path
+from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
+from policygrad.files import add_metadata, as_path, damaged, read_json, read_metadata
 from policygrad.train import presets
 from policygrad.train.checkpoints import Stage, finite
-from policygrad.train.compose import compose
-from policygrad.train.directories import check_empty, claim, release
+from policygrad.train.compose import compiles, compose
+from policygrad.train.directories import CLAIM, Lock, check_empty, claim, release
 from policygrad.train.generators import Generators
 from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
-from policygrad.train.names import absolute, located
+from policygrad.train.names import absolute, located, resuming
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.profiling import Profile
-from policygrad.train.reports import Log, ProgressLine, Row
-from policygrad.train.run import Run, arithmetic, check_device
+from policygrad.train.reports import Log, ProgressLine, Row, read_rows
+from policygrad.train.run import Run, arithmetic, check_device, configured, json_number
+from policygrad.train.snapshots import digest, read_checkpoint, write_checkpoint
+from policygrad.train.stopping import Stopped, asked, unasked
 from policygrad.train.worlds import ROWS as OF_ROWS
 from policygrad.train.worlds import kind_of, world_of
 from policygrad.train.worlds.world import Own
 
 SAVE_SECONDS = 30.0  # between two saves of the policy, or longer
-SAVE_SHARE = 0.05  # of the time may go into saving
+SAVE_SHARE = 0.02  # of the time may go into saving
 # What a run writes before it trains, removed again if it cannot begin.
-WRITTEN = ("config.json", "policy.*", "critic.safetensors", "held_out.jsonl", "samples.jsonl", "model", "model/*")
+WRITTEN = (
+    ".lock",
+    "config.json",
+    "policy.*",
+    "critic.safetensors",
+    "held_out.jsonl",
+    "samples.jsonl",
+    "model",
+    "model/*",
+)
+TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 ROWS = 1000  # maximum rows of metrics in a run
 
 
@@ -88,10 +101,10 @@ class Training:
         task, rows = _rows_apart(task, values)
         kind = kind_of(task, values)
         _check_count(task, values)
-        self.preset, self.tuned = presets.choose(preset, name, task, values)
-        defaults = with_values(options_of(name, kind)(), self.tuned, f"preset {self.preset}: ")
+        preset, tuned = presets.choose(preset, name, task, values)
+        defaults = with_values(options_of(name, kind)(), tuned, f"preset {preset}: ")
         options = with_values(defaults, values)
-        with presets.blamed(self.preset, self.tuned, values):
+        with presets.blamed(preset, tuned, values):
             validate(options, defaults)
         if kind == "control":
             _check_shape_read(options, defaults, policy, critic)
@@ -100,17 +113,32 @@ class Training:
         check_empty(directory)
         if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in ("arithmetic", OF_ROWS))):
             task = absolute(task)
-        self.world = world_of(kind)(task, located(options))
-        self.options = options = self.world.options
-        self.run = Run(name, options, self.preset, self.world, directory)
+        world = world_of(kind)(task, located(options))
+        self.tuned = tuned
+        with presets.blamed(preset, tuned, values):
+            self._make(Run(name, world.options, preset, world, directory), Own(policy, critic, engine, rows), progress)
+
+    def _make(self, run: Run, own: Own, progress: bool, checkpoint: dict[str, Any] | None = None) -> None:
+        """Make everything that the options ask for. checkpoint: where to go on; {}: from the beginning, once more."""
+        self.run, self.world, options = run, run.world, run.options
+        self.preset, self.options, directory = run.preset, options, run.directory
+        self.own = {{"data": "dataset"}.get(name, name) for name, x in vars(own).items() if x is not None and x != {}}
         self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = Generators(options.seed, options.device)
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
+        self.resumed: dict[str, Any] | None = None  # of a run that goes on: where its log was
+        self.lock: Lock | None = None
         made: list[Path] | None = None
         try:
             with self._inside():
-                with presets.blamed(self.preset, self.tuned, values):
-                    self.world.build(Own(policy, critic, engine, rows), progress)
+                self.world.build(own, progress)
+                in_checkpoint = checkpoint and options.kl_ref == "none" and not self._frozen()
+                if getattr(options, "start", None) and not in_checkpoint:
+                    self.world.begin_from(as_path(options.start))
+                self.start = "" if directory is None else digest(self._kept_from_the_start())
+                if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
+                    options = replace(options, compile=checkpoint["compiled"])
+                self.compiled = "on" if compiles(options) else "off"
                 self.learner = compose(
                     options, self.world.policy, self.world.critic, self.world.sample, self.world.reference, self._due
                 )
@@ -118,8 +146,9 @@ class Training:
                     self.run.profile = Profile()
                     self.world.watch(self.run.profile, self.learner)
                 self.iterations = iter(self.learner)
-                if directory is not None:
+                if directory is not None and checkpoint is None:
                     made = claim(directory)
+                    self.lock = Lock(directory)
                     self.run.places.add(directory.resolve())
                     self._begin(directory)
                 if self.world.judged:
@@ -130,9 +159,165 @@ class Training:
                 self.world.close()
             if directory is not None and made is not None:
                 release(directory, made, WRITTEN)
+            if self.lock is not None:
+                self.lock.release()
             raise
         self.rates = [group["lr"] for group in self._groups()]
         self._schedule(0.0)
+
+    @classmethod
+    def resume(
+        cls,
+        directory: Path | str,
+        *,
+        steps: int | None = None,
+        iterations: int | None = None,
+        trust: bool = False,
+        environment: Any = None,
+        policy: Any = None,
+        critic: Any = None,
+        engine: Any = None,
+        progress: bool = False,
+        **repeated: Any,
+    ) -> "Training":
+        """A run that goes on from the last checkpoint in its directory, as if it had not been stopped.
+
+        Its parameters and metrics come out the same, bit for bit, on the same machine with the same versions. steps,
+        iterations: so many more than the run was to have. trust, repeated: as for Run.load; training also reads the
+        model and the data sets. environment, policy, critic, engine and dataset: your own objects of training, which no
+        file holds. Raises UserError for a run that has ended, unless it gets more steps, that another process is
+        writing, or whose environment, options or starting model are no longer what they were.
+        """
+        directory = as_path(directory)
+        found = Written.read(directory, trust, environment, repeated | {"critic": critic})
+        lock = Lock(directory)
+        try:
+            checkpoint = read_checkpoint(directory)
+            found.options = extended(found.options, steps, iterations)
+            with _of_a_checkpoint():
+                check_resumable(directory, found.options, checkpoint)
+            training = cls._again(found, directory, policy, critic, engine, progress, checkpoint or {})
+            try:
+                with _of_a_checkpoint():
+                    training._go_on(checkpoint)
+            except BaseException:
+                training.world.close()
+                raise
+            training.lock = lock
+        except BaseException:
+            lock.release()
+            raise
+        return training
+
+    @classmethod
+    def _again(
+        cls,
+        found: "Written",
+        directory: Path | None,
+        policy: Any,
+        critic: Any,
+        engine: Any,
+        progress: bool,
+        checkpoint: dict[str, Any] | None = None,
+    ) -> "Training":
+        """The run that a directory describes, at its beginning. directory: where it writes."""
+        training = cls.__new__(cls)
+        training.tuned = {}
+        world = world_of(found.kind)(found.task, found.options)
+        run = Run(found.method, world.options, found.preset, world, directory, totals=found.totals)
+        if directory is not None:
+            run.places.add(directory.resolve())
+        own = Own(policy, None if isinstance(critic, str) else critic, engine, found.rows)
+        training._make(run, own, progress, checkpoint)
+        return training
+
+    def _go_on(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint; None: from the beginning."""
+        directory = self.run.directory
+        assert directory is not None
+        if checkpoint is None:
+            warnings.warn("there is no checkpoint yet: the run begins once more", Note, stacklevel=3)
+            self.resumed = {"metrics": 0, "events": None}
+            return
+        self.check_own(checkpoint, directory, "resume")
+        if checkpoint["task"] != self.world.stored():
+            said = f"the task was {shortened(checkpoint['task'])}, and is {shortened(self.world.stored())}"
+            warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
+        if checkpoint["start"] != self.start:
+            raise UserError(
+                "the model that the run began with, its reference, is no longer what it was: put it back, or begin a "
+                "new run"
+            )
+        changed = [f"{x} {checkpoint['versions'].get(x)}, now {now}" for x, now in self.world.versions().items()
+                   if checkpoint["versions"].get(x) != now]  # fmt: skip
+        if changed:
+            said = f"the checkpoint is of {listed(changed, 90)}"
+            warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
+        self.load_state_dict(checkpoint["training"])
+        (name, size), rows = checkpoint["log"]["events"], int(checkpoint["log"]["metrics"])
+        self.resumed = {"metrics": rows, "events": (str(name), int(size))}
+        self.last = {str(name): float(x) for name, x in checkpoint["last"].items()}
+        self.run.seconds = self.clock
+        self.run.stage = self.run.saved = Stage(
+            self.iteration, checkpoint["steps"], "ended" if self.done else "unfinished"
+        )
+        self.run.metrics = read_rows(directory / CLAIM, rows)
+        if self.world.judged and self.run.before is not None and self.iteration:
+            self.run.metrics.insert(0, self._before(self.last))
+        if _longer(self.options, checkpoint):
+            was = {name: checkpoint["options"][name] for name in ("steps", "iterations")}
+            self.run.totals = [*checkpoint["totals"], {"iteration": self.iteration, **was}]
+            self.lengthen(self.options)
+            if self.options.learning_rate_schedule != "constant" or self.options.warmup:
+                said = f"learning_rate_schedule {self.options.learning_rate_schedule} is of the whole run"
+                warnings.warn(f"{said}: with more of it, the rates are higher from here on", Note, stacklevel=3)
+            self.run.describe(directory)
+        self._mark()
+
+    def check_own(self, checkpoint: dict[str, Any], directory: Path, function: str) -> None:
+        """Raise UserError if an object that was handed in is missing."""
+        for name in sorted(set(checkpoint["own"]) - self.own):
+            said = f"the run was trained with a {name} of your own: in Python, "
+            raise UserError(f"{said}policygrad.{function}({ending(str(directory), 60)!r}, {name}=...) takes it")
+
+    def lengthen(self, options: Any) -> None:
+        """Go on with the total of these options in place of what the run was to have."""
+        self.options = self.run.options = options
+        share = self._share(self.last.get("steps", 0.0), self.iteration)
+        self.done, self.next_row = False, share + 1 / ROWS
+        self._schedule(share)
+
+    def checkpoint(self, log: dict[str, Any]) -> dict[str, Any]:
+        """The whole run, between two iterations, as resume takes it. log: where metrics and events are."""
+        return {
+            "iteration": self.iteration,
+            "steps": int(self.last.get("steps", 0)),
+            "training": self.state_dict(),
+            "last": dict(self.last),
+            "log": log,
+            "own": sorted(self.own),
+            "task": self.world.stored(),
+            "options": self.run.configuration()["options"],
+            "versions": self.world.versions(),
+            "start": self.start,
+            "compiled": self.compiled,
+            "totals": self.run.totals,
+        }
+
+    def _kept_from_the_start(self) -> dict[str, Tensor]:
+        """What no checkpoint holds, since it stays: frozen parameters, and the policy that the reference is of."""
+        modules, frozen = self.world.modules(), self._frozen()
+        whole = self.options.kl_ref != "none"
+        return {
+            name: x
+            for name, x in modules.state_dict().items()
+            if name in frozen or (whole and name.startswith("policy."))
+        }
+
+    def _frozen(self) -> set[str]:
+        """The names of the parameters that nothing changes."""
+        named = self.world.modules().named_parameters(remove_duplicate=False)
+        return {name for name, p in named if not p.requires_grad}
 
     def _begin(self, directory: Path) -> None:
         """Save the run as it is before training, so that a process that is killed leaves a directory that loads."""
@@ -147,7 +332,7 @@ class Training:
     def __next__(self) -> Row:
         """Train for one iteration. Raises StopIteration at the end, and UserError if a number is not finite."""
         if self.done:
-            self.close()
+            self.world.close()
             raise StopIteration
         start = time.perf_counter()
         try:
@@ -181,29 +366,37 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during the run."""
+        sample, frozen = self.learner.sample.state_dict(), self._frozen()  # type: ignore[attr-defined]
         return {
             "iteration": self.iteration,
             "next_row": self.next_row,
             "done": self.done,
             "clock": self.clock,
             "random": self.random.state_dict(),
-            "modules": self.world.modules().state_dict(),
+            "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
             "optimizers": [x.state_dict() for x in self.learner.optimizers],
             "coefficients": {name: x.state_dict() for name, x in self.learner.coefficients.items()},
-            "sample": self.learner.sample.state_dict(),  # type: ignore[attr-defined]
+            "sample": sample,
+            "surroundings": self.world.surroundings(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state_dict of a run with the same options."""
-        for name in ("iteration", "next_row", "done", "clock"):
-            setattr(self, name, state[name])
-        self.random.load_state_dict(state["random"])
-        self.world.modules().load_state_dict(state["modules"])
+        self.iteration, self.done = int(state["iteration"]), bool(state["done"])
+        self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
+        with self._inside():  # environments may draw from the global generators
+            lost = self.world.restore(state["surroundings"])
+        found = self.world.modules().load_state_dict(state["modules"], strict=False)
+        if found.unexpected_keys or set(found.missing_keys) - self._frozen():
+            raise ValueError(f"other modules: {listed([*found.unexpected_keys, *found.missing_keys])}")
         for optimizer, saved in zip(self.learner.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name, saved in state["coefficients"].items():
             self.learner.coefficients[name].load_state_dict(saved)
         self.learner.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
+        self.random.load_state_dict(state["random"])
+        if lost is not None:
+            warnings.warn(lost, Note, stacklevel=2)
 
     def note(self) -> str | None:
         """A line about the preset that is used, or about one that is for the task's id only and not used."""
@@ -212,8 +405,10 @@ class Training:
         return presets.passed_over(self.world.task, getattr(self.world, "environments", None), self.run.method)
 
     def close(self) -> None:
-        """Close the environments; the policy stays usable."""
+        """Close the environments, and let other processes write to the directory; the policy stays usable."""
         self.world.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def __enter__(self) -> "Training":
         return self
@@ -246,12 +441,17 @@ class Training:
         if name is None or self.run.before is None:
             return
         if self.iteration == 1:
-            self.run.metrics.append(
-                {x: 0.0 for x in ("completions", "steps") if x in row} | {name: self.run.before.score}
-            )
+            self.run.metrics.append(self._before(row))
         if self.done or self._judged(self.iteration):
             self.run.after = self.run.evaluate()
             row[name] = self.run.after.score
+
+    def _before(self, row: Row) -> Row:
+        """The row of the evaluation before training. It is not in metrics.jsonl. row: one of this run."""
+        assert self.world.judged is not None
+        assert self.run.before is not None
+        counters = {name: 0.0 for name in ("completions", "steps") if name in row}
+        return counters | {self.world.judged: self.run.before.score}
 
     def _mark(self) -> None:
         """Remember the numbers of a whole iteration, for a run that is written."""
@@ -307,22 +507,42 @@ def train(method: str, task: Any = None, *, progress: bool = True, **arguments: 
     return training.run
 
 
-def complete(training: Training, progress: bool = True) -> None:
-    """Train to the end. Write rows and policy to the run's directory, and show a line on the terminal."""
+def resume(directory: Path | str, *, progress: bool = True, **arguments: Any) -> Run:
+    """Continue a run from the last checkpoint in its directory, to its end. The arguments are those of Training.resume.
+
+    `policygrad.resume("runs/CartPole-v1/ppo-seed0", steps=50_000)` trains for so many steps more.
+    """
+    with Training.resume(directory, progress=progress, **arguments) as training:
+        complete(training, progress)
+    return training.run
+
+
+def complete(training: Training, progress: bool = True, *, signals: bool = False) -> None:
+    """Train to the end. Write rows, policy and checkpoints to the run's directory, and show a line on the terminal.
+
+    signals: the first SIGINT, SIGTERM or SIGHUP ends the run after its iteration, with a checkpoint.
+    """
     run, options = training.run, training.options
     total = options.steps if options.steps and not options.iterations else options.iterations
     description = f"{run.method} {run.world.name}"
-    with Recorder(training) as record, ProgressLine(description, total, progress) as line:
+    with (
+        Recorder(training) as record,
+        ProgressLine(description, total, progress) as line,
+        (asked if signals else unasked)() as came,
+    ):
         for row in training:
             with run.span("logging"):
                 record(row)
                 line.update(
                     row["steps"] if total == options.steps else float(training.iteration), run.world.status(row)
                 )
+            if came and not training.done:
+                record.save(policy=False)  # which is saved on the way out
+                raise Stopped(came[0])
 
 
 class Recorder:
-    """Writes a run to its directory: rows as they come, the policy now and then, and everything at the end.
+    """Writes a run to its directory: rows as they come, checkpoints and the policy now and then, everything at the end.
 
     What cannot be written does not stop training: it is tried again. When a run is stopped or fails, a note (`Kept`)
     on the exception says what is saved.
@@ -330,20 +550,46 @@ class Recorder:
 
     def __init__(self, training: Training) -> None:
         self.training, self.run, self.clock = training, training.run, SaveClock()
-        self.log = None if self.run.directory is None else Log(self.run.directory)
+        self.log = None if self.run.directory is None else Log(self.run.directory, training.resumed)
+        self.saved = (training.iteration or None) if training.resumed else None  # that of the last checkpoint
+        self.warned = False
 
     def __call__(self, row: Row) -> None:
         if self.log is None or self.run.directory is None:
             return
         if self.run.metrics and self.run.metrics[-1] is row:
             self.log.write(row)
-        if self.clock.due():
-            with self.clock:
-                try:
+        every = self.training.options.checkpoint_every
+        due = self.clock.due() if every is None else self.training.iteration % every == 0
+        if due or self.training.done:  # then the policy is saved on the way out, too
+            self.save(policy=due)
+
+    def save(self, *, policy: bool = True) -> None:
+        """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
+        assert self.run.directory is not None
+        with self.clock:
+            try:
+                self.write_checkpoint(self.run.directory)
+                if policy:
                     self.run.write_policy(self.run.directory)
-                except Exception as error:  # of the system or of a library's own kind: a later save may succeed
-                    said = f"{unwritable(self.run.directory, error)}: training goes on, and {self.run.kept('there')}"
+            except Exception as error:  # of the system, or of a library's own kind
+                said = f"{unwritable(self.run.directory, error)}: training goes on, and {self.run.kept('there')}"
+                if policy:  # else saving that will say so
                     warnings.warn(said, Note, stacklevel=2)
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Write the whole run, between two iterations. Raises OSError."""
+        assert self.log is not None
+        if self.training.options.checkpoints == 0:
+            return
+        state = self.training.checkpoint(self.log.position())
+        surroundings = state["training"]["surroundings"]
+        if not self.warned and isinstance(surroundings, dict) and surroundings["environments"] is None:
+            self.warned = True
+            said = f"{self.run.world.name} has no state that can be saved: a run that is resumed begins new episodes"
+            warnings.warn(said, Note, stacklevel=2)
+        write_checkpoint(directory, state, self.training.options.checkpoints)
+        self.saved = self.training.iteration
 
     def __enter__(self) -> "Recorder":
         return self
@@ -363,9 +609,20 @@ class Recorder:
             self.run.stage = replace(self.run.stage, run=how, partway=self.training.partway())
         problem = self._finish(self.run.directory)
         if error is not None:
-            error.add_note(Kept(problem or self.run.kept()))
+            again = self._again(self.run.directory) if isinstance(error, KeyboardInterrupt) else ""
+            error.add_note(Kept((problem or self.run.kept()) + again))
         elif problem is not None:
             raise UserError(problem)
+
+    def _again(self, directory: Path) -> str:
+        """How to go on with a run that is stopped."""
+        if self.saved is None:
+            return ""
+        back = (
+            f" from iteration {self.saved:,}" if self.saved != self.training.iteration or self.run.stage.partway else ""
+        )
+        command = resuming(directory, self.run.world.kind, self.run.world.stored(), self.run.options)
+        return f"; to go on{back}: {command}"
 
     def _finish(self, directory: Path) -> str | None:
         """Save for the last time. If the directory cannot be written, save elsewhere, and return what happened."""
@@ -394,6 +651,106 @@ def scheduled(schedule: str, warmup: float, share: float) -> float:
         return share / warmup
     rest = min(1.0, (share - warmup) / (1 - warmup))
     return {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[schedule]
+
+
+@dataclass
+class Written:
+    """What a run's directory says that it is."""
+
+    method: str
+    kind: str
+    task: Any
+    preset: str | None
+    options: Any
+    rows: dict[str, Any]  # data sets that are handed in
+    totals: list[dict[str, Any]]  # what the run was to have before it was to have more
+
+    @classmethod
+    def read(cls, directory: Path, trust: bool, environment: Any, repeated: dict[str, Any]) -> "Written":
+        """From a directory, with what repeats or replaces its names. Raises UserError, as Run.load does."""
+        critic = repeated.get("critic")
+        if critic is None or not isinstance(critic, str):
+            repeated.pop("critic", None)
+        _, rows = _rows_apart("", repeated)
+        method, kind, task, preset, options = configured(directory, repeated, trust, environment, training=True)
+        if environment is not None and not isinstance(environment, str):
+            task = environment
+        if kind == "language" and task is not None and options.dataset:  # the task is a file of prompts, named again
+            task, options = absolute(options.dataset[0]), replace(options, dataset=())
+        if task is None and kind == "control":
+            raise UserError(
+                "the environment of this run has no name to find it by: in Python, "
+                f"policygrad.resume({ending(str(directory), 60)!r}, environment=...) takes the object of training"
+            )
+        path = directory / "config.json"
+        totals = read_json(path).get("totals", [])
+        numbers = [total.get(x) for total in totals for x in TOTAL] if _are_dicts(totals) else [""]
+        if not all(x is None or (type(x) is int and 0 <= x < 2**63) for x in numbers):
+            raise damaged(path, "its totals make no sense")
+        return cls(method, kind, task, preset, located(options), rows, totals)
+
+
+def _are_dicts(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(entry, dict) for entry in x)
+
+
+def _longer(options: Any, checkpoint: dict[str, Any]) -> bool:
+    """Whether the run is to be longer than it was to be at the checkpoint."""
+    return any(getattr(options, name) != checkpoint["options"][name] for name in ("steps", "iterations"))
+
+
+def extended(options: Any, steps: int | None, iterations: int | None) -> Any:
+    """The options of a run with so many more steps or iterations."""
+    more = {"steps": steps, "iterations": iterations}
+    for name, x in more.items():
+        if x is not None and (type(x) is not int or x < 1):
+            raise OptionError(name, f"{name} is {shortened(x, 40)}: it must be a whole number, at least 1")
+        if x is not None and getattr(options, name) is None:
+            other = "iterations" if name == "steps" else "steps"
+            raise OptionError(name, f"the run is measured in {other}: give {other}, how many more to train")
+    return replace(options, **{name: getattr(options, name) + x for name, x in more.items() if x is not None})
+
+
+def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | None) -> None:
+    """Raise UserError if the directory has no checkpoint and has been trained, if its options are no longer those of
+    the checkpoint, or if there is nothing to train.
+    """
+    shown = ending(str(directory), 60)
+    if checkpoint is None:
+        if options.checkpoints == 0:
+            raise UserError(f"the run in {shown} was to keep no checkpoints (checkpoints 0): train again")
+        saved = [directory / "policy.safetensors", *(directory / "model").glob("*.safetensors")]
+        if any(Stage.of(read_metadata(path), path).iteration for path in saved if path.exists()):
+            raise UserError(f"{shown} has a policy and no checkpoint to go on from: train again")
+        return
+    if not isinstance(checkpoint["compiled"], str) or checkpoint["compiled"] not in ("on", "off"):
+        raise ValueError("compiled must be on or off")
+    now = {name: json_number(x) for name, x in asdict(options).items()}
+    free = {"trust", "trust_remote_code", "device", "threads", "profile", "checkpoint_every", "checkpoints"}
+    for name, was in checkpoint["options"].items():
+        if name in ("steps", "iterations") and was is not None and (now[name] or 0) >= was:
+            continue
+        if name not in free and json.dumps(now.get(name)) != json.dumps(was):
+            said = f"{name} was {shortened(was, 40)} in training, and is {shortened(now.get(name), 40)}"
+            raise UserError(f"{said}: put it back, or begin a new run")
+    steps = checkpoint["steps"]
+    reached = {"iterations": checkpoint["iteration"], "steps": steps}
+    ended = [name for name, x in reached.items() if x >= (getattr(options, name) or math.inf)]
+    if ended or (checkpoint["training"]["done"] and not _longer(options, checkpoint)):
+        name = ended[0] if ended else "steps" if options.steps else "iterations"
+        raise UserError(f"the run in {shown} has ended, after {steps:,} steps: give {name}, how many more")
+
+
+@contextmanager
+def _of_a_checkpoint() -> Iterator[None]:
+    """A checkpoint that holds something else than this needs is an error of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {one_line(error, 80)}"
+        raise UserError(f"the checkpoint does not fit what the directory says that the run is ({said})") from error
 
 
 def how_it_ended(error: BaseException | None) -> str:

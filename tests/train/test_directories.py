@@ -1,12 +1,17 @@
 """Where a run goes: a directory of its own, made when it begins, gone again if nothing was written."""
 
+import gc
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from policygrad.errors import UserError
-from policygrad.train.directories import CLAIM, claim, file_name, free_directory, release, run_directory
+from policygrad.train.directories import CLAIM, Lock, claim, file_name, free_directory, release, run_directory
 
 
 @pytest.mark.parametrize(
@@ -84,3 +89,39 @@ def test_a_run_that_never_began_leaves_what_was_there(tmp_path: Path) -> None:
     release(tmp_path / "mine", [tmp_path / "mine"])
     assert [x.name for x in (tmp_path / "mine").iterdir()] == ["notes"]
     assert not (tmp_path / "mine" / CLAIM).exists()
+
+
+HOLD = "import sys, time; from pathlib import Path; from policygrad.train.directories import Lock; "
+HOLD += "lock = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="is being written by another run: wait for it, or stop it"):
+            Lock(tmp_path)
+    lock.release()
+    lock.release()
+    again = Lock(tmp_path)
+    del again
+    gc.collect()
+    Lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_process_that_is_killed_holds_no_lock_and_nor_does_its_child(forked: bool, tmp_path: Path) -> None:
+    """A process of environments may live a moment longer."""
+    script = HOLD.replace("time.sleep(60)", "import os; os.fork(); time.sleep(3)") if forked else HOLD
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another run"):
+            Lock(tmp_path)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        Lock(tmp_path).release()
+
+
+def test_a_directory_that_cannot_be_written_has_no_lock(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        Lock(tmp_path / "nowhere")

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from policygrad.errors import UserError
-from policygrad.train.names import NAMES, absolute, check_trusted, located, outside, trusting
+from policygrad.train.names import NAMES, absolute, check_trusted, located, outside, resuming, trusting
 from policygrad.train.options import Options, options_of
 
 
@@ -68,6 +68,30 @@ def options(**values: Any) -> SimpleNamespace:
 def test_what_leads_out_of_a_run(kind: str, task: Any, values: dict[str, Any], expected: dict[str, list[str]]) -> None:
     assert outside(kind, task, options(**values)) == expected
     assert trusting(kind, task, options(**values)) == (" --trust" if expected else "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "values", "expected"),
+    [
+        ("control", "CartPole-v1", {}, []),
+        ("control", "evil:CartPole-v1", {}, ["environment"]),
+        ("control", "CartPole-v1", {"start": "/runs/x"}, ["start"]),
+        ("exact", "exact:chain", {}, []),
+        ("language", "arithmetic", {}, []),
+        ("language", "/etc/x.jsonl", {"model": "/m", "tokenizer": "/t"}, ["dataset", "model", "tokenizer"]),
+        ("language", None, {"dataset": ("/y",), "evaluation_dataset": ("/z",)}, ["dataset", "evaluation_dataset"]),
+    ],
+)
+def test_training_follows_more_names_than_evaluating(
+    kind: str, task: Any, values: dict[str, Any], expected: list[str]
+) -> None:
+    assert sorted(outside(kind, task, options(**values), training=True)) == expected
+    command = resuming(Path("my runs"), kind, task, options(**values))
+    assert command == "policygrad resume 'my runs'" + (" --trust" if expected else "")
+
+
+def test_an_environment_without_a_name_is_handed_in_again() -> None:
+    assert resuming(Path("run"), "control", None, options()) == "policygrad.resume('run', environment=...)"
 
 
 def test_remote_code_is_a_flag_of_its_own() -> None:

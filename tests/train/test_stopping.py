@@ -26,6 +26,7 @@ from policygrad.train import compose as composing
 from policygrad.train import training as module
 from policygrad.train.checkpoints import Stage
 from policygrad.train.options import EPISODIC, options_of
+from policygrad.train.stopping import asked
 
 SHORT: dict[str, Any] = {"num_envs": 4, "num_steps": 16, "steps": 100, "minibatch_size": 16, "progress": False}
 SMALL: dict[str, Any] = {"hidden": (8,), **SHORT}
@@ -67,6 +68,32 @@ def on_disk(directory: Path) -> set[float]:
 
 def lines(directory: Path) -> list[dict[str, float]]:
     return [strict(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_is_a_request_and_the_second_is_that_of_outside(name: str) -> None:
+    number, outside = signal.Signals[name], []
+    before = signal.signal(number, lambda *arguments: outside.append(arguments[0]))
+    try:
+        with asked() as came:
+            signal.raise_signal(number)
+            assert (came, outside) == ([number], [])
+            signal.raise_signal(number)
+            assert (came, outside) == ([number], [number])
+        signal.raise_signal(number)
+        assert (came, outside) == ([number], [number] * 2)
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_outside_ignores_or_leaves_to_the_system_stays_so() -> None:
+    for handler in (signal.SIG_IGN, signal.SIG_DFL):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with asked():
+                assert signal.getsignal(signal.SIGHUP) is handler
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 class OwnPolicy(nn.Module):

@@ -168,7 +168,7 @@ def test_the_run_directory_holds_all_of_it(run: Run) -> None:
     assert run.directory is not None
     names = {path.name for path in run.directory.iterdir()}
     written = {"config.json", "metrics.jsonl", "policy.json", "policy.safetensors", "curve.png", "tensorboard"}
-    assert names == written | {"summary.json"}
+    assert names == written | {"summary.json", "checkpoints", ".lock"}
 
 
 def test_the_configuration_is_whole_and_strict_json(run: Run) -> None:

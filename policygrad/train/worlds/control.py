@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -20,10 +21,21 @@ from policygrad.control.checks import called, check_memory
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
+from policygrad.control.replay import restore, state_of
 from policygrad.control.spaces import describe, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
-from policygrad.errors import UserError, one_line, type_of
-from policygrad.train.checkpoints import Stage, check_size, feature_count, fits, read_policy, save_policy
+from policygrad.errors import Note, UserError, one_line, shortened, type_of
+from policygrad.files import damaged, read_tensors
+from policygrad.train.checkpoints import (
+    Stage,
+    check_size,
+    feature_count,
+    fits,
+    normalizer_of,
+    part_of,
+    read_policy,
+    save_policy,
+)
 from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
@@ -151,6 +163,25 @@ class ControlWorld(World):
             device=options.device,
         )
 
+    def begin_from(self, directory: Path) -> None:
+        """As the base class, with the statistics that normalize observations, and those of wrappers in reach."""
+        super().begin_from(directory)
+        path = directory / "policy.safetensors"
+        tensors, _ = read_tensors(path)
+        seen = {name: x.numpy() for name, x in part_of(tensors, "observations.").items()}
+        if bool(seen) != (self.normalizer is not None):
+            how = "normalizes" if seen else "does not normalize"
+            said = f"the run to begin from {how} observations, and its policy expects them so"
+            raise OptionError("normalize_observations", f"{said}: set normalize_observations to {bool(seen)}")
+        if self.normalizer is not None:
+            try:
+                self.normalizer.statistics = normalizer_of(seen, self.observation_space.shape).statistics
+            except (KeyError, ValueError) as error:
+                raise damaged(path, f"the statistics of observations make no sense: {one_line(error)}") from error
+        learned = {name: x.numpy() for name, x in part_of(tensors, "wrappers.").items()}
+        if learned and self.wrappers is not None and not self.wrappers.take(learned):
+            warnings.warn("the wrappers of the environment learn in processes: theirs begin anew", Note, stacklevel=2)
+
     def load(self, directory: Path, policy: Any = None) -> Stage:
         if policy is not None:
             environments = self._made(1)
@@ -263,6 +294,27 @@ class ControlWorld(World):
         for name in ("step", "reset"):
             setattr(stepping, name, profile.timed("environment", getattr(stepping, name)))
         super().watch(profile, learner)
+
+    def surroundings(self) -> dict[str, Any]:
+        """The environments as they stand, and their spaces."""
+        stepping = self.sample.stepping
+        held = state_of(stepping.environments) if stepping.begun and stepping.obs is not None else None
+        return {"spaces": self._spaces(), "environments": held}
+
+    def restore(self, surroundings: dict[str, Any]) -> str | None:
+        for what, was, now in zip(("observation", "action"), surroundings["spaces"], self._spaces(), strict=True):
+            if was != now:
+                said = f"the {what} space was {shortened(was, 50)}, and is {shortened(now, 50)}"
+                raise UserError(f"{said}: resume with the environment of training")
+        stepping, held = self.sample.stepping, surroundings["environments"]
+        stepping.begun = held is not None and restore(stepping.environments, held)
+        if stepping.begun:
+            return None
+        how = "has no state that can be saved" if held is None else "did not repeat its episode"
+        return f"{self.name} {how}: new episodes begin, and the numbers will not be those of an unbroken run"
+
+    def _spaces(self) -> list[str]:
+        return [repr(self.observation_space), repr(self.action_space)]
 
     def solved(self, row: Row) -> bool:
         return row["episodes"] >= 100 and row["return"] >= self.options.stop_at_return

@@ -1,5 +1,6 @@
 """The interface of a world: its policy, critic and sampler, and how to evaluate, save and describe them."""
 
+import warnings
 from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -9,7 +10,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from policygrad.train.checkpoints import Stage
+import policygrad
+from policygrad.errors import Note, UserError, ending
+from policygrad.files import read_tensors
+from policygrad.train.checkpoints import Stage, fill, fits, part_of
 from policygrad.train.reports import Curve, Row
 
 
@@ -65,6 +69,20 @@ class World(ABC):
     def load(self, directory: Path) -> Stage:
         """Load policy, critic and their state from a run directory. Raises UserError if that fails."""
 
+    def begin_from(self, directory: Path) -> None:
+        """Take the policy of another run, and its critic if it fits. Raises UserError if the policy does not."""
+        path = directory / "policy.safetensors"
+        if not path.exists():
+            raise UserError(f"{ending(str(directory), 80)} holds no policy to begin from: give the directory of a run")
+        tensors, _ = read_tensors(path)
+        fill(self.policy, part_of(tensors, "policy."), path)
+        critic = part_of(tensors, "critic.")
+        if self.critic is not None and critic and fits(self.critic, critic):
+            self.critic.load_state_dict(critic)
+        elif self.critic is not None:
+            said = "has a critic that does not fit" if critic else "has no critic"
+            warnings.warn(f"{ending(str(directory), 80)} {said}: the critic begins anew", Note, stacklevel=2)
+
     @abstractmethod
     def save(self, directory: Path, stage: Stage) -> None:
         """Write policy, critic and their state to a run directory, each file atomically and with the stage in it."""
@@ -90,6 +108,17 @@ class World(ABC):
     def watch(self, profile: Any, learner: Any) -> None:
         """Measure the time of the pieces of this world's sampler and of the learner: see profiling.Profile."""
         profile.watch(learner, self.sample, ("acting", "acting", "update"))
+
+    def surroundings(self) -> Any:
+        """What changes outside of policy, critic and sampler, for a checkpoint; None if there is nothing."""
+        return None
+
+    def restore(self, surroundings: Any) -> str | None:
+        """Bring back what `surroundings` returned. Returns why the run cannot go on as if it had not been stopped.
+
+        Raises UserError where it cannot go on at all.
+        """
+        return None
 
     def solved(self, row: Row) -> bool:
         """Whether training can stop early."""
@@ -125,7 +154,7 @@ class World(ABC):
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that affect the results."""
-        return {"torch": torch.__version__}
+        return {"policygrad": policygrad.__version__, "torch": str(torch.__version__)}
 
     def close(self) -> None:
         """Release open resources."""
