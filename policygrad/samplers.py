@@ -1,6 +1,5 @@
 """Wrappers around samplers. Each changes one thing about the rollout."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,6 @@ from policygrad.score import log_probabilities, log_ratio
 from policygrad.weights import average, per_token
 
 Sample = Callable[[nn.Module], Rollout]
-# Seconds that a thread waits for the interpreter while another one learns. An environment gives it up many times a
-# step, and would wait Python's 5 ms for it each time.
-SWITCH = 1e-4
 
 
 class Wrapper(ABC):
@@ -80,17 +76,8 @@ class Overlapped(Wrapper):
         if self.policy is None:
             self.policy = deepcopy(policy)
         self.policy.load_state_dict(policy.state_dict())
-        self.next = self.pool.submit(self._beside, self.policy)
+        self.next = self.pool.submit(self.sample, self.policy)
         return replace(rollout, metrics=rollout.metrics | {"policy_lag": lag})
-
-    def _beside(self, policy: nn.Module) -> Rollout:
-        """Sample while another thread learns."""
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH)
-        try:
-            return self.sample(policy)
-        finally:
-            sys.setswitchinterval(before)
 
     def state_dict(self) -> dict[str, Any]:
         following = (
