@@ -25,7 +25,7 @@ import torch
 
 import policygrad as pg
 from policygrad import cli
-from policygrad.train import training
+from policygrad.train import recording
 
 WORLDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "control": (
@@ -50,7 +50,7 @@ def command(arguments: list[str], errors: Path) -> None:
     """The command `policygrad`, with a save after every iteration."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    training.SAVE_SECONDS, training.SAVE_SHARE = 0.0, math.inf
+    recording.SAVE_SECONDS, recording.SAVE_SHARE = 0.0, math.inf
     cli.main(arguments)
 
 

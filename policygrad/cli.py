@@ -459,8 +459,9 @@ def _resume(rest: list[str]) -> int:
     command = _parse(Resume, rest, "resume", UseAppendAction)
     with _aside(command.json):
         _quiet()
+        from policygrad.train.recording import complete
         from policygrad.train.reports import at_terminal
-        from policygrad.train.training import Training, complete
+        from policygrad.train.training import Training
 
         progress = not command.json or at_terminal()
         with Training.resume(command.run, progress=progress, **_given(command)) as training:
@@ -515,9 +516,10 @@ def _free_first(words: list[str]) -> tuple[list[Any], list[str]]:
 
 def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, command: Any, values: dict[str, Any]) -> Any:
     """Train, and print the preset and the evaluations before and after."""
+    from policygrad.train.recording import complete
     from policygrad.train.reports import at_terminal
     from policygrad.train.samples import samples_table
-    from policygrad.train.training import Training, complete
+    from policygrad.train.training import Training
 
     def judged(when: str, result: Any) -> None:
         if result is not None and not command.json:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from policygrad.train.options import EPISODIC, has_critic, options_of
-from policygrad.train.training import Recorder, Training
+from policygrad.train.recording import Recorder
+from policygrad.train.training import Training
 
 SMALL: dict[str, Any] = {
     "num_envs": 3, "num_steps": 10, "minibatch_size": 15, "iterations": 6, "hidden": (8,), "preset": "none",

@@ -33,10 +33,10 @@ from policygrad.language.tasks import ARITHMETIC
 from policygrad.rollout import minibatches
 from policygrad.train.directories import CLAIM, check_empty, claim, release
 from policygrad.train.options import check_bounds, with_values
+from policygrad.train.recording import SaveClock, rescued, unwritable
 from policygrad.train.reports import Row, progress_bar
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.run import check_device
-from policygrad.train.training import SaveClock, rescued, unwritable
 from policygrad.train.worlds.language import warm_model
 from policygrad.updates import MasterWeightsAdam, ascend
 from policygrad.weights import normalized

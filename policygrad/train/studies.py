@@ -373,7 +373,7 @@ class _Child:
                 self.process.stdin.close()
 
     def _make_room(self) -> None:
-        """Remove a run of this seed that has not finished: what is trained now is the same, bit for bit."""
+        """Remove a run of this seed that has not finished, unless it goes on: the end is the same, bit for bit."""
         if not self.path.exists() and not self.path.is_symlink():
             return
         name, _, values = self.job
@@ -386,7 +386,15 @@ class _Child:
             raise UserError(
                 f"{ending(str(self.path), 100)} holds something else than a run of this study: move it away"
             )
-        shutil.rmtree(self.path)
+        if not _goes_on(self.job):
+            shutil.rmtree(self.path)
+
+
+def _goes_on(job: tuple[str, Any, dict[str, Any]]) -> bool:
+    """Whether a run can go on from its checkpoint: it has one, and no object of the user's that no file holds."""
+    _, task, values = job
+    plain = isinstance(task, str | None) and not any(callable(x) or _is_rows(x) for x in values.values())
+    return plain and any(Path(values["out"], "checkpoints").glob("*.safetensors"))
 
 
 def _sent(job: tuple[str, Any, dict[str, Any]]) -> bytes:
@@ -439,7 +447,8 @@ def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) 
     """Train as `train` does, and return the result in words."""
     import gymnasium
 
-    from policygrad.train.training import Training, complete
+    from policygrad.train.recording import complete
+    from policygrad.train.training import Training
 
     gymnasium.logger.min_level = logging.CRITICAL  # its warnings are for authors of environments
     others = warnings.showwarning
@@ -466,7 +475,15 @@ def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) 
                 report(share=0.999 * share, status="  ".join(self.run.world.status(row)[:1]))
             return row
 
-    with Reporting(method, task, progress=False, **values) as training:
-        complete(training, progress=False)
+    def begun() -> Training:
+        if _goes_on(job):
+            try:
+                return Reporting.resume(values["out"], trust=True)  # every name is repeated by the study's own request
+            except UserError:  # of another version, say: it begins again
+                shutil.rmtree(values["out"])
+        return Reporting(method, task, progress=False, **values)
+
+    with begun() as training:
+        complete(training, progress=False, signals=True)
         run = training.run
         return run.world.result(run.metrics, run.seconds)

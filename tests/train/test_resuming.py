@@ -29,10 +29,12 @@ from torch.distributions import Categorical
 
 import policygrad as pg
 from policygrad.errors import Note, UserError
+from policygrad.train import recording
 from policygrad.train import training as module
 from policygrad.train.methods import METHODS
+from policygrad.train.recording import Recorder
 from policygrad.train.snapshots import read_checkpoint, write_checkpoint
-from policygrad.train.training import Recorder, Training
+from policygrad.train.training import Training
 
 assert without_pictures  # a fixture
 
@@ -538,8 +540,8 @@ def test_checkpoints_come_every_so_many_iterations_and_at_the_end(tmp_path: Path
 
 
 def test_checkpoints_come_by_time_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", float("inf"))
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SHARE", float("inf"))
     pg.train("ppo", "CartPole-v1", out=tmp_path / "run", **known("ppo", checkpoint_every=None, checkpoints=3))
     assert sorted(int(x.stem) for x in (tmp_path / "run" / "checkpoints").glob("*.json")) == [4, 5, 6]
 

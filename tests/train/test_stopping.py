@@ -23,6 +23,7 @@ from torch.distributions import Independent, Normal
 import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.train import compose as composing
+from policygrad.train import recording
 from policygrad.train import training as module
 from policygrad.train.checkpoints import Stage
 from policygrad.train.options import EPISODIC, options_of
@@ -133,7 +134,7 @@ def test_a_parameter_that_is_not_finite_stops_it_and_what_was_saved_stays(
         yield {"steps": 2.0, "episodes": 0.0, "reward_per_step": 0.0}
 
     replaced(monkeypatch, loop)
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
     with pytest.raises(UserError, match=r"iteration 2, after 2 steps, because a parameter is not finite"):
         pg.train("ppo", "probes:Known-v0", out=tmp_path, **SMALL)
     assert on_disk(tmp_path) == {1.0}
@@ -151,7 +152,7 @@ def test_an_iteration_that_stops_half_way_keeps_what_is_finite(
         raise error
 
     replaced(monkeypatch, loop)
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
         pg.train("ppo", "probes:Known-v0", out=tmp_path, **SMALL)
     assert on_disk(tmp_path) == ({1.0} if math.isnan(value) else {value})
@@ -223,11 +224,11 @@ def training(request: pytest.FixtureRequest, tmp_path: Path) -> pg.Training:
 def test_every_world_saves_at_the_start_now_and_then_and_at_the_end(
     training: pg.Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
     directory = training.run.directory
     assert directory is not None
-    with module.Recorder(training) as record:
+    with recording.Recorder(training) as record:
         for iteration in range(4):
             found = pg.Run.load(directory, trust=True)
             ending = "ended" if iteration == 3 else "unfinished"
@@ -243,8 +244,8 @@ def test_every_world_saves_at_the_start_now_and_then_and_at_the_end(
 
 def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    clock = module.SaveClock()
+    monkeypatch.setattr(recording.time, "monotonic", lambda: now[0])
+    clock = recording.SaveClock()
     saves = []
     for second in range(100, 4000):
         now[0] = float(second)
@@ -253,7 +254,7 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch)
                 saves.append(now[0])
                 now[0] += 10.0 if len(saves) > 3 else 0.5
     assert saves[:4] == [130.0, 161.0, 192.0, 223.0]
-    assert saves[4] - saves[3] == pytest.approx(10 + 10 / module.SAVE_SHARE, abs=1)
+    assert saves[4] - saves[3] == pytest.approx(10 + 10 / recording.SAVE_SHARE, abs=1)
 
 
 def test_the_numbers_of_a_run_that_is_stopped_are_those_of_its_policy(
@@ -263,7 +264,7 @@ def test_the_numbers_of_a_run_that_is_stopped_are_those_of_its_policy(
     monkeypatch.setattr(module, "ROWS", 1)
     directory = training.run.directory
     assert directory is not None
-    with pytest.raises(KeyboardInterrupt), module.Recorder(training) as record:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), recording.Recorder(training) as record:  # noqa: PT012
         for row in training:
             record(row)
             if training.iteration == 2:
@@ -282,7 +283,7 @@ def test_a_run_says_how_it_ended_and_whether_an_iteration_was_whole(
     assert directory is not None
     how = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
     for change, partway in ((0.0, False), (1.0, True)):
-        with pytest.raises(type(error)) as raised, module.Recorder(training):  # noqa: PT012
+        with pytest.raises(type(error)) as raised, recording.Recorder(training):  # noqa: PT012
             next(training)
             with torch.no_grad():
                 next(iter(training.run.policy.parameters())).add_(change)
@@ -303,7 +304,7 @@ def test_what_is_not_finite_is_not_saved_and_what_was_says_that_the_run_failed(
         yield {"steps": 2.0, "episodes": 0.0, "reward_per_step": 0.0}
 
     replaced(monkeypatch, loop)
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
     with pytest.raises(UserError) as raised:
         pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
     assert raised.value.__notes__ == [f"the policy of iteration 1 (1 steps) is kept in {tmp_path}/run"]
@@ -344,8 +345,8 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     limit_files: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     replaced(monkeypatch, filled({2, 3}, limit_files))
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
     with pytest.warns(UserWarning, match="cannot be written") as warned:
         pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
     said = [str(x.message) for x in warned]
@@ -363,8 +364,8 @@ def test_a_disk_that_stays_full_is_one_line_that_says_what_is_kept(
     limit_files: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     replaced(monkeypatch, filled({3, 4}, limit_files))
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     said = (
@@ -389,7 +390,7 @@ def test_what_has_no_room_in_its_place_is_saved_elsewhere(
         pytest.warns(UserWarning, match="cannot be written"),
         pytest.raises(UserError, match=r"iteration 3 .*is saved in ") as raised,
     ):
-        module.complete(training, progress=False)
+        recording.complete(training, progress=False)
     (place,) = (tmp_path / "temporary").iterdir()
     assert str(raised.value).endswith(f" is saved in {place}")
     assert len(str(raised.value).replace(str(tmp_path / "temporary"), "/tmp")) <= 200

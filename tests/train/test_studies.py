@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.train import studies
+from policygrad.train.recording import Recorder
 from policygrad.train.studies import _check_seeds, _processes, _sent, seeds_of
 
 SMALL: dict[str, Any] = {"num_envs": 4, "num_steps": 16, "minibatch_size": 16, "hidden": (8,), "steps": 100}
@@ -72,6 +74,22 @@ def test_only_seeds_that_have_not_finished_are_trained(tmp_path: Path) -> None:
     assert sorted(found.runs) == [0, 1, 2]
     assert (done / "policy.safetensors").stat().st_mtime_ns == times
     assert rows(stopped) == expected
+
+
+def test_a_seed_that_was_stopped_goes_on_from_its_checkpoint(place: Path, tmp_path: Path) -> None:
+    """The rows of before stay as they were, times included; the end is that of a run that was not stopped."""
+    common = {**SMALL, "checkpoint_every": 1}
+    pg.study("ppo", "probes:Known-v0", seeds=[0], out=tmp_path / "study", **common, progress=False)
+    training = pg.Training("ppo", "probes:Known-v0", seed=3, out=tmp_path / "study" / "seed-3", **common)
+    with suppress(KeyboardInterrupt), training, Recorder(training) as record:
+        record(next(training))
+        raise KeyboardInterrupt
+    first = (tmp_path / "study" / "seed-3" / "metrics.jsonl").read_text()
+    assert first
+    pg.study("ppo", "probes:Known-v0", seeds=[0, 3], out=tmp_path / "study", **common, progress=False)
+    assert (tmp_path / "study" / "seed-3" / "metrics.jsonl").read_text().startswith(first)
+    pg.train("ppo", "probes:Known-v0", seed=3, out=tmp_path / "alone", progress=False, **common)
+    assert rows(tmp_path / "study" / "seed-3") == rows(tmp_path / "alone")
 
 
 def test_a_directory_has_one_study(tmp_path: Path) -> None:

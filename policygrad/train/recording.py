@@ -1,0 +1,193 @@
+"""Training to the end, with everything that a run's directory gets on the way: rows, checkpoints, the policy."""
+
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from policygrad.errors import Kept, Note, UserError, ending, one_line
+from policygrad.files import add_metadata
+from policygrad.train.names import resuming
+from policygrad.train.reports import Log, ProgressLine, Row
+from policygrad.train.snapshots import write_checkpoint
+from policygrad.train.stopping import Stopped, asked, unasked
+
+SAVE_SECONDS = 30.0  # between two saves of the policy, or longer
+SAVE_SHARE = 0.02  # of the time may go into saving
+
+
+def complete(training: Any, progress: bool = True, *, signals: bool = False) -> None:
+    """Train to the end. Write rows, policy and checkpoints to the run's directory, and show a line on the terminal.
+
+    signals: the first SIGINT, SIGTERM or SIGHUP ends the run after its iteration, with a checkpoint.
+    """
+    run, options = training.run, training.options
+    total = options.steps if options.steps and not options.iterations else options.iterations
+    description = f"{run.method} {run.world.name}"
+    with (
+        Recorder(training) as record,
+        ProgressLine(description, total, progress) as line,
+        (asked if signals else unasked)() as came,
+    ):
+        for row in training:
+            with run.span("logging"):
+                record(row)
+                line.update(
+                    row["steps"] if total == options.steps else float(training.iteration), run.world.status(row)
+                )
+            if came and not training.done:
+                record.save(policy=False)  # which is saved on the way out
+                raise Stopped(came[0])
+
+
+class Recorder:
+    """Writes a run to its directory: rows as they come, checkpoints and the policy now and then, everything at the end.
+
+    What cannot be written does not stop training: it is tried again. When a run is stopped or fails, a note (`Kept`)
+    on the exception says what is saved.
+    """
+
+    def __init__(self, training: Any) -> None:
+        self.training, self.run, self.clock = training, training.run, SaveClock()
+        self.log = None if self.run.directory is None else Log(self.run.directory, training.resumed)
+        self.saved = (training.iteration or None) if training.resumed else None  # that of the last checkpoint
+        self.warned = False
+
+    def __call__(self, row: Row) -> None:
+        if self.log is None or self.run.directory is None:
+            return
+        if self.run.metrics and self.run.metrics[-1] is row:
+            self.log.write(row)
+        every = self.training.options.checkpoint_every
+        due = self.clock.due() if every is None else self.training.iteration % every == 0
+        if due or self.training.done:  # then the policy is saved on the way out, too
+            self.save(policy=due)
+
+    def save(self, *, policy: bool = True) -> None:
+        """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
+        assert self.run.directory is not None
+        with self.clock:
+            try:
+                self.write_checkpoint(self.run.directory)
+                if policy:
+                    self.run.write_policy(self.run.directory)
+            except Exception as error:  # of the system, or of a library's own kind
+                said = f"{unwritable(self.run.directory, error)}: training goes on, and {self.run.kept('there')}"
+                if policy:  # else saving that will say so
+                    warnings.warn(said, Note, stacklevel=2)
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Write the whole run, between two iterations. Raises OSError."""
+        assert self.log is not None
+        if self.training.options.checkpoints == 0:
+            return
+        state = self.training.checkpoint(self.log.position())
+        surroundings = state["training"]["surroundings"]
+        if not self.warned and isinstance(surroundings, dict) and surroundings["environments"] is None:
+            self.warned = True
+            said = f"{self.run.world.name} has no state that can be saved: a run that is resumed begins new episodes"
+            warnings.warn(said, Note, stacklevel=2)
+        write_checkpoint(directory, state, self.training.options.checkpoints)
+        self.saved = self.training.iteration
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        self.run.ended = how_it_ended(error)
+        last = self.training.last
+        if last and self.run.metrics[-1:] != [last]:  # of a run that is stopped, so that its numbers are its policy's
+            self.run.metrics.append(last)
+            if self.log is not None:
+                self.log.write(last)
+        if self.log is None or self.run.directory is None:
+            return
+        self.log.close()
+        if error is not None:
+            how = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.run.stage = replace(self.run.stage, run=how, partway=self.training.partway())
+        problem = self._finish(self.run.directory)
+        if error is not None:
+            again = self._again(self.run.directory) if isinstance(error, KeyboardInterrupt) else ""
+            error.add_note(Kept((problem or self.run.kept()) + again))
+        elif problem is not None:
+            raise UserError(problem)
+
+    def _again(self, directory: Path) -> str:
+        """How to go on with a run that is stopped."""
+        if self.saved is None:
+            return ""
+        back = (
+            f" from iteration {self.saved:,}" if self.saved != self.training.iteration or self.run.stage.partway else ""
+        )
+        command = resuming(directory, self.run.world.kind, self.run.world.stored(), self.run.options)
+        return f"; to go on{back}: {command}"
+
+    def _finish(self, directory: Path) -> str | None:
+        """Save for the last time. If the directory cannot be written, save elsewhere, and return what happened."""
+        if not self.training.sound():  # it stopped in the middle of an iteration: what was saved before stays
+            with suppress(OSError):
+                for path in directory.rglob("*.safetensors"):
+                    add_metadata(path, {"run": self.run.stage.run})
+                self.run.summarize(directory)
+            return None
+        try:
+            self.run.write_policy(directory)
+        except Exception as error:
+            what = f"the {self.run.stage.policy()}"
+            return f"{unwritable(directory, error)}: {rescued(self.run.write, what, self.run.kept('there'))}"
+        try:
+            self.run.describe(directory)
+        except Exception as error:
+            warnings.warn(f"{unwritable(directory, error)}: {self.run.kept('there')}, undescribed", Note, stacklevel=2)
+        return None
+
+
+class SaveClock:
+    """Says when to save next: SAVE_SECONDS after the last save, and so that saving takes SAVE_SHARE of the time."""
+
+    def __init__(self) -> None:
+        self.start, self.next = 0.0, time.monotonic() + SAVE_SECONDS
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() >= self.next
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        now = time.monotonic()
+        self.next = now + max(SAVE_SECONDS, (now - self.start) / SAVE_SHARE)
+
+
+def how_it_ended(error: BaseException | None) -> str:
+    """The end of a run, for its summary: finished, interrupted, or the error."""
+    if error is None:
+        return "finished"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return one_line(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}", 200)
+
+
+def rescued(write: Callable[[Path], None], what: str, kept: str) -> str:
+    """Write what has no room in its own directory to a new temporary one. Returns what is saved where."""
+    place = Path(tempfile.mkdtemp(prefix="policygrad-"))
+    try:
+        write(place)
+    except Exception:  # no room there either
+        shutil.rmtree(place, ignore_errors=True)
+        return f"{kept}, the rest is lost"
+    return f"{what} is saved in {place}"
+
+
+def unwritable(directory: Path, error: Exception) -> str:
+    """What is wrong with a directory, in a few words."""
+    cause = error.__cause__ or error  # of an error that names the directory itself
+    said = one_line(getattr(cause, "strerror", None) or cause, 40)
+    return f"{ending(str(directory), 40)} cannot be written ({said})"
