@@ -562,7 +562,11 @@ NOT_TEXT = "is no text: it has a null byte or bytes that are not UTF-8"
 BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("unknown command", ("trian",), "unknown command 'trian': did you mean train?"),
     ("command in capitals", ("TRAIN", "ppo"), "did you mean train?"),
-    ("long command", ("x" * 1000,), "xxx...: there are train, reward-model, eval, verify, list"),
+    (
+        "long command",
+        ("x" * 1000,),
+        "xxx...: there are train, resume, reproduce, reward-model, eval, watch, compare, report, verify, list",
+    ),
     ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
     ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),
     ("null byte in a task", ("train", "ppo", "Cart\0Pole-v1"), NOT_TEXT),

@@ -18,7 +18,7 @@ from policygrad.files import read_metadata
 from policygrad.language import arithmetic, models
 from policygrad.language.adapters import add_adapter
 from policygrad.language.reward_models import RewardModel
-from policygrad.train import reward_model, training
+from policygrad.train import recording, reward_model
 from policygrad.train.reward_model import PairEvaluation, RewardModelRun, train_reward_model
 from policygrad.updates import ascend
 
@@ -280,8 +280,8 @@ def test_the_model_is_saved_now_and_then_and_says_of_which_update_it_is(
 ) -> None:
     seen: list[tuple[str, str]] = []
     of_models = models.save_model
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
     monkeypatch.setattr(
         models, "save_model", lambda *x: seen.append((x[3]["iteration"], x[3]["ended"])) or of_models(*x)
     )

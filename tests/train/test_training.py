@@ -23,7 +23,7 @@ from policygrad.errors import UserError
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, tabular
 from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, token_world, tree
-from policygrad.train import compose, training
+from policygrad.train import compose, recording, training
 from policygrad.train.compose import assemble
 from policygrad.train.methods import METHODS
 from policygrad.train.options import EPISODIC, has_critic, options_of
@@ -594,8 +594,9 @@ def test_the_policy_is_saved_as_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
         saved.append((directory / "policy.safetensors").read_bytes())
 
     monkeypatch.setattr(ControlWorld, "save", watch)
+    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
     for seconds, count, different in ((0.0, 1 + 2 + 1, 4), (1e9, 2, 2)):
-        monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(recording, "SAVE_SECONDS", seconds)
         saved.clear()
         pg.train("ppo", "probes:Known-v0", out=tmp_path / str(seconds), **(SMALL | {"steps": None, "iterations": 2}))
         assert len(saved) == count
