@@ -167,7 +167,11 @@ def serve(places: Sequence[Any], port: int = 0) -> ThreadingHTTPServer:
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """/ is the page, /data what changes in it."""
+            """/ is the page, /data what changes in it. Requests by a name of elsewhere are refused."""
+            _, own = self.connection.getsockname()
+            if self.headers.get("Host") not in (f"127.0.0.1:{own}", f"localhost:{own}"):
+                self.send_error(403)
+                return
             try:
                 runs = gathered(places)
                 if self.path == "/":

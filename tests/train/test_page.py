@@ -155,6 +155,9 @@ def test_a_run_that_goes_on_is_served_to_this_machine_alone(runs: Path, tmp_path
             assert len(found["data"]["runs"][0]["x"]["steps"]) == before + 1
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(f"{address}/../config.json")
+            elsewhere = urllib.request.Request(f"{address}/data", headers={"Host": "elsewhere.example"})
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(elsewhere)
         finally:
             server.shutdown()
 
