@@ -129,7 +129,8 @@ class Sampler:
         found["logp"] = pad(logp, (0, columns.written - t - 1))
         if not found["logp"][found["mask"]].isfinite().all():
             raise not_finite("log-probability")
-        refuse_memory(policy, found["obs"][:, : t + 1])
+        if not isinstance(act, PerceptronActor):  # which has none; the check draws from torch's generator
+            refuse_memory(policy, found["obs"][:, : t + 1])
         found["ended"] |= ~found["mask"]
         if stepping.same_step:
             found, final_obs = next_step_layout(found, found.pop("final"), final_obs)
@@ -148,18 +149,20 @@ class Sampler:
         assert self.whole_episodes
         policy.eval()
         stepping, act, seen = self.stepping, self._actor(policy, keep=False), []
+        may_remember = not isinstance(act, PerceptronActor)
         stepping.reset()
         total, length = np.zeros(len(stepping.resetting)), np.zeros(len(stepping.resetting), dtype=np.int64)
         for t in range(self.length):
             length += ~stepping.resetting
-            if t < STEPS:
+            if may_remember and t < STEPS:
                 seen.append(torch.from_numpy(stepping.now()).to(self.device))
             _, taken = act(stepping.now(), ~stepping.resetting)
             reward = stepping.step(taken).reward
             total += torch.from_numpy(reward).to(torch.get_default_dtype()).numpy()  # as a rollout stores it
             if stepping.resetting.all():
                 break
-        refuse_memory(policy, torch.stack(seen, 1))
+        if may_remember:
+            refuse_memory(policy, torch.stack(seen, 1))
         stepping.steps += int(length.sum())
         return total, length, stepping.resetting.copy()
 

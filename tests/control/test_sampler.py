@@ -485,6 +485,21 @@ def test_sampling_with_a_seed_draws_nothing_from_the_global_generators() -> None
     assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
 
 
+def test_sampling_with_a_seed_does_not_even_borrow_the_generator_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that learns may draw at any time, and a state that is put back would undo its draw."""
+    environments = make_environments("CartPole-v1", num_envs=2)
+    for whole in (False, True):
+        sample = Sampler(environments, steps=20, seed=0, whole_episodes=whole)
+        policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(4,))
+        with monkeypatch.context() as patched:
+            for name in ("get_rng_state", "set_rng_state", "fork_rng"):
+                patched.setattr(torch.random, name, lambda *_, **__: pytest.fail("it was borrowed"))
+                patched.setattr(torch, name, lambda *_, **__: pytest.fail("it was borrowed"), raising=False)
+            sample(policy)
+            if whole:
+                sample.play(policy)
+
+
 def test_sampling_draws_from_the_random_stream_only_what_a_policy_of_ones_own_draws() -> None:
     environments = vector(lambda: Counting((9,)))
     policy = nn.Sequential(Policy(environments.single_observation_space, environments.single_action_space))
