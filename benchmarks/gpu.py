@@ -1,4 +1,4 @@
-"""An iteration on a GPU: plain and compiled, decoding recorded and step by step, and on the CPU beside it.
+"""An iteration on a GPU: plain and compiled, decoding captured and step by step, and on the CPU beside it.
 
     python benchmarks/gpu.py [REPETITIONS] [NAME]   # NAME: a part of what is timed
 
@@ -73,7 +73,7 @@ def cases(place: Path) -> dict[str, Callable[[], Training]]:
     for name, (shape, prompts, tokens) in LLAMAS.items():
         write_llama(place / name, shape)
         for autocast in ("none", "bfloat16"):
-            for form in ("step by step", "recorded"):
+            for form in ("step by step", "captured"):
                 found[f"language {name}, {autocast}, {form}"] = partial(
                     Training, "grpo", dataset=rows, model=str(place / name), reward=length, device="cuda",
                     prompts_per_rollout=prompts, max_tokens=tokens, autocast=autocast, **LANGUAGE,
@@ -84,7 +84,7 @@ def cases(place: Path) -> dict[str, Callable[[], Training]]:
 def main() -> None:
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    recorded = generation.form
+    captured = generation.form
     with tempfile.TemporaryDirectory() as place:
         groups: dict[str, dict[str, Callable[[], Training]]] = {}
         for name, make in cases(Path(place)).items():
@@ -96,7 +96,7 @@ def main() -> None:
             rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainings}
             for i in range(2 + repetitions):
                 for name, training in trainings.items():
-                    generation.form = (lambda *_: Growing) if "step by step" in name else recorded
+                    generation.form = (lambda *_: Growing) if "step by step" in name else captured
                     start = time.perf_counter()
                     row = next(training)
                     if i >= 2:

@@ -136,9 +136,31 @@ def damaged(path: Path, why: str, what: str = "is damaged") -> UserError:
     return UserError(f"{ending(str(path), 80)} {what}: {why}"[:LONGEST])
 
 
+def check_real(directory: Path) -> None:
+    """Raise UserError if a directory holds a link, a pipe or a device: what is written there would go elsewhere."""
+    for folder, names, files in os.walk(directory):
+        for name in (*names, *files):
+            path = Path(folder, name)
+            try:
+                mode = path.lstat().st_mode
+            except OSError:  # it is gone
+                continue
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise damaged(
+                    path, "it is no regular file, and a run that goes on writes there: put a file in its place"
+                )
+
+
+def beside(path: Path) -> Path:
+    """Where to write what is renamed to `path` when it is whole. What stands there, such as a link, is removed."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    return temporary
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it, so that a crash leaves the old file. Raises OSError."""
-    temporary = path.with_name(path.name + ".new")
+    temporary = beside(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -152,7 +174,7 @@ def write_durably(path: Path, parts: Iterable[Any]) -> tuple[int, str]:
 
     Returns the size and the SHA-256 of the file. Raises OSError.
     """
-    temporary, digest, size = path.with_name(path.name + ".new"), hashlib.sha256(), 0
+    temporary, digest, size = beside(path), hashlib.sha256(), 0
     try:
         with temporary.open("wb") as file:
             for part in parts:
@@ -208,7 +230,7 @@ def add_metadata(path: Path, metadata: dict[str, str]) -> None:
         header["__metadata__"] = header.get("__metadata__", {}) | metadata
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % 64)  # tensors begin where torch's own do, at a multiple of 64 bytes
-        temporary = path.with_name(path.name + ".new")
+        temporary = beside(path)
         try:
             with temporary.open("wb") as copy:
                 copy.write(struct.pack("<Q", len(text)) + text)

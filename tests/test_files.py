@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from policygrad.files import (
     as_path,
     as_safetensors,
     check_directory,
+    check_real,
     read_json,
     read_metadata,
     read_tensors,
@@ -172,3 +174,28 @@ def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
             assert found[name].dtype == x.dtype
             assert found[name].shape == x.shape
             assert torch.equal(*(y.contiguous().flatten().view(torch.uint8) for y in (found[name], x)))
+
+
+@pytest.mark.parametrize("write", [write_bytes, lambda path, content: write_durably(path, [content])])
+def test_what_is_written_replaces_a_link_and_does_not_follow_it(write: Any, tmp_path: Path) -> None:
+    """Neither the link in a file's place, nor one where it is written before it is whole."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("file", "file.new"):
+        (tmp_path / name).symlink_to(victim)
+    write(tmp_path / "file", b"new")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_directory_that_leads_elsewhere_is_told(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "file").write_text("")
+    check_real(tmp_path)
+    for make in (lambda x: x.symlink_to("/etc"), lambda x: x.symlink_to("absent"), os.mkfifo):
+        odd = tmp_path / "below" / "odd"
+        make(odd)
+        with pytest.raises(UserError, match="odd is damaged: it is no regular file"):
+            check_real(tmp_path)
+        odd.unlink()

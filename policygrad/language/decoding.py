@@ -1,8 +1,8 @@
 """Decoding: the rows of a batch of completions grow together, by one token a step."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from policygrad.language.policies import LanguagePolicy, causal
 
 MARGIN = 8  # tokens
 KEPT = 3 / 4  # finished rows are dropped once at most this share of the rows goes on
-BLOCK = 256  # steps of a recording: attention runs over the keys that the last of them has
+BLOCK = 256  # steps of a capture: attention runs over the keys that the last of them has
 LOOK = 16  # steps from one look at which rows go on to the next, if a look makes the CPU wait
-Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # (log pi, random numbers) -> token, its log pi
 
 
 class Decoding(ABC):
@@ -42,10 +41,9 @@ class Decoding(ABC):
         done: Completions,
         request: Request,
         uniform: Float[Tensor, "B T"] | None,
-        choose: Choose,
     ) -> None:
         self.policy, self.cache, self.place, self.done = policy, cache, place, done
-        self.request, self.uniform, self.pick = request, uniform, choose
+        self.request, self.uniform = request, uniform
         self.prompt, device = seen.shape[1], seen.device
         self.seen = pad(seen, (0, request.max_tokens), value=True)
         self.stop = torch.tensor(list(request.stop), device=device)
@@ -72,7 +70,7 @@ class Decoding(ABC):
     def choose(self, states: Float[Tensor, "n 1 H"]) -> None:
         """Choose the token after these states, in place."""
         drawn = None if self.uniform is None else self.uniform[self.rows, self.t]
-        token, logp = self.pick(self.policy.distribution(states).logits[:, 0], drawn)
+        token, logp = _chosen(self.policy.distribution(states).logits[:, 0], drawn)
         self.done.tokens[self.rows, self.t] = token.where(self.alive, self.request.pad)
         self.done.logp[self.rows, self.t] = logp.where(self.alive, 0.0)
         self.done.mask[self.rows, self.t] = self.alive
@@ -138,11 +136,11 @@ class Growing(Decoding):
         )
 
 
-class Recorded(Decoding):
-    """A step over fixed shapes, which changes its tensors in place: it is recorded as a CUDA graph and replayed.
+class Captured(Decoding):
+    """A step over fixed shapes, which changes its tensors in place: it is captured as a CUDA graph and replayed.
 
     A step of the interpreter launches hundreds of small kernels and takes longer than the GPU takes to run them. A
-    recording serves for BLOCK steps, or until rows are dropped. A model that cannot be recorded takes each step by
+    capture serves for BLOCK steps, or until rows are dropped. A model that cannot be captured takes each step by
     itself, and a Note says why.
     """
 
@@ -157,7 +155,7 @@ class Recorded(Decoding):
         self.cache.layers = [*self.layers]
         self.width = 0  # keys that attention runs over
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.records = self.rows.device.type == "cuda"
+        self.captures = self.rows.device.type == "cuda"
 
     @staticmethod
     def can(policy: LanguagePolicy, cache: DynamicCache) -> bool:
@@ -178,8 +176,8 @@ class Recorded(Decoding):
                 layer.open(self.width)
             self.advance()  # by itself: libraries set themselves up at their first call
             return
-        if self.records and self.graph is None:
-            self._record()
+        if self.captures and self.graph is None:
+            self._capture()
         if self.graph is None:
             self.advance()
         else:
@@ -201,20 +199,51 @@ class Recorded(Decoding):
         )
         self.at += 1
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self.advance()
         except RuntimeError as error:  # it waits for the GPU somewhere
-            self.records = False
-            warnings.warn(f"decoding is not recorded as a CUDA graph ({one_line(error, 100)})", Note, stacklevel=2)
+            self.captures = False
+            warnings.warn(f"decoding is not captured as a CUDA graph ({one_line(error, 100)})", Note, stacklevel=2)
         else:
             self.graph = graph
 
     def keep(self, going: Int[Tensor, " m"]) -> None:
         super().keep(going)
         self.width = 0
+
+
+def _chosen(
+    logp: Float[Tensor, "n V"], uniform: Float[Tensor, " n"] | None
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """A token of each row, drawn or the most likely, and its log-probability. No truncation (top-k, top-p)."""
+    token = logp.argmax(-1) if uniform is None else inverse_transform(logp.exp(), uniform)
+    return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
+
+
+def inverse_transform(p: Float[Tensor, "n V"], uniform: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The first v with p_0 + ... + p_v > uniform * (sum of p): a sample of p, if uniform is drawn from [0, 1).
+
+    The sums are in the type of `uniform`; in float64 even the smallest float32 probability has its share. They run
+    over blocks of sqrt(V) tokens, then inside one block, so a large vocabulary costs one pass. The CPU does not wait
+    for a GPU.
+    """
+    width = math.isqrt(p.shape[1] - 1) + 1
+    blocks = pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))
+    mass = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
+    target = uniform.unsqueeze(1) * mass[:, -1:]
+    block = _first_above(mass, target)
+    inside = blocks.take_along_dim(block.unsqueeze(2), 1).squeeze(1).to(uniform.dtype).cumsum(-1)
+    token = _first_above(inside, target - pad(mass, (1, 0)).gather(1, block))
+    return (block * width + token).squeeze(1).clamp(max=p.shape[1] - 1)  # NaN too gives a valid token
+
+
+def _first_above(cumulative: Float[Tensor, "n K"], x: Float[Tensor, "n 1"]) -> Int[Tensor, "n 1"]:
+    """The first place where the sum exceeds x. If rounding leaves none, the last place that adds to the sum."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.searchsorted(cumulative, x, right=True).minimum(last).clamp(max=cumulative.shape[1] - 1)
 
 
 class Roomy(DynamicLayer):

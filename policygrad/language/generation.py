@@ -1,6 +1,5 @@
 """Sampling completions with the policy's own model, an engine of them."""
 
-import math
 from dataclasses import fields
 from inspect import signature
 from typing import Any
@@ -8,12 +7,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from policygrad.errors import UserError
 from policygrad.language.completions import Completions, Request
-from policygrad.language.decoding import Decoding, Growing, Recorded
+from policygrad.language.decoding import Captured, Decoding, Growing
 from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
 from policygrad.machine import free_memory
 
@@ -63,12 +61,12 @@ def _together(
         seen, place = prompt_mask.repeat_interleave(copies, 0), positions(prompt_mask)[:, -1].repeat_interleave(copies)
         kind = form(policy, cache, prompt.device)
         done = _nothing_yet(len(states), states, request)
-        return kind(policy, cache, seen, place, done, request, uniform, _choose).run(states)
+        return kind(policy, cache, seen, place, done, request, uniform).run(states)
 
 
 def form(policy: LanguagePolicy, cache: DynamicCache, device: torch.device) -> type[Decoding]:
-    """The form of decoding: recorded on a GPU, if the model can be."""
-    return Recorded if device.type == "cuda" and Recorded.can(policy, cache) else Growing
+    """The form of decoding: captured on a GPU, if the model can be."""
+    return Captured if device.type == "cuda" and Captured.can(policy, cache) else Growing
 
 
 def check_memory(policy: LanguagePolicy, prompts: int, length: int, request: Request) -> None:
@@ -138,34 +136,3 @@ def _uniform(count: int, steps: int, generator: torch.Generator) -> Float[Tensor
     """A number in [0, 1) for each token of each row, in the device's finest type."""
     dtype = torch.float32 if generator.device.type == "mps" else torch.float64
     return torch.rand(count, steps, dtype=dtype, device=generator.device, generator=generator)
-
-
-def _choose(
-    logp: Float[Tensor, "n V"], uniform: Float[Tensor, " n"] | None
-) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """A token of each row, drawn or the most likely, and its log-probability. No truncation (top-k, top-p)."""
-    token = logp.argmax(-1) if uniform is None else inverse_transform(logp.exp(), uniform)
-    return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
-
-
-def inverse_transform(p: Float[Tensor, "n V"], uniform: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The first v with p_0 + ... + p_v > uniform * (sum of p): a sample of p, if uniform is drawn from [0, 1).
-
-    The sums are in the type of `uniform`; in float64 even the smallest float32 probability has its share. They run
-    over blocks of sqrt(V) tokens, then inside one block, so a large vocabulary costs one pass. The CPU does not wait
-    for a GPU.
-    """
-    width = math.isqrt(p.shape[1] - 1) + 1
-    blocks = pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))
-    mass = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
-    target = uniform.unsqueeze(1) * mass[:, -1:]
-    block = _first_above(mass, target)
-    inside = blocks.take_along_dim(block.unsqueeze(2), 1).squeeze(1).to(uniform.dtype).cumsum(-1)
-    token = _first_above(inside, target - pad(mass, (1, 0)).gather(1, block))
-    return (block * width + token).squeeze(1).clamp(max=p.shape[1] - 1)  # NaN too gives a valid token
-
-
-def _first_above(cumulative: Float[Tensor, "n K"], x: Float[Tensor, "n 1"]) -> Int[Tensor, "n 1"]:
-    """The first place where the sum exceeds x. If rounding leaves none, the last place that adds to the sum."""
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.searchsorted(cumulative, x, right=True).minimum(last).clamp(max=cumulative.shape[1] - 1)

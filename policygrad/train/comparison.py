@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from policygrad.errors import UserError, ending, listed, one_line, shortened
-from policygrad.files import LARGEST_JSON, as_path, check_file, damaged, parse_json, read_json, write_bytes, write_json
-from policygrad.train.reports import Row
+from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
+from policygrad.train.reports import Row, read_rows
 from policygrad.train.run import Run
 from policygrad.train.statistics import (
     CONFIDENCE,
@@ -382,22 +383,11 @@ def _short_names(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def _rows(path: Path, axis: str) -> list[Row]:
-    """The rows of a metrics.jsonl. A last line without its end is one that is being written, and is left out."""
-    check_file(path, path.parent, LARGEST_JSON)
-    rows: list[Row] = []
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")
-        for i, line in enumerate(lines, start=1):
-            row = parse_json(line)
-            if not isinstance(row, dict) or any(type(x) not in (int, float) for x in row.values()):
-                raise ValueError(f"line {i} is no row of numbers")
-            if not row.get(axis, -1) >= (rows[-1][axis] if rows else 0):
-                raise ValueError(f"{axis} falls, or is missing, in line {i}")
-            rows.append(row)
-    except OSError as error:
-        raise damaged(path, one_line(error), "cannot be read") from error
-    except ValueError as error:
-        raise damaged(path, one_line(error)) from error
+    """The rows of a metrics.jsonl, along an axis on which they go on."""
+    rows = read_rows(path)
+    for i, (before, row) in enumerate(pairwise([{axis: 0.0}, *rows]), start=1):
+        if not row.get(axis, -1) >= before[axis]:
+            raise damaged(path, f"{axis} falls, or is missing, in line {i}")
     return rows
 
 

@@ -66,9 +66,11 @@ class Course:
         return next((name for name in SCORES if len(self.values(name))), None)
 
     def option(self, name: str, default: float = math.inf) -> float:
-        """A number among the options; "inf" is one."""
-        found = self.options.get(name)
-        return default if found is None else float(found)
+        """A number among the options, which a file may have as "inf"."""
+        try:
+            return float(self.options.get(name, default))
+        except (TypeError, ValueError):  # None, or what no run has written
+            return default
 
 
 def _change(first: np.ndarray, last: np.ndarray) -> float:

@@ -359,12 +359,18 @@ def _samples(runs: Sequence[Reported]) -> str:
             with path.open(encoding="utf-8") as file:
                 for line, _ in zip(file, range(SAMPLES), strict=False):
                     row = parse_json(line.encode())
-                    rows.append([str(row[name])[:TEXT] for name in ("prompt", "completion")] + [_number(row["reward"])])
+                    said = [_said(row[name])[:TEXT] for name in ("prompt", "completion")]
+                    rows.append([*said, _number(row["reward"])])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(path, one_line(error)) from error
         title = f'<div class="soft">{escape(one.name)}</div>' if len(runs) > 1 else ""
         parts.append(title + _table(["prompt", "completion", "reward"], rows, text=2))
     return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
+
+
+def _said(text: Any) -> str:
+    """A text, or a conversation with a line for each message."""
+    return text if isinstance(text, str) else "\n".join(f"{x['role']}: {x['content']}" for x in text)
 
 
 def _configuration(runs: Sequence[Reported]) -> str:

@@ -22,7 +22,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from policygrad.errors import Note, ending
+from policygrad.errors import Note, ending, one_line
+from policygrad.files import LARGEST_JSON, check_file, damaged, parse_json
 
 Row = dict[str, float]
 
@@ -124,18 +125,26 @@ class Tail:
             self.warned = True
 
 
-def read_rows(path: Path, size: int) -> list[Row]:
-    """The rows in the first `size` bytes of metrics.jsonl. What is missing is said."""
+def read_rows(path: Path, size: int | None = None) -> list[Row]:
+    """The rows of a metrics.jsonl, or those in its first `size` bytes.
+
+    A last line without its end is one that is being written, and is left out. Raises UserError if the file is missing,
+    shorter than `size`, or holds something else than rows of numbers.
+    """
+    check_file(path, path.parent, LARGEST_JSON)
     try:
         with path.open("rb") as file:
-            held = file.read(size)
-        rows = [json.loads(line) for line in held.splitlines()]
-        if len(held) == size and all(isinstance(row, dict) for row in rows):
-            return rows
-    except (OSError, ValueError):
-        rows = []
-    rows = [row for row in rows if isinstance(row, dict)]
-    warnings.warn(f"{ending(str(path), 80)} is not what it was at the checkpoint: rows are missing", Note, stacklevel=2)
+            held = file.read() if size is None else file.read(size)
+        if size is not None and len(held) < size:
+            raise ValueError(f"it has {len(held):,} bytes of {size:,}")
+        rows = [parse_json(line) for line in held.split(b"\n")[:-1]]
+        for i, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or any(type(x) not in (int, float) for x in row.values()):
+                raise ValueError(f"line {i} is no row of numbers")
+    except OSError as error:
+        raise damaged(path, one_line(error), "cannot be read") from error
+    except ValueError as error:
+        raise damaged(path, one_line(error)) from error
     return rows
 
 

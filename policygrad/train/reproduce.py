@@ -1,6 +1,5 @@
 """policygrad reproduce: train a run again from its directory alone, and compare every number."""
 
-import json
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +12,7 @@ from policygrad.errors import UserError, ending
 from policygrad.files import as_path, read_json
 from policygrad.machine import described
 from policygrad.train.directories import CLAIM
-from policygrad.train.reports import ProgressLine, Row
+from policygrad.train.reports import ProgressLine, Row, read_rows
 from policygrad.train.run import Run
 from policygrad.train.snapshots import read_checkpoint
 from policygrad.train.training import Training, Written
@@ -70,7 +69,7 @@ def reproduce(
     if totals:
         found.options = _with_total(finally_, totals[0])
     before = read_json(directory / "config.json")
-    rows = [row for row in _rows(directory / CLAIM) if row["steps"] <= steps]
+    rows = [row for row in read_rows(directory / CLAIM) if row.get("steps", 0) <= steps]
     at: dict[float, int] = {}
     with (
         Training._again(found, None, policy, critic, engine, progress) as training,
@@ -94,7 +93,7 @@ def reproduce(
         learned = {name: x for name, x in modules.items() if name in wanted or checkpoint is None}
         first = _first_row(rows, mine, at) or _first_parameter(wanted, learned, iteration)
     now = {**training.world.versions(), **described()}
-    then = {**before.get("versions", {}), **before.get("machine", {})}
+    then = {name: x for part in ("versions", "machine") for name, x in dict_of(before.get(part)).items()}
     names = dict.fromkeys([*then, *now])
     machine = tuple(f"{x} {then.get(x)} then, {now.get(x)} now" for x in names if then.get(x) != now.get(x))
     return Reproduction(len(rows), sum(x.numel() for x in wanted.values()), first, machine)
@@ -112,15 +111,9 @@ def _saved(
     return run.stage.iteration, run.stage.steps, run.world.modules().state_dict()
 
 
-def _rows(path: Path) -> list[Row]:
-    """The rows of metrics, up to one that a process was killed in."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("steps"), int | float)]
+def dict_of(x: Any) -> dict[str, Any]:
+    """An object of a file's JSON; an empty one for anything else."""
+    return x if isinstance(x, dict) else {}
 
 
 def _with_total(options: Any, total: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from policygrad.train.comparison import Comparison, compare, outcome_of
 from policygrad.train.directories import file_name
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import method_named
+from policygrad.train.names import NAMES
 from policygrad.train.options import options_of
 from policygrad.train.reports import ProgressLine
 from policygrad.train.run import json_number
@@ -94,9 +95,10 @@ def study(
 
     The run of a seed is bit for bit that of `train(..., seed=seed)`, in the directory out/seed-N; `out` is by default
     runs/TASK/METHOD-seeds. If `out` holds this study already, only the seeds that have not finished are trained, and a
-    run that was stopped starts again. processes: how many at a time; by default as many as the cores allow with the
-    threads of a run, and one on a device that is no CPU. The other arguments are those of Training; what is not text
-    or a number must be something that cloudpickle can send to another process.
+    run that was stopped goes on from its checkpoint if a file can hold all of it. processes: how many at a time; by
+    default as many as the cores allow with the threads of a run, and one on a device that is no CPU. The other
+    arguments are those of Training; what is not text or a number must be something that cloudpickle can send to another
+    process.
 
     A seed that fails does not stop the others: `failed` of the result says why. Raises UserError if the request is
     wrong, if `out` holds something else, or if all seeds fail.
@@ -397,6 +399,17 @@ def _goes_on(job: tuple[str, Any, dict[str, Any]]) -> bool:
     return plain and any(Path(values["out"], "checkpoints").glob("*.safetensors"))
 
 
+def _repeated(job: tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The names that a run leads out of its directory by, as the study has them: the run's own are not believed."""
+    _, task, values = job
+    found = {x: values[x] for x in (*NAMES, "trust_remote_code") if values.get(x) is not None}
+    if task is not None and kind_of(task, values) == "control":
+        found["environment"] = task
+    elif task not in (None, "arithmetic") and kind_of(task, values) == "language":
+        found["dataset"] = [task]
+    return found
+
+
 def _sent(job: tuple[str, Any, dict[str, Any]]) -> bytes:
     """A job in a form for another process."""
     from gymnasium.vector.utils import CloudpickleWrapper
@@ -478,7 +491,7 @@ def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) 
     def begun() -> Training:
         if _goes_on(job):
             try:
-                return Reporting.resume(values["out"], trust=True)  # every name is repeated by the study's own request
+                return Reporting.resume(values["out"], **_repeated(job))
             except UserError:  # of another version, say: it begins again
                 shutil.rmtree(values["out"])
         return Reporting(method, task, progress=False, **values)

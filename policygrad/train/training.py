@@ -18,7 +18,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
-from policygrad.files import as_path, damaged, read_json, read_metadata
+from policygrad.files import as_path, check_real, damaged, read_json, read_metadata
 from policygrad.train import presets
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.compose import compiles, compose
@@ -48,6 +48,8 @@ WRITTEN = (
     "model",
     "model/*",
 )
+# Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
+FREE = {"trust", "trust_remote_code", "device", "threads", "profile", "checkpoint_every", "checkpoints"}
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 ROWS = 1000  # maximum rows of metrics in a run
 
@@ -180,12 +182,14 @@ class Training:
 
         Its parameters and metrics come out the same, bit for bit, on the same machine with the same versions. steps,
         iterations: so many more than the run was to have. trust, repeated: as for Run.load; training also reads the
-        model and the data sets. environment, policy, critic, engine and dataset: your own objects of training, which no
-        file holds. Raises UserError for a run that has ended, unless it gets more steps, that another process is
-        writing, or whose environment, options or starting model are no longer what they were.
+        model and the data sets, and no file in the directory may be a link. environment, policy, critic,
+        engine and dataset: your own objects of training, which no file holds. Raises UserError for a run that has
+        ended, unless it gets more steps, that another process is writing, or whose environment, options or starting
+        model are no longer what they were.
         """
         directory = as_path(directory)
         found = Written.read(directory, trust, environment, repeated | {"critic": critic})
+        check_real(directory)
         lock = Lock(directory)
         try:
             checkpoint = read_checkpoint(directory)
@@ -257,7 +261,10 @@ class Training:
         self.run.stage = self.run.saved = Stage(
             self.iteration, checkpoint["steps"], "ended" if self.done else "unfinished"
         )
-        self.run.metrics = read_rows(directory / CLAIM, rows)
+        try:
+            self.run.metrics = read_rows(directory / CLAIM, rows)
+        except UserError as error:
+            warnings.warn(f"{one_line(error, 150)}: earlier rows are missing", Note, stacklevel=3)
         if self.world.judged and self.run.before is not None and self.iteration:
             self.run.metrics.insert(0, self._before(self.last))
         if _longer(self.options, checkpoint):
@@ -595,11 +602,10 @@ def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | 
     if not isinstance(checkpoint["compiled"], str) or checkpoint["compiled"] not in ("on", "off"):
         raise ValueError("compiled must be on or off")
     now = {name: json_number(x) for name, x in asdict(options).items()}
-    free = {"trust", "trust_remote_code", "device", "threads", "profile", "checkpoint_every", "checkpoints"}
     for name, was in checkpoint["options"].items():
         if name in ("steps", "iterations") and was is not None and (now[name] or 0) >= was:
             continue
-        if name not in free and json.dumps(now.get(name)) != json.dumps(was):
+        if name not in FREE and json.dumps(now.get(name)) != json.dumps(was):
             said = f"{name} was {shortened(was, 40)} in training, and is {shortened(now.get(name), 40)}"
             raise UserError(f"{said}: put it back, or begin a new run")
     steps = checkpoint["steps"]

@@ -210,6 +210,7 @@ def _writer(out: Path, fps: float) -> Iterator[Show]:
     write = _Gif(beside, fps) if out.suffix == ".gif" else _Mp4(beside, fps)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)  # a link would lead elsewhere
         yield write.add
         write.close()
         os.replace(beside, out)

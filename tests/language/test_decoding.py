@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from language.conftest import ARCHITECTURES, END, PAD, RECURRENT, SLIDING, prompts, tiny
 from policygrad.language import decoding, generation
 from policygrad.language.completions import Completions, Request
-from policygrad.language.decoding import Growing, Recorded
+from policygrad.language.decoding import Captured, Growing
 from policygrad.language.policies import LanguagePolicy
 
 OWN_MASK = {"gpt_neo"}  # made from the number of keys
@@ -21,9 +21,9 @@ LENGTHS = (2, 6, 1, 4)
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several recordings and several looks in a few tokens."""
+    """Several captures and several looks in a few tokens."""
     monkeypatch.setattr(decoding, "BLOCK", 3)
-    monkeypatch.setattr(decoding.Recorded, "every", 2)
+    monkeypatch.setattr(decoding.Captured, "every", 2)
 
 
 def sampled(monkeypatch: pytest.MonkeyPatch, form: Any, policy: LanguagePolicy, **request: Any) -> Completions:
@@ -35,9 +35,9 @@ def sampled(monkeypatch: pytest.MonkeyPatch, form: Any, policy: LanguagePolicy, 
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, policy: LanguagePolicy, **request: Any) -> Completions:
-    growing, recorded = (sampled(monkeypatch, form, policy, **request) for form in (Growing, Recorded))
+    growing, captured = (sampled(monkeypatch, form, policy, **request) for form in (Growing, Captured))
     for field in fields(Completions):
-        one, other = getattr(recorded, field.name), getattr(growing, field.name)
+        one, other = getattr(captured, field.name), getattr(growing, field.name)
         if field.name == "logp":
             assert_close(one, other, rtol=0, atol=1e-10 if one.dtype == torch.float64 else 1e-5)
         else:
@@ -72,10 +72,10 @@ def test_it_ends_at_stop_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [*sorted(SLIDING | RECURRENT | OWN_MASK), "llama"])
 def test_layers_that_do_not_attend_to_all_keys_by_a_mask_grow(name: str) -> None:
     model = tiny(name)
-    assert Recorded.can(LanguagePolicy(model), DynamicCache(config=model.config)) == (name == "llama")
+    assert Captured.can(LanguagePolicy(model), DynamicCache(config=model.config)) == (name == "llama")
 
 
 def test_attention_that_takes_no_mask_grows() -> None:
     policy = LanguagePolicy(tiny())
     policy.model.config._attn_implementation = "flash_attention_2"
-    assert not Recorded.can(policy, DynamicCache(config=policy.model.config))
+    assert not Captured.can(policy, DynamicCache(config=policy.model.config))

@@ -17,7 +17,8 @@ from language.conftest import END, PAD, RECURRENT, SLIDING, VOCABULARY, every_ar
 from policygrad.errors import UserError
 from policygrad.language import decoding, generation
 from policygrad.language.completions import Completions, Request
-from policygrad.language.generation import check_memory, generate, inverse_transform
+from policygrad.language.decoding import inverse_transform
+from policygrad.language.generation import check_memory, generate
 from policygrad.language.models import add_adapter, checkpoint_gradients
 from policygrad.language.policies import LanguagePolicy, Prefixes
 

@@ -13,7 +13,10 @@ from rich.console import Console
 
 import policygrad as pg
 from policygrad.errors import UserError
+from policygrad.train import comparison
 from policygrad.train.comparison import ALL, Comparison, Group
+from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
 
 OPTIONS = {"steps": 100, "seed": 0, "clip_low": 0.2, "device": "cpu"}
 
@@ -450,3 +453,9 @@ def test_without_a_run_there_is_nothing_to_compare() -> None:
 def test_a_number_of_steps_is_more_than_0(tmp_path: Path, at: float) -> None:
     with pytest.raises(UserError, match="at is"):
         pg.compare(write_run(tmp_path / "a"), at=at)
+
+
+def test_what_does_not_tell_runs_apart_are_options() -> None:
+    worlds = ("control", "exact", "language")
+    names = {name for method in METHODS for world in worlds for name in vars(options_of(method, world)())}
+    assert names >= comparison.APART

@@ -121,22 +121,22 @@ def test_adapters_and_bfloat16_train_there(values: dict[str, Any], language: dic
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "qwen3"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_recorded_step_draws_what_a_step_by_itself_draws(
+def test_a_captured_step_draws_what_a_step_by_itself_draws(
     name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     policy = LanguagePolicy(tiny(name).cuda(), temperature=1.7, autocast=autocast)
     prompt, mask = (x.cuda() for x in prompts(2, 6, 1, 4))
     monkeypatch.setattr(decoding, "BLOCK", 7)
-    monkeypatch.setattr(decoding.Recorded, "every", 5)
+    monkeypatch.setattr(decoding.Captured, "every", 5)
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
     done = []
-    for records in (True, False):
-        if not records:  # the same step, by itself
-            monkeypatch.setattr(decoding.Recorded, "_record", lambda self: None)
+    for captures in (True, False):
+        if not captures:  # the same step, by itself
+            monkeypatch.setattr(decoding.Captured, "_capture", lambda self: None)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Note)  # a step that is not recorded says so
+            warnings.simplefilter("error", Note)  # a step that is not captured says so
             generator = torch.Generator("cuda").manual_seed(0)
             done.append(generate(policy, prompt, mask, Request(6, 30, (END, 5), PAD), generator))
     assert len(replays) > 15
@@ -144,7 +144,7 @@ def test_a_recorded_step_draws_what_a_step_by_itself_draws(
         assert torch.equal(x, y)
 
 
-def test_a_model_that_waits_for_the_gpu_is_not_recorded_and_says_so() -> None:
+def test_a_model_that_waits_for_the_gpu_is_not_captured_and_says_so() -> None:
     torch.manual_seed(0)
     prompt, mask = (x.cuda() for x in prompts(2, 6, 1, 4))
     done = []
@@ -153,7 +153,7 @@ def test_a_model_that_waits_for_the_gpu_is_not_recorded_and_says_so() -> None:
         if waits:
             model.model.layers[1].register_forward_hook(lambda module, given, out: out * float(out.isfinite().all()))
         generator = torch.Generator("cuda").manual_seed(0)
-        with pytest.warns(Note, match="not recorded") if waits else nullcontext():
+        with pytest.warns(Note, match="not captured") if waits else nullcontext():
             done.append(generate(LanguagePolicy(model), prompt, mask, Request(4, 20, (END,), PAD), generator))
         assert torch.ones(3, device="cuda").sum().item() == 3, "the device goes on to work"
     assert torch.equal(done[0].tokens, done[1].tokens)

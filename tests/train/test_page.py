@@ -125,6 +125,45 @@ def test_texts_of_a_run_are_no_elements(runs: Path, tmp_path: Path) -> None:
     assert sum(evil[:20] in text for text in parsed.texts) >= 3
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"options": {"seed": 0, "target_kl": "evil", "delta": [], "steps": {}}}),
+        ("config.json", {"versions": ["torch"]}),
+        ("config.json", {"versions": {"torch": {"a": 1}}}),
+        ("summary.json", {"ended": "finished", "before": 3, "after": {"reward": "high", "pass_at_k": [1]}}),
+    ],
+    ids=str,
+)
+def test_what_no_run_has_written_is_shown_as_it_is_or_left_out(
+    name: str, content: dict[str, Any], runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "well", tmp_path / "run")
+    held = json.loads((tmp_path / "run" / name).read_text())
+    (tmp_path / "run" / name).write_text(json.dumps(held | content))
+    assert Parsed(html_of(gathered([tmp_path / "run"]))).open == []
+
+
+@pytest.mark.parametrize(
+    "sample", ['{"prompt": 3, "completion": "", "reward": 1}', '{"reward": "x"}', "[]", "{"], ids=str
+)
+def test_damaged_samples_are_one_line(sample: str, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "well", tmp_path / "run")
+    (tmp_path / "run" / "samples.jsonl").write_text(sample + "\n")
+    with pytest.raises(UserError, match=r"samples.jsonl is damaged") as raised:
+        html_of(gathered([tmp_path / "run"]))
+    assert len(str(raised.value)) <= 200
+
+
+def test_a_conversation_is_shown_by_its_messages(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "well", tmp_path / "run")
+    prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1 + 1?"}]
+    (tmp_path / "run" / "samples.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "2", "reward": None}))
+    said = " ".join(Parsed(html_of(gathered([tmp_path / "run"]))).texts)
+    assert "system: be brief\nuser: 1 + 1?" in said
+    assert "none" in said
+
+
 def test_it_is_written_beside_the_run_and_errors_are_one_line(runs: Path, tmp_path: Path) -> None:
     assert pg.report(runs / "well", out=tmp_path) == tmp_path / "report.html"
     with pytest.raises(UserError, match="holds no run"):

@@ -32,6 +32,7 @@ from policygrad.errors import Note, UserError
 from policygrad.train import recording
 from policygrad.train import training as module
 from policygrad.train.methods import METHODS
+from policygrad.train.options import options_of
 from policygrad.train.recording import Recorder
 from policygrad.train.snapshots import read_checkpoint, write_checkpoint
 from policygrad.train.training import Training
@@ -424,6 +425,39 @@ def test_another_environment_is_said_or_refused(tmp_path: Path) -> None:
         assert len(str(raised.value)) <= 200
     with pytest.warns(Note, match="the task was 'CartPole-v1', and is 'CartPole-v0'"):
         pg.resume(tmp_path / "run", progress=False, environment="CartPole-v0")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "policy.safetensors", ".lock"])
+def test_a_directory_that_leads_elsewhere_is_not_written_to(name: str, tmp_path: Path) -> None:
+    """A run directory is data: a link in it would let it change files of the reader's."""
+    killed("ppo", "probes:Known-v0", tmp_path / "run", 3, **known("ppo"))
+    path, elsewhere = tmp_path / "run" / name, tmp_path / "elsewhere"
+    os.replace(path, elsewhere) if path.exists() else elsewhere.write_text("mine")
+    path.symlink_to(elsewhere)
+
+    def held() -> dict[Path, bytes]:
+        found = elsewhere.rglob("*") if elsewhere.is_dir() else [elsewhere]
+        return {x: x.read_bytes() for x in found if x.is_file()}
+
+    before = held()
+    with pytest.raises(UserError, match="it is no regular file, and a run that goes on writes there") as raised:
+        pg.resume(tmp_path / "run", progress=False, trust=True)
+    assert len(str(raised.value)) <= 200
+    assert held() == before
+    path.unlink()
+    if name != ".lock":
+        os.replace(elsewhere, path)
+    pg.resume(tmp_path / "run", progress=False, environment="probes:Known-v0")
+
+
+def test_what_may_differ_are_options() -> None:
+    names = {
+        name
+        for method in METHODS
+        for world in ("control", "exact", "language")
+        for name in vars(options_of(method, world)())
+    }
+    assert names >= module.FREE
 
 
 class Undecided(Known):

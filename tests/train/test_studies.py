@@ -92,6 +92,25 @@ def test_a_seed_that_was_stopped_goes_on_from_its_checkpoint(place: Path, tmp_pa
     assert rows(tmp_path / "study" / "seed-3") == rows(tmp_path / "alone")
 
 
+def test_the_names_in_a_seeds_directory_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study's own request says what is trained. A directory that came along names code of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('ran', 'w')\nfrom probes import Known as Evil\n")
+    common = {**SMALL, "checkpoint_every": 1}
+    training = pg.Training("ppo", "probes:Known-v0", seed=3, out="study/seed-3", **common)
+    with suppress(KeyboardInterrupt), training, Recorder(training) as record:
+        record(next(training))
+        raise KeyboardInterrupt
+    config = json.loads(Path("study/seed-3/config.json").read_text())
+    Path("study/seed-3/config.json").write_text(json.dumps(config | {"task": "evil.py:Evil"}))
+    request = studies._request("ppo", "probes:Known-v0", common)
+    Path("study/study.json").write_text(json.dumps(request))
+    pg.study("ppo", "probes:Known-v0", seeds=[3], out="study", **common, progress=False)
+    assert not Path("ran").exists()
+    pg.train("ppo", "probes:Known-v0", seed=3, out="alone", progress=False, **common)
+    assert rows(Path("study/seed-3")) == rows(Path("alone"))
+
+
 def test_a_directory_has_one_study(tmp_path: Path) -> None:
     out = tmp_path / "study"
     pg.study("ppo", "probes:Known-v0", seeds=[0], out=out, **QUIET)
