@@ -384,6 +384,34 @@ def evaluation(chance: random.Random) -> Case:
     return Case("", words)
 
 
+# What is done with a run, besides eval, and words that belong to it.
+USES = {
+    "resume": ["--iterations 1", "--steps 64", "--json", "--trust", "--device cpu"],
+    "reproduce": ["--json", "--trust", "--threads 1"],
+    "compare": ["run", "--json", "--out here", "--at 64", "--score training", "--score evaluation", "--unfinished"],
+    "report": ["run", "--out page.html", "--out here/"],
+    "watch": ["--out film.gif", "--max-steps 3", "--episodes 1", "--seed 3", "--greedy", "--sampled", "--trust"],
+}
+
+
+def runs(chance: random.Random) -> Case:
+    """Options of the commands on runs, on a good run and on paths that are none."""
+    name = chance.choice(list(USES))
+    run = chance.choice(["control-run", "control-run", "exact-run", "language-run"])
+    words = [name, "run" if chance.random() < 0.8 else chance.choice([*ODD, "nowhere", "@reward-run", "@mine.py"])]
+    words += [word for word in USES[name] if chance.random() < 0.3]
+    if chance.random() < 0.2:
+        words += [chance.choice(["--iterations", "--steps", "--at", "--seed", "--episodes", "--port", "--out"])]
+        words += [chance.choice([*ODD, "0", "-1", "x", "10**9"])]
+    flat = [x for word in words for x in (word.split(" ") if word.startswith("--") else [word])]
+    return Case("", flat, lambda place: copied(place, run))
+
+
+def copied(place: Path, run: str) -> None:
+    """A run to write to."""
+    shutil.copytree(FURNITURE / run, place / "run")
+
+
 def hostile(chance: random.Random) -> Case:
     """A run's directory that is damaged, or that somebody else has written."""
     run = chance.choice(["control-run", "control-run", "exact-run", "language-run", "reward-run"])
@@ -393,7 +421,10 @@ def hostile(chance: random.Random) -> Case:
         words = ["train", "grpo", *TINY[:4], "--reward", "run", *GRPO]
     elif run == "language-run" and chance.random() < 0.3:
         words = ["train", "grpo", "--model", "run", *TINY[2:], *GRPO]
-    if chance.random() < 0.3:
+    elif chance.random() < 0.6:
+        name = chance.choice(list(USES))
+        words = [name, "run", *{"resume": ["--iterations", "1"], "watch": ["--out", "film.gif"]}.get(name, [])]
+    if words[0] in ("eval", "train", "resume", "reproduce", "compare") and chance.random() < 0.3:
         words.append("--json")
     return Case("", words, lambda place: damage(place, run, random.Random(seed)))
 
@@ -407,8 +438,8 @@ VALUES: list[Any] = [
 
 def damage(place: Path, run: str, chance: random.Random) -> None:
     """A copy of a run with one to three things done to its files."""
+    copied(place, run)
     there = place / "run"
-    shutil.copytree(FURNITURE / run, there)
     (place / "evil.py").write_text("open('ran', 'w')\ndef f(*_, **__): return [1.0]\n")
     for _ in range(chance.randint(1, 3)):
         paths = sorted(path for path in there.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
@@ -511,7 +542,7 @@ def reward_models(chance: random.Random) -> Case:
 
 
 KINDS = [usage] * 2 + [control] * 5 + [exact] * 2 + [language] * 3 + [environments] * 3 + [evaluation] * 2
-KINDS += [hostile] * 4 + [lists] + [verification] + [reward_models] * 2
+KINDS += [hostile] * 6 + [runs] * 3 + [lists] + [verification] + [reward_models] * 2
 
 # Running them
 
@@ -619,7 +650,7 @@ def violations(o: Outcome) -> list[str]:
     """What is wrong with the answer."""
     words, found = o.case.words, []
     message = [line for line in o.err.splitlines() if line.strip() and not ASIDE.match(line)]
-    allowed = {0, 2, 130} | ({1} if "verify" in words else set())
+    allowed = {0, 2, 130} | ({1} if {"verify", "reproduce"} & set(words) else set())
     if o.code not in allowed:
         found.append(f"exit code {o.code}")
     if "Traceback (most recent call last)" in o.out + o.err and "--debug" not in words:

@@ -18,7 +18,13 @@ from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, read_tensors, write_bytes, write_json
 
 FORMAT = 2  # 2: actions in the units of their bounds; critics with a scale
-ENDINGS = {"unfinished": "has not ended", "ended": "ended", "stopped": "was stopped", "failed": "failed"}
+ENDINGS = {
+    "unfinished": "has not ended",
+    "ended": "ended",
+    "stopped": "was stopped",
+    "failed": "failed",
+    "best": "had none better",
+}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ class Keywords(TypedDict, total=False):
     profile: bool
     checkpoint_every: int | None
     checkpoints: int
+    keep_best: bool
     stop_at_return: float
     evaluate_every: int
+    evaluation_patience: int | None
     evaluation_episodes: int
     evaluation_completions: int
     num_envs: int

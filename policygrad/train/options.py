@@ -93,11 +93,15 @@ class Options:
     checkpoint_every: int | None = option(None,
         "Iterations between checkpoints, which `policygrad resume` goes on from; None: in 2% of the time.", COUNT)
     checkpoints: int = option(2, "Checkpoints to keep, the newest ones; 0: none, and no resuming.", NOT_NEGATIVE)
+    keep_best: bool = option(True,
+        "Keep the policy with the best evaluation, or without evaluations the best training result, in RUN/best.")
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
     evaluate_every: int = option(0,
         "Iterations between evaluations, on held-out prompts, exactly, or in environments of their own; 0: only before "
         "and after training, and never in environments.", NOT_NEGATIVE)
+    evaluation_patience: int | None = option(None,
+        "Stop after so many evaluations in a row without a better one; None: never.", COUNT)
     evaluation_episodes: int = option(10, "Episodes in an evaluation.", COUNT, **CONTROL)
     evaluation_completions: int = option(4, "Completions per held-out prompt in an evaluation.", COUNT, **LANGUAGE)
 
@@ -479,10 +483,8 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
         )
-    if f.name == "evaluation_episodes" and not options.evaluate_every:
-        raise OptionError(
-            "evaluation_episodes", "evaluation_episodes is of evaluate_every, which is 0: set that too, or leave it out"
-        )
+    if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
+        raise OptionError(f.name, f"{f.name} is of evaluate_every, which is 0: set that too, or leave it out")
     evaluation = bool(getattr(options, "evaluation_dataset", ()))
     if f.name == "held_out" and evaluation:
         raise OptionError("held_out", "held_out is read only without evaluation_dataset: leave one of the two out")

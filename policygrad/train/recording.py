@@ -1,5 +1,6 @@
 """Training to the end, with everything that a run's directory gets on the way: rows, checkpoints, the policy."""
 
+import errno
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 from policygrad.errors import Kept, Note, UserError, ending, one_line
 from policygrad.files import add_metadata
+from policygrad.train.best import write_best
 from policygrad.train.names import resuming
 from policygrad.train.reports import Log, ProgressLine, Row
 from policygrad.train.snapshots import write_checkpoint
@@ -19,6 +21,11 @@ from policygrad.train.stopping import Stopped, asked, unasked
 
 SAVE_SECONDS = 30.0  # between two saves of the policy, or longer
 SAVE_SHARE = 0.02  # of the time may go into saving
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, or in what a process may write
+
+
+class FullDiskError(UserError):
+    """There is no room for a checkpoint: a run that went on could lose all that it learns from here on."""
 
 
 def complete(training: Any, progress: bool = True, *, signals: bool = False) -> None:
@@ -48,8 +55,8 @@ def complete(training: Any, progress: bool = True, *, signals: bool = False) -> 
 class Recorder:
     """Writes a run to its directory: rows as they come, checkpoints and the policy now and then, everything at the end.
 
-    What cannot be written does not stop training: it is tried again. When a run is stopped or fails, a note (`Kept`)
-    on the exception says what is saved.
+    What cannot be written is tried again later, but a full disk stops training: the run goes on from its last
+    checkpoint once there is room. When a run is stopped or fails, a note (`Kept`) on the exception says what is saved.
     """
 
     def __init__(self, training: Any) -> None:
@@ -57,12 +64,14 @@ class Recorder:
         self.log = None if self.run.directory is None else Log(self.run.directory, training.resumed)
         self.saved = (training.iteration or None) if training.resumed else None  # that of the last checkpoint
         self.warned = False
+        self._keep_best()
 
     def __call__(self, row: Row) -> None:
         if self.log is None or self.run.directory is None:
             return
         if self.run.metrics and self.run.metrics[-1] is row:
             self.log.write(row)
+        self._keep_best()
         every = self.training.options.checkpoint_every
         due = self.clock.due() if every is None else self.training.iteration % every == 0
         if due or self.training.done:  # then the policy is saved on the way out, too
@@ -70,16 +79,34 @@ class Recorder:
 
     def save(self, *, policy: bool = True) -> None:
         """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
+        self._written(self._write_best, self.write_checkpoint, *([self.run.write_policy] if policy else []))
+
+    def _keep_best(self) -> None:
+        """Keep the current policy at once if an evaluation has just said that it is the best."""
+        best = self.training.best
+        if self.log is not None and not best.written and best.iteration == self.training.iteration:
+            self._written(self._write_best)
+
+    def _written(self, *writes: Callable[[Path], None]) -> None:
+        """Write to the run's directory. Raises FullDiskError; anything else that fails is a warning."""
         assert self.run.directory is not None
         with self.clock:
             try:
-                self.write_checkpoint(self.run.directory)
-                if policy:
-                    self.run.write_policy(self.run.directory)
+                for write in writes:
+                    write(self.run.directory)
             except Exception as error:  # of the system, or of a library's own kind
-                said = f"{unwritable(self.run.directory, error)}: training goes on, and {self.run.kept('there')}"
-                if policy:  # else saving that will say so
-                    warnings.warn(said, Note, stacklevel=2)
+                said = unwritable(self.run.directory, error)
+                if getattr(error.__cause__ or error, "errno", None) in FULL:
+                    said = f"{said} in iteration {self.training.iteration:,}"
+                    raise FullDiskError(f"{said}: make room, and resume the run") from error
+                if writes != (self._write_best, self.write_checkpoint):  # then saving the policy will say so
+                    warnings.warn(f"{said}: training goes on, and {self.run.kept('there')}", Note, stacklevel=3)
+
+    def _write_best(self, directory: Path) -> None:
+        """Write the current policy to RUN/best if it is the best so far. Raises OSError."""
+        if self.training.options.keep_best and self.training.best_now():
+            write_best(self.run, directory)
+            self.training.best.written = True
 
     def write_checkpoint(self, directory: Path) -> None:
         """Write the whole run, between two iterations. Raises OSError."""
@@ -113,7 +140,8 @@ class Recorder:
             self.run.stage = replace(self.run.stage, run=how, partway=self.training.partway())
         problem = self._finish(self.run.directory)
         if error is not None:
-            again = self._again(self.run.directory) if isinstance(error, KeyboardInterrupt) else ""
+            stopped = isinstance(error, KeyboardInterrupt | FullDiskError)
+            again = self._again(self.run.directory) if stopped else ""
             error.add_note(Kept((problem or self.run.kept()) + again))
         elif problem is not None:
             raise UserError(problem)

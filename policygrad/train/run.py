@@ -44,6 +44,7 @@ class Run:
     ended: str | None = None  # finished, interrupted, or the error; None while the run goes on
     totals: list[dict[str, Any]] = field(default_factory=list)  # steps and iterations before there were to be more
     profile: Profile | None = None  # where the time goes, if that is measured
+    best: dict[str, Any] | None = None  # the best score so far, and where it was
     before: Evaluation | None = None  # scores before and after training, if the world evaluates
     after: Evaluation | None = None
 
@@ -223,6 +224,7 @@ class Run:
             "steps_per_second": round(steps / max(self.seconds, 1e-9), 1),
             **self.world.summary(self.metrics),
             **{when: None if x is None else x.summary() for when, x in judged.items()},
+            "best": self.best,
         }
 
 

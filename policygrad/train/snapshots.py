@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load
 from torch import Tensor
 
-from policygrad.errors import Note, UserError, ending, one_line
+from policygrad.errors import Note, UserError, one_line
 from policygrad.files import as_safetensors, bytes_of, check_file, damaged, parse_json, write_durably
 from policygrad.train.states import decoded, encoded
 
@@ -49,16 +49,18 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
 
     Raises UserError if all are damaged.
     """
-    manifests = sorted((directory / FOLDER).glob("*.json"), reverse=True)
-    for path in manifests:
+    errors: list[UserError] = []
+    for path in sorted((directory / FOLDER).glob("*.json"), reverse=True):
         try:
-            return _read(path, directory)
+            state = _read(path, directory)
         except UserError as error:
-            said = one_line(error, 150)
-            more = "the one before it is used" if path is not manifests[-1] else "there is none before it"
-            warnings.warn(f"{said}; {more}", Note, stacklevel=2)
-    if manifests:
-        raise UserError(f"every checkpoint in {ending(str(directory), 80)} is damaged: train again, or use its policy")
+            errors.append(error)
+            continue
+        for damage in errors:
+            warnings.warn(f"{one_line(damage, 150)}; the one before it is used", Note, stacklevel=2)
+        return state
+    if errors:
+        raise UserError(f"{one_line(errors[0], 120)}; there is no whole one before it: train again, or use its policy")
     return None
 
 

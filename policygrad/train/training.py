@@ -20,6 +20,7 @@ from torch import Tensor
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, check_real, damaged, read_json, read_metadata
 from policygrad.train import presets
+from policygrad.train.best import Best
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.compose import compiles, compose
 from policygrad.train.directories import CLAIM, Lock, check_empty, claim, release
@@ -47,9 +48,12 @@ WRITTEN = (
     "samples.jsonl",
     "model",
     "model/*",
+    "best",
+    "best/*",
+    "best/model/*",
 )
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
-FREE = {"trust", "trust_remote_code", "device", "threads", "profile", "checkpoint_every", "checkpoints"}
+FREE = {"trust", "trust_remote_code", "device", "threads", "profile", "checkpoint_every", "checkpoints", "keep_best"}
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 ROWS = 1000  # maximum rows of metrics in a run
 
@@ -123,6 +127,7 @@ class Training:
         self.own = {{"data": "dataset"}.get(name, name) for name, x in vars(own).items() if x is not None and x != {}}
         self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = Generators(options.seed, options.device)
+        self.best = Best()
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         self.resumed: dict[str, Any] | None = None  # of a run that goes on: where its log was
         self.lock: Lock | None = None
@@ -151,6 +156,7 @@ class Training:
                     self._begin(directory)
                 if self.world.judged:
                     self.run.before = self.run.evaluate()
+                    self._score(self.world.judged, self.run.before.score, 0)
                 self._mark()
         except BaseException:
             with warnings.catch_warnings(action="ignore", category=Note):  # there are no results to speak of
@@ -355,6 +361,8 @@ class Training:
             self.run.stage = Stage(self.iteration, int(row["steps"]), "ended" if self.done else "unfinished")
             with self.run.span("evaluation"):
                 self._judge(row)
+            patience = self.options.evaluation_patience
+            self.done = self.done or (patience is not None and self.best.waited >= patience)
             self.clock += time.perf_counter() - start
             row["seconds"] = self.run.seconds = self.clock
             row |= self.world.speeds(row, self.last, seconds)
@@ -375,6 +383,7 @@ class Training:
             "next_row": self.next_row,
             "done": self.done,
             "clock": self.clock,
+            "best": vars(self.best),
             "random": self.random.state_dict(),
             "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
             "optimizers": [x.state_dict() for x in self.learner.optimizers],
@@ -387,6 +396,8 @@ class Training:
         """Restore the state_dict of a run with the same options."""
         self.iteration, self.done = int(state["iteration"]), bool(state["done"])
         self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
+        self.best = Best(**state["best"])
+        self.run.best = self.best.summary()
         with self._inside():  # environments may draw from the global generators
             lost = self.world.restore(state["surroundings"])
         found = self.world.modules().load_state_dict(state["modules"], strict=False)
@@ -448,6 +459,19 @@ class Training:
         if self.done or self._judged(self.iteration):
             self.run.after = self.run.evaluate()
             row[name] = self.run.after.score
+            self._score(name, row[name], int(row["steps"]))
+
+    def _score(self, metric: str, score: float, steps: int) -> None:
+        """Take a score of the current policy."""
+        self.best.see(metric, score, self.iteration, steps)
+        self.run.best = self.best.summary()
+
+    def best_now(self) -> bool:
+        """Whether the current policy is the best one, and RUN/best has another. Without evaluations, training says."""
+        name = self.world.curve().y[0]
+        if self.world.judged is None and name in self.last:
+            self._score(name, self.last[name], int(self.last["steps"]))
+        return not self.best.written and self.best.iteration == self.iteration
 
     def _before(self, row: Row) -> Row:
         """The row of the evaluation before training. It is not in metrics.jsonl. row: one of this run."""
@@ -596,7 +620,8 @@ def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | 
         if options.checkpoints == 0:
             raise UserError(f"the run in {shown} was to keep no checkpoints (checkpoints 0): train again")
         saved = [directory / "policy.safetensors", *(directory / "model").glob("*.safetensors")]
-        if any(Stage.of(read_metadata(path), path).iteration for path in saved if path.exists()):
+        stages = [Stage.of(read_metadata(path), path) for path in saved if path.exists()]
+        if any(stage.iteration or stage.run == "best" for stage in stages):
             raise UserError(f"{shown} has a policy and no checkpoint to go on from: train again")
         return
     if not isinstance(checkpoint["compiled"], str) or checkpoint["compiled"] not in ("on", "off"):

@@ -146,7 +146,8 @@ def test_every_bit_that_is_flipped_is_noticed(which: str, tmp_path: Path) -> Non
 def test_if_all_are_damaged_it_says_so(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2).glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.warns(Note), pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+    said = r"000000002.safetensors is damaged: .*; there is no whole one before it: train again, or use its policy"
+    with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=said):
         read_checkpoint(tmp_path)
 
 

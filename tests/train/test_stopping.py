@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import re
 import resource
 import shutil
 import signal
@@ -13,16 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from outcomes import parameters, strict
+from outcomes import parameters, strict, untimed
 from probes import Broken, Known, limited
-from safetensors.torch import load_file
+from scripted import fill, on_disk, replaced
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 import policygrad as pg
 from policygrad.errors import UserError
-from policygrad.train import compose as composing
 from policygrad.train import recording
 from policygrad.train import training as module
 from policygrad.train.checkpoints import Stage
@@ -42,29 +42,8 @@ def known(method: str, values: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in values.items() if name in names}
 
 
-def replaced(monkeypatch: pytest.MonkeyPatch, loop: Callable[[nn.Module, nn.Module], Iterator[Any]]) -> None:
-    """Put a loop of the test's own in the place of whatever the options ask for."""
-
-    def compose(options: Any, policy: Any, critic: Any, *rest: Any) -> composing.Learner:
-        learner = composing.compose(options, policy, critic, *rest)
-        return dataclasses.replace(learner, loop=lambda *_: loop(policy, critic))
-
-    monkeypatch.setattr(module, "compose", compose)
-
-
-def fill(module: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.fill_(value)
-
-
 def values(module: nn.Module) -> set[float]:
     return {x for p in module.parameters() for x in p.flatten().tolist()}
-
-
-def on_disk(directory: Path) -> set[float]:
-    tensors = load_file(directory / "policy.safetensors")
-    return {x for name, tensor in tensors.items() if name.startswith("policy.") for x in tensor.flatten().tolist()}
 
 
 def lines(directory: Path) -> list[dict[str, float]]:
@@ -341,42 +320,37 @@ def filled(full: set[int], limit_files: Callable[[bool], None]) -> Callable[[nn.
     return loop
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing(
+def test_a_full_disk_stops_the_run_which_goes_on_bit_for_bit_once_there_is_room(
     limit_files: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    replaced(monkeypatch, filled({2, 3}, limit_files))
-    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
-    with pytest.warns(UserWarning, match="cannot be written") as warned:
-        pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
-    said = [str(x.message) for x in warned]
-    assert sum("training goes on, and the policy of iteration 1 (25 steps) is kept there" in x for x in said) == 2
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert [point.step for point in events.Scalars("episodes/episodes")] == [25, 50, 75, 100]
-    assert [row["steps"] for row in lines(tmp_path / "run")] == [25, 50, 75, 100]
-    assert on_disk(tmp_path / "run") == {4.0}
-    assert pg.Run.load(tmp_path / "run").stage == Stage(4, 100, "ended")
-    assert not list((tmp_path / "run").glob("*.new"))
-
-
-def test_a_disk_that_stays_full_is_one_line_that_says_what_is_kept(
-    limit_files: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    replaced(monkeypatch, filled({3, 4}, limit_files))
-    monkeypatch.setattr(recording, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(recording, "SAVE_SHARE", math.inf)
+    values = {**SMALL, "steps": 300, "checkpoint_every": 1, "preset": "none"}
+    whole = pg.train("ppo", "CartPole-v1", out=tmp_path / "whole", **values)
+    write = recording.write_checkpoint
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    said = (
-        r"cannot be written \(File too large\): the policy of iteration 2 \(50 steps\) is kept there, the rest is lost"
-    )
-    with pytest.warns(UserWarning, match="cannot be written"), pytest.raises(UserError, match=said) as raised:
-        pg.train("ppo", "CartPole-v1", out=tmp_path / "run", preset="none", **SMALL)
+
+    def writes(directory: Path, state: dict[str, Any], keep: int) -> None:
+        limit_files(state["iteration"] == 3)
+        write(directory, state, keep)
+
+    monkeypatch.setattr(recording, "write_checkpoint", writes)
+    with pytest.raises(recording.FullDiskError) as raised:
+        pg.train("ppo", "CartPole-v1", out=tmp_path / "broken", **values)
+    limit_files(False)
+    assert re.search(r"cannot be written \(File too large\) in iteration 3: make room, and resume", str(raised.value))
     assert len(str(raised.value)) <= 200
-    assert on_disk(tmp_path / "run") == {2.0}
-    assert pg.Run.load(tmp_path / "run").stage == Stage(2, 50, "unfinished")
-    assert list((tmp_path / "temporary").iterdir()) == []
+    (kept,) = raised.value.__notes__
+    assert re.search(
+        r"the policy of iteration 2 \(\d+ steps\) is kept there, the rest is lost; to go on from iter", kept
+    )
+    assert not list((tmp_path / "broken").rglob("*.new"))
+    monkeypatch.setattr(recording, "write_checkpoint", write)
+    resumed = pg.resume(tmp_path / "broken", progress=False)
+    assert untimed(lines(tmp_path / "broken")) == untimed(lines(tmp_path / "whole"))
+    assert torch.equal(parameters(resumed), parameters(whole))
+    events = EventAccumulator(str(tmp_path / "broken" / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("episodes/episodes")) == len(lines(tmp_path / "whole"))
 
 
 def test_what_has_no_room_in_its_place_is_saved_elsewhere(
