@@ -108,7 +108,8 @@ def group_std(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[T
     same, _ = _same(returns, group)
     squares = _sum(same, (returns - group_mean(returns, group)) ** 2)
     std = (squares / (same.sum(1) - 1).clamp(min=1)).sqrt()
-    return std.where(std > _rounding(returns.abs().where(same, 0.0).amax(1)), 0.0)
+    equal = std <= _rounding(returns.abs().where(same, 0.0).amax(1))  # not so if a return is NaN: that stays seen
+    return std.where(~equal, 0.0)
 
 
 def group_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -118,7 +119,7 @@ def group_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float
     rewards, and change what is learned with it.
     """
     std = group_std(returns, group)
-    return std.where(std > 0, torch.inf)
+    return std.where(std != 0, torch.inf)
 
 
 def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -135,7 +136,8 @@ def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Ten
     count = mask.sum()
     centered = (x - x.sum() / count.clamp(min=1)).where(mask, 0.0)
     std = ((centered**2).sum() / (count - 1).clamp(min=1)).sqrt()
-    return (centered / std).where(mask & (std > _rounding(largest)), 0.0)
+    equal = std <= _rounding(largest)  # not so if a number is NaN: that stays seen
+    return (centered / std).where(mask & ~equal, 0.0)
 
 
 def unnormalized(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -106,7 +106,7 @@ def gradient_step(
 
     The optimizer has taken a step before; its rates may change after this, its other settings may not. parts: its
     parameters by whose norm they are scaled together. varying: batches have different numbers of rows. If a gradient is
-    not finite, no parameter changes. What has no graph is not stepped: the result is None, and a Note says why.
+    not finite, nothing changes. What has no graph is not stepped: the result is None, and a Note says why.
     """
 
     # Not read from the optimizer inside the graph: it would be another graph for another rate.
@@ -128,8 +128,11 @@ def gradient_step(
         with torch.no_grad():
             for (group, *settings), rate, state in zip(groups, rates, states, strict=True):
                 reached = [p for p in group if gradients[p] is not None]
-                found = [gradients[p].where(finite, 0.0) for p in reached]
-                rule(reached, found, state, rate.where(finite, 0.0), *settings)
+                changing = [*reached, *(x for entry in state for name, x in entry.items() if name != "step")]
+                before = [x.clone() for x in changing]
+                rule(reached, [gradients[p] for p in reached], state, rate, *settings)
+                for x, old in zip(changing, before, strict=True):
+                    x.copy_(x.where(finite, old))
         return {**metrics, **norms}
 
     compiled = graph(step, lambda *arguments: None, int(varying))
@@ -139,7 +142,11 @@ def gradient_step(
         states = [
             [optimizer.state[p] for p in group["params"] if p in optimizer.state] for group in optimizer.param_groups
         ]
-        return compiled(batch, rates, states)
+        found = compiled(batch, rates, states)
+        if found is not None and not all(found[f"{name}gradient_norm"].isfinite() for name in parts):
+            for x in (entry["step"] for state in states for entry in state if "step" in entry):
+                x -= 1  # here, because a graph loses what it writes to one number of float64
+        return found
 
     return update
 

@@ -14,7 +14,7 @@ from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch, Rollout, Split, in_parts, minibatches
-from policygrad.updates import Metrics, Objective, ascend
+from policygrad.updates import Metrics, Objective, Update, ascend
 from policygrad.weights import average, normalized
 
 # Fits a critic between updates: (batch with targets) -> metrics, e.g. fit_critic(critic, optimizer).
@@ -65,15 +65,18 @@ def fit_critic(
     micro_batch: Split = None,
     compiled: bool = False,
     varying: bool = False,
+    guard: Callable[[Update], Update] = lambda update: update,
 ) -> Fit:
     """Regress V(s) on batch.target: minimize the mean of ((V(s) - target) / unit)^2 in minibatches.
 
     The fit returns value_loss and critic_gradient_norm (means over all minibatches), and the explained_variance of
     batch.value, the critic's predictions before the fit. max_grad_norm, micro_batch, compiled and varying: see
-    updates.ascend.
+    updates.ascend. guard: wraps the gradient step (guards.Guard).
     """
     objective = ValueObjective(critic)
-    update = ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch, compiled=compiled, varying=varying)
+    update = guard(
+        ascend(optimizer, max_grad_norm=max_grad_norm, micro_batch=micro_batch, compiled=compiled, varying=varying)
+    )
 
     def fit(batch: Batch) -> Metrics:
         share = normalized(batch.weight)

@@ -91,9 +91,10 @@ def explained_variance(
         return average((x - average(x, share)) ** 2, share)
 
     spread = variance(target)
-    return torch.where(spread.sqrt() > rounding, 1 - variance(target - value) / spread, 0.0)
+    return torch.where(spread.sqrt() <= rounding, 0.0, 1 - variance(target - value) / spread)
 
 
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each metric over an update's minibatches."""
-    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+    """The mean of each metric over an update's minibatches, without those that were dropped, which have no metrics."""
+    rows = [row for row in rows if row]
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in (rows[0] if rows else ())}

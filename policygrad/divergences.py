@@ -128,9 +128,13 @@ class AdaptiveCoefficient:
                 self.value *= 2
 
     def adapt(self, metrics: dict[str, Tensor], kl: str) -> dict[str, Tensor]:
-        """Update from the metric named `kl`, and return the coefficient that was used, as a metric."""
+        """Update from the metric named `kl`, and return the coefficient that was used, as a metric.
+
+        An update that was dropped has no such metric, and none that is finite: the coefficient then stays.
+        """
         used = {f"{kl}_coefficient": self.value.clone()}
-        self.update(metrics[kl])
+        if kl in metrics:
+            self.update(metrics[kl])
         return used
 
     def state_dict(self) -> dict[str, Any]:

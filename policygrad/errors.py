@@ -12,7 +12,12 @@ class UserError(ValueError):
 
 
 class NonFiniteError(UserError):
-    """A gradient is NaN or infinite. It is raised before the parameters change."""
+    """A number is NaN or infinite. It is raised before the parameters change.
+
+    evidence: the numbers around it by name: the batch of an update, or the step of the environments.
+    """
+
+    evidence: Any = None
 
 
 class Kept(str):

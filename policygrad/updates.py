@@ -248,8 +248,9 @@ def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 1
     def update(objective: Measured, batch: Batch) -> Metrics:
         at = _Natural(objective, batch, damping, cg_iters)
         alpha = step_size(at.slope).where(at.slope > 0, 0.0)
-        add_to(at.parameters, at.parameters, alpha * at.direction)
-        with torch.no_grad():
+        with torch.no_grad(), at.restored_on_error() as old:
+            add_to(at.parameters, old, alpha * at.direction)
+            _check_finite(torch.stack([p.norm() for p in at.parameters]).norm(), "the step")
             improvement, step_kl = objective(batch)[0] - at.value, at.divergence()
         norm = at.gradient.norm()
         moved = {"gradient_norm": norm, "step_size": alpha, "kl_old": step_kl, "improvement": improvement}
@@ -271,11 +272,11 @@ def trust_region_step(
 
     def update(objective: Measured, batch: Batch) -> Metrics:
         at = _Natural(objective, batch, damping, cg_iters)
-        old = [p.detach().clone() for p in at.parameters]
         full_step = kl_radius(at.slope, delta=delta).where(at.slope > 0, 0.0) * at.direction
         step_kl, improvement, fraction = (torch.zeros_like(at.value) for _ in range(3))
         accepted = False
-        with torch.no_grad():
+        _check_finite(full_step.norm(), "the step")
+        with torch.no_grad(), at.restored_on_error() as old:
             for k in range(backtracks):
                 add_to(at.parameters, old, shrink**k * full_step)
                 gained, moved = objective(batch)[0] - at.value, at.divergence()
@@ -284,8 +285,7 @@ def trust_region_step(
                     step_kl, improvement, fraction = moved, gained, torch.full_like(at.value, shrink**k)
                     break
             if not accepted:
-                for p, p_old in zip(at.parameters, old, strict=True):
-                    p.copy_(p_old)
+                at.restore(old)
         return {
             **at.metrics,
             "gradient_norm": at.gradient.norm(),
@@ -312,8 +312,24 @@ class _Natural:
         self.direction = conjugate_gradient(product, self.gradient, cg_iters)
         self.slope = self.gradient @ self.direction
 
+    @contextmanager
+    def restored_on_error(self) -> Iterator[list[Tensor]]:
+        """A block that changes the parameters: if it fails, they are what they were, which is its value."""
+        old = [p.detach().clone() for p in self.parameters]
+        try:
+            yield old
+        except BaseException:
+            self.restore(old)
+            raise
 
-def _check_finite(norm: Tensor) -> None:
-    """Raise NonFiniteError before a non-finite gradient changes the parameters."""
+    @torch.no_grad()
+    def restore(self, old: list[Tensor]) -> None:
+        """Make the parameters what they were."""
+        for p, p_old in zip(self.parameters, old, strict=True):
+            p.copy_(p_old)
+
+
+def _check_finite(norm: Tensor, of: str = "the gradient") -> None:
+    """Raise NonFiniteError before a gradient or a step that is not finite changes the parameters."""
     if not norm.isfinite():
-        raise NonFiniteError(f"the gradient's norm is {norm.item()}: a lower learning rate or smaller rewards may help")
+        raise NonFiniteError(f"{of}'s norm is {norm.item()}: a lower learning rate or smaller rewards may help")

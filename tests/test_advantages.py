@@ -302,3 +302,15 @@ def test_what_is_equal_up_to_rounding_is_0(size: float) -> None:
     apart = x * (1 + torch.arange(4) * 1e-5).unsqueeze(1)
     assert standardize(apart, mask).std().item() == pytest.approx(1, abs=1e-3)
     assert group_std(apart[:, 0], group).gt(0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_not_finite_is_not_hidden_by_a_statistic(bad: float) -> None:
+    """It must reach the gradient, which then stops the run: an advantage of 0 would be wrong in silence."""
+    x = torch.tensor([[1.0, bad, 3.0]])
+    whole = torch.ones_like(x, dtype=torch.bool)
+    assert not standardize(x, whole).isfinite().any()
+    assert_close(standardize(x, x.isfinite()), torch.tensor([[-1.0, 0.0, 1.0]]) / 2**0.5)
+    group = torch.tensor([0, 0, 0])
+    assert not group_std(x[0], group).isfinite().any()
+    assert group_scale(x[0], group).isnan().all()

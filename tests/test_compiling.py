@@ -79,11 +79,12 @@ def compare_by_the_compiler() -> None:
             assert_close(list(compiled.parameters()), list(plain.parameters()), rtol=0, atol=1e-12)
         states = [x.state_dict()["state"] for x in optimizers]
         assert_close(states[1], states[0], rtol=1e-10, atol=1e-12)
-        before = [p.clone() for p in compiled.parameters()]
+        before = deepcopy([list(compiled.parameters()), states[1]])
         try:
             updates[1](objectives[1], part._replace(target=torch.full_like(part.target, math.nan)))
         except NonFiniteError:
-            assert_close(list(compiled.parameters()), before, rtol=0, atol=0)
+            after = [list(compiled.parameters()), optimizers[1].state_dict()["state"]]
+            assert_close(after, before, rtol=0, atol=0)
         else:
             raise AssertionError("a gradient of NaN was no error")
     counts = torch._dynamo.utils.counters["stats"]

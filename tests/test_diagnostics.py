@@ -186,3 +186,8 @@ def test_the_rounding_of_equal_targets_is_nothing_to_explain() -> None:
     target[0] = torch.nextafter(target[0], torch.tensor(torch.inf))
     weight = torch.full((4, 3), 1 / 12, dtype=torch.float32)
     assert explained_variance(torch.zeros(4, 3), target, weight) == 0
+
+
+def test_a_target_that_is_not_finite_is_not_hidden() -> None:
+    target = torch.tensor([[1.0, torch.nan, 3.0]])
+    assert explained_variance(torch.zeros(1, 3), target, torch.ones(1, 3)).isnan()

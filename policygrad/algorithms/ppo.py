@@ -107,7 +107,7 @@ def ppo(
         for part in minibatches(batch, size, epochs):  # Update
             part = part._replace(advantage=normalize(part.advantage, part.mask))
             steps.append(update(objective, part))
-            if target_kl < torch.inf and steps[-1]["kl_old"] > 1.5 * target_kl:
+            if target_kl < torch.inf and steps[-1] and steps[-1]["kl_old"] > 1.5 * target_kl:
                 break
         # Each step measured the policy before its change; `diagnose` measures the whole update.
         metrics = {**mean_metrics(steps[-len(batch.mask) // size :]), **diagnose(objective, batch)}

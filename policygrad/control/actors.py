@@ -13,7 +13,7 @@ from policygrad.control.acting import Mode
 from policygrad.control.checks import called, checked_distribution
 from policygrad.control.policies import CategoricalHead, NormalHead, Policy
 from policygrad.control.spaces import to_environment
-from policygrad.errors import UserError
+from policygrad.errors import NonFiniteError
 
 BLOCK = 128  # the most steps whose noise and outputs are set aside at a time
 IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
@@ -163,6 +163,6 @@ def _is_plain(policy: nn.Module) -> bool:
     )
 
 
-def not_finite(name: str) -> UserError:
+def not_finite(name: str) -> NonFiniteError:
     """A number of the policy's is NaN or infinite."""
-    return UserError(f"the policy's {name} is not finite: try a lower learning_rate or scale_rewards")
+    return NonFiniteError(f"the policy's {name} is not finite: try a lower learning_rate or scale_rewards")

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from policygrad.errors import UserError, one_line, shortened, type_of
+from policygrad.errors import NonFiniteError, UserError, one_line, shortened, type_of
 from policygrad.machine import free_memory
 
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
@@ -111,7 +111,10 @@ def checked_observations(obs: Any, space: spaces.Space, count: int) -> np.ndarra
     if np.dtype(space.dtype).kind in "biu":
         return _whole(obs, space)
     if not np.isfinite(obs).all():
-        raise UserError("the environment returned an observation that is NaN or infinite: fix its step or reset")
+        i = int(np.flatnonzero(~np.isfinite(obs).reshape(count, -1).all(1))[0])
+        raise NonFiniteError(
+            f"environment {i} of {count} returned an observation that is NaN or infinite: fix its step or reset"
+        )
     return obs
 
 
@@ -143,8 +146,9 @@ def checked_reward(reward: Any, counts: np.ndarray) -> np.ndarray:
     most = torch.finfo(torch.get_default_dtype()).max
     if not float(np.abs(reward).max()) <= most:  # NaN too
         wrong = ~(np.abs(reward.astype(np.float64)) <= most)
-        beyond = " (beyond float32)" if np.isfinite(reward[wrong][0]) else ""
-        raise UserError(f"the environment's step returned a reward of {reward[wrong][0]}{beyond}: fix its step")
+        i = int(np.flatnonzero(wrong)[0])
+        beyond = " (beyond float32)" if np.isfinite(reward[i]) else ""
+        raise NonFiniteError(f"environment {i} of {len(reward)} returned a reward of {reward[i]}{beyond}: fix its step")
     return reward
 
 

@@ -25,7 +25,7 @@ from policygrad.control.envpool import EnvPool
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.processes import Processes
 from policygrad.control.spaces import describe, unsupported
-from policygrad.errors import UserError, one_line, type_of
+from policygrad.errors import NonFiniteError, UserError, one_line, type_of
 
 
 class Step(NamedTuple):
@@ -128,6 +128,14 @@ class Stepping:
             obs, reward, terminated, truncated, info = self.environments.step(action)
         except Exception as error:
             raise failure("step", error) from error
+        try:
+            return self._taken(obs, reward, terminated, truncated, info)
+        except NonFiniteError as error:
+            error.evidence = {"obs": self.obs, "action": action, "reward": reward, "next_obs": obs}
+            raise
+
+    def _taken(self, obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: Any) -> Step:
+        """What the environments' step returned, checked and counted."""
         counts = ~self.resetting
         reward = checked_reward(reward, counts)
         terminated, ended = terminated & counts, (terminated | truncated) & counts

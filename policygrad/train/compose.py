@@ -37,6 +37,7 @@ from policygrad.divergences import (
     to_reference,
 )
 from policygrad.errors import UserError
+from policygrad.guards import Guard
 from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch, Split
 from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
@@ -95,6 +96,7 @@ class Learner:
     loop: Callable[..., Iterator[dict[str, Tensor | float]]]  # takes the four pieces above
     optimizers: list[Optimizer]
     coefficients: dict[str, AdaptiveCoefficient]
+    guard: Guard
 
     def __iter__(self) -> Iterator[dict[str, Tensor | float]]:
         return self.loop(self.sample, self.credit, self.objective, self.update)
@@ -125,6 +127,7 @@ def compose(
         coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient, options.kl_old_target)
     objective = objective_of(options, policy, critic, coefficients, anchor)
     update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
+    guard = Guard(skip=options.on_nonfinite == "skip")
     fit: Fit = no_fit
     if has_critic(options) and getattr(objective, "critic", None) is None:
         assert critic is not None
@@ -137,16 +140,17 @@ def compose(
         optimizers += own
         fit = fit_critic(
             critic, own, epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
-            micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options),
+            micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
     return Learner(
         wrapped(options, policy, sample, critic, anchored, coefficients),
         credit_of(options, policy, critic),
         objective,
-        update,
+        guard(update),
         loop_of(options, fit, diagnosis(options, objective, due), getattr(sample, "length", None)),
         optimizers,
         coefficients,
+        guard,
     )
 
 

@@ -21,6 +21,7 @@ class Keywords(TypedDict, total=False):
     profile: bool
     checkpoint_every: int | None
     checkpoints: int
+    on_nonfinite: Literal["stop", "skip"]
     keep_best: bool
     stop_at_return: float
     evaluate_every: int

@@ -93,6 +93,9 @@ class Options:
     checkpoint_every: int | None = option(None,
         "Iterations between checkpoints, which `policygrad resume` goes on from; None: in 2% of the time.", COUNT)
     checkpoints: int = option(2, "Checkpoints to keep, the newest ones; 0: none, and no resuming.", NOT_NEGATIVE)
+    on_nonfinite: Literal["stop", "skip"] = option("stop",
+        "Updates whose gradient is not finite: stop the run and keep the batch, or skip them, counted as "
+        "skipped_updates.")
     keep_best: bool = option(True,
         "Keep the policy with the best evaluation, or without evaluations the best training result, in RUN/best.")
     stop_at_return: float = option(math.inf,

@@ -11,8 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
 from policygrad.errors import Kept, Note, UserError, ending, one_line
-from policygrad.files import add_metadata
+from policygrad.files import add_metadata, as_safetensors, write_durably
 from policygrad.train.best import write_best
 from policygrad.train.names import resuming
 from policygrad.train.reports import Log, ProgressLine, Row
@@ -21,6 +25,7 @@ from policygrad.train.stopping import Stopped, asked, unasked
 
 SAVE_SECONDS = 30.0  # between two saves of the policy, or longer
 SAVE_SHARE = 0.02  # of the time may go into saving
+EVIDENCE = "nonfinite.safetensors"  # the batch or the step with a number that is not finite
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, or in what a process may write
 
 
@@ -140,11 +145,26 @@ class Recorder:
             self.run.stage = replace(self.run.stage, run=how, partway=self.training.partway())
         problem = self._finish(self.run.directory)
         if error is not None:
+            evidence = self._evidence(error, self.run.directory)
             stopped = isinstance(error, KeyboardInterrupt | FullDiskError)
             again = self._again(self.run.directory) if stopped else ""
-            error.add_note(Kept((problem or self.run.kept()) + again))
+            error.add_note(Kept((problem or self.run.kept()) + again + evidence))
         elif problem is not None:
             raise UserError(problem)
+
+    def _evidence(self, error: BaseException, directory: Path) -> str:
+        """Keep the numbers around one that is not finite, and say where."""
+        if getattr(error, "evidence", None) is None:
+            return ""
+        tensors = {}
+        for path, x in tree_flatten_with_path(error.evidence)[0]:  # type: ignore[attr-defined]
+            if isinstance(x, torch.Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biuf"):
+                tensors[keystr(path).strip("[]'.")] = torch.as_tensor(x)
+        try:
+            write_durably(directory / EVIDENCE, as_safetensors(tensors, {"error": one_line(error, 200)}))
+        except OSError as problem:
+            return f"; {EVIDENCE} {unwritable(directory, problem)}"
+        return f"; the numbers around it are in {EVIDENCE}"
 
     def _again(self, directory: Path) -> str:
         """How to go on with a run that is stopped."""

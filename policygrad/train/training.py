@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 import time
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, check_real, damaged, read_json, read_metadata
+from policygrad.guards import as_non_finite
 from policygrad.train import presets
 from policygrad.train.best import Best
 from policygrad.train.checkpoints import Stage, finite
@@ -128,6 +128,7 @@ class Training:
         self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = Generators(options.seed, options.device)
         self.best = Best()
+        self.dropped = 0  # updates that were dropped so far
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         self.resumed: dict[str, Any] | None = None  # of a run that goes on: where its log was
         self.lock: Lock | None = None
@@ -355,7 +356,10 @@ class Training:
         with self._inside():
             row = _as_row(_next(self.iterations, self.iteration + 1))
             self.iteration += 1
-            self._check(row)
+            dropped, self.dropped = self.learner.guard.skipped - self.dropped, self.learner.guard.skipped
+            if self.learner.guard.skip:
+                row["skipped_updates"] = float(self.dropped)
+            row = self._checked(row, dropped)
             seconds = time.perf_counter() - start
             self.done = self.world.solved(row) or self._share(row["steps"], self.iteration) >= 1
             self.run.stage = Stage(self.iteration, int(row["steps"]), "ended" if self.done else "unfinished")
@@ -384,6 +388,7 @@ class Training:
             "done": self.done,
             "clock": self.clock,
             "best": vars(self.best),
+            "dropped": self.dropped,
             "random": self.random.state_dict(),
             "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
             "optimizers": [x.state_dict() for x in self.learner.optimizers],
@@ -396,7 +401,8 @@ class Training:
         """Restore the state_dict of a run with the same options."""
         self.iteration, self.done = int(state["iteration"]), bool(state["done"])
         self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
-        self.best = Best(**state["best"])
+        self.best, self.dropped = Best(**state["best"]), int(state["dropped"])
+        self.learner.guard.skipped = self.dropped
         self.run.best = self.best.summary()
         with self._inside():  # environments may draw from the global generators
             lost = self.world.restore(state["surroundings"])
@@ -498,14 +504,18 @@ class Training:
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.learner.optimizers for group in optimizer.param_groups]
 
-    def _check(self, row: Row) -> None:
-        """Raise UserError for a metric or a parameter that is not finite."""
+    def _checked(self, row: Row, dropped: int) -> Row:
+        """The row. Raises UserError for a parameter that is not finite, and for a metric.
+
+        Where updates were dropped, a metric may be infinite for the same reason, and the row goes without it.
+        """
         at = f"training stopped in iteration {self.iteration}, after {row['steps']:,.0f} steps, because"
         if not self.sound():
             raise UserError(f"{at} a parameter is not finite: lower learning_rate")
         for name, x in row.items():
-            if not math.isfinite(x):
+            if not math.isfinite(x) and not dropped:
                 raise UserError(f"{at} {name} is {x}: a lower learning_rate or scale_rewards may help")
+        return {name: x for name, x in row.items() if math.isfinite(x)}
 
     def sound(self) -> bool:
         """Are all parameters finite?"""
@@ -664,16 +674,16 @@ def _as_row(metrics: dict[str, Tensor | float]) -> Row:
 
 
 def _next(iterations: Iterator[Any], iteration: int) -> Any:
-    """The metrics of the next iteration. A NaN in torch or in a gradient becomes a UserError of one line."""
+    """The metrics of the next iteration. Raises NonFiniteError, which says the iteration."""
     try:
         return next(iterations)
-    except NonFiniteError as error:
-        raise UserError(f"training stopped in iteration {iteration}: {error}") from error
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, UserError) or re.search(r"\bnan\b", str(error), re.IGNORECASE) is None:
+        found = as_non_finite(error)
+        if found is None:
             raise
-        at = f"training stopped in iteration {iteration}"
-        raise UserError(f"{at}: a probability turned NaN ({one_line(error, 80)})") from error
+        said = NonFiniteError(f"training stopped in iteration {iteration}: {found}")
+        said.evidence = found.evidence
+        raise said from error
 
 
 def _check_count(task: Any, values: dict[str, Any]) -> None:
