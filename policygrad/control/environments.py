@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +21,7 @@ from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObserva
 
 from policygrad.control.checks import checked_flag, checked_member, checked_number
 from policygrad.control.envpool import EnvPool
-from policygrad.control.processes import Processes
+from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -46,6 +47,7 @@ def make_environments(
     *,
     vectorization: str = "auto",
     step_time_limit: float | None = None,
+    restarts: int = 0,
     **options: Any,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
@@ -55,8 +57,9 @@ def make_environments(
     copy); or a vector environment, which stays as it is. vectorization: `auto` uses the environment's own vectorized
     form if it has one, else `sync`; `async` runs a process per core; `envpool` takes EnvPool's environment of this
     id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
-    start, a step or a reset; None: any time. options go to gymnasium.make, the class or the function. Dict, Tuple and
-    other composite observations are flattened into a Box.
+    start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
+    dies or hangs, is made anew (RESTARTED says so in its info); with them, auto takes no native form. options go to
+    gymnasium.make, the class or the function. Dict, Tuple and other composite observations are flattened into a Box.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
@@ -66,18 +69,20 @@ def make_environments(
     if vectorization not in ("auto", "sync", "async", "envpool"):
         raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async, envpool")
     if isinstance(environment, gymnasium.Env | VectorEnv):
-        return _given(environment, num_envs, vectorization, options)
+        return _given(environment, num_envs, vectorization, options | ({"restarts": restarts} if restarts else {}))
     name = one_line(ending(label(environment), 60), 60)
     try:
         if vectorization == "envpool":
+            if restarts:
+                raise UserError("EnvPool's environments are one object, and cannot be made anew one by one")
             return _flat(EnvPool(environment, num_envs, options))
         spec, make = _maker(environment, options)
-        if spec is not None and spec.vector_entry_point is not None and vectorization == "auto":
+        if spec is not None and spec.vector_entry_point is not None and vectorization == "auto" and not restarts:
             return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
-        copies = [lambda: _prepared(make(), name)] * num_envs
+        copies = [lambda: _prepared(make(), name, make if restarts else None, restarts)] * num_envs
         environments: VectorEnv
         if vectorization == "async":
-            environments = Processes(copies, step_time_limit)
+            environments = Processes(copies, step_time_limit, restarts=restarts)
         else:
             environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
         _distinct(environments)
@@ -205,10 +210,20 @@ class Checked(gymnasium.Wrapper):
 
     Of `info` it passes on the numbers at an episode's end, which are all that is read, as floats, since Gymnasium's
     arrays take the type of the first value.
+
+    make, restarts: an environment that raises an error is made anew so many times. The step that failed then returns
+    the observation of a reset, no reward, and why as RESTARTED in its info: the episode before it was cut.
     """
 
-    def __init__(self, environment: gymnasium.Env) -> None:
+    def __init__(
+        self, environment: gymnasium.Env, make: Callable[[], gymnasium.Env] | None = None, restarts: int = 0
+    ) -> None:
         super().__init__(environment)
+        self.make, self.restarts, self.restarted = make, restarts, 0
+        self._attach(environment)
+
+    def _attach(self, environment: gymnasium.Env) -> None:
+        self.env = environment
         self.layers = Layers(environment)
         self.recording = Recording([x for _, x in self.layers.layers], environment.action_space)
 
@@ -234,6 +249,34 @@ class Checked(gymnasium.Wrapper):
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """As the environment's, with the observation checked. A seed also decides the samples of the spaces."""
+        try:
+            return self._reset(**options)
+        except Exception as error:
+            self._renew(error)
+            return self.reset(**options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """As the environment's, with everything checked."""
+        try:
+            return self._step(action)
+        except Exception as error:
+            seed = self.recording.seed
+            self._renew(error)
+            obs, _ = self.reset(seed=None if seed is None else another_seed(seed, self.restarted))
+            return obs, 0.0, False, False, {RESTARTED: f"raised {type(error).__name__} in step: {one_line(error, 80)}"}
+
+    def _renew(self, error: Exception) -> None:
+        """Put a new environment in the place of one that failed. Raises the error if that has been done enough."""
+        if self.make is None or self.restarted >= self.restarts or isinstance(error, UserError):
+            raise error
+        learned = self.layers.learned()
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):
+            self.env.close()
+        self._attach(self.make())
+        self.layers.set(learned, statistics_alone=True)
+        self.restarted += 1
+
+    def _reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         self.recording.begin(options.get("seed"))
         if options.get("seed") is not None:
             of_actions, of_observations = np.random.SeedSequence(options["seed"], spawn_key=(2,)).generate_state(2)
@@ -244,8 +287,7 @@ class Checked(gymnasium.Wrapper):
         obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's reset returned")
         return obs, {}
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As the environment's, with everything checked."""
+    def _step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self.recording.add(action)
         obs, reward, terminated, truncated, info = self.env.step(action)
         obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's step returned")
@@ -301,7 +343,9 @@ def unflattened(environments: VectorEnv) -> spaces.Space:
     return environments.single_observation_space
 
 
-def _prepared(environment: Any, name: str) -> gymnasium.Env:
+def _prepared(
+    environment: Any, name: str, make: Callable[[], gymnasium.Env] | None = None, restarts: int = 0
+) -> gymnasium.Env:
     if not isinstance(environment, gymnasium.Env):
         raise UserError(f"{name} made no environment: {_no_environment(environment)}")
     if type(environment).step is gymnasium.Env.step:
@@ -309,7 +353,7 @@ def _prepared(environment: Any, name: str) -> gymnasium.Env:
     for part in ("observation_space", "action_space"):
         if not isinstance(getattr(environment, part, None), spaces.Space):
             raise UserError(f"the environment {name} has no {part}: set it to a gymnasium.spaces.Space in its __init__")
-    checked = Checked(environment)
+    checked = Checked(environment, make, restarts)
     simple = isinstance(checked.observation_space, spaces.Box | spaces.Discrete)
     return checked if simple else FlattenObservation(checked)
 

@@ -5,8 +5,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -17,6 +17,7 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 from policygrad.errors import UserError, one_line
 
 CLOSING = 10.0  # seconds that the processes have to close their environments
+RESTARTED = "restarted"  # in the info of the step in which an environment failed and was made anew: why
 COLUMNS = ("obs", "action", "reward", "terminated", "truncated")
 
 
@@ -25,12 +26,19 @@ class Processes(VectorEnv):
 
     Observations, actions, rewards and flags are in shared memory; a pipe says when they are there. Each environment
     resets on the step after its episode ends. time_limit: seconds for the start of a process, a step, a reset and a
-    call. Raises UserError if an environment raises an error, and if its process dies or does not answer in time.
+    call. restarts: how often each process is started anew with its environments if it dies or does not answer a step in
+    time: their episodes are cut, and RESTARTED in their infos says why. Raises UserError if an environment raises an
+    error, and if its process dies or does not answer in time.
     """
 
     def __init__(
-        self, makers: list[Callable[[], gymnasium.Env]], time_limit: float | None = None, workers: int | None = None
+        self,
+        makers: list[Callable[[], gymnasium.Env]],
+        time_limit: float | None = None,
+        workers: int | None = None,
+        restarts: int = 0,
     ) -> None:
+        self.makers, self.restarts = makers, restarts
         self.num_envs, self.time_limit, self.closed = len(makers), time_limit, False
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         example = makers[0]()
@@ -46,21 +54,16 @@ class Processes(VectorEnv):
             "obs": self.observation_space, "action": self.action_space, "reward": np.dtype(np.float64),
             "terminated": np.dtype(bool), "truncated": np.dtype(bool),
         }  # fmt: skip
-        memory = {name: _shared(x, self.num_envs) for name, x in like.items()}
+        memory = self.memory = {name: _shared(x, self.num_envs) for name, x in like.items()}
         self.current = multiprocessing.RawArray("i", len(self.shares))  # the environment that each one is at
         self.columns = {name: _array(*x) for name, x in memory.items()}
         pipes = [multiprocessing.Pipe() for _ in self.shares]
         self.pipes = [ours for ours, _ in pipes]
-        self.processes = []
-        for k, share in enumerate(self.shares):
-            made = CloudpickleWrapper([makers[i] for i in share])  # type: ignore[arg-type]
-            process = multiprocessing.Process(
-                target=_work, args=(k, share, made, memory, self.current, pipes), daemon=True, name=f"environments {k}"
-            )
-            process.start()
-            self.processes.append(process)
+        self.processes = [self._begun(k, pipes) for k in range(len(self.shares))]
+        self.restarted = [0] * len(self.shares)
         for _, theirs in pipes:
             theirs.close()
+        self.seeds: list[Any] = [None] * self.num_envs
         self.number = 0  # of the newest request: an interrupt may leave answers to older ones
         try:
             self._answers("its start")
@@ -71,6 +74,7 @@ class Processes(VectorEnv):
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         """As Gymnasium's."""
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        self.seeds = [old if new is None else new for old, new in zip(self.seeds, seeds, strict=True)]
         infos = self._asked("reset", lambda share: ([seeds[i] for i in share], options))
         return self.columns["obs"].copy(), self._together(infos)
 
@@ -119,8 +123,8 @@ class Processes(VectorEnv):
     def _asked(self, request: str, argument: Callable[[list[int]], Any], said: str | None = None) -> list[Any]:
         """The answers of all processes to a request with an argument for each share. said: its name in messages."""
         self.number += 1
-        with self._told(said or request):
-            for pipe, share in zip(self.pipes, self.shares, strict=True):
+        for pipe, share in zip(self.pipes, self.shares, strict=True):
+            with suppress(ConnectionError):  # of a process that is gone: then no answer comes
                 pipe.send((self.number, request, argument(share)))
         return self._answers(said or request)
 
@@ -129,15 +133,17 @@ class Processes(VectorEnv):
         until = None if self.time_limit is None else time.monotonic() + self.time_limit
         answers: list[Any] = []
         errors: list[Any] = []
-        with self._told(said):
-            for pipe in self.pipes:
-                number = -1
-                while number != self.number:
-                    if until is not None and not pipe.poll(max(0.0, until - time.monotonic())):
-                        raise multiprocessing.TimeoutError
-                    number, done, found = pipe.recv()
-                answers += found if done else []
-                errors += [] if done else [found]
+        for k in range(len(self.pipes)):
+            try:
+                done, found = self._answer(k, until)
+            except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:
+                lost = self._lost(k, said, isinstance(error, multiprocessing.TimeoutError))
+                if said != "step" or self.restarted[k] >= self.restarts:
+                    self._end()
+                    raise UserError(lost) from error
+                done, found = self._renewed(k, lost)
+            answers += found if done else []
+            errors += [] if done else [found]
         for kind, text, trace in errors:
             if kind is None:
                 raise UserError(text)
@@ -146,32 +152,59 @@ class Processes(VectorEnv):
             )
         return answers
 
-    @contextmanager
-    def _told(self, method: str) -> Iterator[None]:
-        """Say which process was lost, and how, in place of an error of its pipe."""
-        try:
-            yield
-        except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:
-            said = self._lost(method, isinstance(error, multiprocessing.TimeoutError))
-            self._end()
-            raise UserError(said) from error
+    def _answer(self, k: int, until: float | None) -> tuple[bool, Any]:
+        """The answer of process k to the newest request: whether it succeeded, and what it found."""
+        number = -1
+        while number != self.number:
+            if until is not None and not self.pipes[k].poll(max(0.0, until - time.monotonic())):
+                raise multiprocessing.TimeoutError
+            number, done, found = self.pipes[k].recv()
+        return done, found
 
-    def _lost(self, method: str, late: bool) -> str:
+    def _begun(self, k: int, pipes: list[Any]) -> Any:
+        """Process k, started. pipes: (our end, its end) of each process; of those that run already ours alone."""
+        made = CloudpickleWrapper([self.makers[i] for i in self.shares[k]])  # type: ignore[arg-type]
+        arguments = (k, self.shares[k], made, self.memory, self.current, pipes)
+        process = multiprocessing.Process(target=_work, args=arguments, daemon=True, name=f"environments {k}")
+        process.start()
+        return process
+
+    def _renewed(self, k: int, lost: str) -> tuple[bool, Any]:
+        """Start process k anew after it was lost in a step, and reset its environments: their answer to that step."""
+        share = self.shares[k]
+        self.restarted[k] += 1
+        self.processes[k].kill()
+        self.processes[k].join()
+        self.pipes[k].close()
+        self.pipes[k], theirs = multiprocessing.Pipe()
+        self.processes[k] = self._begun(k, [(ours, theirs if j == k else None) for j, ours in enumerate(self.pipes)])
+        theirs.close()
+        seeds = [None if self.seeds[i] is None else another_seed(self.seeds[i], self.restarted[k]) for i in share]
+        self.pipes[k].send((self.number, "reset", (seeds, None)))
+        try:
+            done, found = self._answer(k, None if self.time_limit is None else time.monotonic() + self.time_limit)
+        except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:
+            lost = self._lost(k, "its new start", isinstance(error, multiprocessing.TimeoutError))
+            self._end()
+            raise UserError(lost) from error
+        for name in ("reward", "terminated", "truncated"):
+            self.columns[name][share] = 0
+        return done, [(i, info | {RESTARTED: lost}) for i, info in found] if done else found
+
+    def _lost(self, k: int, method: str, late: bool) -> str:
+        """What happened to process k, in words."""
         if late:
-            silent = next(k for k, pipe in enumerate(self.pipes) if not pipe.poll(0))
             return (
-                f"environment {self.current[silent]} of {self.num_envs} did not finish {method} within "
+                f"environment {self.current[k]} of {self.num_envs} did not finish {method} within "
                 f"{self.time_limit:g} s: fix it, or raise step_time_limit"
             )
-        until = time.monotonic() + 1.0  # a pipe closes a moment before its process is gone
-        while all(x.exitcode is None for x in self.processes) and time.monotonic() < until:
-            time.sleep(0.01)
-        gone = [(k, x.exitcode) for k, x in enumerate(self.processes) if x.exitcode is not None]
-        if not gone:
+        process = self.processes[k]
+        process.join(1.0)  # a pipe closes a moment before its process is gone
+        code = process.exitcode
+        if code is None:
             return f"a process of the environments closed its pipe in {method}: fix the environment"
-        k, code = gone[0]
         how = f"exited with code {code}"
-        if code is not None and code < 0:
+        if code < 0:
             how = f"was ended by {signal.Signals(-code).name}"
             how += " (out of memory?)" if -code == signal.SIGKILL else ""
         return (
@@ -188,6 +221,11 @@ class Processes(VectorEnv):
         for pipe in self.pipes:
             pipe.close()
         self.closed = True
+
+
+def another_seed(seed: int, times: int) -> int:
+    """The seed of an environment that is made anew: with the old one it would repeat what it has done."""
+    return int(np.random.SeedSequence([seed, times], spawn_key=(4,)).generate_state(1)[0])
 
 
 def _shared(like: Any, count: int) -> tuple[Any, tuple[int, ...], np.dtype]:
@@ -208,7 +246,7 @@ def _work(k: int, share: list[int], made: Any, memory: dict[str, Any], current: 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other, (ours, theirs) in enumerate(pipes):
         ours.close()  # so that a pipe ends with either of its two processes
-        if other != k:
+        if other != k and theirs is not None:
             theirs.close()
     worker = _Worker(k, share, {name: _array(*x) for name, x in memory.items()}, current)
     pipe, number, request, argument = pipes[k][1], 0, "start", made.fn

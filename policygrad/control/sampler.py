@@ -112,11 +112,16 @@ class Sampler:
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
         stepping.reset() if self.whole_episodes else stepping.go_on()
+        failed = np.zeros(stepping.environments.num_envs, dtype=bool)
         for t in range(self.length):
             obs, mask = stepping.now(), ~stepping.resetting
             action, taken = act(obs, mask)
-            step = stepping.step(taken)
-            columns.write(t, obs=obs, action=action, mask=mask, **step._asdict())
+            step = stepping.step(taken)._asdict()
+            counts = step.pop("counts")
+            columns.write(t, obs=obs, action=action, mask=counts, **step)
+            if t and (cut := mask & ~counts).any():  # obs is where these episodes were cut, by their environments
+                columns.columns["ended"][cut, t - 1] = True
+            failed |= mask & ~counts
             if self.whole_episodes and stepping.resetting.all():
                 break
         if self.whole_episodes:
@@ -135,7 +140,12 @@ class Sampler:
         if stepping.same_step:
             found, final_obs = next_step_layout(found, found.pop("final"), final_obs)
         stepping.steps += int(found["mask"].sum())
-        group = torch.arange(len(final_obs), device=self.device) // self.group_size
+        rows = torch.arange(len(final_obs), device=self.device)
+        group = rows // self.group_size
+        if self.whole_episodes and failed.any():  # the return of a part of an episode is none
+            out = torch.from_numpy(failed).to(self.device)
+            found["mask"] &= ~out.unsqueeze(1)
+            group = torch.where(out, len(rows) + rows, group)
         metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size)
         space = stepping.environments.single_action_space
         distribution = policy(found["obs"][:, :1])

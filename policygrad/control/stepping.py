@@ -1,5 +1,6 @@
 """Stepping a Gymnasium vector environment: checks, normalization, auto-reset, and the statistics of its episodes."""
 
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ from policygrad.control.checks import (
 from policygrad.control.environments import autoreset_mode
 from policygrad.control.envpool import EnvPool
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
-from policygrad.control.processes import Processes
+from policygrad.control.processes import RESTARTED, Processes
 from policygrad.control.spaces import describe, unsupported
-from policygrad.errors import NonFiniteError, UserError, one_line, type_of
+from policygrad.errors import NonFiniteError, Note, UserError, one_line, type_of
 
 
 class Step(NamedTuple):
     """One step of B environments. All is 0 or False for an environment that only reset."""
 
+    counts: np.ndarray  # [B], whether this was a decision: not of an environment that reset, or was made anew
     reward: np.ndarray  # [B], scaled
     terminated: np.ndarray  # [B]
     ended: np.ndarray  # [B], terminated or truncated
@@ -84,7 +86,7 @@ class Stepping:
         self.endings: deque[dict[str, float]] = deque(maxlen=100)  # the numbers in info at their ends
         self.ending: list[dict[str, float]] = [{} for _ in range(environments.num_envs)]  # of each environment
         self.reward_sum, self.reward_count = 0.0, 0  # of the decisions since the sampler set them to 0
-        self.steps, self.episodes = 0, 0
+        self.steps, self.episodes, self.restarts = 0, 0, 0
 
     def now(self) -> np.ndarray:
         """The observations of the next decisions, [B, ...]."""
@@ -136,7 +138,8 @@ class Stepping:
 
     def _taken(self, obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: Any) -> Step:
         """What the environments' step returned, checked and counted."""
-        counts = ~self.resetting
+        renewed = self._renewed(info) & ~self.resetting
+        counts = ~self.resetting & ~renewed
         reward = checked_reward(reward, counts)
         terminated, ended = terminated & counts, (terminated | truncated) & counts
         if not self.same_step and info:
@@ -150,17 +153,30 @@ class Stepping:
             for i in np.flatnonzero(ended):
                 self.ending[i] = _numbers_of(numbers, int(i))
         self.finish(ended)
+        if renewed.any():  # their episodes were cut, and are none to report
+            self.episode_return[renewed], self.episode_length[renewed] = 0.0, 0
         if self.reward_scaler is not None:
-            reward = self.reward_scaler(reward, ended, counts)
+            reward = self.reward_scaler(reward, ended | renewed, counts)
         if self.whole_episodes:
-            self.resetting = self.resetting | ended
+            self.resetting = self.resetting | ended | renewed
         else:
             self.resetting = np.zeros_like(ended) if self.same_step else ended
         final = None
         if self.same_step:
             final = self._received(final_observations(obs, ended, info), np.zeros_like(ended))
         self.obs = self._received(obs, ~self.resetting)
-        return Step(reward, terminated, ended, final)
+        return Step(counts, reward, terminated, ended, final)
+
+    def _renewed(self, info: dict[str, Any]) -> np.ndarray:
+        """Which environments failed in this step and were made anew, [B]; each is said in a note."""
+        renewed = np.zeros_like(self.resetting)
+        if RESTARTED in info:
+            renewed |= info[f"_{RESTARTED}"]
+            for i in np.flatnonzero(renewed):
+                self.restarts += 1
+                said = f"environment {i} of {len(renewed)} was made anew, and its episode is cut"
+                warnings.warn(f"{said}: it {one_line(info[RESTARTED][i], 100)}", Note, stacklevel=4)
+        return renewed
 
     def finish(self, ended: np.ndarray) -> None:
         """Count the episodes of these environments as finished."""
@@ -173,11 +189,13 @@ class Stepping:
     def metrics(self) -> dict[str, float]:
         """What the environments have to report.
 
-        steps and episodes so far; reward_per_step of the newest rollout, unscaled; and means over the last 100
-        episodes: return, unscaled, length, success (the info's `success` or `is_success`), and info/NAME for its other
-        numbers.
+        steps and episodes so far; restarts, environments that were made anew, if there were any; reward_per_step of the
+        newest rollout, unscaled; and means over the last 100 episodes: return, unscaled, length, success (the info's
+        `success` or `is_success`), and info/NAME for its other numbers.
         """
         metrics = {"steps": float(self.steps), "episodes": float(self.episodes)}
+        if self.restarts:
+            metrics["restarts"] = float(self.restarts)
         if self.reward_count:
             metrics["reward_per_step"] = self.reward_sum / self.reward_count
         if self.finished:
@@ -219,7 +237,7 @@ class Stepping:
         return stored(obs)
 
 
-_STATE = ("seeded", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes")
+_STATE = ("seeded", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes", "restarts")
 
 
 def _numbers_of(info: Any, i: int) -> dict[str, float]:

@@ -38,6 +38,7 @@ from policygrad.divergences import (
 )
 from policygrad.errors import UserError
 from policygrad.guards import Guard
+from policygrad.noise import NoiseMeter
 from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch, Split
 from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
@@ -97,6 +98,7 @@ class Learner:
     optimizers: list[Optimizer]
     coefficients: dict[str, AdaptiveCoefficient]
     guard: Guard
+    meter: NoiseMeter | None
 
     def __iter__(self) -> Iterator[dict[str, Tensor | float]]:
         return self.loop(self.sample, self.credit, self.objective, self.update)
@@ -128,6 +130,8 @@ def compose(
     objective = objective_of(options, policy, critic, coefficients, anchor)
     update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
     guard = Guard(skip=options.on_nonfinite == "skip")
+    meter = NoiseMeter() if getattr(options, "gradient_noise", "off") == "exact" else None
+    update = update if meter is None else meter(update)
     fit: Fit = no_fit
     if has_critic(options) and getattr(objective, "critic", None) is None:
         assert critic is not None
@@ -151,6 +155,7 @@ def compose(
         optimizers,
         coefficients,
         guard,
+        meter,
     )
 
 

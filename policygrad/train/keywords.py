@@ -34,6 +34,7 @@ class Keywords(TypedDict, total=False):
     group_size: int | None
     vectorization: Literal["auto", "sync", "async", "envpool"]
     step_time_limit: float | None
+    restart_envs: int
     overlap: bool
     env_options: str | dict[str, Any] | None
     normalize_observations: bool
@@ -120,6 +121,7 @@ class Keywords(TypedDict, total=False):
     micro_batch: int | None
     micro_batch_tokens: int | None
     shared_prompts: Literal["auto", "on", "off"]
+    gradient_noise: Literal["moments", "exact", "off"]
     max_grad_norm: float
     delta: float
     damping: float

@@ -122,6 +122,9 @@ class Options:
     step_time_limit: float | None = option(None,
         "Seconds that an environment's process may take for its start, a step or a reset; None: any time.",
         POSITIVE, **CONTROL, vectorization=("async",))
+    restart_envs: int = option(0,
+        "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
+        "is cut.", NOT_NEGATIVE, **CONTROL)
     overlap: bool = option(False,
         "Sample the next rollout while this one is learned from, with a policy one update old.", **CONTROL)
     env_options: str | None = option(None,
@@ -315,6 +318,9 @@ class Options:
     shared_prompts: Literal["auto", "on", "off"] = option("auto",
         "Compute the prompt of a group once in learning, the same to rounding; auto: if the model allows it.",
         **LANGUAGE, **ASCEND)
+    gradient_noise: Literal["moments", "exact", "off"] = option("moments",
+        "gradient_snr and noise_scale, the batch size that the gradient's noise suggests: from Adam's moments, or "
+        "exact, from gradients of parts of a batch (one more gradient for each row of metrics).", **ASCEND)
     max_grad_norm: float = option(math.inf,
         "Gradient clipping: maximum norm of the gradient, of policy and critic apart if they share no parameter.",
         POSITIVE, **ASCEND)

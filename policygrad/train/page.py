@@ -44,7 +44,9 @@ CHARTS: list[tuple[str, dict[str, str]]] = [
         "critic_gradient_norm": "before it is clipped",
     }),
     ("Update", {
-        "gradient_norm": "before it is clipped", "objective": "what is maximized", "improvement": "of the surrogate",
+        "gradient_norm": "before it is clipped", "gradient_snr": "signal to noise of a step",
+        "noise_scale": "batch size at which they are equal",
+        "objective": "what is maximized", "improvement": "of the surrogate",
         "accepted": "steps that the line search took", "step_fraction": "of the full natural step",
         "step_size": "alpha of the natural step",
     }),

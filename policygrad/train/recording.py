@@ -49,9 +49,10 @@ def complete(training: Any, progress: bool = True, *, signals: bool = False) -> 
         for row in training:
             with run.span("logging"):
                 record(row)
-                line.update(
-                    row["steps"] if total == options.steps else float(training.iteration), run.world.status(row)
-                )
+                status = run.world.status(row)
+                if "gradient_snr" in row:
+                    status.insert(-1, f"SNR {row['gradient_snr']:.2g}")
+                line.update(row["steps"] if total == options.steps else float(training.iteration), status)
             if came and not training.done:
                 record.save(policy=False)  # which is saved on the way out
                 raise Stopped(came[0])

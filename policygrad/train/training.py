@@ -19,6 +19,7 @@ from torch import Tensor
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, check_real, damaged, read_json, read_metadata
 from policygrad.guards import as_non_finite
+from policygrad.noise import noise_of_moments
 from policygrad.train import presets
 from policygrad.train.best import Best
 from policygrad.train.checkpoints import Stage, finite
@@ -53,7 +54,10 @@ WRITTEN = (
     "best/model/*",
 )
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
-FREE = {"trust", "trust_remote_code", "device", "threads", "profile", "checkpoint_every", "checkpoints", "keep_best"}
+FREE = {
+    *("trust", "trust_remote_code", "device", "threads", "profile", "gradient_noise"),
+    *("checkpoint_every", "checkpoints", "keep_best"),
+}
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 ROWS = 1000  # maximum rows of metrics in a run
 
@@ -354,7 +358,10 @@ class Training:
 
     def _advance(self, start: float) -> Row:
         with self._inside():
-            row = _as_row(_next(self.iterations, self.iteration + 1))
+            if self.learner.meter is not None:
+                self.learner.meter.due = self._due()
+            metrics = _next(self.iterations, self.iteration + 1)
+            row = _as_row({**metrics, **self._noise(metrics)})
             self.iteration += 1
             dropped, self.dropped = self.learner.guard.skipped - self.dropped, self.learner.guard.skipped
             if self.learner.guard.skip:
@@ -449,6 +456,21 @@ class Training:
             return True
         share = self._share(float(self.world.sample.steps), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
+
+    def _noise(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """How much of a step was signal, if the row may be kept."""
+        options, meter = self.options, self.learner.meter
+        if meter is not None:
+            found, meter.found = meter.found, {}
+            return found
+        if getattr(options, "gradient_noise", "off") == "off" or not self._due():
+            return {}
+        size = getattr(options, "minibatch_size", None)
+        if size is None and self.world.kind == "language":
+            size = options.prompts_per_rollout * options.completions
+        elif size is None:
+            size = float(metrics["steps"]) - self.last.get("steps", 0.0)
+        return noise_of_moments(self.learner.optimizers, self.world.policy, size)
 
     def _judged(self, iteration: int) -> bool:
         """Whether an iteration ends with an evaluation, by the options."""

@@ -143,7 +143,13 @@ def test_a_run_that_is_resumed_goes_on_counting(
 
 def test_the_batch_of_a_language_model_is_kept(spoil: Callable[[int], None], tmp_path: Path) -> None:
     spoil(1)
-    values: dict[str, Any] = {"prompts_per_rollout": 2, "completions": 2, "max_tokens": 4, "iterations": 2, "minibatch_size": 4}
+    values: dict[str, Any] = {
+        "prompts_per_rollout": 2,
+        "completions": 2,
+        "max_tokens": 4,
+        "iterations": 2,
+        "minibatch_size": 4,
+    }
     with pytest.raises(NonFiniteError, match=r"advantage is not finite in \d+ of \d+ decisions"):
         pg.train("ppo", "arithmetic", out=tmp_path / "run", held_out=0, preset="none", progress=False, **values)
     found = load_file(tmp_path / "run" / "nonfinite.safetensors")

@@ -81,7 +81,14 @@ class ControlWorld(World):
             vectorization = "sync"  # a native vector environment takes one seed for all
         check_memory(2**11 * options.num_envs, f"{options.num_envs} environments", "lower num_envs")
         limit = {"step_time_limit": options.step_time_limit} if vectorization == "async" else {}
-        self.environments = self._made(options.num_envs, vectorization=vectorization, **limit)
+        if options.restart_envs and (not self.mine or vectorization == "envpool"):
+            raise OptionError(
+                "restart_envs",
+                "restart_envs makes environments anew one by one: hand in a function that makes one, not with envpool",
+            )
+        self.environments = self._made(
+            options.num_envs, vectorization=vectorization, restarts=options.restart_envs, **limit
+        )
         self.wrappers = Wrappers(self.environments)
         self.unflattened = unflattened(self.environments)
         self.sample = self._sampler(self.environments)
@@ -131,7 +138,7 @@ class ControlWorld(World):
         """The environment's own options, and EnvPool, whose environments may have other spaces than Gymnasium's."""
         given = json.loads(self.options.env_options or "{}")
         for name in given:
-            if name in ("environment", "num_envs", "vectorization", "step_time_limit"):
+            if name in ("environment", "num_envs", "vectorization", "step_time_limit", "restarts"):
                 raise OptionError(
                     "env_options", f"env_options has {name}, which is an option of the run: give it there"
                 )

@@ -1,0 +1,98 @@
+"""How much of a step is signal: the gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162).
+
+The gradient of a batch of b independent decisions is G + e, with E|e|^2 = tr(Sigma) / b. signal to noise of the step:
+|G|^2 b / tr(Sigma). noise scale: B = tr(Sigma) / |G|^2 (their eq. 2.9, B_simple), the batch size at which both are
+equal. Far below it, a batch of twice the size saves almost half of the steps; far above it, almost none.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from policygrad.rollout import Batch, micro_batches
+from policygrad.updates import Metrics
+
+PARTS = 16  # of a batch, whose gradients are compared
+
+
+def gradient_noise(objective: Any, batch: Batch, parts: int = PARTS) -> Metrics:
+    """gradient_snr and noise_scale of the policy's gradient, from the gradients g_k of parts of the batch.
+
+    With g = sum_k w_k g_k, w_k each part's share of the weight, sum_k w_k |g_k - g|^2 / (K - 1) is an unbiased estimate
+    of tr(Sigma) / b, and |g|^2 less that one of |G|^2. Rows are taken as independent. Costs a gradient of the batch.
+    Empty if fewer than two parts have weight.
+    """
+    parameters = [p for p in objective.policy.parameters() if p.requires_grad]
+    rows, count = len(batch.mask), 0
+    mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    squares: Any = 0.0
+    for share, part in micro_batches(batch, list(torch.arange(rows).tensor_split(min(parts, rows)))):
+        found = torch.autograd.grad(objective(part)[0], parameters, allow_unused=True)
+        count += 1
+        for total, x in zip(mean, found, strict=True):
+            if x is not None:
+                total += share * x
+                squares = squares + share * x.double().square().sum()
+    if count < 2:
+        return {}
+    whole = _sum_of_squares(mean)
+    noise = (squares - whole).clamp(min=0.0) / (count - 1)
+    return _metrics(whole - noise, noise, int(batch.mask.any(1).sum()))
+
+
+def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float | int) -> Metrics:
+    """The same from Adam's moments of the policy's parameters, at no cost: of its last 1 / (1 - beta_1) steps.
+
+    m and v are weighted means of gradients and of their squares, with the weights w_i and 1 in all. If the gradients
+    are G + e_i, sum m^2 has the mean |G|^2 + rho tr(Sigma) / b with rho = sum_i w_i^2, and sum v the mean |G|^2 +
+    tr(Sigma) / b. v remembers longer than m: where gradients have shrunk, the noise is overstated. size: b. Empty
+    without Adam or AdamW, and before the second step.
+    """
+    first, second, rho = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 1.0
+    own = set(policy.parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups if isinstance(optimizer, Adam) else ():
+            beta, beta_2 = group["betas"]
+            for p in own & set(group["params"]):
+                state = optimizer.state.get(p, {})
+                if "exp_avg" in state and (steps := float(state["step"])) > 1:
+                    rho = (1 - beta) / (1 + beta) * (1 + beta**steps) / (1 - beta**steps)
+                    first = first + state["exp_avg"].double().square().sum().cpu() / (1 - beta**steps) ** 2
+                    second = second + state["exp_avg_sq"].double().sum().cpu() / (1 - beta_2**steps)
+    if rho == 1.0:
+        return {}
+    noise = (second - first) / (1 - rho)
+    return _metrics(second - noise, noise, size)
+
+
+class NoiseMeter:
+    """Wraps an update: the first batch after `due` is set is measured by gradient_noise before its step."""
+
+    def __init__(self) -> None:
+        self.due, self.found = False, Metrics()
+
+    def __call__(self, update: Callable[..., Metrics]) -> Callable[..., Metrics]:
+        """The update, measured."""
+
+        def measured(objective: Any, batch: Batch) -> Metrics:
+            if self.due:
+                self.due, self.found = False, gradient_noise(objective, batch)
+            return update(objective, batch)
+
+        return measured
+
+
+def _metrics(signal: Tensor, noise: Tensor, size: float | int) -> Metrics:
+    """As metrics. The estimates are unbiased, so that of the signal may be below 0: then no batch size is known."""
+    if not noise > 0:
+        return {}
+    if not signal > 0:
+        return {"gradient_snr": torch.zeros_like(noise)}
+    return {"gradient_snr": signal / noise, "noise_scale": size * noise / signal}
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([x.square().sum() for x in tensors]).sum()

@@ -1,0 +1,163 @@
+"""The noise scale against its definition: estimates whose means over every possible sample are exact."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import policygrad as pg
+from policygrad.noise import NoiseMeter, _metrics, gradient_noise, noise_of_moments
+from policygrad.rollout import Batch
+from policygrad.updates import Metrics
+
+pytestmark = pytest.mark.usefixtures("float64")
+NOISES = list(torch.tensor([[2.0, -1.0], [-2.0, 1.0], [0.0, 3.0], [0.0, -3.0]], dtype=torch.float64))
+G = torch.tensor([1.0, -0.5], dtype=torch.float64)
+VARIANCE = sum(float(e @ e) for e in NOISES) / len(NOISES)  # tr(Sigma)
+
+
+class Linear(nn.Module):
+    """The mean of x . theta: the gradient of a row is x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = nn.Linear(2, 1, bias=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        return (batch.weight * self.policy(batch.obs).squeeze(-1)).sum() / batch.weight.sum(), {}
+
+
+def batch(gradients: list[Tensor], weight: Tensor | None = None) -> Batch:
+    obs = torch.stack(gradients).unsqueeze(1)
+    mask = torch.ones(len(obs), 1, dtype=torch.bool)
+    weight = mask / len(obs) if weight is None else weight
+    zero = torch.zeros(len(obs), 1)
+    return Batch(obs, zero, zero, mask, weight, zero, zero, zero)
+
+
+def test_over_every_sample_the_estimates_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows in parts of one: the means of both estimates over all 4^4 batches."""
+    seen: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        "policygrad.noise._metrics", lambda signal, noise, size: seen.append((signal, noise * size)) or {}
+    )
+    objective = Linear()
+    for noises in itertools.product(NOISES, repeat=4):
+        gradient_noise(objective, batch([G + e for e in noises]))
+    signal, noise = torch.tensor(seen).mean(0)
+    assert_close(signal, G @ G)
+    assert_close(noise, torch.tensor(VARIANCE))
+
+
+def test_parts_of_unequal_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows in two parts, of three rows and of two: unbiased still."""
+    seen: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        "policygrad.noise._metrics", lambda signal, noise, size: seen.append((signal, noise * size)) or {}
+    )
+    objective = Linear()
+    for noises in itertools.product(NOISES, repeat=5):
+        gradient_noise(objective, batch([G + e for e in noises]), parts=2)
+    signal, noise = torch.tensor(seen).mean(0)
+    assert_close(signal, G @ G)
+    assert_close(noise, torch.tensor(VARIANCE))
+
+
+def test_of_one_batch() -> None:
+    found = gradient_noise(Linear(), batch([G + e for e in NOISES]))
+    # tr(Sigma) by n - 1; |g|^2 = |G|^2, since these noises add up to 0.
+    variance = VARIANCE * 4 / 3
+    signal = float(G @ G) - variance / 4
+    assert signal < 0
+    assert found == {"gradient_snr": 0}
+    near = gradient_noise(Linear(), batch([10 * G + e for e in NOISES]))
+    assert near["noise_scale"].item() == pytest.approx(variance / (100 * float(G @ G) - variance / 4))
+    assert near["gradient_snr"].item() == pytest.approx(4 / near["noise_scale"].item())
+
+
+def test_what_has_no_weight_is_not_there() -> None:
+    rows = [10 * G + e for e in NOISES]
+    weight = torch.tensor([[0.25], [0.25], [0.25], [0.25], [0.0]])
+    spare = batch([*rows, torch.full((2,), 1e6)], weight)
+    spare = spare._replace(mask=weight > 0)
+    expected = gradient_noise(Linear(), batch(rows))
+    assert gradient_noise(Linear(), spare) == expected
+    assert gradient_noise(Linear(), batch(rows[:1])) == {}
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_moments_over_every_history_give_the_same_two_numbers(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+    monkeypatch.setattr("policygrad.noise._metrics", lambda signal, noise, size: seen.append((signal, noise)) or {})
+    for noises in itertools.product(NOISES, repeat=3):
+        policy = nn.Linear(2, 1, bias=False)
+        optimizer = make(policy.parameters(), lr=0.1)
+        for e in noises:
+            policy.weight.grad = (G + e).unsqueeze(0)
+            optimizer.step()
+        noise_of_moments([optimizer], policy, 1.0)
+    signal, noise = torch.tensor(seen).mean(0)
+    assert_close(signal, G @ G)
+    assert_close(noise, torch.tensor(VARIANCE))
+
+
+def test_moments_are_of_the_policy_alone_and_of_adam() -> None:
+    policy, critic = nn.Linear(2, 1), nn.Linear(2, 1)
+    optimizer = torch.optim.Adam([{"params": policy.parameters()}, {"params": critic.parameters()}])
+    alone = torch.optim.Adam(deep := [nn.Parameter(p.detach().clone()) for p in policy.parameters()])
+    torch.manual_seed(0)
+    for k in range(5):
+        for p, q in zip(policy.parameters(), deep, strict=True):
+            p.grad = q.grad = 1 + 0.1 * torch.randn_like(p)
+        for p in critic.parameters():
+            p.grad = torch.full_like(p, 100.0 * (-1) ** k)
+        optimizer.step(), alone.step()
+    mirror = nn.ParameterList(deep)
+    found, expected = noise_of_moments([optimizer], policy, 64.0), noise_of_moments([alone], mirror, 64.0)
+    assert_close(found, expected)
+    assert found["noise_scale"] * found["gradient_snr"] == pytest.approx(64)
+    assert noise_of_moments([torch.optim.SGD(policy.parameters(), lr=1.0)], policy, 64.0) == {}
+    assert noise_of_moments([torch.optim.Adam(policy.parameters())], policy, 64.0) == {}
+
+
+def test_a_signal_that_is_not_seen_has_no_batch_size() -> None:
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    assert _metrics(-one, one, 8) == {"gradient_snr": zero}
+    assert _metrics(one, zero, 8) == {}
+    assert _metrics(one, torch.tensor(math.nan), 8) == {}
+
+
+def test_the_meter_measures_the_first_batch_before_its_step() -> None:
+    objective, meter, values = Linear(), NoiseMeter(), []
+
+    def update(objective: Any, batch: Batch) -> Metrics:
+        values.append(meter.found.get("noise_scale"))
+        return {"updated": torch.ones(())}
+
+    measured, first = meter(update), batch([10 * G + e for e in NOISES])
+    assert measured(objective, first) == {"updated": torch.ones(())}
+    meter.due = True
+    measured(objective, first)
+    measured(objective, batch([G, G]))
+    expected = gradient_noise(objective, first)["noise_scale"]
+    assert [values[0], *values[1:]] == [None, expected, expected]
+    assert all(p.grad is None for p in objective.parameters())
+
+
+def test_training_reports_it_and_is_not_changed_by_it() -> None:
+    values: dict[str, Any] = {"num_envs": 4, "num_steps": 32, "iterations": 3, "preset": "none", "progress": False}
+    runs = {x: pg.train("ppo", "CartPole-v1", gradient_noise=x, **values) for x in ("moments", "exact", "off")}
+    for name, run in runs.items():
+        there = [row.get("gradient_snr") is not None for row in run.metrics]
+        assert there == [name != "off"] * 3
+        pairs = zip(run.policy.parameters(), runs["off"].policy.parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
+    a2c = pg.train("actor_critic", "CartPole-v1", **(values | {"num_steps": 16}))
+    for row in a2c.metrics[1:]:
+        if "noise_scale" in row:
+            decisions = row["steps"] - a2c.metrics[a2c.metrics.index(row) - 1]["steps"]
+            assert row["noise_scale"] * row["gradient_snr"] == pytest.approx(decisions)
