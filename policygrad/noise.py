@@ -69,17 +69,25 @@ def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float
 
 
 class NoiseMeter:
-    """Wraps an update: the first batch after `due` is set is measured by gradient_noise before its step."""
+    """Wraps an update: the first batch after `begin` is measured by gradient_noise before its step, if that is `due`.
 
-    def __init__(self) -> None:
-        self.due, self.found = False, Metrics()
+    found: the metrics of that batch.
+    """
+
+    def __init__(self, due: Callable[[], bool] = lambda: True) -> None:
+        self.due, self.waiting, self.found = due, False, Metrics()
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self.waiting, self.found = True, {}
 
     def __call__(self, update: Callable[..., Metrics]) -> Callable[..., Metrics]:
         """The update, measured."""
 
         def measured(objective: Any, batch: Batch) -> Metrics:
-            if self.due:
-                self.due, self.found = False, gradient_noise(objective, batch)
+            if self.waiting:
+                self.waiting = False
+                self.found = gradient_noise(objective, batch) if self.due() else {}
             return update(objective, batch)
 
         return measured

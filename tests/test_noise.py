@@ -140,7 +140,7 @@ def test_the_meter_measures_the_first_batch_before_its_step() -> None:
 
     measured, first = meter(update), batch([10 * G + e for e in NOISES])
     assert measured(objective, first) == {"updated": torch.ones(())}
-    meter.due = True
+    meter.begin()
     measured(objective, first)
     measured(objective, batch([G, G]))
     expected = gradient_noise(objective, first)["noise_scale"]
@@ -156,6 +156,8 @@ def test_training_reports_it_and_is_not_changed_by_it() -> None:
         assert there == [name != "off"] * 3
         pairs = zip(run.policy.parameters(), runs["off"].policy.parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs)
+    long = pg.train("ppo", "CartPole-v1", gradient_noise="exact", **(values | {"steps": 4096, "iterations": None}))
+    assert all("gradient_snr" in row for row in long.metrics), "measured by steps, too"
     a2c = pg.train("actor_critic", "CartPole-v1", **(values | {"num_steps": 16}))
     for row in a2c.metrics[1:]:
         if "noise_scale" in row:

@@ -130,7 +130,7 @@ def compose(
     objective = objective_of(options, policy, critic, coefficients, anchor)
     update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
     guard = Guard(skip=options.on_nonfinite == "skip")
-    meter = NoiseMeter() if getattr(options, "gradient_noise", "off") == "exact" else None
+    meter = NoiseMeter(due) if getattr(options, "gradient_noise", "off") == "exact" else None
     update = update if meter is None else meter(update)
     fit: Fit = no_fit
     if has_critic(options) and getattr(objective, "critic", None) is None:

@@ -359,7 +359,7 @@ class Training:
     def _advance(self, start: float) -> Row:
         with self._inside():
             if self.learner.meter is not None:
-                self.learner.meter.due = self._due()
+                self.learner.meter.begin()
             metrics = _next(self.iterations, self.iteration + 1)
             row = _as_row({**metrics, **self._noise(metrics)})
             self.iteration += 1
@@ -461,8 +461,7 @@ class Training:
         """How much of a step was signal, if the row may be kept."""
         options, meter = self.options, self.learner.meter
         if meter is not None:
-            found, meter.found = meter.found, {}
-            return found
+            return meter.found
         if getattr(options, "gradient_noise", "off") == "off" or not self._due():
             return {}
         size = getattr(options, "minibatch_size", None)
