@@ -43,7 +43,7 @@ def outside(kind: str, task: Any, options: Any, *, training: bool = False) -> di
         found["dataset"] = [task]
     adapter = getattr(options, "lora_rank", 0) > 0
     for name in NAMES:
-        if name in KEPT and not training and not (adapter and name in ("model", "base_model")):
+        if name in KEPT and not training and not (adapter and name in ("start", "model", "base_model")):
             continue
         texts = [x for x in _texts(name, getattr(options, name, None)) if not _built_in(name, x)]
         if texts:

@@ -87,7 +87,7 @@ class Options:
         world=("control", "exact"))
     start: str | None = option(None,
         "Run to begin from: its policy, and its critic and statistics where they fit; any method may go on from it.",
-        TEXT, **EPISODES)
+        TEXT)
     profile: bool = option(False,
         "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")
     checkpoint_every: int | None = option(None,

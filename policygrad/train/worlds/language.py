@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import nn
 
-from policygrad.errors import Note, UserError, ending, listed
-from policygrad.files import check_directory, damaged, read_metadata
+from policygrad.errors import Note, UserError, ending, listed, one_line
+from policygrad.files import as_path, check_directory, damaged, read_metadata
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
@@ -136,7 +136,7 @@ class LanguageWorld(World):
         if self.task is None and not options.dataset:
             raise OptionError("dataset", NO_PROMPTS)
         arithmetics = self.task == ARITHMETIC
-        if not arithmetics and options.model is None:
+        if not arithmetics and self._source() is None:
             named = listed([self.task] if self.task else options.dataset)
             raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
         if not arithmetics and not options.reward:
@@ -217,6 +217,35 @@ class LanguageWorld(World):
         text = self.options.template_variables
         return None if text is None else json.loads(text)
 
+    def _source(self) -> str | None:
+        """The model to begin with: the one that is named, or that of another run; None: the task's own."""
+        options = self.options
+        if options.start is None:
+            return options.model
+        if options.model is not None:
+            raise OptionError("start", "start and model are both the model to begin with: leave one of the two out")
+        folder = as_path(options.start) / "model"
+        if not folder.is_dir():
+            raise OptionError(
+                "start", f"{ending(options.start, 80)} holds no model: give the directory of a language run"
+            )
+        return str(folder)
+
+    def begin_from(self, directory: Path) -> None:
+        """Take the critic of another run, if it fits: the model is read from there already."""
+        path = directory / "critic.safetensors"
+        if self.critic is None:
+            return
+        before = {name: x.clone() for name, x in self.critic.state_dict().items()}
+        try:
+            if not path.exists():
+                raise UserError("has no critic")
+            models.load_critic(self.critic, path, self.policy)  # type: ignore[arg-type]
+        except UserError as error:
+            self.critic.load_state_dict(before)
+            said = "has no critic" if not path.exists() else f"has a critic that does not fit ({one_line(error, 60)})"
+            warnings.warn(f"{ending(str(directory), 60)} {said}: the critic begins anew", Note, stacklevel=2)
+
     def _model(self, progress: bool) -> tuple[nn.Module, Any]:
         options = self.options
         attention = options.attention
@@ -228,9 +257,9 @@ class LanguageWorld(World):
                 )
             attention = "eager"
         for name in ("tokenizer", "base_model"):
-            if options.model is None and getattr(options, name) is not None:
+            if self._source() is None and getattr(options, name) is not None:
                 raise OptionError(name, f"{name} is of a model of your own, and there is none: give model")
-        source = options.model or str(warm_model(progress, options.device).name_or_path)
+        source = self._source() or str(warm_model(progress, options.device).name_or_path)
         tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
         model = models.load_model(
             source,
@@ -270,8 +299,9 @@ class LanguageWorld(World):
         folder = directory / "model"
         stage = _stage(folder, directory)
         if self.options.lora_rank == 0:
-            self.options = dataclasses.replace(self.options, model=str(folder), tokenizer=str(folder), base_model=None)
-        elif self.options.model is not None:  # the base of the adapter
+            here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None}
+            self.options = dataclasses.replace(self.options, **here)
+        elif self._source() is not None:  # the base of the adapter
             self.options = dataclasses.replace(self.options, tokenizer=str(folder))
         if self.evaluated_on is None:
             rows = read_examples(directory / HELD_OUT)
