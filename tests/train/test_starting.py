@@ -12,10 +12,10 @@ import policygrad as pg
 from policygrad.errors import Note, UserError
 
 SMALL: dict[str, Any] = {
-    "prompts_per_rollout": 2, "completions": 2, "max_tokens": 4, "iterations": 2, "held_out": 0, "preset": "none",
+    "prompts_per_rollout": 2, "completions": 4, "max_tokens": 16, "iterations": 2, "held_out": 0, "preset": "none",
     "learning_rate": 1e-3, "progress": False, "threads": 1,
 }  # fmt: skip
-PPO: dict[str, Any] = SMALL | {"minibatch_size": 4}
+PPO: dict[str, Any] = SMALL | {"minibatch_size": 8}
 
 
 @pytest.fixture(scope="module")
