@@ -51,17 +51,17 @@ def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float
     tr(Sigma) / b. v remembers longer than m: where gradients have shrunk, the noise is overstated. size: b. Empty
     without Adam or AdamW, and before the second step.
     """
-    first, second, rho = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 1.0
-    own = set(policy.parameters())
-    for optimizer in optimizers:
-        for group in optimizer.param_groups if isinstance(optimizer, Adam) else ():
-            beta, beta_2 = group["betas"]
-            for p in own & set(group["params"]):
-                state = optimizer.state.get(p, {})
-                if "exp_avg" in state and (steps := float(state["step"])) > 1:
-                    rho = (1 - beta) / (1 + beta) * (1 + beta**steps) / (1 - beta**steps)
-                    first = first + state["exp_avg"].double().square().sum().cpu() / (1 - beta**steps) ** 2
-                    second = second + state["exp_avg_sq"].double().sum().cpu() / (1 - beta_2**steps)
+    own, rho, first, second = set(policy.parameters()), 1.0, torch.zeros(()).double(), torch.zeros(()).double()
+    for adam, group in ((x, group) for x in optimizers if isinstance(x, Adam) for group in x.param_groups):
+        states = [adam.state[p] for p in group["params"] if p in own and "exp_avg" in adam.state.get(p, {})]
+        beta, beta_2 = group["betas"]
+        for steps in {float(state["step"]) for state in states} - {1.0}:
+            same = [state for state in states if float(state["step"]) == steps]
+            rho = (1 - beta) / (1 + beta) * (1 + beta**steps) / (1 - beta**steps)
+            norms = torch._foreach_norm([x["exp_avg"] for x in same], 2, dtype=torch.float64)
+            sums = torch._foreach_norm([x["exp_avg_sq"] for x in same], 1, dtype=torch.float64)
+            first = first + _sum_of_squares(list(norms)).cpu() / (1 - beta**steps) ** 2
+            second = second + torch.stack(list(sums)).sum().cpu() / (1 - beta_2**steps)
     if rho == 1.0:
         return {}
     noise = (second - first) / (1 - rho)
