@@ -326,15 +326,16 @@ def _films(runs: Sequence[Reported]) -> str:
 
 
 def _evaluations(runs: Sequence[Reported]) -> str:
-    """The scores before and after training, where a run has them."""
+    """The scores before and after training, where a run has them, and its best one."""
     columns: dict[str, dict[str, Any]] = {}
+    best = "".join(f'<p class="soft">{_best(one, len(runs) > 1)}</p>' for one in runs if _best(one, False))
     for one in runs:
         for when in ("before", "after"):
             found = one.summary.get(when)
             if isinstance(found, dict):
                 columns[f"{one.name}, {when}" if len(runs) > 1 else f"{when} training"] = found
     if not columns:
-        return ""
+        return f"<h2>Evaluation</h2>{best}" if best else ""
     names = list(dict.fromkeys(name for found in columns.values() for name in found))
     rows = []
     for name in names:
@@ -345,7 +346,20 @@ def _evaluations(runs: Sequence[Reported]) -> str:
             keys = dict.fromkeys(key for x in cells for key in x)  # type: ignore[union-attr]
             plain = [key for key in keys if all(isinstance(x.get(key), int | float) for x in cells)]  # type: ignore
             rows += [[f"{name} {key}", *(_number(x[key]) for x in cells)] for key in plain]  # type: ignore[index]
-    return "<h2>Evaluation</h2>" + _table(["", *columns], rows)
+    return "<h2>Evaluation</h2>" + _table(["", *columns], rows) + best
+
+
+def _best(one: Reported, named: bool) -> str:
+    """The best score of a run in words, and where its policy is; empty if there is none."""
+    found = one.summary.get("best")
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), int | float) for name in ("score", "iteration", "steps")
+    ):
+        return ""
+    kept = ", kept in best/" if (Path(one.run.place) / "best").is_dir() else ""
+    at = f"in iteration {found['iteration']:,} ({found['steps']:,} steps)"
+    said = f"best {found.get('metric')}: {_number(found['score'])}, {at}{kept}"
+    return escape(f"{one.name}, {said}" if named else said)
 
 
 def _samples(runs: Sequence[Reported]) -> str:

@@ -79,6 +79,9 @@ def test_the_page_holds_what_the_runs_hold(runs: Path, tmp_path: Path) -> None:
     seen = [found.seen for one in gathered([runs]) for found in one.ill]
     assert seen
     assert all(x in said for x in seen)
+    best = json.loads((runs / "well" / "summary.json").read_text())["best"]
+    at = f"in iteration {best['iteration']} ({best['steps']:,} steps), kept in best/"
+    assert re.search(rf"well, best return: [\d.]+, {re.escape(at)}", said)
 
 
 def test_an_illness_is_said_beside_its_run(runs: Path) -> None:
@@ -131,6 +134,9 @@ def test_texts_of_a_run_are_no_elements(runs: Path, tmp_path: Path) -> None:
         ("config.json", {"options": {"seed": 0, "target_kl": "evil", "delta": [], "steps": {}}}),
         ("config.json", {"versions": ["torch"]}),
         ("config.json", {"versions": {"torch": {"a": 1}}}),
+        ("summary.json", {"best": {"metric": ["x"], "score": "high", "iteration": 1, "steps": 2}}),
+        ("summary.json", {"best": {"metric": ["x"], "score": 1e400, "iteration": True, "steps": -2.5}}),
+        ("summary.json", {"best": [1]}),
         ("summary.json", {"ended": "finished", "before": 3, "after": {"reward": "high", "pass_at_k": [1]}}),
     ],
     ids=str,
