@@ -27,7 +27,7 @@ from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
 from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named, nearest
 from policygrad.train.names import trusting
-from policygrad.train.options import Options, for_command_line, in_words, options_of, validate, with_values
+from policygrad.train.options import Options, for_command_line, in_words, options_of, repeats, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.stopping import SIGNALS, Stopped
 from policygrad.train.worlds import NO_PROMPTS, kind_of
@@ -378,15 +378,15 @@ def _train(rest: list[str]) -> int:
     options = options_of(name, kind)()
     elsewhere = {f.name for f in fields(Options)} - {f.name for f in fields(options)}
     with_values(options, dict.fromkeys(elsewhere & named))  # raises an error that says where it applies
-    preset, repeatable = None, (UseAppendAction,) if kind == "language" else ()  # not hidden: it would be appended to
+    preset = None
     if not asked:
-        first = _parse(_command(options), rest, f"train {name}", *repeatable)
+        first = _parse(_command(options), rest, f"train {name}")
         task, preset = first.task, first.preset
         if kind == "language" and task is None and not first.options.dataset:
             raise UserError(NO_PROMPTS)
     preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
     options = with_values(options, tuned, f"preset {preset}: ")
-    command = _parse(_command(options), rest, f"train {name}", *repeatable)
+    command = _parse(_command(options), rest, f"train {name}")
     values = {f.name: getattr(command.options, f.name) for f in fields(command.options)}
     given = {name for name, x in values.items() if x != getattr(options, name)}
     label = Path(task or values["dataset"][0]).stem if kind == "language" else task
@@ -753,7 +753,7 @@ def _environments() -> list[str]:
 
 def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
     """Parse with tyro, and turn its framed error message into one line. An option is given once, or it is a list."""
-    lists = {f.name for f in fields(Options) if get_origin(f.type) is tuple} if UseAppendAction in config else set()
+    lists = {f.name for f in fields(Options) if repeats(f.type)}
     flags = [x.split("=")[0].removeprefix("--") for x in arguments if x.startswith("--")]
     given = [x.removeprefix("no-").replace("-", "_") for x in flags]
     twice = [x for i, x in enumerate(given) if x in given[:i] and x not in lists]

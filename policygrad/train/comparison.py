@@ -46,7 +46,7 @@ NARROW = 110  # characters of a terminal
 # Options that change how a run is computed, watched or kept, and not what it is.
 APART = {
     *("seed", "device", "threads", "compile", "profile", "step_time_limit", "restart_envs"),
-    *("checkpoint_every", "checkpoints", "keep_best", "gradient_noise"),
+    *("checkpoint_every", "checkpoints", "keep_best", "gradient_noise", "log"),
     *("evaluate_every", "evaluation_episodes", "evaluation_completions"),
     *("micro_batch", "micro_batch_tokens", "shared_prompts", "gradient_checkpointing"),
 }

@@ -28,6 +28,7 @@ from policygrad.train.directories import CLAIM, Lock, check_empty, claim, releas
 from policygrad.train.generators import Generators
 from policygrad.train.keywords import Arguments, Keywords
 from policygrad.train.methods import method_named
+from policygrad.train.loggers import installed
 from policygrad.train.names import absolute, located
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
 from policygrad.train.profiling import Profile
@@ -56,7 +57,7 @@ WRITTEN = (
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
 FREE = {
     *("trust", "trust_remote_code", "device", "threads", "profile", "gradient_noise"),
-    *("checkpoint_every", "checkpoints", "keep_best"),
+    *("checkpoint_every", "checkpoints", "keep_best", "log"),
 }
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 ROWS = 1000  # maximum rows of metrics in a run
@@ -117,6 +118,10 @@ class Training:
         check_device(options.device)
         directory = None if out is None else as_path(out)
         check_empty(directory)
+        if options.log and directory is None:
+            raise OptionError(
+                "log", f"log shows what a run writes: give out, a directory for it, as in out='runs/{name}'"
+            )
         if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in ("arithmetic", OF_ROWS))):
             task = absolute(task)
         world = world_of(kind)(task, located(options))
@@ -138,6 +143,10 @@ class Training:
         self.lock: Lock | None = None
         made: list[Path] | None = None
         try:
+        for name in options.log if directory is not None else ():
+            if not installed(name):
+                said = f"log is {name}, which is not installed: pip install policygrad[{name}]"
+                raise OptionError("log", said)
             with self._inside():
                 self.world.build(own, progress)
                 in_checkpoint = checkpoint and options.kl_ref == "none" and not self._frozen()
