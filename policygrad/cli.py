@@ -53,6 +53,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad watch RUN [options]            a video of its episodes, or a transcript
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad report RUN... [options]        a page with the curves of runs, and what they say
+  policygrad push RUN NAME [options]        put a run on the Hugging Face hub; hub:NAME reads it from there
   policygrad verify [options]               hold every method and estimator against the exact gradient
   policygrad list                           methods, their variants and presets
 
@@ -130,6 +131,20 @@ class Watch(Trained):
 
     out: Path | None = None
     """File of the video, .mp4 or .gif (by default RUN/video.mp4), or of the transcript (by default the terminal)."""
+
+
+@dataclass
+class Push(Trained):
+    """Evaluate a run and put it on the Hugging Face hub, with a card: its policy, configuration, metrics, held-out
+    prompts (language models), pictures and video, no checkpoints. hub:NAME reads it from there, in place of RUN.
+
+    A run directory is data, as for eval. The token is that of `hf auth login`, or HF_TOKEN.
+    """
+
+    name: Annotated[str | None, Positional, arg(metavar="NAME")] = None
+    """USER/NAME on the hub, or NAME alone for the user of the token."""
+    private: FlagCreatePairsOff[bool] = False
+    """Only for those who may see it."""
 
 
 @dataclass
@@ -317,6 +332,7 @@ def _dispatch(rest: list[str]) -> int:
         "watch": _watch,
         "compare": _compare,
         "report": _report,
+        "push": _push,
         "verify": _verify,
         "list": _list,
     }
@@ -658,16 +674,32 @@ def _eval(rest: list[str]) -> int:
 
 def _watch(rest: list[str]) -> int:
     command, run, how = _loaded(Watch, "watch", rest)
+    from policygrad.train.hub import on_hub
     from policygrad.train.watching import transcript, video
 
     if run.world.kind == "control":
-        out = command.out or command.run / "video.mp4"
+        out = command.out or (Path() if on_hub(command.run) else command.run) / "video.mp4"
         episodes = 1 if command.episodes is None else command.episodes
         found = video(run, out, episodes, max_steps=command.max_steps, **how)
         print(f"{found.line()}; {run.standing()}\nvideo: {out}")
         return 0
     text = transcript(run, command.samples, command.completions, out=command.out, **how)
     print(text if command.out is None else f"transcript: {command.out}")
+    return 0
+
+
+def _push(rest: list[str]) -> int:
+    command, run, how = _loaded(Push, "push", rest)
+    if command.name is None:
+        raise UserError("push needs a name on the hub: policygrad push RUN USER/NAME")
+    if command.samples is not None:
+        raise UserError("push shows no samples: leave --samples out")
+    from policygrad.train.publishing import push
+
+    count = command.completions if command.episodes is None else command.episodes
+    played = {"count": count, "max_steps": command.max_steps, **how}
+    address = push(run, command.name, private=command.private, **played)
+    print(f"pushed: {address} (evaluate: policygrad eval hub:{'/'.join(address.split('/')[-2:])})")
     return 0
 
 
@@ -800,7 +832,11 @@ def _kinds(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     parts = {name: get_args(x)[0] if get_origin(x) is Annotated else x for name, x in hints.items()}
     nested = [_kinds(x) for x in parts.values() if is_dataclass(x)]
-    own = {as_flag(x): kind for x, kind in parts.items() if not is_dataclass(kind) and x not in ("task", "run", "runs")}
+    own = {
+        as_flag(x): kind
+        for x, kind in parts.items()
+        if not is_dataclass(kind) and x not in ("task", "run", "runs", "name")
+    }
     return {name: kind for kinds in (*nested, own) for name, kind in kinds.items()}
 
 
