@@ -87,7 +87,7 @@ class Wandb(Logger):
 class MLflow(Logger):
     """MLflow, with its environment variables: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ..."""
 
-    MOST: Final = 100  # parameters, and metrics, in a request
+    MOST: Final = 100, 1000  # parameters, and metrics, in a request
 
     def open(self, about: About, known: dict[str, Any]) -> str:
         """The run of this id, or a new one. A parameter of MLflow never changes: that of the beginning stays."""
@@ -106,8 +106,8 @@ class MLflow(Logger):
         run = client.get_run(self.id)
         given = flat(nested(about["configuration"]))
         parameters = [Param(x, str(y)) for x, y in given.items() if x not in run.data.params]
-        for i in range(0, len(parameters), self.MOST):
-            client.log_batch(self.id, params=parameters[i : i + self.MOST])
+        for i in range(0, len(parameters), self.MOST[0]):
+            client.log_batch(self.id, params=parameters[i : i + self.MOST[0]])
         place = re.sub("//[^/@]*@", "//", mlflow.get_tracking_uri())  # without a password
         return f"{place}, experiment {client.get_experiment(run.info.experiment_id).name}, run {run.info.run_name}"
 
@@ -128,8 +128,8 @@ class MLflow(Logger):
 
         now = int(1000 * time.time())
         metrics = [Metric(_plain(x), y, now, int(row["steps"])) for row in rows for x, y in row.items()]
-        for i in range(0, len(metrics), self.MOST):
-            self.client.log_batch(self.id, metrics=metrics[i : i + self.MOST])
+        for i in range(0, len(metrics), self.MOST[1]):
+            self.client.log_batch(self.id, metrics=metrics[i : i + self.MOST[1]])
 
     def close(self, ended: str, summary: dict[str, Any]) -> None:
         """Numbers of the summary are metrics, and the rest of it is tags."""
@@ -226,7 +226,7 @@ class Loggers:
             for said in process.said():
                 if "problem" in said:
                     self._warn(process.name, said["problem"])
-                elif self.progress:
+                elif self.progress and "place" in said:
                     print(f"{process.name}: {said['place']}", file=sys.stderr, flush=True)
 
     def close(self, ended: str, summary: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ class Loggers:
         start = time.monotonic()
         try:
             for process in self.processes:
-                limit = start + (IMPATIENCE if process.warned or ended == "interrupted" else PATIENCE)
+                limit = start + (IMPATIENCE if process.failing or ended == "interrupted" else PATIENCE)
                 process.wait(max(0.0, limit - time.monotonic()))
         finally:
             for process in self.processes:
@@ -253,7 +253,8 @@ class _Process:
     """The process of one logger: it hears what to log and how the run ends, and says where that is, or a problem."""
 
     def __init__(self, name: str, about: About) -> None:
-        self.name, self.heard, self.warned = name, SimpleQueue[dict[str, Any]](), False
+        self.name, self.heard = name, SimpleQueue[dict[str, Any]]()
+        self.failing, self.warned = False, False
         code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
         code += "from policygrad.train.loggers import child; child()"
         command = [sys.executable, "-c", code, json.dumps([x for x in sys.path if isinstance(x, str)])]
@@ -286,10 +287,10 @@ class _Process:
         with suppress(Empty):
             while True:
                 what = self.heard.get_nowait()
-                if "done" in what or (self.warned and "problem" in what):
-                    continue
-                self.warned |= "problem" in what
-                yield what
+                self.failing = "problem" in what
+                if not (self.failing and self.warned):
+                    yield what
+                self.warned |= self.failing
 
     def end(self, how: dict[str, Any]) -> None:
         """Tell it how the run has ended."""
@@ -324,7 +325,7 @@ class Copy:
         self.logger, self.about, self.tell = logger, about, tell
         self.path = Path(about["directory"], CLAIM)
         self.file = self.path.with_name(f"{about['logger']}.json")
-        self.offset, self.opened, self.failed, self.next = 0, False, False, 0.0
+        self.offset, self.opened, self.failing, self.next = 0, False, False, 0.0
         self.known: dict[str, Any] = {"steps": -1}
         with suppress(OSError, ValueError):
             self.known |= json.loads(self.file.read_text())
@@ -341,6 +342,9 @@ class Copy:
                 self.tell(place=place)
             while self._part():
                 pass
+            if self.failing:
+                self.failing = False
+                self.tell(well=True)
         except Exception as error:  # of the tool's own kind
             self._problem(error)
 
@@ -375,8 +379,8 @@ class Copy:
 
     def _problem(self, error: Exception) -> None:
         self.next = time.monotonic() + RETRY
-        if not self.failed:
-            self.failed = True
+        if not self.failing:
+            self.failing = True
             self.tell(problem=f"fails ({type(error).__name__}: {one_line(error, 90)})")
 
 

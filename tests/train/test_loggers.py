@@ -386,7 +386,8 @@ def test_what_was_refused_comes_later_and_a_half_line_when_it_is_whole(
     logger.down = False
     copy.end("finished", {})
     assert logger.rows == rows
-    assert said[1:] == [{"place": "here"}]
+    again_and_again = [{"problem": "fails (ConnectionError: no network)"}, {"well": True}]
+    assert said[1:] == [{"place": "here"}, {"well": True}, *again_and_again]
     again = Copy(Flaky(), copy.about, lambda **x: None)
     again.logger.down = False  # type: ignore[attr-defined]
     again.go()
