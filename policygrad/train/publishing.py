@@ -56,7 +56,8 @@ def push(run: Run | Path | str, name: str, *, private: bool = False, trust: bool
         there = {x.rfilename for x in info.siblings or ()}
         if private and not info.private:
             raise UserError(f"{name} is public already: choose another name, or make it private in its settings")
-        if there - {CARD, ".gitattributes"} and not {"config.json", "metrics.jsonl"} <= there:
+        its_run = "config.json" in there and bool({"policy.json", "held_out.jsonl"} & there)
+        if there - {CARD, ".gitattributes"} and not its_run:
             raise UserError(f"{name} holds something else than a run: choose another name")
         content = card(run, name, str(repository), result, [x for x in VIDEOS if x in files])
         operations: list[Any] = [CommitOperationAdd(x, y) for x, y in sorted(files.items())]

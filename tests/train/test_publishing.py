@@ -122,6 +122,14 @@ def test_a_second_push_leaves_this_run_alone_and_what_is_not_a_runs(server: Hub,
     assert torch.equal(parameters(pg.load(f"hub:me/pole@{before}")), parameters(first))
 
 
+def test_the_best_policy_is_a_run_too(server: Hub, tmp_path: Path) -> None:
+    pole(tmp_path / "run", evaluate_every=1, evaluation_episodes=2)
+    for _ in range(2):  # the second time over the first
+        pg.push(tmp_path / "run" / "best", "me/best", count=1)
+    best = pg.load(tmp_path / "run" / "best")
+    assert torch.equal(parameters(pg.load("hub:me/best")), parameters(best))
+
+
 def test_a_language_model_is_read_back_and_by_transformers(
     server: Hub, tmp_path: Path, language: dict[str, Any]
 ) -> None:
