@@ -73,7 +73,7 @@ class Trained:
     """A run, what to play of it, and the names that it may follow out of its directory."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
-    """Directory of a run, as written by train."""
+    """Directory of a run, as written by train, or hub:NAME[@REVISION]."""
     episodes: int | None = None
     """Number of episodes (control); by default 10, and 1 to watch."""
     max_steps: int | None = None
@@ -153,7 +153,7 @@ class Report:
     configuration, evaluation, samples and video. The page needs no network."""
 
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
-    """Directories of runs, or directories that hold runs, such as a study's."""
+    """Directories of runs, or that hold runs, such as a study's; or hub:NAME."""
     out: Path | None = None
     """File of the page; by default RUN/report.html, and report.html for several."""
     live: FlagCreatePairsOff[bool] = False
@@ -171,7 +171,7 @@ class Compare:
     """
 
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
-    """Directories of runs, or directories that hold runs, such as a study's."""
+    """Directories of runs, or that hold runs, such as a study's; or hub:NAME."""
     out: Path | None = None
     """Directory for comparison.png, comparison.md and comparison.json."""
     score: Literal["auto", "training", "evaluation"] = "auto"

