@@ -170,3 +170,5 @@ def test_a_hub_that_names_a_strange_commit_writes_nowhere_else(
     with pytest.raises(UserError):
         directory_of("hub:me/pole")
     assert not list(tmp_path.rglob("evil"))
+    assert hub._commit("../../../evil") == "none"
+    assert hub._commit(40 * "a") == 40 * "a"

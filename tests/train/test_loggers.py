@@ -320,8 +320,12 @@ def test_a_tool_that_never_answers_is_one_warning(tmp_path: Path, monkeypatch: p
         run = train(tmp_path / "run", log="wandb")
     assert len(of_tool(said)) == 1
     assert run.ended == "finished"
-    while Path("/proc", (tmp_path / "pid").read_text(), "exe").exists():  # until it is gone, or waits for its parent
+    left = Path("/proc", (tmp_path / "pid").read_text(), "exe")
+    for _ in range(100):  # until it is gone, or waits for its parent
+        if not left.exists():
+            return
         time.sleep(0.05)
+    raise AssertionError("a process of the tool is left")
 
 
 def test_a_tool_that_dies_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
