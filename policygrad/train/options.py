@@ -87,7 +87,7 @@ class Options:
         "Gradient steps as one compiled graph, the same to rounding, not Muon's; auto: if the run has enough of them.",
         world=("control", "exact"))
     start: str | None = option(None,
-        "Run to begin from: its policy, and its critic and statistics where they fit; any method may go on from it.",
+        "Run to begin from, or hub:NAME: its policy, and its critic and statistics where they fit; under any method.",
         TEXT)
     profile: bool = option(False,
         "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")

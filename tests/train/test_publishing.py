@@ -153,6 +153,9 @@ def test_a_language_model_is_read_back_and_by_transformers(
         parameters(run)[: sum(p.numel() for p in model.parameters())],
     )
     assert AutoTokenizer.from_pretrained(again.directory / "model").vocab_size
+    begun = language | {"model": None, "start": "hub:me/words", "iterations": 1, "learning_rate": 1e-12}
+    started = pg.train("grpo", **begun)
+    torch.testing.assert_close(parameters(started), parameters(run), atol=1e-6, rtol=0)
 
 
 def test_it_is_private_if_it_shall_be(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
