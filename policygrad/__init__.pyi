@@ -71,6 +71,7 @@ from policygrad.train.comparison import Comparison as Comparison, compare as com
 from policygrad.train.page import report as report
 from policygrad.train.compose import Learner as Learner, assemble as assemble
 from policygrad.train.keywords import Keywords as Keywords
+from policygrad.train.publishing import push as push
 from policygrad.train.reproduce import reproduce as reproduce
 from policygrad.train.run import Run as Run
 from policygrad.train.studies import Study as Study, study as study

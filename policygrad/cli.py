@@ -27,7 +27,7 @@ from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
 from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named, nearest
 from policygrad.train.names import trusting
-from policygrad.train.options import Options, for_command_line, in_words, options_of, validate, with_values
+from policygrad.train.options import Options, for_command_line, in_words, options_of, repeats, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.stopping import SIGNALS, Stopped
 from policygrad.train.worlds import NO_PROMPTS, kind_of
@@ -53,6 +53,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad watch RUN [options]            a video of its episodes, or a transcript
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad report RUN... [options]        a page with the curves of runs, and what they say
+  policygrad push RUN NAME [options]        put a run on the Hugging Face hub; hub:NAME reads it from there
   policygrad verify [options]               hold every method and estimator against the exact gradient
   policygrad list                           methods, their variants and presets
 
@@ -72,7 +73,7 @@ class Trained:
     """A run, what to play of it, and the names that it may follow out of its directory."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
-    """Directory of a run, as written by train."""
+    """Directory of a run, as written by train, or hub:NAME[@REVISION]."""
     episodes: int | None = None
     """Number of episodes (control); by default 10, and 1 to watch."""
     max_steps: int | None = None
@@ -133,12 +134,26 @@ class Watch(Trained):
 
 
 @dataclass
+class Push(Trained):
+    """Evaluate a run and put it on the Hugging Face hub, with a card: its policy, configuration, metrics, held-out
+    prompts (language models), pictures and video, no checkpoints. hub:NAME reads it from there, in place of RUN.
+
+    A run directory is data, as for eval. The token is that of `hf auth login`, or HF_TOKEN.
+    """
+
+    name: Annotated[str | None, Positional, arg(metavar="NAME")] = None
+    """USER/NAME on the hub, or NAME alone for the user of the token."""
+    private: FlagCreatePairsOff[bool] = False
+    """Only for those who may see it."""
+
+
+@dataclass
 class Report:
     """Write an HTML page about runs: their curves, and the known illnesses of training that these show; their
     configuration, evaluation, samples and video. The page needs no network."""
 
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
-    """Directories of runs, or directories that hold runs, such as a study's."""
+    """Directories of runs, or that hold runs, such as a study's; or hub:NAME."""
     out: Path | None = None
     """File of the page; by default RUN/report.html, and report.html for several."""
     live: FlagCreatePairsOff[bool] = False
@@ -156,7 +171,7 @@ class Compare:
     """
 
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
-    """Directories of runs, or directories that hold runs, such as a study's."""
+    """Directories of runs, or that hold runs, such as a study's; or hub:NAME."""
     out: Path | None = None
     """Directory for comparison.png, comparison.md and comparison.json."""
     score: Literal["auto", "training", "evaluation"] = "auto"
@@ -317,6 +332,7 @@ def _dispatch(rest: list[str]) -> int:
         "watch": _watch,
         "compare": _compare,
         "report": _report,
+        "push": _push,
         "verify": _verify,
         "list": _list,
     }
@@ -378,15 +394,15 @@ def _train(rest: list[str]) -> int:
     options = options_of(name, kind)()
     elsewhere = {f.name for f in fields(Options)} - {f.name for f in fields(options)}
     with_values(options, dict.fromkeys(elsewhere & named))  # raises an error that says where it applies
-    preset, repeatable = None, (UseAppendAction,) if kind == "language" else ()  # not hidden: it would be appended to
+    preset = None
     if not asked:
-        first = _parse(_command(options), rest, f"train {name}", *repeatable)
+        first = _parse(_command(options), rest, f"train {name}")
         task, preset = first.task, first.preset
         if kind == "language" and task is None and not first.options.dataset:
             raise UserError(NO_PROMPTS)
     preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
     options = with_values(options, tuned, f"preset {preset}: ")
-    command = _parse(_command(options), rest, f"train {name}", *repeatable)
+    command = _parse(_command(options), rest, f"train {name}")
     values = {f.name: getattr(command.options, f.name) for f in fields(command.options)}
     given = {name for name, x in values.items() if x != getattr(options, name)}
     label = Path(task or values["dataset"][0]).stem if kind == "language" else task
@@ -658,16 +674,32 @@ def _eval(rest: list[str]) -> int:
 
 def _watch(rest: list[str]) -> int:
     command, run, how = _loaded(Watch, "watch", rest)
+    from policygrad.train.hub import on_hub
     from policygrad.train.watching import transcript, video
 
     if run.world.kind == "control":
-        out = command.out or command.run / "video.mp4"
+        out = command.out or (Path() if on_hub(command.run) else command.run) / "video.mp4"
         episodes = 1 if command.episodes is None else command.episodes
         found = video(run, out, episodes, max_steps=command.max_steps, **how)
         print(f"{found.line()}; {run.standing()}\nvideo: {out}")
         return 0
     text = transcript(run, command.samples, command.completions, out=command.out, **how)
     print(text if command.out is None else f"transcript: {command.out}")
+    return 0
+
+
+def _push(rest: list[str]) -> int:
+    command, run, how = _loaded(Push, "push", rest)
+    if command.name is None:
+        raise UserError("push needs a name on the hub: policygrad push RUN USER/NAME")
+    if command.samples is not None:
+        raise UserError("push shows no samples: leave --samples out")
+    from policygrad.train.publishing import push
+
+    count = command.completions if command.episodes is None else command.episodes
+    played = {"count": count, "max_steps": command.max_steps, **how}
+    address = push(run, command.name, private=command.private, **played)
+    print(f"pushed: {address} (evaluate: policygrad eval hub:{'/'.join(address.split('/')[-2:])})")
     return 0
 
 
@@ -753,7 +785,7 @@ def _environments() -> list[str]:
 
 def _parse(kind: Any, arguments: list[str], name: str, *config: Any) -> Any:
     """Parse with tyro, and turn its framed error message into one line. An option is given once, or it is a list."""
-    lists = {f.name for f in fields(Options) if get_origin(f.type) is tuple} if UseAppendAction in config else set()
+    lists = {f.name for f in fields(Options) if repeats(f.type)}
     flags = [x.split("=")[0].removeprefix("--") for x in arguments if x.startswith("--")]
     given = [x.removeprefix("no-").replace("-", "_") for x in flags]
     twice = [x for i, x in enumerate(given) if x in given[:i] and x not in lists]
@@ -800,7 +832,11 @@ def _kinds(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     parts = {name: get_args(x)[0] if get_origin(x) is Annotated else x for name, x in hints.items()}
     nested = [_kinds(x) for x in parts.values() if is_dataclass(x)]
-    own = {as_flag(x): kind for x, kind in parts.items() if not is_dataclass(kind) and x not in ("task", "run", "runs")}
+    own = {
+        as_flag(x): kind
+        for x, kind in parts.items()
+        if not is_dataclass(kind) and x not in ("task", "run", "runs", "name")
+    }
     return {name: kind for kinds in (*nested, own) for name, kind in kinds.items()}
 
 

@@ -565,7 +565,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     (
         "long command",
         ("x" * 1000,),
-        "xxx...: there are train, resume, reproduce, reward-model, eval, watch, compare, report, verify, list",
+        "xxx...: there are train, resume, reproduce, reward-model, eval, watch, compare, report, push, verify, list",
     ),
     ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
     ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
-from policygrad.files import as_path, damaged, read_json, read_tensors, write_bytes, write_json
+from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
+from policygrad.train.hub import directory_of
 
 FORMAT = 2  # 2: actions in the units of their bounds; critics with a scale
 ENDINGS = {
@@ -139,7 +140,7 @@ def load_policy(
 
     Raises UserError if the directory has no policy, or one that does not fit.
     """
-    saved = read_policy(as_path(directory), policy)
+    saved = read_policy(directory_of(directory), policy)
     return saved.policy, saved.normalizer
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from policygrad.errors import UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
+from policygrad.train.hub import directory_of
 from policygrad.train.reports import Row, read_rows
 from policygrad.train.run import Run
 from policygrad.train.statistics import (
@@ -46,7 +47,7 @@ NARROW = 110  # characters of a terminal
 # Options that change how a run is computed, watched or kept, and not what it is.
 APART = {
     *("seed", "device", "threads", "compile", "profile", "step_time_limit", "restart_envs"),
-    *("checkpoint_every", "checkpoints", "keep_best", "gradient_noise"),
+    *("checkpoint_every", "checkpoints", "keep_best", "gradient_noise", "log"),
     *("evaluate_every", "evaluation_episodes", "evaluation_completions"),
     *("micro_batch", "micro_batch_tokens", "shared_prompts", "gradient_checkpointing"),
 }
@@ -298,7 +299,7 @@ def runs_in(places: Sequence[Any], notes: list[str]) -> Iterator[Run | Path]:
         if isinstance(place, Run):
             yield place
             continue
-        path = as_path(place)
+        path = directory_of(place)
         if not path.is_dir():
             said = "is a file" if path.exists() else "does not exist"
             raise UserError(f"{ending(str(path), 100)} {said}: give the directory of a run, or one that holds runs")

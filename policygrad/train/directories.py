@@ -12,6 +12,7 @@ with suppress(ImportError):  # not on every system
     import fcntl
 
 CLAIM = "metrics.jsonl"  # the first file of a run: who creates it has the directory
+STUDY = "study.json"  # what the runs of a study have in common, in the directory that has theirs
 LOCK = ".lock"  # who writes there holds a lock on it
 
 

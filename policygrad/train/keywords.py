@@ -23,6 +23,7 @@ class Keywords(TypedDict, total=False):
     checkpoints: int
     on_nonfinite: Literal["stop", "skip"]
     keep_best: bool
+    log: Literal["wandb", "mlflow", "trackio"] | Sequence[Literal["wandb", "mlflow", "trackio"]]
     stop_at_return: float
     evaluate_every: int
     evaluation_patience: int | None

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from policygrad.errors import UserError, shortened
 from policygrad.train.methods import METHODS, Method, nearest
@@ -51,6 +51,7 @@ THREADS = Bound(lambda x: 1 <= x <= 1024, "between 1 and 1024")
 SIZES = Bound(lambda x: all(size >= 1 for size in x), "at least 1 unit in every layer")
 RATES = Bound(lambda x: all(0 < weight < math.inf for weight in x), "numbers that are more than 0 and finite")
 TEXT = Bound(bool, "text that is not empty")
+DISTINCT = Bound(lambda x: len({*x}) == len(x), "names that stand there once")
 TEXTS = Bound(all, "texts that are not empty")
 OBJECT = Bound(lambda x: isinstance(_json(x), dict), "a JSON object that has each name once, such as '{\"name\": 1}'")
 
@@ -86,7 +87,7 @@ class Options:
         "Gradient steps as one compiled graph, the same to rounding, not Muon's; auto: if the run has enough of them.",
         world=("control", "exact"))
     start: str | None = option(None,
-        "Run to begin from: its policy, and its critic and statistics where they fit; any method may go on from it.",
+        "Run to begin from, or hub:NAME: its policy, and its critic and statistics where they fit; under any method.",
         TEXT)
     profile: bool = option(False,
         "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")
@@ -98,6 +99,9 @@ class Options:
         "skipped_updates.")
     keep_best: bool = option(True,
         "Keep the policy with the best evaluation, or without evaluations the best training result, in RUN/best.")
+    log: tuple[Literal["wandb", "mlflow", "trackio"], ...] = option((),
+        "Show the run in this tool, too; metrics.jsonl and TensorBoard's events are always written. Repeatable.",
+        DISTINCT)
     stop_at_return: float = option(math.inf,
         "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
     evaluate_every: int = option(0,
@@ -417,8 +421,16 @@ WORLDS: dict[str, dict[str, Any]] = {
 
 def for_command_line(kind: type) -> type:
     """The same dataclass, with the help texts in tyro's form."""
-    made = [(f.name, Annotated[f.type, arg(help=f.metadata["help"])], field(default=f.default)) for f in fields(kind)]
+    made = []
+    for f in fields(kind):
+        marks = (UseAppendAction,) if repeats(f.type) else ()
+        made.append((f.name, Annotated[f.type, *marks, arg(help=f.metadata["help"])], field(default=f.default)))
     return make_dataclass(kind.__name__, made, frozen=True, kw_only=True)
+
+
+def repeats(kind: Any) -> bool:
+    """Whether an option of this type is given once for each entry: a list, but for the sizes in `--hidden 64 64`."""
+    return get_origin(kind) is tuple and get_args(kind)[0] is not int
 
 
 def with_values(options: Any, values: Mapping[str, Any], origin: str = "") -> Any:

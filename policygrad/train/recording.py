@@ -18,6 +18,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from policygrad.errors import Kept, Note, UserError, ending, one_line
 from policygrad.files import add_metadata, as_safetensors, write_durably
 from policygrad.train.best import write_best
+from policygrad.train.loggers import Loggers
 from policygrad.train.names import resuming
 from policygrad.train.reports import Log, ProgressLine, Row
 from policygrad.train.snapshots import write_checkpoint
@@ -42,7 +43,7 @@ def complete(training: Any, progress: bool = True, *, signals: bool = False) -> 
     total = options.steps if options.steps and not options.iterations else options.iterations
     description = f"{run.method} {run.world.name}"
     with (
-        Recorder(training) as record,
+        Recorder(training, progress) as record,
         ProgressLine(description, total, progress) as line,
         (asked if signals else unasked)() as came,
     ):
@@ -65,12 +66,13 @@ class Recorder:
     checkpoint once there is room. When a run is stopped or fails, a note (`Kept`) on the exception says what is saved.
     """
 
-    def __init__(self, training: Any) -> None:
+    def __init__(self, training: Any, progress: bool = False) -> None:
         self.training, self.run, self.clock = training, training.run, SaveClock()
         self.log = None if self.run.directory is None else Log(self.run.directory, training.resumed)
         self.saved = (training.iteration or None) if training.resumed else None  # that of the last checkpoint
         self.warned = False
         self._keep_best()
+        self.loggers = Loggers(training.run, progress)
 
     def __call__(self, row: Row) -> None:
         if self.log is None or self.run.directory is None:
@@ -78,6 +80,7 @@ class Recorder:
         if self.run.metrics and self.run.metrics[-1] is row:
             self.log.write(row)
         self._keep_best()
+        self.loggers.tell()
         every = self.training.options.checkpoint_every
         due = self.clock.due() if every is None else self.training.iteration % every == 0
         if due or self.training.done:  # then the policy is saved on the way out, too
@@ -150,7 +153,8 @@ class Recorder:
             stopped = isinstance(error, KeyboardInterrupt | FullDiskError)
             again = self._again(self.run.directory) if stopped else ""
             error.add_note(Kept((problem or self.run.kept()) + again + evidence))
-        elif problem is not None:
+        self.loggers.close(self.run.ended, self.run.summary())
+        if error is None and problem is not None:
             raise UserError(problem)
 
     def _evidence(self, error: BaseException, directory: Path) -> str:

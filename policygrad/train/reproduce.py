@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from policygrad.errors import UserError, ending
-from policygrad.files import as_path, read_json
+from policygrad.files import read_json
 from policygrad.machine import described
 from policygrad.train.directories import CLAIM
+from policygrad.train.hub import directory_of
 from policygrad.train.reports import ProgressLine, Row, read_rows
 from policygrad.train.run import Run
 from policygrad.train.snapshots import read_checkpoint
@@ -60,7 +61,7 @@ def reproduce(
     Nothing is written. What a clock measured is not compared. The arguments are those of Training.resume. Raises
     UserError for a directory that holds no run, or one of which nothing is saved.
     """
-    directory = as_path(directory)
+    directory = directory_of(directory)
     found = Written.read(directory, trust, environment, repeated | {"critic": critic})
     checkpoint = read_checkpoint(directory)
     iteration, steps, wanted = _saved(directory, checkpoint, trust, policy, repeated)

@@ -18,6 +18,7 @@ from policygrad.machine import described
 from policygrad.train.checkpoints import Stage
 from policygrad.train.directories import claim
 from policygrad.train.generators import Generators
+from policygrad.train.hub import directory_of
 from policygrad.train.methods import METHODS
 from policygrad.train.names import check_trusted, outside
 from policygrad.train.options import OptionError, check_bounds, options_of, with_values
@@ -163,7 +164,7 @@ class Run:
         ones; `split` and `columns` are of it. policy: your own module of training, or what makes it (control).
         repeated: options, which override the run's; `trust_remote_code` is taken from here alone.
         """
-        directory = as_path(directory)
+        directory = directory_of(directory)
         of_dataset = {name: repeated.pop(name) for name in ("split", "columns") if name in repeated}
         if of_dataset and dataset is None:
             raise UserError(f"{min(of_dataset)} is of another data set to evaluate on, and there is none: give dataset")

@@ -29,6 +29,7 @@ from policygrad import __version__
 from policygrad.errors import Kept, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_json
 from policygrad.train.comparison import Comparison, compare, outcome_of
+from policygrad.train.directories import STUDY as ABOUT
 from policygrad.train.directories import file_name
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import method_named
@@ -38,7 +39,6 @@ from policygrad.train.reports import ProgressLine
 from policygrad.train.run import json_number
 from policygrad.train.worlds import kind_of
 
-ABOUT = "study.json"  # what the runs of a study have in common
 MOST = 1000  # seeds of a study
 LONGEST = 1000  # characters of a value in study.json; rows of data are longer, and stand there by their hash
 BETWEEN = 0.2  # seconds between two reports of a process

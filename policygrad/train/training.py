@@ -26,7 +26,9 @@ from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.compose import compiles, compose
 from policygrad.train.directories import CLAIM, Lock, check_empty, claim, release
 from policygrad.train.generators import Generators
+from policygrad.train.hub import directory_of
 from policygrad.train.keywords import Arguments, Keywords
+from policygrad.train.loggers import installed
 from policygrad.train.methods import method_named
 from policygrad.train.names import absolute, located
 from policygrad.train.options import OptionError, has_critic, options_of, validate, with_values
@@ -56,7 +58,7 @@ WRITTEN = (
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
 FREE = {
     *("trust", "trust_remote_code", "device", "threads", "profile", "gradient_noise"),
-    *("checkpoint_every", "checkpoints", "keep_best"),
+    *("checkpoint_every", "checkpoints", "keep_best", "log"),
 }
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 ROWS = 1000  # maximum rows of metrics in a run
@@ -116,6 +118,10 @@ class Training:
             _check_shape_read(options, defaults, policy, critic)
         check_device(options.device)
         directory = None if out is None else as_path(out)
+        if options.log and directory is None:
+            raise OptionError(
+                "log", f"log shows what a run writes: give out, a directory for it, as in out='runs/{name}'"
+            )
         check_empty(directory)
         if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in ("arithmetic", OF_ROWS))):
             task = absolute(task)
@@ -137,12 +143,16 @@ class Training:
         self.resumed: dict[str, Any] | None = None  # of a run that goes on: where its log was
         self.lock: Lock | None = None
         made: list[Path] | None = None
+        for name in options.log if directory is not None else ():
+            if not installed(name):
+                said = f"log is {name}, which is not installed: pip install policygrad[{name}]"
+                raise OptionError("log", said)
         try:
             with self._inside():
                 self.world.build(own, progress)
                 in_checkpoint = checkpoint and options.kl_ref == "none" and not self._frozen()
                 if getattr(options, "start", None) and not in_checkpoint:
-                    self.world.begin_from(as_path(options.start))
+                    self.world.begin_from(directory_of(options.start))
                 self.start = "" if directory is None else digest(self._kept_from_the_start())
                 if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
                     options = replace(options, compile=checkpoint["compiled"])

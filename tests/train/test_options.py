@@ -170,6 +170,7 @@ ELSEWHERE |= {
     "checkpoint_every",
     "checkpoints",
     "keep_best",
+    "log",
     "start",
     "evaluation_patience",
     "on_nonfinite",

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from policygrad.errors import Note, UserError, ending, listed, one_line
-from policygrad.files import as_path, check_directory, damaged, read_metadata
+from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.language import arithmetic, data, models
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
@@ -34,6 +34,7 @@ from policygrad.language.tasks import (
 )
 from policygrad.language.warmup import RECIPE, warmed_up
 from policygrad.train.checkpoints import Stage, finite
+from policygrad.train.hub import directory_of
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
@@ -224,7 +225,7 @@ class LanguageWorld(World):
             return options.model
         if options.model is not None:
             raise OptionError("start", "start and model are both the model to begin with: leave one of the two out")
-        folder = as_path(options.start) / "model"
+        folder = directory_of(options.start) / "model"
         if not folder.is_dir():
             raise OptionError(
                 "start", f"{ending(options.start, 80)} holds no model: give the directory of a language run"
