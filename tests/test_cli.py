@@ -80,7 +80,7 @@ def test_train_prints_one_json_object_and_nothing_else(policygrad: Any, method: 
     assert said.out.count("\n") == 1
     result = strict(said.out)
     keys = {"run", "method", "world", "task", "steps", "seconds", "steps_per_second", "return_mean", "return_std"}
-    keys |= {"episodes", "preset", "reward_per_step", "success", "ended"}
+    keys |= {"episodes", "preset", "reward_per_step", "success", "ended", "best"}
     assert set(result) == keys
     assert strict(Path(result["run"], "summary.json").read_text()) == result
     assert result["ended"] == "finished"
