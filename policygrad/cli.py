@@ -53,6 +53,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
   policygrad watch RUN [options]            a video of its episodes, or a transcript
   policygrad tune METHOD TASK [options]     search for better options, and write them down as a preset
+  policygrad export RUN [options]           its policy as one graph, for ONNX or torch.export
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad report RUN... [options]        a page with the curves of runs, and what they say
   policygrad verify [options]               hold every method and estimator against the exact gradient
@@ -132,6 +133,26 @@ class Watch(Trained):
 
     out: Path | None = None
     """File of the video, .mp4 or .gif (by default RUN/video.mp4), or of the transcript (by default the terminal)."""
+
+
+@dataclass
+class Export:
+    """Write a trained policy as one graph, from the environment's observation to its action (control).
+
+    Normalizer, network, the mode of the distribution and the clipping of actions are in it. It is written only after it
+    has given the actions of the run on 1,000 observations. A run directory is data, as for eval.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Directory of a run, as written by train."""
+    format: Literal["onnx", "torch-export"] = "onnx"
+    """onnx: for ONNX Runtime; torch-export: for torch.export.load."""
+    out: Path | None = None
+    """File; by default RUN/policy.onnx, or RUN/policy.pt2."""
+    trust: FlagCreatePairsOff[bool] = False
+    """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
+    environment: str | None = None
+    """Environment, if it is of a module or file."""
 
 
 @dataclass
@@ -326,6 +347,7 @@ def _dispatch(rest: list[str]) -> int:
         "reward-model": _reward_model,
         "eval": _eval,
         "watch": _watch,
+        "export": _export,
         "tune": _tune,
         "compare": _compare,
         "report": _report,
@@ -765,6 +787,19 @@ def _watch(rest: list[str]) -> int:
         return 0
     text = transcript(run, command.samples, command.completions, out=command.out, **how)
     print(text if command.out is None else f"transcript: {command.out}")
+    return 0
+
+
+def _export(rest: list[str]) -> int:
+    command = _parse(Export, rest, "export")
+    _quiet()
+    from policygrad.train.exporting import OBSERVATIONS, export
+    from policygrad.train.run import Run
+
+    repeated = {} if command.environment is None else {"environment": command.environment}
+    run = Run.load(command.run, trust=command.trust, **repeated)
+    path = export(run, format=command.format, out=command.out)
+    print(f"{run.standing()}; its graph gives the same actions on {OBSERVATIONS:,} observations\nexport: {path}")
     return 0
 
 
