@@ -194,6 +194,8 @@ def _onnx(graph: nn.Module, example: Tensor, metadata: dict[str, str]) -> Made:
     shapes = {"observation": {0: torch.export.Dim("batch")}}
     names: dict[str, Any] = {"input_names": ["observation"], "output_names": ["action"], "dynamic_shapes": shapes}
     program: Any = torch.onnx.export(graph, (example,), dynamo=True, verbose=False, **names)
+    for node in program.model.graph.all_nodes():  # the lines of code that it comes from, with their paths here
+        node.metadata_props.clear()
     program.model.metadata_props.update(metadata)
     content = program.model_proto.SerializeToString()
     options = onnxruntime.SessionOptions()
@@ -205,6 +207,9 @@ def _onnx(graph: nn.Module, example: Tensor, metadata: dict[str, str]) -> Made:
 def _torch_export(graph: nn.Module, example: Tensor, metadata: dict[str, str]) -> Made:
     shapes = {"observation": {0: torch.export.Dim("batch")}}
     program = torch.export.export(graph, (example,), dynamic_shapes=shapes)
+    for module in program.graph_module.modules():  # the lines of code that it comes from, with their paths here
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"policygrad.json": json.dumps(metadata)})
     again = torch.export.load(io.BytesIO(file.getvalue())).module()

@@ -156,6 +156,9 @@ def test_a_file_says_what_it_is(pendulum: Any) -> None:
     more = {"policygrad.json": ""}
     torch.export.load(pg.export(pendulum, format="torch-export"), extra_files=more)
     assert json.loads(more["policygrad.json"]) == said
+    for name in ("policy.onnx", "policy.pt2"):  # no path of this machine
+        content = (pendulum.directory / name).read_bytes()
+        assert not any(x in content for x in (b".py", str(Path(pg.__file__).parent).encode(), b"stack_trace"))
 
 
 # Networks of one's own
