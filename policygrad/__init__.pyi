@@ -70,12 +70,14 @@ from policygrad.train.checkpoints import load_policy as load_policy
 from policygrad.train.comparison import Comparison as Comparison, compare as compare
 from policygrad.train.page import report as report
 from policygrad.train.compose import Learner as Learner, assemble as assemble
+from policygrad.train.exporting import export as export
 from policygrad.train.keywords import Keywords as Keywords
 from policygrad.train.publishing import push as push
 from policygrad.train.reproduce import reproduce as reproduce
 from policygrad.train.run import Run as Run
 from policygrad.train.studies import Study as Study, study as study
 from policygrad.train.training import Training as Training, resume as resume, train as train
+from policygrad.train.tuning import Tuning as Tuning, tune as tune
 from policygrad.train.watching import watch as watch
 from policygrad.updates import Objective as Objective
 from policygrad.weights import (

@@ -29,6 +29,7 @@ from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_n
 from policygrad.train.names import trusting
 from policygrad.train.options import Options, for_command_line, in_words, options_of, repeats, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
+from policygrad.train.search import searched
 from policygrad.train.stopping import SIGNALS, Stopped
 from policygrad.train.worlds import NO_PROMPTS, kind_of
 from policygrad.verify.options import VerifyOptions
@@ -51,6 +52,8 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad reproduce RUN [options]        train it again from its directory alone, and compare every bit
   policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
   policygrad watch RUN [options]            a video of its episodes, or a transcript
+  policygrad tune METHOD TASK [options]     search for better options, and write them down as a preset
+  policygrad export RUN [options]           its policy as one graph, for ONNX or torch.export
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad report RUN... [options]        a page with the curves of runs, and what they say
   policygrad push RUN NAME [options]        put a run on the Hugging Face hub; hub:NAME reads it from there
@@ -148,6 +151,26 @@ class Push(Trained):
 
 
 @dataclass
+class Export:
+    """Write a trained policy as one graph, from the environment's observation to its action (control).
+
+    Normalizer, network, the mode of the distribution and the clipping of actions are in it. It is written only after it
+    has given the actions of the run on 1,000 observations. A run directory is data, as for eval.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Directory of a run, as written by train."""
+    format: Literal["onnx", "torch-export"] = "onnx"
+    """onnx: for ONNX Runtime; torch-export: for torch.export.load."""
+    out: Path | None = None
+    """File; by default RUN/policy.onnx, or RUN/policy.pt2."""
+    trust: FlagCreatePairsOff[bool] = False
+    """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
+    environment: str | None = None
+    """Environment, if it is of a module or file."""
+
+
+@dataclass
 class Report:
     """Write an HTML page about runs: their curves, and the known illnesses of training that these show; their
     configuration, evaluation, samples and video. The page needs no network."""
@@ -235,6 +258,15 @@ class Resume(Reproduce):
     """Train for so many steps more than the run was to have."""
     iterations: int | None = None
     """Train for so many iterations more than the run was to have."""
+
+
+SEARCH = """\
+Search for the options with the highest score, by Optuna, and write them to preset.toml, which train takes.
+
+The score is that of compare: the last evaluation in training (control: with --evaluate-every; language: held-out
+prompts; exact worlds: J), else the last return or reward of training. Trials whose learning curve is below the median
+of the others are stopped early. An option that is given here is fixed. The others are tuned, from what they are without
+tuning:"""
 
 
 class Helped(Exception):
@@ -330,6 +362,8 @@ def _dispatch(rest: list[str]) -> int:
         "reward-model": _reward_model,
         "eval": _eval,
         "watch": _watch,
+        "export": _export,
+        "tune": _tune,
         "compare": _compare,
         "report": _report,
         "push": _push,
@@ -363,29 +397,49 @@ def _is_unicode(word: str) -> bool:
         return False
 
 
-def _train(rest: list[str]) -> int:
+@dataclass
+class Asked:
+    """A method on a task with options, as train and tune are given them."""
+
+    name: str
+    task: str | None
+    preset: str | None
+    tuned: dict[str, Any]  # the preset's values
+    command: Any
+    values: dict[str, Any]  # of all options
+    named: set[str]  # what is given
+    options: Any  # without what is given
+
+
+def _asked(verb: str, rest: list[str], command_of: Any, more: set[str]) -> Asked | None:
+    """The method, the task and their options from the command line; None if there is nothing but help to give.
+
+    command_of: the dataclass of the command, for the options of a method on a world. more: its own options.
+    """
     if not rest or rest[0] in ("-h", "--help"):
         with contextlib.nullcontext() if rest else contextlib.redirect_stdout(sys.stderr):
-            print("usage: policygrad train METHOD TASK [options]\n       policygrad train METHOD TASK --help\n")
+            print(f"usage: policygrad {verb} METHOD TASK [options]\n       policygrad {verb} METHOD TASK --help\n")
             _list(["methods"])
-        return 0 if rest else 2
+        return None
     (method, task, *_), rest = _free_first(rest)
     if method is None:
-        raise UserError("there is no method: write policygrad train METHOD TASK; policygrad list shows the methods")
+        raise UserError(f"there is no method: write policygrad {verb} METHOD TASK; policygrad list shows the methods")
     first, second = (str(x).lower().replace("-", "_") for x in (method, task))
     if second in {*METHODS, *ALIASES} and first not in {*METHODS, *ALIASES}:
-        raise UserError(f"the method comes first: policygrad train {one_line(task, 60)} {one_line(method, 60)}")
+        raise UserError(f"the method comes first: policygrad {verb} {one_line(task, 60)} {one_line(method, 60)}")
     if task is None and first not in {*METHODS, *ALIASES} and _is_task(method):
         said = one_line(method, 60)
         raise UserError(
-            f"the method is missing: write policygrad train METHOD {said}, such as policygrad train ppo {said}"
+            f"the method is missing: write policygrad {verb} METHOD {said}, such as policygrad {verb} ppo {said}"
         )
     name, rest = method_named(method).name, rest[1:]
     asked = {"-h", "--help"} & set(rest)
-    named = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}
-    known = {f.name for f in fields(Options)} | {"out", "preset", "json", "samples", "seeds", "processes", "help"}
+    flags = {x.split("=")[0].removeprefix("--").replace("-", "_") for x in rest if x.startswith("--")}
+    known = {f.name for f in fields(Options)}
+    named = {x if x in known else x.removeprefix("no_") for x in flags}
+    known |= {"help", *more}
     if task is None and named - known:  # its value may have been meant as the task
-        raise UserError(_no_option(as_flag(min(named - known)), map(as_flag, known)))
+        raise UserError(_no_option(as_flag(min(flags - known)), map(as_flag, known)))
     kind = (
         "control"
         if asked and task is None and not named & {"model", "dataset"}
@@ -396,28 +450,36 @@ def _train(rest: list[str]) -> int:
     with_values(options, dict.fromkeys(elsewhere & named))  # raises an error that says where it applies
     preset = None
     if not asked:
-        first = _parse(_command(options), rest, f"train {name}")
+        first = _parse(command_of(options), rest, f"{verb} {name}")
         task, preset = first.task, first.preset
         if kind == "language" and task is None and not first.options.dataset:
             raise UserError(NO_PROMPTS)
     preset, tuned = presets.choose(preset, name, task, {"model": "model" in named or None})
     options = with_values(options, tuned, f"preset {preset}: ")
-    command = _parse(_command(options), rest, f"train {name}")
+    command = _parse(command_of(options), rest, f"{verb} {name}")
     values = {f.name: getattr(command.options, f.name) for f in fields(command.options)}
-    given = {name for name, x in values.items() if x != getattr(options, name)}
-    label = Path(task or values["dataset"][0]).stem if kind == "language" else task
-    default = Path("runs") / file_name(str(label)) / f"{name}-seed{values['seed']}"
     if kind == "language":
         _language_installed()
-    with presets.blamed(preset, tuned, given):
+    with presets.blamed(preset, tuned, {name for name, x in values.items() if x != getattr(options, name)}):
         validate(with_values(options, values), options)
+    return Asked(name, task, preset, tuned, command, values, named, options)
+
+
+def _train(rest: list[str]) -> int:
+    found = _asked("train", rest, _command, {"out", "preset", "json", "samples", "seeds", "processes"})
+    if found is None:
+        return 0 if rest else 2
+    command, values, options = found.command, found.values, found.options
+    label = Path(found.task or values["dataset"][0]).stem if options.world == "language" else found.task
+    default = Path("runs") / file_name(str(label)) / f"{found.name}-seed{values['seed']}"
+    with presets.blamed(found.preset, found.tuned, {x for x, y in values.items() if y != getattr(options, x)}):
         if command.seeds is not None:
-            return _study(name, task, preset, tuned, command, values, named)
+            return _study(found)
         if command.processes is not None:
             raise UserError("processes is of a study: give its seeds, such as --seeds 0-9, or leave it out")
         with _aside(command.json), run_directory(command.out, default) as out:
             _quiet()
-            run = _run(name, task, out, preset, tuned, command, values)
+            run = _run(found, out)
     return _trained(run, out, command.json)
 
 
@@ -438,20 +500,51 @@ def _trained(run: Any, out: Path, as_json: bool) -> int:
     return 0
 
 
-def _study(name: str, task: Any, preset: str | None, tuned: Any, command: Any, values: Any, named: set[str]) -> int:
+def _tune(rest: list[str]) -> int:
+    """Search for better options, and print the best trials."""
+    found = _asked("tune", rest, _tune_command, {"out", "preset", "json", "trials"})
+    if found is None:
+        return 0 if rest else 2
+    command = found.command
+    with _aside(command.json):
+        _quiet()
+        from policygrad.train.reports import at_terminal
+        from policygrad.train.tuning import tune
+
+        given = {x: y for x, y in found.values.items() if x in found.named}
+        result = tune(
+            found.name,
+            found.task,
+            trials=command.trials,
+            out=command.out,
+            preset=command.preset,
+            progress=not command.json or at_terminal(),
+            **given,
+        )
+    if command.json:
+        print(json.dumps(result.summary()))
+        return 0
+    print(f"maximized: {result.maximized}")
+    result.show()
+    print(f"preset: {result.preset}\ntrain with it: {result.command()}")
+    return 0
+
+
+def _study(found: Asked) -> int:
     """Train several seeds, and print what they come to."""
+    name, task, command, values, preset = found.name, found.task, found.command, found.values, found.preset
     from policygrad.train.reports import at_terminal
     from policygrad.train.studies import seeds_of, study
 
-    for option in sorted({"seed", "samples"} & named):
+    for option in sorted({"seed", "samples"} & found.named):
         raise UserError(f"{option} is of one run, and seeds of a study: leave one of the two out")
     common = {x: y for x, y in values.items() if x != "seed"}
     with _aside(command.json):
         _quiet()
         if preset is not None:
             options = with_values(options_of(name, kind_of(task, values))(), values)
-            print(presets.said(preset, tuned, options), flush=True)
-        found = study(
+            print(presets.said(preset, found.tuned, options), flush=True)
+        result = study(
             name,
             task,
             seeds=seeds_of(command.seeds),
@@ -462,13 +555,13 @@ def _study(name: str, task: Any, preset: str | None, tuned: Any, command: Any, v
             **common,
         )
     if command.json:
-        print(json.dumps(found.summary()))
-    elif found.comparison is not None:
-        found.comparison.show()
-        print(f"study: {found.directory} (comparison.png; compare it: policygrad compare {found.directory} RUN...)")
-    for seed, said in found.failed.items():
+        print(json.dumps(result.summary()))
+    elif result.comparison is not None:
+        result.comparison.show()
+        print(f"study: {result.directory} (comparison.png; compare it: policygrad compare {result.directory} RUN...)")
+    for seed, said in result.failed.items():
         print(f"policygrad: {within(f'seed {seed} failed: {said}')}", file=sys.stderr)
-    return 2 if found.failed else 0
+    return 2 if result.failed else 0
 
 
 def _resume(rest: list[str]) -> int:
@@ -530,7 +623,7 @@ def _free_first(words: list[str]) -> tuple[list[Any], list[str]]:
     return [*free, None, None], free + options
 
 
-def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, command: Any, values: dict[str, Any]) -> Any:
+def _run(found: Asked, out: Path) -> Any:
     """Train, and print the preset and the evaluations before and after."""
     from policygrad.train.recording import complete
     from policygrad.train.reports import at_terminal
@@ -543,9 +636,10 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
             if hasattr(result, "rows"):
                 samples_table(result.rows[:: result.completions], limit=command.samples)
 
+    name, task, command, values, preset = found.name, found.task, found.command, found.values, found.preset
     if preset is not None:
         options = with_values(options_of(name, kind_of(task, values))(), values)
-        print(presets.said(preset, tuned, options), flush=True)
+        print(presets.said(preset, found.tuned, options), flush=True)
     progress = not command.json or at_terminal()  # beside one JSON object a bar, but no lines in a log
     with Training(name, task, out=out, preset=preset or "none", progress=progress, **values) as training:
         judged("before:", training.run.before)
@@ -554,23 +648,33 @@ def _run(name: str, task: Any, out: Path, preset: str | None, tuned: Any, comman
     return training.run
 
 
-def _command(options: Any) -> Any:
-    """The dataclass of `policygrad train` with these options as defaults."""
+def _shared(options: Any, out: str, preset: str) -> list[Any]:
+    """The fields that train and tune share, with these options as defaults."""
     kind = for_command_line(type(options))
     default = kind(**{f.name: getattr(options, f.name) for f in fields(options)})
     task = (
         "A Gymnasium id (`module:Id-v0` imports the module first), a class or function that makes an environment "
         "(my_env.py:MyEnv or module:MyEnv), arithmetic, a file of prompts, or exact:chain."
     )
-    made: list[Any] = [
+    return [
         ("task", Annotated[str | None, Positional, arg(metavar="TASK", help=task)], field(default=None)),
         ("options", _flat[kind], field(default=default)),
-        ("out", Annotated[Path | None, arg(help="Directory for the run; by default runs/TASK/METHOD-seedSEED.")],
-         field(default=None)),
-        ("preset", Annotated[str | None, arg(help="Tuned settings by name, or none; by default the task's own. "
-         "Options given here override them.")], field(default=None)),
+        ("out", Annotated[Path | None, arg(help=out)], field(default=None)),
+        ("preset", Annotated[str | None, arg(help=preset)], field(default=None)),
         ("json", Annotated[FlagCreatePairsOff[bool], arg(help="Print one JSON object at the end, and nothing else.")],
          field(default=False)),
+    ]  # fmt: skip
+
+
+def _command(options: Any) -> Any:
+    """The dataclass of `policygrad train` with these options as defaults."""
+    made = _shared(
+        options,
+        "Directory for the run; by default runs/TASK/METHOD-seedSEED.",
+        "Tuned settings: a preset's name, a file such as tune writes (FILE.toml), or none; by default the task's own. "
+        "Options given here override them.",
+    )
+    made += [
         ("seeds", Annotated[str | None, arg(help="Train a run for each of these seeds, such as 0-9 or 0,3,7: a study, "
          "in as many processes as cores. Once more, it trains those that have not finished.")], field(default=None)),
         ("processes", Annotated[int | None, arg(help="Processes of a study; by default as the cores allow.")],
@@ -586,6 +690,21 @@ def _command(options: Any) -> Any:
         )
     command = make_dataclass("Train", made)
     command.__doc__ = type(options).__doc__
+    return command
+
+
+def _tune_command(options: Any) -> Any:
+    """The dataclass of `policygrad tune` with these options as defaults."""
+    made = _shared(
+        options,
+        "Directory of the study; by default runs/TASK/METHOD-tune. The same command goes on with the study there.",
+        "Settings to begin from: a preset's name, a file, or none; by default the task's own.",
+    )
+    trials = "Runs in all, one after the other; trial k has the seed SEED + k."
+    made.append(("trials", Annotated[int, arg(help=trials)], field(default=20)))
+    command = make_dataclass("Tune", made)
+    ranges = "\n".join(f"- {name}: {how}" for name, how in searched(options, ()).items())
+    command.__doc__ = f"{SEARCH}\n\n{ranges}"
     return command
 
 
@@ -700,6 +819,19 @@ def _push(rest: list[str]) -> int:
     played = {"count": count, "max_steps": command.max_steps, **how}
     address = push(run, command.name, private=command.private, **played)
     print(f"pushed: {address} (evaluate: policygrad eval hub:{'/'.join(address.split('/')[-2:])})")
+    return 0
+
+
+def _export(rest: list[str]) -> int:
+    command = _parse(Export, rest, "export")
+    _quiet()
+    from policygrad.train.exporting import OBSERVATIONS, export
+    from policygrad.train.run import Run
+
+    repeated = {} if command.environment is None else {"environment": command.environment}
+    run = Run.load(command.run, trust=command.trust, **repeated)
+    path = export(run, format=command.format, out=command.out)
+    print(f"{run.standing()}; its graph gives the same actions on {OBSERVATIONS:,} observations\nexport: {path}")
     return 0
 
 

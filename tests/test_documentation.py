@@ -92,11 +92,11 @@ def test_every_metric_is_explained() -> None:
 
 
 def shortened(rest: list[str]) -> list[str]:
-    """The arguments, with one step of training, and of a study two seeds."""
-    for flag in ("--steps", "--seeds"):
+    """The arguments, with one step of training, and of a study two seeds or trials."""
+    for flag, few in (("--steps", []), ("--seeds", ["--seeds", "0-1"]), ("--trials", ["--trials", "2"])):
         if flag in rest:
             at = rest.index(flag)
-            rest = rest[:at] + rest[at + 2 :] + (["--seeds", "0-1"] if flag == "--seeds" else [])
+            rest = rest[:at] + rest[at + 2 :] + few
     return [*rest, "--steps", "1"]
 
 
@@ -119,13 +119,13 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         if name == "reward-model":
             cli._parse(for_command_line(RewardModelOptions), rest, "reward-model")
             continue
-        task = rest[1] if name == "train" and len(rest) > 1 else ""
+        task = rest[1] if name in ("train", "tune") and len(rest) > 1 else ""
         if task.endswith("-v5") and find_spec("mujoco") is None:
             continue
         if task == "arithmetic":
             rest += ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "2", "--held-out", "2"]
             rest += ["--minibatch-size", "4"] if rest[0] == "ppo" else []
-        elif name == "train" and "--help" not in rest:
+        elif name in ("train", "tune") and "--help" not in rest:
             rest = shortened(rest)
         with pytest.raises(SystemExit) as stop:
             cli.main([name, *rest])

@@ -163,3 +163,19 @@ def test_training_reports_it_and_is_not_changed_by_it() -> None:
         if "noise_scale" in row:
             decisions = row["steps"] - a2c.metrics[a2c.metrics.index(row) - 1]["steps"]
             assert row["noise_scale"] * row["gradient_snr"] == pytest.approx(decisions)
+
+
+def test_the_same_moments_are_the_same_numbers_to_the_last_bit() -> None:
+    """Wherever the parameters lie in memory: a run that is resumed has the metrics of one that was not."""
+    found, kept = set(), []
+    for _ in range(50):
+        torch.manual_seed(3)
+        policy = nn.Sequential(*(nn.Linear(5, 5) for _ in range(6)))
+        optimizer = torch.optim.Adam(policy.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            policy(torch.randn(7, 5)).square().sum().backward()
+            optimizer.step()
+        found.add(float(noise_of_moments([optimizer], policy, 64.0)["noise_scale"]))
+        kept.append((policy, optimizer))
+    assert len(found) == 1

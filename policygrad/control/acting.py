@@ -35,7 +35,7 @@ class Certain:
     def sample(self) -> Tensor:
         """The mode; 0 where torch's mode is NaN, as for a coin of probability 0.5."""
         mode = self.distribution.mode
-        return mode.masked_fill(mode.isnan(), 0)
+        return mode.masked_fill(mode.isnan(), 0) if mode.is_floating_point() else mode
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The distribution's own."""

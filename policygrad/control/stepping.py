@@ -125,7 +125,9 @@ class Stepping:
     def step(self, action: np.ndarray) -> Step:
         """Step the environments."""
         if action.dtype.kind == "f" and not np.isfinite(action).all():
-            raise UserError(f"the policy's action is beyond {action.dtype}, the action space's type: bound its mean")
+            raise NonFiniteError(
+                f"the policy's action is beyond {action.dtype}, the action space's type: bound its mean"
+            )
         try:
             obs, reward, terminated, truncated, info = self.environments.step(action)
         except Exception as error:

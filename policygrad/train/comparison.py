@@ -356,6 +356,16 @@ def recorded(run: Run | Path) -> Recorded:
     return Recorded(str(run), method, world, _task(task, options), options, rows, outcome_of(run))
 
 
+def score_of(run: Recorded) -> float | None:
+    """The score of one run as `compare` takes it: its last evaluation in training, else the last of training."""
+    kinds: tuple[Kind, ...] = ("evaluation", "training")
+    for kind in kinds:
+        scores = run.series(METRICS[run.world, kind].name, math.inf)[1]
+        if len(scores):
+            return float(scores[-1])
+    return None
+
+
 def outcome_of(run: Path) -> str | None:
     """How the run in a directory ended; None if it has not. Raises UserError if its summary.json is damaged."""
     path = run / "summary.json"

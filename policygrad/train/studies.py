@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from policygrad import __version__
 from policygrad.errors import Kept, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_json
 from policygrad.train.comparison import Comparison, compare, outcome_of
-from policygrad.train.directories import STUDY as ABOUT
-from policygrad.train.directories import file_name
+from policygrad.train.directories import STUDY, file_name
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import method_named
 from policygrad.train.names import NAMES
@@ -38,6 +37,9 @@ from policygrad.train.options import options_of
 from policygrad.train.reports import ProgressLine
 from policygrad.train.run import json_number
 from policygrad.train.worlds import kind_of
+
+if TYPE_CHECKING:
+    from policygrad.train.training import Training
 
 MOST = 1000  # seeds of a study
 LONGEST = 1000  # characters of a value in study.json; rows of data are longer, and stand there by their hash
@@ -84,7 +86,7 @@ def study(
     seeds: Sequence[int],
     out: Path | str | None = None,
     processes: int | None = None,
-    preset: str | None = None,
+    preset: str | Path | None = None,
     policy: Any = None,
     critic: Any = None,
     engine: Any = None,
@@ -110,11 +112,11 @@ def study(
     if "seed" in values:
         raise UserError("seed is of one run, and seeds of a study: give one of the two")
     name = method_named(method).name
-    request = _request(name, task, values)
-    directory = _directory(out, request)
+    request = request_of(name, task, values)
+    directory = directory_of(out, request, "seeds")
     workers = _processes(processes, name, task, values, len(asked))
-    with _taken(directory):
-        write_json(directory / ABOUT, request)
+    with taken(directory, STUDY):
+        write_json(directory / STUDY, request)
         found = Study(directory)
         for seed in asked:
             path = directory / f"seed-{seed}"
@@ -150,7 +152,7 @@ def _check_seeds(seeds: list[Any]) -> None:
         raise UserError(f"the seed {twice[0]} is given more than once: give each once")
 
 
-def _request(name: str, task: Any, values: dict[str, Any]) -> dict[str, Any]:
+def request_of(name: str, task: Any, values: dict[str, Any]) -> dict[str, Any]:
     """What the runs of a study have in common, as JSON."""
 
     def said(x: Any) -> Any:
@@ -167,7 +169,7 @@ def _named(x: Any) -> str:
     return type(x).__name__ if " at 0x" in said else said
 
 
-def _directory(out: Path | str | None, request: dict[str, Any]) -> Path:
+def directory_of(out: Path | str | None, request: dict[str, Any], what: str) -> Path:
     """The directory of a study: the given one, or the first of its default names that is free or has this study.
 
     Raises UserError if the given one has something else.
@@ -180,7 +182,7 @@ def _directory(out: Path | str | None, request: dict[str, Any]) -> Path:
         return directory
     task = request["task"] or (request["options"].get("dataset") or ["rows"])[0]
     default = Path("runs") / file_name(Path(str(task)).stem if "/" in str(task) else str(task))
-    names = (f"{request['method']}-seeds" + (f"-{i}" if i > 1 else "") for i in count(1))
+    names = (f"{request['method']}-{what}" + (f"-{i}" if i > 1 else "") for i in count(1))
     return next(default / x for x in names if _other(default / x, request) is None)
 
 
@@ -190,10 +192,10 @@ def _other(directory: Path, request: dict[str, Any]) -> str | None:
         return None
     if not directory.is_dir():
         return "is a file"
-    if (directory / ABOUT).exists():
-        known = read_json(directory / ABOUT)
+    if (directory / STUDY).exists():
+        known = read_json(directory / STUDY)
         if not isinstance(known, dict) or not isinstance(known.get("options"), dict):
-            raise damaged(directory / ABOUT, "it describes no study")
+            raise damaged(directory / STUDY, "it describes no study")
         if known == request:
             return None
         flat = [{**x, **x["options"]} for x in (known, request)]
@@ -218,8 +220,11 @@ def _is_rows(task: Any) -> bool:
 
 
 @contextmanager
-def _taken(directory: Path) -> Iterator[None]:
-    """Hold a study's directory: of two processes one gets it. The system lets go of it if this process dies."""
+def taken(directory: Path, *own: str) -> Iterator[None]:
+    """Hold a study's directory: of two processes one gets it. The system lets go of it if this process dies.
+
+    own: the study's own files, removed again if no run has begun.
+    """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -238,9 +243,10 @@ def _taken(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if [path.name for path in directory.iterdir()] in ([], [ABOUT]):  # no seed has begun
+        if {path.name for path in directory.iterdir()} <= {*own}:
             with suppress(OSError):
-                (directory / ABOUT).unlink(missing_ok=True)
+                for name in own:
+                    (directory / name).unlink(missing_ok=True)
                 for path in made:
                     path.rmdir()
         os.close(held)
@@ -329,7 +335,7 @@ class _Child:
 
     def train(self, tell: Callable[[int, float, str], None], note: Callable[[int, str], None]) -> str:
         """Train to the end, and return the result in words. Raises UserError if that fails."""
-        self._make_room()
+        make_room(self.job)
         job = _sent(self.job)
         code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
         code += "from policygrad.train.studies import child; child()"
@@ -374,32 +380,46 @@ class _Child:
             with suppress(OSError):
                 self.process.stdin.close()
 
-    def _make_room(self) -> None:
-        """Remove a run of this seed that has not finished, unless it goes on: the end is the same, bit for bit."""
-        if not self.path.exists() and not self.path.is_symlink():
-            return
-        name, _, values = self.job
+
+Job = tuple[str, Any, dict[str, Any]]  # the method, the task, and what else Training takes, its directory `out` too
+
+
+def make_room(job: Job) -> None:
+    """Remove a run of this job that has not finished, unless it goes on: the end is the same, bit for bit."""
+    name, _, values = job
+    path = Path(values["out"])
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        config = read_json(path / "config.json")
+        ours = config["method"] == name and config["options"]["seed"] == values["seed"]
+    except (UserError, KeyError, TypeError):
+        ours = path.is_dir() and not path.is_symlink() and {*os.listdir(path)} <= {"metrics.jsonl"}
+    if not ours or path.is_symlink():
+        raise UserError(f"{ending(str(path), 100)} holds something else than a run of this study: move it away")
+    if not _goes_on(job):
+        shutil.rmtree(path)
+
+
+def begun(kind: type["Training"], job: Job) -> "Training":
+    """The run of a job, of this class: from its checkpoint if it can go on, else from its beginning."""
+    name, task, values = job
+    if _goes_on(job):
         try:
-            config = read_json(self.path / "config.json")
-            ours = config["method"] == name and config["options"]["seed"] == values["seed"]
-        except (UserError, KeyError, TypeError):
-            ours = self.path.is_dir() and not self.path.is_symlink() and {*os.listdir(self.path)} <= {"metrics.jsonl"}
-        if not ours or self.path.is_symlink():
-            raise UserError(
-                f"{ending(str(self.path), 100)} holds something else than a run of this study: move it away"
-            )
-        if not _goes_on(self.job):
-            shutil.rmtree(self.path)
+            return kind.resume(values["out"], **_repeated(job))
+        except UserError:  # of another version, say: it begins again
+            shutil.rmtree(values["out"])
+    return kind(name, task, progress=False, **values)
 
 
-def _goes_on(job: tuple[str, Any, dict[str, Any]]) -> bool:
+def _goes_on(job: Job) -> bool:
     """Whether a run can go on from its checkpoint: it has one, and no object of the user's that no file holds."""
     _, task, values = job
     plain = isinstance(task, str | None) and not any(callable(x) or _is_rows(x) for x in values.values())
     return plain and any(Path(values["out"], "checkpoints").glob("*.safetensors"))
 
 
-def _repeated(job: tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
+def _repeated(job: Job) -> dict[str, Any]:
     """The names that a run leads out of its directory by, as the study has them: the run's own are not believed."""
     _, task, values = job
     found = {x: values[x] for x in (*NAMES, "trust_remote_code") if values.get(x) is not None}
@@ -410,7 +430,7 @@ def _repeated(job: tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _sent(job: tuple[str, Any, dict[str, Any]]) -> bytes:
+def _sent(job: Job) -> bytes:
     """A job in a form for another process."""
     from gymnasium.vector.utils import CloudpickleWrapper
 
@@ -456,7 +476,7 @@ def child() -> None:
     os._exit(0)  # without waiting for threads of others
 
 
-def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) -> str:
+def _trained(job: Job, report: Callable[..., None]) -> str:
     """Train as `train` does, and return the result in words."""
     import gymnasium
 
@@ -473,7 +493,6 @@ def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) 
             others(message, category, *place)
 
     warnings.showwarning = shown  # type: ignore[assignment]
-    method, task, values = job
 
     class Reporting(Training):
         """Tells how far it is."""
@@ -488,15 +507,7 @@ def _trained(job: tuple[str, Any, dict[str, Any]], report: Callable[..., None]) 
                 report(share=0.999 * share, status="  ".join(self.run.world.status(row)[:1]))
             return row
 
-    def begun() -> Training:
-        if _goes_on(job):
-            try:
-                return Reporting.resume(values["out"], **_repeated(job))
-            except UserError:  # of another version, say: it begins again
-                shutil.rmtree(values["out"])
-        return Reporting(method, task, progress=False, **values)
-
-    with begun() as training:
+    with begun(Reporting, job) as training:
         complete(training, progress=False, signals=True)
         run = training.run
         return run.world.result(run.metrics, run.seconds)

@@ -76,10 +76,10 @@ class Training:
     callable that makes one, or a vector environment; arithmetic, or a data set of prompts with `model` and `reward`: a
     file, a hub id, a list of dicts or a `datasets.Dataset` (so may the options `dataset` and `evaluation_dataset` be);
     exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
-    settings, or "none"; by default the task's preset if it has one. policy, critic: for control, your own modules, or
-    callables that make them from (observation_space, action_space) and (observation_space); for language, critic is a
-    text, the option of that name. engine: the function that samples completions. keywords: any option of the method
-    (see policygrad.train.options); they override the preset.
+    settings, a file of them, or "none"; by default the task's preset if it has one. policy, critic: for control, your
+    own modules, or callables that make them from (observation_space, action_space) and (observation_space); for
+    language, critic is a text, the option of that name. engine: the function that samples completions. keywords: any
+    option of the method (see policygrad.train.options); they override the preset.
 
     The seed determines all random numbers: the same seed gives the same parameters, bit for bit, on the same machine
     with the same number of threads, also those from the global generators of torch, NumPy and Python, which are left
@@ -94,7 +94,7 @@ class Training:
         task: Any = None,
         *,
         out: Path | str | None = None,
-        preset: str | None = None,
+        preset: str | Path | None = None,
         policy: Any = None,
         critic: Any = None,
         engine: Any = None,
@@ -106,7 +106,7 @@ class Training:
             task = str(task)
         if isinstance(critic, str):  # for a language model, critic is an option
             values["critic"], critic = critic, None
-        task, rows = _rows_apart(task, values)
+        task, rows = rows_apart(task, values)
         kind = kind_of(task, values)
         _check_count(task, values)
         preset, tuned = presets.choose(preset, name, task, values)
@@ -542,10 +542,10 @@ class Training:
         """
         at = f"training stopped in iteration {self.iteration}, after {row['steps']:,.0f} steps, because"
         if not self.sound():
-            raise UserError(f"{at} a parameter is not finite: lower learning_rate")
+            raise NonFiniteError(f"{at} a parameter is not finite: lower learning_rate")
         for name, x in row.items():
             if not math.isfinite(x) and not dropped:
-                raise UserError(f"{at} {name} is {x}: a lower learning_rate or scale_rewards may help")
+                raise NonFiniteError(f"{at} {name} is {x}: a lower learning_rate or scale_rewards may help")
         return {name: x for name, x in row.items() if math.isfinite(x)}
 
     def sound(self) -> bool:
@@ -612,7 +612,7 @@ class Written:
         critic = repeated.get("critic")
         if critic is None or not isinstance(critic, str):
             repeated.pop("critic", None)
-        _, rows = _rows_apart("", repeated)
+        _, rows = rows_apart("", repeated)
         method, kind, task, preset, options = configured(directory, repeated, trust, environment, training=True)
         if environment is not None and not isinstance(environment, str):
             task = environment
@@ -727,7 +727,7 @@ def _check_count(task: Any, values: dict[str, Any]) -> None:
             )
 
 
-def _rows_apart(task: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def rows_apart(task: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The task, and data sets that are rows and not names, taken out of the values: option -> rows."""
 
     def named(data: Any) -> bool:

@@ -31,7 +31,7 @@ class Arguments(Keywords, total=False):
     """The options, and what else `train` takes."""
 
     out: Path | str | None
-    preset: str | None
+    preset: str | Path | None
     policy: Any
     critic: Any
     engine: Any

@@ -1,5 +1,8 @@
 """Presets: every file fits its methods and its environment, and the right one is taken."""
 
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -184,3 +187,89 @@ def test_an_error_blames_the_value_of_the_preset_that_the_user_left() -> None:
 def test_the_line_has_what_the_run_reads() -> None:
     options = with_values(options_of("ppo", "control")(), {"credit": "n_step", "epochs": 3})
     assert presets.said("tuned", {"lam": 0.9, "epochs": 3, "n": 5}, options) == "preset tuned: epochs=3, n=5"
+
+
+# A file of one's own
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
+    name = written(tmp_path / "mine.toml", "[any]\ngamma = 0.9\n[ppo]\nhidden = [8]\nclip_low = inf\nclip_high = inf\n")
+    assert presets.choose(name, "ppo", "CartPole-v1", {}) == (
+        name,
+        {"gamma": 0.9, "hidden": [8], "clip_low": math.inf, "clip_high": math.inf},
+    )
+    run = pg.train("ppo", "probes:Known-v0", preset=Path(name), gamma=0.5, iterations=1, epochs=1, progress=False)
+    assert (run.options.gamma, run.options.hidden, run.options.clip_low) == (0.5, (8,), math.inf)
+    assert run.preset == name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[ppo]\nlearning = 1\n", "ppo has no option 'learning': did you mean"),
+        ("[ppo]\ngamma = 'high'\n", "gamma is 'high': it must be a number"),
+        ("[ppo]\ngamma = 2\n", "gamma is 2.0: it must be between 0 and 1"),
+        ("[dqn]\ngamma = 0.9\n", "has 'dqn', which is no table of a method: mend it"),
+        ("ppo = 3\n", "has 'ppo', which is no table of a method"),
+        ("[trpo]\ngamma = 0.9\n", "has no settings for ppo, only for trpo"),
+        ("[ppo\n", "cannot be read"),
+        (
+            '[ppo]\nenv_options = \'{"path": "/etc/x.xml"}\'\n',
+            "sets env_options, which leads out of it: give --env-opt",
+        ),
+        ("[ppo]\nstart = 'runs/of-someone'\n", "sets start, which leads out of it: give --start"),
+        ("#" * 70_000, "it has 70,000 bytes, and at most 65,536 are read"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    name = written(tmp_path / "mine.toml", text)
+    with pytest.raises(UserError) as error:
+        pg.train("ppo", "probes:Known-v0", preset=name, iterations=1, progress=False)
+    assert said in str(error.value)
+    assert len(str(error.value)) <= 200
+    assert "mine.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reward", '["evil.py:f"]'), ("model", '"elsewhere/model"'), ("trust_remote_code", "true"), ("trust", "true")],
+)
+def test_a_file_names_no_code_and_no_model(tmp_path: Path, name: str, value: str) -> None:
+    path = written(tmp_path / "mine.toml", f"[grpo]\n{name} = {value}\n")
+    with pytest.raises(UserError, match=f"sets {name}, which leads out of it: give --{name.replace('_', '-')}"):
+        presets.choose(path, "grpo", "arithmetic", {})
+    path = written(tmp_path / "mine.toml", '[grpo]\nreward = ["exact_match"]\n')
+    assert presets.choose(path, "grpo", "arithmetic", {}) == (path, {"reward": ["exact_match"]})
+
+
+def test_a_file_must_be_there_and_be_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.toml cannot be read: No such file"):
+        presets.load(str(tmp_path / "none.toml"))
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match=r"pipe\.toml is damaged: it is not a regular file"):
+        presets.load(str(tmp_path / "pipe.toml"))
+    (tmp_path / "link.toml").symlink_to(written(tmp_path / "mine.toml", "[ppo]\n"))  # the user's own choice
+    assert presets.load(str(tmp_path / "link.toml")) == {"ppo": {}}
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"bytes\.toml cannot be read"):
+        presets.load(str(tmp_path / "bytes.toml"))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    values = {
+        "gamma": 1 - 1e-8,
+        "learning_rate": 1e-05,
+        "clip_low": math.inf,
+        "epochs": 3,
+        "hidden": (64, 64),
+        "orthogonal": False,
+        "activation": "relu",
+        "system_prompt": 'a "quoted"\nline \x7f \\ é 🙂',
+    }
+    presets.write(tmp_path / "mine.toml", "ppo", values, "two\nlines")
+    assert presets.load(str(tmp_path / "mine.toml")) == {"ppo": values | {"hidden": [64, 64]}}

@@ -103,7 +103,7 @@ def test_the_names_in_a_seeds_directory_are_not_believed(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
     config = json.loads(Path("study/seed-3/config.json").read_text())
     Path("study/seed-3/config.json").write_text(json.dumps(config | {"task": "evil.py:Evil"}))
-    request = studies._request("ppo", "probes:Known-v0", common)
+    request = studies.request_of("ppo", "probes:Known-v0", common)
     Path("study/study.json").write_text(json.dumps(request))
     pg.study("ppo", "probes:Known-v0", seeds=[3], out="study", **common, progress=False)
     assert not Path("ran").exists()
@@ -266,7 +266,7 @@ def _has_rows(run: Path) -> bool:
 
 
 def test_two_studies_do_not_share_a_directory(tmp_path: Path) -> None:
-    request = studies._request("ppo", "probes:Known-v0", {x: y for x, y in QUIET.items() if x != "progress"})
+    request = studies.request_of("ppo", "probes:Known-v0", {x: y for x, y in QUIET.items() if x != "progress"})
     with studies._taken(tmp_path):
         (tmp_path / "study.json").write_text(json.dumps(request))  # no seed has begun
         with pytest.raises(UserError, match="is being trained by another process"):
