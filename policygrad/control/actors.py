@@ -53,13 +53,14 @@ class DistributionActor(Actor):
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise
-            raise not_finite("probability") from error
+            shown = next((x for x in vars(distribution).values() if isinstance(x, Tensor)), given)
+            raise not_finite("probability", shown, torch.from_numpy(counts)) from error
         logp = distribution.log_prob(action)
         total = logp.sum() + action.sum() if action.is_floating_point() else logp.sum()
         if not math.isfinite(total):  # then look closely: only where it counts
             for name, x in (("action", action), ("log-probability", logp)):
                 if not x[torch.from_numpy(counts).to(x.device)].isfinite().all():
-                    raise not_finite(name)
+                    raise not_finite(name, x, torch.from_numpy(counts))
         if self.keep:
             self.logp.append(logp[:, 0])
         action = action[:, 0]
@@ -114,7 +115,7 @@ class PerceptronActor(Actor):
         torch.addmm(self.last[0], x, self.last[1], out=self.outputs[-1][k])
         output = self.host[k] if self.host is not None else self.outputs[-1][k].cpu().numpy()
         if not np.isfinite(output.sum()) and not np.isfinite(output[counts]).all():
-            raise not_finite("output")
+            raise not_finite("output", torch.from_numpy(output), torch.from_numpy(counts))
         self.t += 1
         action = self.choose(output, None if self.noise is None else self.noise[k])
         return action, self.policy.head.to_environment(action)
@@ -163,6 +164,8 @@ def _is_plain(policy: nn.Module) -> bool:
     )
 
 
-def not_finite(name: str) -> NonFiniteError:
-    """A number of the policy's is NaN or infinite."""
-    return NonFiniteError(f"the policy's {name} is not finite: try a lower learning_rate or scale_rewards")
+def not_finite(name: str, x: Tensor, counts: Tensor) -> NonFiniteError:
+    """A number of the policy's is NaN or infinite. x: [B, ...], by environment. counts: where it matters, [B, ...]."""
+    wrong = (~x.isfinite().cpu().reshape(len(x), -1)).any(1) & counts.cpu().reshape(len(x), -1).any(1)
+    at = f" for environment {int(wrong.nonzero()[0])} of {len(x)}" if wrong.any() else ""
+    return NonFiniteError(f"the policy's {name} is not finite{at}: try a lower learning_rate or scale_rewards")

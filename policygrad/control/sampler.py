@@ -19,7 +19,7 @@ from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import to_environment, units
 from policygrad.control.stepping import Stepping
-from policygrad.errors import UserError, one_line
+from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.rollout import Rollout
 
 CAPACITY = 128  # steps that rows of whole episodes have room for at first
@@ -115,7 +115,11 @@ class Sampler:
         failed = np.zeros(stepping.environments.num_envs, dtype=bool)
         for t in range(self.length):
             obs, mask = stepping.now(), ~stepping.resetting
-            action, taken = act(obs, mask)
+            try:
+                action, taken = act(obs, mask)
+            except NonFiniteError as error:
+                error.evidence = {"obs": obs, "mask": mask}
+                raise
             step = stepping.step(taken)._asdict()
             counts = step.pop("counts")
             columns.write(t, obs=obs, action=action, mask=counts, **step)
@@ -133,7 +137,9 @@ class Sampler:
         logp = act.log_probabilities(found["action"][:, : t + 1])
         found["logp"] = pad(logp, (0, columns.written - t - 1))
         if not found["logp"][found["mask"]].isfinite().all():
-            raise not_finite("log-probability")
+            unsound = not_finite("log-probability", found["logp"], found["mask"])
+            unsound.evidence = {name: found[name] for name in ("obs", "action", "logp", "mask")}
+            raise unsound
         if not isinstance(act, PerceptronActor):  # which has none; the check draws from torch's generator
             refuse_memory(policy, found["obs"][:, : t + 1])
         found["ended"] |= ~found["mask"]

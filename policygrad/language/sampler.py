@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from policygrad.errors import UserError, listed
+from policygrad.errors import NonFiniteError, UserError, listed
 from policygrad.language.completions import Completions, Engine, Request
 from policygrad.language.generation import generate
 from policygrad.language.models import stop_tokens
@@ -157,7 +157,11 @@ def answer(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(repeated.texts, texts, strict=True)
     ]
-    reward, parts = judge(repeated.texts, said, columns)
+    try:
+        reward, parts = judge(repeated.texts, said, columns)
+    except NonFiniteError as error:
+        error.evidence = vars(completions)
+        raise
     return Answers(repeated, completions, texts, reward, parts)
 
 

@@ -99,7 +99,7 @@ def test_an_output_that_is_not_finite_is_told_where_it_counts() -> None:
     obs, counts = observations(BOX, 1)[0], np.ones(ROWS, dtype=bool)
     obs[2] = np.nan
     with torch.no_grad():
-        with pytest.raises(UserError, match="output is not finite"):
+        with pytest.raises(UserError, match=f"output is not finite for environment 2 of {ROWS}:"):
             actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts)
         counts[2] = False
         actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts)

@@ -20,7 +20,7 @@ from policygrad.advantages import gae
 from policygrad.control import Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.sampler import next_step_layout
 from policygrad.critics import bootstrap_values
-from policygrad.errors import UserError
+from policygrad.errors import NonFiniteError, UserError
 from policygrad.returns import trajectory_return
 from policygrad.rollout import Rollout
 
@@ -332,9 +332,11 @@ def test_a_policy_that_is_nan_is_named_before_the_environment_sees_it(make: Any,
             return super().step(action)
 
     sampler = Sampler(vector(Seen, Seen), 8, whole_episodes=whole)
-    with pytest.raises(UserError, match=rf"^the policy's {said} is not finite: try a lower learning_rate"):
+    at = f"the policy's {said} is not finite for environment 1 of 2: try a lower learning_rate"
+    with pytest.raises(NonFiniteError, match=at) as raised:
         sampler(Poisoned(make))
     assert not stepped
+    assert raised.value.evidence["obs"].shape[0] == raised.value.evidence["mask"].shape[0] == 2
 
 
 def test_a_policy_may_be_nan_where_nothing_counts() -> None:

@@ -155,3 +155,21 @@ def test_the_batch_of_a_language_model_is_kept(spoil: Callable[[int], None], tmp
     found = load_file(tmp_path / "run" / "nonfinite.safetensors")
     assert {"action", "logp", "mask", "advantage"} < set(found)
     assert any(name.startswith("obs") for name in found), list(found)
+
+
+def a_third_of_nothing(completions: list[str], **_: Any) -> list[float]:
+    """A reward whose third value is none."""
+    return [0.0, 1.0, math.nan, 0.0][: len(completions)]
+
+
+def test_the_completions_with_a_reward_that_is_no_number_are_kept(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"prompts_per_rollout": 2, "completions": 2, "max_tokens": 4, "iterations": 2}
+    with pytest.raises(NonFiniteError, match=r"iteration 1: reward 'a_third_of_nothing' returned nan for sample 2"):
+        pg.train(
+            "grpo", "arithmetic", out=tmp_path / "run", held_out=0, preset="none", progress=False,
+            reward=(a_third_of_nothing,), **values,
+        )  # fmt: skip
+    found = load_file(tmp_path / "run" / "nonfinite.safetensors")
+    assert {name: tuple(x.shape) for name, x in found.items()} == {
+        "tokens": (4, 4), "logp": (4, 4), "mask": (4, 4), "cut": (4,),
+    }  # fmt: skip

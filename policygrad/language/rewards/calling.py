@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policygrad.errors import UserError, listed, one_line, shortened, type_of
+from policygrad.errors import NonFiniteError, UserError, listed, one_line, shortened, type_of
 
 Column = Sequence[Any]  # one entry a sample
 Reward = Callable[..., Any]  # (prompts=, completions=, **columns) -> list[float | None], or a coroutine of it
@@ -229,7 +229,7 @@ def numbers(name: str, values: Any, completions: Column) -> Float[Tensor, " B"]:
     found = [math.nan if value is None else _number(value) for value in values]
     for i, (number, value) in enumerate(zip(found, values, strict=True)):
         if number is None or (value is not None and not abs(number) <= torch.finfo(torch.float32).max):
-            raise UserError(
+            raise (UserError if number is None else NonFiniteError)(
                 f"reward {name!r} returned {shortened(value, 30)} for sample {i} ({_quoted(completions[i], 40)}): "
                 "return a finite number, or None where it does not apply"
             )
