@@ -14,9 +14,10 @@ from policygrad.machine import described
 from policygrad.train.directories import CLAIM
 from policygrad.train.hub import directory_of
 from policygrad.train.reports import ProgressLine, Row, read_rows
+from policygrad.train.resuming import Written
 from policygrad.train.run import Run
 from policygrad.train.snapshots import read_checkpoint
-from policygrad.train.training import Training, Written
+from policygrad.train.training import Training
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ from policygrad.train.names import outside
 from policygrad.train.options import OptionError, options_of, validate, with_rate, with_values
 from policygrad.train.recording import complete
 from policygrad.train.reports import ProgressLine, Row
+from policygrad.train.resuming import rows_apart
 from policygrad.train.run import json_number
 from policygrad.train.search import searched, settled
 from policygrad.train.stopping import Stopped
 from policygrad.train.studies import Job, begun, directory_of, make_room, request_of, taken
-from policygrad.train.training import Training, rows_apart
+from policygrad.train.training import Training
 from policygrad.train.worlds import kind_of
 
 DATABASE = "study.db"

@@ -34,6 +34,7 @@ from policygrad.train import training as module
 from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
 from policygrad.train.recording import Recorder
+from policygrad.train.resuming import FREE
 from policygrad.train.snapshots import read_checkpoint, write_checkpoint
 from policygrad.train.training import Training
 
@@ -457,7 +458,7 @@ def test_what_may_differ_are_options() -> None:
         for world in ("control", "exact", "language")
         for name in vars(options_of(method, world)())
     }
-    assert names >= module.FREE
+    assert names >= FREE
 
 
 class Undecided(Known):
