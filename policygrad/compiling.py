@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from policygrad.errors import Note, one_line
 
+VALUE = "value of the objective"  # among the metrics of a compiled step
 BACKEND = "inductor"  # torch.compile's
 INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -124,7 +125,7 @@ def gradient_step(
             if max_grad_norm < math.inf:
                 share = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 gradients |= {p: x * share for p in found if (x := gradients[p]) is not None}
-        finite = torch.stack(list(norms.values())).isfinite().all()
+        finite = torch.stack([value.detach().reshape(()), *norms.values()]).isfinite().all()
         with torch.no_grad():
             for (group, *settings), rate, state in zip(groups, rates, states, strict=True):
                 reached = [p for p in group if gradients[p] is not None]
@@ -133,7 +134,7 @@ def gradient_step(
                 rule(reached, [gradients[p] for p in reached], state, rate, *settings)
                 for x, old in zip(changing, before, strict=True):
                     x.copy_(x.where(finite, old))
-        return {**metrics, **norms}
+        return {**metrics, **norms, VALUE: value.detach()}
 
     compiled = graph(step, lambda *arguments: None, int(varying))
 
@@ -143,7 +144,8 @@ def gradient_step(
             [optimizer.state[p] for p in group["params"] if p in optimizer.state] for group in optimizer.param_groups
         ]
         found = compiled(batch, rates, states)
-        if found is not None and not all(found[f"{name}gradient_norm"].isfinite() for name in parts):
+        checked = [VALUE, *(f"{name}gradient_norm" for name in parts)]
+        if found is not None and not all(found[name].isfinite() for name in checked):
             for x in (entry["step"] for state in states for entry in state if "step" in entry):
                 x -= 1  # here, because a graph loses what it writes to one number of float64
         return found

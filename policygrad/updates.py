@@ -5,7 +5,7 @@ An update is (objective, batch) -> metrics, and changes the objective's paramete
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from policygrad.compiling import gradient_step, has_rule
+from policygrad.compiling import VALUE, gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, Split, micro_batches, parts_of
@@ -93,23 +93,24 @@ def ascend(
             step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
             if (found := step(batch)) is not None:
                 checked = objective
-                for name in parts:
-                    _check_finite(found[f"{name}gradient_norm"])
+                _check_finite(
+                    {"the objective": found.pop(VALUE)} | _norms({x: found[f"{x}gradient_norm"] for x in parts})
+                )
                 return {**found, **measured}
-        total: Metrics = {}
+        total, whole = Metrics(), torch.zeros(())
         for share, part in micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]:
             value, metrics = objective(part)
             if not value.requires_grad:
                 raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
             (-share * value).backward()  # the one minus sign: torch's optimizers descend
+            whole = whole.to(value) + share * value.detach()
             for name, x in metrics.items():
                 total[name] = total[name] + share * x if name in total else share * x
         if first:
             _check_reached(parts)
             checked = objective
         norms = {f"{name}gradient_norm": clip_grad_norm_(found, max_grad_norm) for name, found in parts.items()}
-        for norm in norms.values():
-            _check_finite(norm)
+        _check_finite({"the objective": whole} | _norms({x: norms[f"{x}gradient_norm"] for x in parts}))
         for one in optimizers:
             one.step()
             one.param_groups[0]["begun"] = True  # part of its state_dict
@@ -250,7 +251,7 @@ def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 1
         alpha = step_size(at.slope).where(at.slope > 0, 0.0)
         with torch.no_grad(), at.restored_on_error() as old:
             add_to(at.parameters, old, alpha * at.direction)
-            _check_finite(torch.stack([p.norm() for p in at.parameters]).norm(), "the step")
+            _check_finite({"the step's norm": torch.stack([p.norm() for p in at.parameters]).norm()})
             improvement, step_kl = objective(batch)[0] - at.value, at.divergence()
         norm = at.gradient.norm()
         moved = {"gradient_norm": norm, "step_size": alpha, "kl_old": step_kl, "improvement": improvement}
@@ -275,7 +276,7 @@ def trust_region_step(
         full_step = kl_radius(at.slope, delta=delta).where(at.slope > 0, 0.0) * at.direction
         step_kl, improvement, fraction = (torch.zeros_like(at.value) for _ in range(3))
         accepted = False
-        _check_finite(full_step.norm(), "the step")
+        _check_finite({"the step's norm": full_step.norm()})
         with torch.no_grad(), at.restored_on_error() as old:
             for k in range(backtracks):
                 add_to(at.parameters, old, shrink**k * full_step)
@@ -307,7 +308,7 @@ class _Natural:
         value, self.metrics = objective(batch)
         self.value = value.detach()
         self.gradient = flat_gradient(value, self.parameters)
-        _check_finite(self.gradient.norm())
+        _check_finite({"the objective": self.value, "the gradient's norm": self.gradient.norm()})
         product = fisher_vector_product(self.divergence, self.parameters, damping)
         self.direction = conjugate_gradient(product, self.gradient, cg_iters)
         self.slope = self.gradient @ self.direction
@@ -329,7 +330,14 @@ class _Natural:
             p.copy_(p_old)
 
 
-def _check_finite(norm: Tensor, of: str = "the gradient") -> None:
-    """Raise NonFiniteError before a gradient or a step that is not finite changes the parameters."""
-    if not norm.isfinite():
-        raise NonFiniteError(f"{of}'s norm is {norm.item()}: a lower learning rate or smaller rewards may help")
+def _norms(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of an optimizer's parts by their names in messages."""
+    return {"the critic's gradient's norm" if name else "the gradient's norm": x for name, x in norms.items()}
+
+
+def _check_finite(numbers: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteError before an objective, a gradient or a step that is not finite changes the parameters."""
+    found = torch.stack([x.double().reshape(()) for x in numbers.values()]).isfinite()
+    if not found.all():  # in one look
+        name, x = next((name, x) for (name, x), finite in zip(numbers.items(), found, strict=True) if not finite)
+        raise NonFiniteError(f"{name} is {x.item()}: a lower learning rate or smaller rewards may help")

@@ -108,7 +108,9 @@ def test_a_step_that_stops_names_the_column_and_has_the_batch(name: str) -> None
     objective = Surrogate()
     bad = spoiled(batch(objective))
     guard, theta = Guard(), [p.clone() for p in objective.parameters()]
-    with pytest.raises(NonFiniteError, match=r"^advantage is not finite in 2 of 8 decisions: the grad") as raised:
+    with pytest.raises(
+        NonFiniteError, match=r"^advantage is not finite in 2 of 8 decisions: the objective is "
+    ) as raised:
         guard(made(name, objective)[0])(objective, bad)
     assert raised.value.evidence.keys() == set(Batch._fields)
     assert torch.equal(raised.value.evidence["obs"], bad.obs)

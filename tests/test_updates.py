@@ -430,11 +430,35 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(
     update = UPDATES[name](policy, batch)
     theta = flat(policy.parameters())
     spoiled = batch._replace(advantage=batch.advantage.index_fill(0, torch.tensor(5), bad))
-    with pytest.raises(NonFiniteError, match="gradient") as raised:
+    with pytest.raises(NonFiniteError, match=r"^the objective is (nan|-?inf): a lower learning rate") as raised:
         update(Problem(policy), spoiled)
     assert torch.equal(flat(policy.parameters()), theta)
     assert isinstance(raised.value, UserError)
     assert len(str(raised.value)) <= 200
+
+
+class Lost(Problem):
+    """A value that is NaN, and a gradient that is not: that of a clamp is 0 there."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        value, metrics = super().forward(batch)
+        first = next(self.parameters()).flatten()[0]
+        return value + (torch.nan + first).clamp(max=20), metrics
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_a_value_that_is_nan_is_refused_though_its_gradient_is_finite(
+    name: str, policy: nn.Module, batch_of: BatchOf
+) -> None:
+    batch = batch_of(policy)
+    update = UPDATES[name](policy, batch)
+    theta = flat(policy.parameters())
+    value = Lost(policy)(batch)[0]
+    if "natural" not in name and "trust" not in name:
+        assert all(x.isfinite().all() for x in torch.autograd.grad(value, list(policy.parameters())) if x is not None)
+    with pytest.raises(NonFiniteError, match=r"^the objective is nan"):
+        update(Lost(policy), batch)
+    assert torch.equal(flat(policy.parameters()), theta)
 
 
 class Endless(Problem):

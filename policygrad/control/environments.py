@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from policygrad.control.envpool import EnvPool
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
 from policygrad.control.wrappers import Layers, Learned
+from policygrad.control.wrapping import wrapped, wrapper
 from policygrad.errors import Note, UserError, ending, one_line, shortened
 from policygrad.functions import load_function, load_module
 
@@ -48,6 +49,7 @@ def make_environments(
     vectorization: str = "auto",
     step_time_limit: float | None = None,
     restarts: int = 0,
+    wrap: Sequence[str] = (),
     **options: Any,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
@@ -58,8 +60,9 @@ def make_environments(
     form if it has one, else `sync`; `async` runs a process per core; `envpool` takes EnvPool's environment of this
     id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
     start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
-    dies or hangs, is made anew (RESTARTED says so in its info); with them, auto takes no native form. options go to
-    gymnasium.make, the class or the function. Dict, Tuple and other composite observations are flattened into a Box.
+    dies or hangs, is made anew (RESTARTED says so in its info). wrap: Gymnasium's wrappers by name, the first one
+    inside (see wrapping.py). With either, auto takes no native form. options go to gymnasium.make, the class or the
+    function. Dict, Tuple and other composite observations are flattened into a Box.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
@@ -69,17 +72,25 @@ def make_environments(
     if vectorization not in ("auto", "sync", "async", "envpool"):
         raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async, envpool")
     if isinstance(environment, gymnasium.Env | VectorEnv):
-        return _given(environment, num_envs, vectorization, options | ({"restarts": restarts} if restarts else {}))
+        unread = {name: x for name, x in (("restarts", restarts), ("wrap", wrap)) if x}
+        return _given(environment, num_envs, vectorization, options | unread)
+    wraps = [wrapper(text) for text in wrap]
     name = one_line(ending(label(environment), 60), 60)
     try:
         if vectorization == "envpool":
-            if restarts:
-                raise UserError("EnvPool's environments are one object, and cannot be made anew one by one")
+            if restarts or wraps:
+                raise UserError("EnvPool's environments are one object, neither made anew nor wrapped one by one")
             return _flat(EnvPool(environment, num_envs, options))
         spec, make = _maker(environment, options)
-        if spec is not None and spec.vector_entry_point is not None and vectorization == "auto" and not restarts:
+        native = vectorization == "auto" and not (restarts or wraps)
+        if native and spec is not None and spec.vector_entry_point is not None:
             return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
-        copies = [lambda: _prepared(make(), name, make if restarts else None, restarts)] * num_envs
+
+        def made() -> gymnasium.Env:
+            environment = make()
+            return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
+
+        copies = [lambda: _prepared(made(), name, made if restarts else None, restarts)] * num_envs
         environments: VectorEnv
         if vectorization == "async":
             environments = Processes(copies, step_time_limit, restarts=restarts)

@@ -35,6 +35,7 @@ class Keywords(TypedDict, total=False):
     group_size: int | None
     vectorization: Literal["auto", "sync", "async", "envpool"]
     step_time_limit: float | None
+    wrap: str | Sequence[str]
     restart_envs: int
     overlap: bool
     env_options: str | dict[str, Any] | None

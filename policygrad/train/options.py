@@ -126,6 +126,9 @@ class Options:
     step_time_limit: float | None = option(None,
         "Seconds that an environment's process may take for its start, a step or a reset; None: any time.",
         POSITIVE, **CONTROL, vectorization=("async",))
+    wrap: tuple[str, ...] = option((),
+        "Wrapper of Gymnasium around each environment, its arguments as JSON: TimeLimit:200, RescaleAction:-1,1, "
+        "FrameStackObservation:4. Repeatable, the first one inside.", TEXTS, **CONTROL)
     restart_envs: int = option(0,
         "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
         "is cut.", NOT_NEGATIVE, **CONTROL)

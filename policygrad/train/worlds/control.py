@@ -138,11 +138,23 @@ class ControlWorld(World):
         """The environment's own options, and EnvPool, whose environments may have other spaces than Gymnasium's."""
         given = json.loads(self.options.env_options or "{}")
         for name in given:
-            if name in ("environment", "num_envs", "vectorization", "step_time_limit", "restarts"):
+            if name in ("environment", "num_envs", "vectorization", "step_time_limit", "restarts", "wrap"):
                 raise OptionError(
                     "env_options", f"env_options has {name}, which is an option of the run: give it there"
                 )
-        return given | ({"vectorization": "envpool"} if self.options.vectorization == "envpool" else {})
+        return (
+            given
+            | self._wrap(self.task)
+            | ({"vectorization": "envpool"} if self.options.vectorization == "envpool" else {})
+        )
+
+    def _wrap(self, environment: Any) -> dict[str, Any]:
+        """The wrappers around an environment that is made here."""
+        if self.options.wrap and isinstance(environment, gymnasium.Env | VectorEnv):
+            raise OptionError(
+                "wrap", "wrap is of environments made here, and this one is made: wrap it, or hand in a function"
+            )
+        return {"wrap": self.options.wrap} if self.options.wrap else {}
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
@@ -290,7 +302,7 @@ class ControlWorld(World):
             max_steps=self.options.episode_steps if max_steps is None else max_steps,
             threads=self.options.threads,
             device=self.options.device,
-            **self._environment_options() if environment is None else {},
+            **self._environment_options() if environment is None else self._wrap(environment),
         )
         if played is self.task and not self.mine and self.environments is not None:
             self.sample.stepping.obs = None  # its episodes were cut: training goes on with new ones
