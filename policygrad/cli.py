@@ -496,6 +496,10 @@ def _trained(run: Any, out: Path, as_json: bool) -> int:
     flags = trusting(run.world.kind, run.world.stored(), run.options)
     if run.world.kind == "language" and not run.world.judged:
         flags += " --dataset PROMPTS"
+    best = run.best
+    if best is not None and best["iteration"] < run.stage.iteration and (out / "best").is_dir():
+        said = f"{best['metric']} {best['score']:,.4g}, iteration {best['iteration']:,} of {run.stage.iteration:,}"
+        print(f"best: {said} (evaluate: policygrad eval {shlex.quote(str(out / 'best'))}{flags})")
     print(f"run: {out} (evaluate: policygrad eval {shlex.quote(str(out))}{flags})")
     return 0
 

@@ -97,13 +97,14 @@ def ascend(
                     {"the objective": found.pop(VALUE)} | _norms({x: found[f"{x}gradient_norm"] for x in parts})
                 )
                 return {**found, **measured}
-        total, whole = Metrics(), torch.zeros(())
+        total: Metrics = {}
+        whole: Any = 0.0
         for share, part in micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]:
             value, metrics = objective(part)
             if not value.requires_grad:
                 raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
             (-share * value).backward()  # the one minus sign: torch's optimizers descend
-            whole = whole.to(value) + share * value.detach()
+            whole = whole + share * value.detach()
             for name, x in metrics.items():
                 total[name] = total[name] + share * x if name in total else share * x
         if first:

@@ -1251,3 +1251,12 @@ def test_eval_of_an_exact_run_takes_neither_a_count_nor_greedy(policygrad: Any) 
     assert_one_line(policygrad("eval", "run", "--seed", 3), "evaluated exactly, without random numbers")
     assert_one_line(policygrad("eval", "run", "--trust", "--episodes", 3), "--episodes is for control")
     assert_one_line(policygrad("eval", "run", "--trust", "--completions", 3), "--completions is for language")
+
+
+def test_the_best_policy_is_said_where_it_is_not_the_last(policygrad: Any) -> None:
+    options = ("--num-envs", 4, "--steps", 400, "--hidden", 8, "--preset", "none", "--evaluate-every", 1)
+    said = policygrad("train", "reinforce", "probes:Known-v0", "--learning-rate", 1e-30, "--out", "run", *options)
+    found = re.search(r"^best: evaluation [-\d.]+, iteration 0 of \d+ \(evaluate: policygrad eval run/best --trust\)$",
+                      said.out, re.MULTILINE)  # fmt: skip
+    assert found, "no evaluation is better than the first, since nothing is learned: " + said.out
+    assert policygrad("eval", "run/best", "--trust", "--episodes", 2).code == 0

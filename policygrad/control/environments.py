@@ -86,7 +86,7 @@ def make_environments(
         if native and spec is not None and spec.vector_entry_point is not None:
             return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
 
-        def made() -> gymnasium.Env:
+        def made() -> Any:
             environment = make()
             return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
 
