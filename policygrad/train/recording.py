@@ -88,28 +88,28 @@ class Recorder:
 
     def save(self, *, policy: bool = True) -> None:
         """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
-        self._written(self._write_best, self.write_checkpoint, *([self.run.write_policy] if policy else []))
+        with self.clock:
+            self._written(self._write_best, self.write_checkpoint, *([self.run.write_policy] if policy else []))
 
     def _keep_best(self) -> None:
         """Keep the current policy at once if an evaluation has just said that it is the best."""
-        best = self.training.best
-        if self.log is not None and not best.written and best.iteration == self.training.iteration:
+        best, keep = self.training.best, self.training.options.keep_best and self.log is not None
+        if keep and not best.written and best.iteration == self.training.iteration:
             self._written(self._write_best)
 
     def _written(self, *writes: Callable[[Path], None]) -> None:
         """Write to the run's directory. Raises FullDiskError; anything else that fails is a warning."""
         assert self.run.directory is not None
-        with self.clock:
-            try:
-                for write in writes:
-                    write(self.run.directory)
-            except Exception as error:  # of the system, or of a library's own kind
-                said = unwritable(self.run.directory, error)
-                if getattr(error.__cause__ or error, "errno", None) in FULL:
-                    said = f"{said} in iteration {self.training.iteration:,}"
-                    raise FullDiskError(f"{said}: make room, and resume the run") from error
-                if writes != (self._write_best, self.write_checkpoint):  # then saving the policy will say so
-                    warnings.warn(f"{said}: training goes on, and {self.run.kept('there')}", Note, stacklevel=3)
+        try:
+            for write in writes:
+                write(self.run.directory)
+        except Exception as error:  # of the system, or of a library's own kind
+            said = unwritable(self.run.directory, error)
+            if getattr(error.__cause__ or error, "errno", None) in FULL:
+                said = f"{said} in iteration {self.training.iteration:,}"
+                raise FullDiskError(f"{said}: make room, and resume the run") from error
+            if writes != (self._write_best, self.write_checkpoint):  # then saving the policy will say so
+                warnings.warn(f"{said}: training goes on, and {self.run.kept('there')}", Note, stacklevel=3)
 
     def _write_best(self, directory: Path) -> None:
         """Write the current policy to RUN/best if it is the best so far. Raises OSError."""

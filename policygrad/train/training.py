@@ -302,7 +302,7 @@ class Training:
         """Go on with the total of these options in place of what the run was to have."""
         self.options = self.run.options = options
         share = self._share(self.last.get("steps", 0.0), self.iteration)
-        self.done, self.next_row = False, share + 1 / ROWS
+        self.done, self.next_row, self.best.waited = False, share + 1 / ROWS, 0
         self._schedule(share)
 
     def checkpoint(self, log: dict[str, Any]) -> dict[str, Any]:
@@ -376,8 +376,8 @@ class Training:
             self.run.stage = Stage(self.iteration, int(row["steps"]), "ended" if self.done else "unfinished")
             with self.run.span("evaluation"):
                 self._judge(row)
-            patience = self.options.evaluation_patience
-            self.done = self.done or (patience is not None and self.best.waited >= patience)
+            if self.best.waited >= (self.options.evaluation_patience or math.inf):
+                self.done, self.run.stage = True, replace(self.run.stage, run="ended")
             self.clock += time.perf_counter() - start
             row["seconds"] = self.run.seconds = self.clock
             row |= self.world.speeds(row, self.last, seconds)

@@ -98,6 +98,30 @@ def test_a_run_stops_after_so_many_evaluations_without_a_better_one(
     run = pg.train("ppo", "CartPole-v1", **values)
     assert (run.stage.iteration, len(asked)) == (last, last + 1)
     assert run.ended == "finished"
+    assert run.stage.run == "ended"
+
+
+def test_a_run_that_has_stopped_so_may_have_more(tmp_path: Path) -> None:
+    """It waits anew."""
+    values = SMALL | {"preset": "none", "evaluate_every": 1, "evaluation_episodes": 1, "evaluation_patience": 1}
+    values |= {"learning_rate": 1e-30, "checkpoint_every": 1, "steps": 6400}
+    run = pg.train("ppo", "CartPole-v1", out=tmp_path / "run", **values)
+    assert run.stage.iteration == 1, "nothing is learned, and no evaluation is better than the one before training"
+    assert pg.Run.load(tmp_path / "run").standing().endswith("of a run that ended")
+    assert pg.resume(tmp_path / "run", steps=640, progress=False).stage.iteration == 2
+
+
+def test_keeping_the_best_does_not_put_off_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every evaluation is better than the last, and the clock of the checkpoints goes on."""
+    scripted(monkeypatch, [float(k) for k in range(10)])
+    times = iter(range(0, 10_000, 5))  # seconds from one look at the clock to the next
+    monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=lambda: float(next(times))))
+    saved: list[int] = []
+    monkeypatch.setattr(recording.Recorder, "write_checkpoint", lambda self, _: saved.append(self.training.iteration))
+    values = SMALL | {"steps": 90, "evaluate_every": 1, "preset": "none"}
+    pg.train("ppo", "CartPole-v1", out=tmp_path / "run", **values)
+    assert saved == [6, 9], "after 30 seconds, and at the end"
+    assert on_disk(tmp_path / "run" / "best") == {9.0}
 
 
 def test_a_run_may_keep_no_best(tmp_path: Path) -> None:
