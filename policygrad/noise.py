@@ -15,6 +15,7 @@ from torch.optim import Adam, Optimizer
 from policygrad.rollout import Batch, micro_batches
 from policygrad.updates import Metrics
 
+UNSEEN = 1e-6  # the ratio of signal to noise where no signal is seen
 PARTS = 16  # of a batch, whose gradients are compared
 
 
@@ -49,7 +50,7 @@ def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float
     m and v are weighted means of gradients and of their squares, with the weights w_i and 1 in all. If the gradients
     are G + e_i, sum m^2 has the mean |G|^2 + rho tr(Sigma) / b with rho = sum_i w_i^2, and sum v the mean |G|^2 +
     tr(Sigma) / b. v remembers longer than m: where gradients have shrunk, the noise is overstated. size: b. Empty
-    without Adam or AdamW, and before the second step.
+    without Adam or AdamW.
     """
     own, rho, first, second = set(policy.parameters()), 1.0, torch.zeros(()).double(), torch.zeros(()).double()
     for adam, group in ((x, group) for x in optimizers if isinstance(x, Adam) for group in x.param_groups):
@@ -63,7 +64,7 @@ def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float
             first = first + _sum_of_squares(list(norms)).cpu() / (1 - beta**steps) ** 2
             second = second + torch.stack(list(sums)).sum().cpu() / (1 - beta_2**steps)
     if rho == 1.0:
-        return {}
+        return _metrics(first, first, size) if any(isinstance(x, Adam) for x in optimizers) else {}
     noise = (second - first) / (1 - rho)
     return _metrics(second - noise, noise, size)
 
@@ -94,12 +95,14 @@ class NoiseMeter:
 
 
 def _metrics(signal: Tensor, noise: Tensor, size: float | int) -> Metrics:
-    """As metrics. The estimates are unbiased, so that of the signal may be below 0: then no batch size is known."""
-    if not noise > 0:
-        return {}
-    if not signal > 0:
-        return {"gradient_snr": torch.zeros_like(noise)}
-    return {"gradient_snr": signal / noise, "noise_scale": size * noise / signal}
+    """As metrics, between UNSEEN and its inverse.
+
+    The estimates are unbiased, so that of the signal may be below 0: then, and before there are two gradients, it is
+    UNSEEN. Without noise the ratio would be infinite.
+    """
+    ratio = torch.where(noise > 0, signal / noise, torch.where(signal > 0, 1 / UNSEEN, UNSEEN))
+    ratio = ratio.clamp(UNSEEN, 1 / UNSEEN)
+    return {"gradient_snr": ratio, "noise_scale": size / ratio}
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:

@@ -565,7 +565,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     (
         "long command",
         ("x" * 1000,),
-        "xxx...: there are train, resume, reproduce, reward-model, eval, watch, compare, report, push, verify, list",
+        "xxx...: there are train, resume, reproduce, reward-model, eval, watch, export, tune, compare, report, push,",
     ),
     ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
     ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),
@@ -579,7 +579,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("a capital too few", ("train", "PPO", "cartpole-v1"), "did you mean CartPole-v1"),
     ("long method", ("train", "p" * 1000, "CartPole-v1"), "unknown method 'ppp"),
     ("no method", ("train", "--steps", "3"), "there is no method"),
-    ("long preset", ("train", "ppo", "CartPole-v1", "--preset", "x" * 1000), "(or none)"),
+    ("long preset", ("train", "ppo", "CartPole-v1", "--preset", "x" * 1000), "(or none, or FILE.toml)"),
     ("empty task", ("train", "ppo", ""), "an argument is empty (a variable of the shell that is not set?)"),
     ("long task", ("train", "ppo", "x" * 1000), "unknown environment"),
     ("escapes in a task", ("train", "ppo", "\x1b[31m\n\r"), "\\x1b[31m"),

@@ -1,7 +1,6 @@
 """The noise scale against its definition: estimates whose means over every possible sample are exact."""
 
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -73,7 +72,7 @@ def test_of_one_batch() -> None:
     variance = VARIANCE * 4 / 3
     signal = float(G @ G) - variance / 4
     assert signal < 0
-    assert found == {"gradient_snr": 0}
+    assert found == {"gradient_snr": 1e-6, "noise_scale": 4e6}
     near = gradient_noise(Linear(), batch([10 * G + e for e in NOISES]))
     assert near["noise_scale"].item() == pytest.approx(variance / (100 * float(G @ G) - variance / 4))
     assert near["gradient_snr"].item() == pytest.approx(4 / near["noise_scale"].item())
@@ -121,14 +120,16 @@ def test_moments_are_of_the_policy_alone_and_of_adam() -> None:
     assert_close(found, expected)
     assert found["noise_scale"] * found["gradient_snr"] == pytest.approx(64)
     assert noise_of_moments([torch.optim.SGD(policy.parameters(), lr=1.0)], policy, 64.0) == {}
-    assert noise_of_moments([torch.optim.Adam(policy.parameters())], policy, 64.0) == {}
+    fresh = noise_of_moments([torch.optim.Adam(policy.parameters())], policy, 64.0)
+    assert fresh == {"gradient_snr": 1e-6, "noise_scale": 64e6}, "before the second step nothing is seen"
 
 
-def test_a_signal_that_is_not_seen_has_no_batch_size() -> None:
+def test_what_is_not_seen_has_an_end() -> None:
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    assert _metrics(-one, one, 8) == {"gradient_snr": zero}
-    assert _metrics(one, zero, 8) == {}
-    assert _metrics(one, torch.tensor(math.nan), 8) == {}
+    assert _metrics(-one, one, 8) == {"gradient_snr": 1e-6, "noise_scale": 8e6}
+    assert _metrics(one, zero, 8) == {"gradient_snr": 1e6, "noise_scale": 8e-6}
+    assert _metrics(zero, zero, 8) == {"gradient_snr": 1e-6, "noise_scale": 8e6}
+    assert _metrics(one, one, 8) == {"gradient_snr": 1, "noise_scale": 8}
 
 
 def test_the_meter_measures_the_first_batch_before_its_step() -> None:

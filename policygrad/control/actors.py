@@ -46,7 +46,7 @@ class DistributionActor(Actor):
         self.logp: list[Tensor] = []
 
     def __call__(self, obs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        given = torch.from_numpy(obs).to(self.device).unsqueeze(1)
+        given = as_tensor(obs, self.device).unsqueeze(1)
         distribution = checked_distribution(called(self.policy, given), len(obs), self.space)
         try:
             action = distribution.sample()
@@ -108,7 +108,7 @@ class PerceptronActor(Actor):
         k = self.t % self.block
         if k == 0:
             self._next_block()
-        x = torch.from_numpy(obs).to(self.device)
+        x = as_tensor(obs, self.device)
         x = x.reshape(self.rows, -1) if x.is_floating_point() else self.policy.encode(x.unsqueeze(1)).squeeze(1)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))
@@ -162,6 +162,15 @@ def _is_plain(policy: nn.Module) -> bool:
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)
         and not any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in policy.modules())
     )
+
+
+def as_tensor(x: np.ndarray, device: torch.device) -> Tensor:
+    """A copy in memory as torch lays it out: row by row, from a multiple of 64 bytes on.
+
+    The last bit of a matrix product depends on that. Environments may hand out a transposed array, and the state of a
+    run that is resumed is none: the first step after resuming would come to another bit.
+    """
+    return torch.from_numpy(x).to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def not_finite(name: str, x: Tensor, counts: Tensor) -> NonFiniteError:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import pad
 
-from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
+from policygrad.control.actors import Actor, PerceptronActor, actor, as_tensor, not_finite
 from policygrad.control.checks import check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
@@ -133,7 +133,7 @@ class Sampler:
         if t + 1 < self.length:
             columns.write(t + 1, obs=stepping.now())  # where the episodes that ended last stopped
         found = columns.tensors(self.device)
-        final_obs = torch.from_numpy(stepping.now()).to(self.device)
+        final_obs = as_tensor(stepping.now(), self.device)
         logp = act.log_probabilities(found["action"][:, : t + 1])
         found["logp"] = pad(logp, (0, columns.written - t - 1))
         if not found["logp"][found["mask"]].isfinite().all():
@@ -229,7 +229,8 @@ class _Columns:
     def _allocated(self, like: np.ndarray) -> np.ndarray:
         """A column of zeros for values like these, [B, ...]."""
         dtype = stored_dtype(like.dtype) if like.dtype == np.float64 else like.dtype
-        return np.zeros((self.rows, self.capacity, *like.shape[1:]), dtype=dtype)
+        kind = torch.from_numpy(np.zeros(0, dtype)).dtype
+        return torch.zeros((self.rows, self.capacity, *like.shape[1:]), dtype=kind).numpy()  # as in as_tensor
 
 
 def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) -> tuple[dict[str, Tensor], Tensor]:

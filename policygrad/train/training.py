@@ -133,6 +133,7 @@ class Training:
         self.random = Generators(options.seed, options.device)
         self.best = Best()
         self.dropped = 0  # updates that were dropped so far
+        self.counted = 0.0  # decisions of all iterations before this one
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         self.resumed: dict[str, Any] | None = None  # of a run that goes on: where its log was
         self.lock: Lock | None = None
@@ -366,7 +367,7 @@ class Training:
                 self.learner.meter.begin()
             metrics = _next(self.iterations, self.iteration + 1)
             row = _as_row({**metrics, **self._noise(metrics)})
-            self.iteration += 1
+            self.iteration, self.counted = self.iteration + 1, row["steps"]
             dropped, self.dropped = self.learner.guard.skipped - self.dropped, self.learner.guard.skipped
             if self.learner.guard.skip:
                 row["skipped_updates"] = float(self.dropped)
@@ -400,6 +401,7 @@ class Training:
             "clock": self.clock,
             "best": vars(self.best),
             "dropped": self.dropped,
+            "counted": self.counted,
             "random": self.random.state_dict(),
             "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
             "optimizers": [x.state_dict() for x in self.learner.optimizers],
@@ -413,7 +415,7 @@ class Training:
         self.iteration, self.done = int(state["iteration"]), bool(state["done"])
         self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
         self.best, self.dropped = Best(**state["best"]), int(state["dropped"])
-        self.learner.guard.skipped = self.dropped
+        self.learner.guard.skipped, self.counted = self.dropped, float(state["counted"])
         self.run.best = self.best.summary()
         with self._inside():  # environments may draw from the global generators
             lost = self.world.restore(state["surroundings"])
@@ -472,7 +474,7 @@ class Training:
         if size is None and self.world.kind == "language":
             size = options.prompts_per_rollout * options.completions
         elif size is None:
-            size = float(metrics["steps"]) - self.last.get("steps", 0.0)
+            size = float(metrics["steps"]) - self.counted
         return noise_of_moments(self.learner.optimizers, self.world.policy, size)
 
     def _judged(self, iteration: int) -> bool:

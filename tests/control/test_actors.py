@@ -144,3 +144,19 @@ def test_an_actor_reads_the_parameters_as_they_are() -> None:
         action, _ = actor(Mode(policy), ACTIONS[1][0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, everywhere)
         expected = policy(torch.from_numpy(obs).unsqueeze(1)).mode[:, 0]
     torch.testing.assert_close(torch.from_numpy(action), expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_layout_of_the_observations_changes_no_bit(seed: int) -> None:
+    """An environment may hand out a transposed array; the state that a run is resumed from is none."""
+    torch.manual_seed(seed)
+    policy = Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(2), hidden=(16,))
+    obs = np.random.default_rng(seed).normal(size=(3, 4)).astype(np.float32)
+    counts = np.ones(3, dtype=bool)
+    found = []
+    for given in (obs, np.asfortranarray(obs)):
+        act = actor(policy, spaces.Discrete(2), CPU, 3, 1, np.random.default_rng(0))
+        with torch.no_grad():
+            action, _ = act(given, counts)
+            found.append(act.log_probabilities(torch.from_numpy(action).unsqueeze(1)))
+    assert torch.equal(*found)

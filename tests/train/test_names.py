@@ -26,6 +26,7 @@ HARMLESS = {
     "system_prompt",
     "template_variables",
     "stop",
+    "wrap",  # names of a list
 }
 
 

@@ -96,8 +96,8 @@ def test_the_command_trains_a_run_like_it(
     assert words[:2] == ["policygrad", "train"]
     made: list[Any] = []
 
-    def seen(name: str, task: Any, out: Path, preset: Any, tuned: Any, found: Any, values: dict[str, Any]) -> Any:
-        made.append((name, task, preset, values))
+    def seen(found: Any, out: Path) -> Any:
+        made.append((found.name, found.task, found.preset, found.values))
         raise UserError("seen")
 
     monkeypatch.setattr(cli, "_run", seen)

@@ -209,8 +209,8 @@ def test_the_summary_is_the_worlds_after_what_all_have(tmp_path: Path) -> None:
     common = ["run", "method", "world", "task", "preset", "ended", "steps", "seconds", "steps_per_second"]
     control = pg.train("ppo", "probes:Known-v0", **SMALL).summary()
     exact = pg.train("ppo", "exact:bandit", iterations=1, progress=False).summary()
-    assert list(control) == [*common, "episodes", "return_mean", "return_std", "reward_per_step", "success"]
-    assert list(exact) == [*common, "return_mean", "before", "after"]
+    assert list(control) == [*common, "episodes", "return_mean", "return_std", "reward_per_step", "success", "best"]
+    assert list(exact) == [*common, "return_mean", "before", "after", "best"]
     for summary in (control, exact):
         strict(json.dumps(summary))
 

@@ -267,7 +267,7 @@ def _has_rows(run: Path) -> bool:
 
 def test_two_studies_do_not_share_a_directory(tmp_path: Path) -> None:
     request = studies.request_of("ppo", "probes:Known-v0", {x: y for x, y in QUIET.items() if x != "progress"})
-    with studies._taken(tmp_path):
+    with studies.taken(tmp_path):
         (tmp_path / "study.json").write_text(json.dumps(request))  # no seed has begun
         with pytest.raises(UserError, match="is being trained by another process"):
             pg.study("ppo", "probes:Known-v0", seeds=[0], out=tmp_path, **QUIET)

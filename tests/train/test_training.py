@@ -168,7 +168,7 @@ def test_the_run_directory_holds_all_of_it(run: Run) -> None:
     assert run.directory is not None
     names = {path.name for path in run.directory.iterdir()}
     written = {"config.json", "metrics.jsonl", "policy.json", "policy.safetensors", "curve.png", "tensorboard"}
-    assert names == written | {"summary.json", "checkpoints", ".lock"}
+    assert names == written | {"summary.json", "checkpoints", "best", ".lock"}
 
 
 def test_the_configuration_is_whole_and_strict_json(run: Run) -> None:
@@ -598,7 +598,13 @@ def test_the_policy_is_saved_as_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
     for seconds, count, different in ((0.0, 1 + 2 + 1, 4), (1e9, 2, 2)):
         monkeypatch.setattr(recording, "SAVE_SECONDS", seconds)
         saved.clear()
-        pg.train("ppo", "probes:Known-v0", out=tmp_path / str(seconds), **(SMALL | {"steps": None, "iterations": 2}))
+        pg.train(
+            "ppo",
+            "probes:Known-v0",
+            out=tmp_path / str(seconds),
+            **(SMALL | {"steps": None, "iterations": 2}),
+            keep_best=False,
+        )
         assert len(saved) == count
         assert len(set(saved)) == different
 
