@@ -71,9 +71,9 @@ def test_composite_observations_are_flattened_as_in_training(space: spaces.Space
     rows: list[Any] = [space.sample() for _ in range(3)]
     flat = made.act(np.stack([spaces.flatten(space, x) for x in rows]))
     for row, expected in zip(rows, flat, strict=True):
-        np.testing.assert_allclose(act(made, row, space, made.action_space), expected, rtol=1e-6)
+        np.testing.assert_allclose(act(made, row, space, made.action_space), expected, rtol=1e-6, atol=1e-8)
     batch = rows_together(rows)
-    np.testing.assert_allclose(act(made, batch, space, made.action_space), flat, rtol=1e-6)
+    np.testing.assert_allclose(act(made, batch, space, made.action_space), flat, rtol=1e-6, atol=1e-8)
 
 
 def rows_together(rows: list[Any]) -> Any:
