@@ -15,17 +15,24 @@ def conjugate_gradient(
 ) -> Float[Tensor, " N"]:
     """Solve F x = b for a symmetric positive definite F, given only v -> F v (Hestenes & Stiefel 1952).
 
-    Stops after `iters` products, once |b - F x| <= tol |b|, or at the limit of the precision. x satisfies x.b = x.F x
-    even if it stops early, so the KL of a step along x needs no further product.
+    Stops after `iters` products, once |b - F x| <= tol |b|, or before a direction d along which F is 0 to rounding:
+    d.F d / |d|^2 is then noise, and may be negative (Steihaug 1983, truncated conjugate gradient). x satisfies
+    x.b = x.F x even if it stops early, so the KL of a step along x needs no further product.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
-    limit = max(tol, 10 * torch.finfo(b.dtype).eps) ** 2 * square  # below it, directions of a singular F are noise
+    rounding = 10 * torch.finfo(b.dtype).eps
+    limit = max(tol, rounding) ** 2 * square  # below it, directions of a singular F are noise
+    steepest = torch.zeros_like(square)  # the largest d.F d / |d|^2 so far: F's scale
     for _ in range(iters):
         if square <= limit:  # also b = 0
             break
         product = matvec(direction)
-        alpha = square / (direction @ product)
+        curvature, length = direction @ product, direction @ direction
+        if curvature <= rounding * steepest * length:  # false where F is NaN or infinite, which x must show
+            break
+        steepest = torch.maximum(steepest, curvature / length)
+        alpha = square / curvature
         x += alpha * direction
         residual -= alpha * product
         square, last = residual @ residual, square

@@ -40,6 +40,25 @@ def test_stopped_early_the_slope_along_x_is_its_curvature(iters: int) -> None:
     assert_close(x @ b, x @ matrix @ x)
 
 
+@pytest.mark.parametrize("third", [0.0, 1e-17, -1e-17])
+def test_a_direction_without_curvature_is_not_taken(third: float) -> None:
+    """Rounding makes the 0 of a singular matrix any small number, whose inverse would be the whole answer."""
+    matrix, b = torch.tensor([1.0, 0.5, third]).diag(), torch.tensor([1.0, 1.0, 1e-8])
+    x = conjugate_gradient(lambda v: matrix @ v, b, iters=50)
+    assert_close(x, torch.tensor([1.0, 2.0, 0.0]), rtol=1e-12, atol=1e-7)
+    assert_close(x @ b, x @ matrix @ x)
+    assert conjugate_gradient(lambda v: -v, b).eq(0).all()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("product", [0, 1])
+def test_a_product_that_is_not_finite_is_seen_in_the_answer(wrong: float, product: int) -> None:
+    matrix, calls = positive_definite(1e3), []
+    factors = {product: wrong}
+    x = conjugate_gradient(lambda v: calls.append(1) or factors.get(len(calls) - 1, 1.0) * (matrix @ v), torch.randn(8))
+    assert x.isnan().any()
+
+
 def test_each_iteration_is_nearer() -> None:
     matrix, b = positive_definite(1e3), torch.randn(8)
     errors = [torch.linalg.solve(matrix, b) - conjugate_gradient(lambda v: matrix @ v, b, n) for n in range(8)]
