@@ -390,6 +390,7 @@ USES = {
     "reproduce": ["--json", "--trust", "--threads 1"],
     "compare": ["run", "--json", "--out here", "--at 64", "--score training", "--score evaluation", "--unfinished"],
     "report": ["run", "--out page.html", "--out here/"],
+    "export": ["--format onnx", "--format torch-export", "--out here", "--trust"],
     "watch": ["--out film.gif", "--max-steps 3", "--episodes 1", "--seed 3", "--greedy", "--sampled", "--trust"],
 }
 

@@ -137,7 +137,7 @@ def damaged(path: Path, why: str, what: str = "is damaged") -> UserError:
 
 
 def check_real(directory: Path) -> None:
-    """Raise UserError if a directory holds a link, a pipe or a device: what is written there would go elsewhere."""
+    """Raise UserError if a directory holds a link, a pipe or a device, which leads out of it."""
     for folder, names, files in os.walk(directory):
         for name in (*names, *files):
             path = Path(folder, name)
@@ -146,9 +146,7 @@ def check_real(directory: Path) -> None:
             except OSError:  # it is gone
                 continue
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise damaged(
-                    path, "it is no regular file, and a run that goes on writes there: put a file in its place"
-                )
+                raise damaged(path, "it is no regular file, and may lead out of the directory: put a file in its place")
 
 
 def beside(path: Path) -> Path:

@@ -1,22 +1,19 @@
 """Updates whose numbers are not finite: they stop the run, or are dropped and counted."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.rollout import Batch
-from policygrad.updates import Metrics
-
-AnyUpdate = Callable[..., Metrics]  # (objective, batch) -> metrics
+from policygrad.updates import Metrics, Update
 
 
 class Guard:
-    """Wraps updates: where the gradient, or a probability on the way to it, is NaN or infinite, nothing changes.
+    """Wraps updates: where the objective, its gradient or a probability is NaN or infinite, nothing changes.
 
-    An update does not change parameters or the optimizer's state before it has seen that its gradient is finite. With
+    An update does not change parameters or the optimizer's state before it has seen that both are finite. With
     `skip` it is then dropped: it returns no metrics, and `skipped` counts it. Otherwise it raises NonFiniteError, which
     names the first column of the batch that is not finite and has the batch as its `evidence`.
     """
@@ -24,7 +21,7 @@ class Guard:
     def __init__(self, *, skip: bool = False) -> None:
         self.skip, self.skipped = skip, 0
 
-    def __call__(self, update: AnyUpdate) -> AnyUpdate:
+    def __call__(self, update: Update) -> Update:
         """The update, guarded."""
 
         def guarded(objective: Any, batch: Batch) -> Metrics:

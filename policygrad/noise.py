@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from policygrad.rollout import Batch, micro_batches
-from policygrad.updates import Metrics
+from policygrad.updates import Metrics, Update
 
 UNSEEN = 1e-6  # the ratio of signal to noise where no signal is seen
 PARTS = 16  # of a batch, whose gradients are compared
@@ -24,7 +24,7 @@ def gradient_noise(objective: Any, batch: Batch, parts: int = PARTS) -> Metrics:
 
     With g = sum_k w_k g_k, w_k each part's share of the weight, sum_k w_k |g_k - g|^2 / (K - 1) is an unbiased estimate
     of tr(Sigma) / b, and |g|^2 less that one of |G|^2. Rows are taken as independent. Costs a gradient of the batch.
-    Empty if fewer than two parts have weight.
+    With fewer than two parts of weight nothing is seen.
     """
     parameters = [p for p in objective.policy.parameters() if p.requires_grad]
     rows, count = len(batch.mask), 0
@@ -37,9 +37,9 @@ def gradient_noise(objective: Any, batch: Batch, parts: int = PARTS) -> Metrics:
             if x is not None:
                 total += share * x
                 squares = squares + share * x.double().square().sum()
-    if count < 2:
-        return {}
     whole = _sum_of_squares(mean)
+    if count < 2:
+        return _metrics(torch.zeros_like(whole), torch.zeros_like(whole), int(batch.mask.any(1).sum()))
     noise = (squares - whole).clamp(min=0.0) / (count - 1)
     return _metrics(whole - noise, noise, int(batch.mask.any(1).sum()))
 
@@ -63,8 +63,10 @@ def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float
             sums = torch._foreach_norm([x["exp_avg_sq"] for x in same], 1, dtype=torch.float64)
             first = first + _sum_of_squares(list(norms)).cpu() / (1 - beta**steps) ** 2
             second = second + torch.stack(list(sums)).sum().cpu() / (1 - beta_2**steps)
-    if rho == 1.0:
-        return _metrics(first, first, size) if any(isinstance(x, Adam) for x in optimizers) else {}
+    if not any(isinstance(x, Adam) for x in optimizers):
+        return {}
+    if rho == 1.0:  # no parameter has taken a second step
+        return _metrics(signal=first, noise=second, size=size)
     noise = (second - first) / (1 - rho)
     return _metrics(second - noise, noise, size)
 
@@ -82,7 +84,7 @@ class NoiseMeter:
         """An iteration begins."""
         self.waiting, self.found = True, {}
 
-    def __call__(self, update: Callable[..., Metrics]) -> Callable[..., Metrics]:
+    def __call__(self, update: Update) -> Update:
         """The update, measured."""
 
         def measured(objective: Any, batch: Batch) -> Metrics:

@@ -68,9 +68,9 @@ def ascend(
     stopped. varying: the batches have different numbers of rows, for which there is one graph from the start. The
     update returns the objective's metrics, those of the split, and gradient_norm and
     critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes nothing: the
-    optimizer's moments would move the parameters. It raises NonFiniteError before the step if a gradient
-    is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no
-    gradient reaches them.
+    optimizer's moments would move the parameters. It raises NonFiniteError before the step if the objective or a
+    gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's,
+    or no gradient reaches them.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     checked: Scalar | None = None
@@ -244,7 +244,7 @@ def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 1
 
     Conjugate gradient on Fisher-vector products finds F^-1 g, with `damping` added to F's diagonal. The update returns
     the objective's metrics, gradient_norm, step_size, kl_old (of the step) and improvement (of the objective). It
-    raises NonFiniteError if the gradient is NaN or infinite.
+    raises NonFiniteError if the objective, the gradient or the step is NaN or infinite; nothing has changed then.
     """
 
     def update(objective: Measured, batch: Batch) -> Metrics:

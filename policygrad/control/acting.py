@@ -7,7 +7,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from policygrad.control.checks import called, checked_distribution, checked_member, stored
+from policygrad.control.checks import as_tensor, called, checked_distribution, checked_member, stored
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.spaces import to_environment
 from policygrad.errors import UserError, one_line, shortened
@@ -64,7 +64,7 @@ def act(
     device = next((x.device for x in policy.parameters()), torch.device("cpu"))
     if policy.training:
         policy.eval()
-    output = called(policy, torch.from_numpy(stored(batch)).to(device).unsqueeze(1))
+    output = called(policy, as_tensor(stored(batch), device).unsqueeze(1))
     distribution = Certain(output) if greedy else output
     checked_distribution(distribution, len(batch), action_space)
     action = distribution.sample()[:, 0]

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from policygrad.control.acting import Mode
-from policygrad.control.checks import called, checked_distribution
+from policygrad.control.checks import as_tensor, called, checked_distribution
 from policygrad.control.policies import CategoricalHead, NormalHead, Policy
 from policygrad.control.spaces import to_environment
 from policygrad.errors import NonFiniteError
@@ -162,15 +162,6 @@ def _is_plain(policy: nn.Module) -> bool:
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)
         and not any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in policy.modules())
     )
-
-
-def as_tensor(x: np.ndarray, device: torch.device) -> Tensor:
-    """A copy in memory as torch lays it out: row by row, from a multiple of 64 bytes on.
-
-    The last bit of a matrix product depends on that. Environments may hand out a transposed array, and the state of a
-    run that is resumed is none: the first step after resuming would come to another bit.
-    """
-    return torch.from_numpy(x).to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def not_finite(name: str, x: Tensor, counts: Tensor) -> NonFiniteError:

@@ -162,6 +162,15 @@ def stored(obs: np.ndarray) -> np.ndarray:
     return obs.astype(dtype)
 
 
+def as_tensor(x: np.ndarray, device: torch.device) -> Tensor:
+    """A copy in memory as torch lays it out: row by row, from a multiple of 64 bytes on.
+
+    The last bit of a matrix product depends on that. Environments may hand out a transposed array, and the state of a
+    run that is resumed is none: the first step after resuming would come to another bit.
+    """
+    return torch.from_numpy(x).to(device, copy=True, memory_format=torch.contiguous_format)
+
+
 def check_next_step(info: dict[str, Any]) -> None:
     """Raise UserError if an environment that is said to reset on the next step reports that it already has."""
     for name in ("final_obs", "final_observation"):

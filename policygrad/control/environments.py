@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ def make_environments(
     step_time_limit: float | None = None,
     restarts: int = 0,
     wrap: Sequence[str] = (),
-    **options: Any,
+    env_options: Mapping[str, Any] | None = None,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
 
@@ -61,8 +61,8 @@ def make_environments(
     id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
     start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
     dies or hangs, is made anew (RESTARTED says so in its info). wrap: Gymnasium's wrappers by name, the first one
-    inside (see wrapping.py). With either, auto takes no native form. options go to gymnasium.make, the class or the
-    function. Dict, Tuple and other composite observations are flattened into a Box.
+    inside (see wrapping.py). With either, auto takes no native form. env_options go to gymnasium.make, the class or
+    the function. Dict, Tuple and other composite observations are flattened into a Box.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
@@ -72,8 +72,9 @@ def make_environments(
     if vectorization not in ("auto", "sync", "async", "envpool"):
         raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async, envpool")
     if isinstance(environment, gymnasium.Env | VectorEnv):
-        unread = {name: x for name, x in (("restarts", restarts), ("wrap", wrap)) if x}
-        return _given(environment, num_envs, vectorization, options | unread)
+        unread = {"restarts": restarts, "wrap": wrap, "env_options": env_options}
+        return _given(environment, num_envs, vectorization, [name for name, x in unread.items() if x])
+    options = dict(env_options or {})
     wraps = [wrapper(text) for text in wrap]
     name = one_line(ending(label(environment), 60), 60)
     try:
@@ -109,12 +110,11 @@ def make_environments(
         raise UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint) from error
 
 
-def _given(environment: Any, num_envs: int, vectorization: str, options: dict[str, Any]) -> VectorEnv:
-    """An object of the user's as a vector environment."""
-    if options:
+def _given(environment: Any, num_envs: int, vectorization: str, unread: list[str]) -> VectorEnv:
+    """An object of the user's as a vector environment. unread: what is given for one that is made here."""
+    if unread:
         raise UserError(
-            f"the environment handed in is made already, and takes no {next(iter(options))}: hand in a callable that "
-            "makes one"
+            f"the environment handed in is made already, and takes no {unread[0]}: hand in a callable that makes one"
         )
     single = isinstance(environment, gymnasium.Env)
     if vectorization in ("async", "envpool") or (vectorization == "sync" and not single):

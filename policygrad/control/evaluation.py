@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,14 +73,16 @@ def evaluate(
     max_steps: int | None = None,
     threads: int | None = 1,
     device: torch.device | str = "cpu",
-    **options: Any,
+    vectorization: str = "auto",
+    wrap: Sequence[str] = (),
+    env_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Play `episodes` whole episodes, the same number in every copy of the environment, plus or minus one.
 
     Taking the first episodes to finish would over-represent short ones. Actions are the mode of the policy's
-    distribution unless `stochastic`. environment and options: as make_environments takes them; what was made here is
-    closed. Environments and actions have random numbers of their own, which follow from the seed and are not those of
-    training.
+    distribution unless `stochastic`. environment, vectorization, wrap and env_options: as make_environments takes
+    them; what was made here is closed. Environments and actions have random numbers of their own, which follow from the
+    seed and are not those of training.
 
     The normalizer's statistics are frozen, and so are those of wrappers in the environment: `learned` in training
     (`run.world.learned()`), or by default their own. The rewards of NormalizeReward are counted as they were before it.
@@ -100,7 +102,8 @@ def evaluate(
         normalizer = copy.deepcopy(normalizer)
         normalizer.frozen = True
     single = isinstance(environment, gymnasium.Env)
-    environments = make_environments(environment, 1 if single else min(episodes, 16), **options)
+    how: dict[str, Any] = {"vectorization": vectorization, "wrap": wrap, "env_options": env_options}
+    environments = make_environments(environment, 1 if single else min(episodes, 16), **how)
     with ExitStack() as stack:
         if not isinstance(environment, gymnasium.Env | VectorEnv):
             stack.callback(close, environments)

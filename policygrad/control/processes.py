@@ -180,7 +180,8 @@ class Processes(VectorEnv):
         self.processes[k] = self._begun(k, [(ours, theirs if j == k else None) for j, ours in enumerate(self.pipes)])
         theirs.close()
         seeds = [None if self.seeds[i] is None else another_seed(self.seeds[i], self.restarted[k]) for i in share]
-        self.pipes[k].send((self.number, "reset", (seeds, None)))
+        with suppress(ConnectionError):  # it is gone again: then no answer comes
+            self.pipes[k].send((self.number, "reset", (seeds, None)))
         try:
             done, found = self._answer(k, None if self.time_limit is None else time.monotonic() + self.time_limit)
         except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:

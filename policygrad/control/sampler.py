@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import pad
 
-from policygrad.control.actors import Actor, PerceptronActor, actor, as_tensor, not_finite
-from policygrad.control.checks import check_entropy, check_memory, stored_dtype
+from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
+from policygrad.control.checks import as_tensor, check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
@@ -152,7 +152,7 @@ class Sampler:
             out = torch.from_numpy(failed).to(self.device)
             found["mask"] &= ~out.unsqueeze(1)
             group = torch.where(out, len(rows) + rows, group)
-        metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size)
+        metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size, failed)
         space = stepping.environments.single_action_space
         distribution = policy(found["obs"][:, :1])
         check_entropy(distribution)
@@ -273,11 +273,15 @@ def _group_size(groups: Any, count: int, whole_episodes: bool) -> int:
     return count if groups == "all" else groups
 
 
-def _group_metrics(score: Tensor, size: int) -> dict[str, float]:
-    """The mean standard deviation (n - 1) of score [B] in groups of `size` rows, and the share of groups with none."""
-    if size == 1:
+def _group_metrics(score: Tensor, size: int, out: np.ndarray) -> dict[str, float]:
+    """The mean standard deviation (n - 1) of score [B] in groups of `size` rows, and the share of groups with none.
+
+    Of the groups that are whole: no row is `out` [B].
+    """
+    whole = ~out.reshape(-1, size).any(1)
+    if size == 1 or not whole.any():
         return {}
-    rows = score.double().cpu().numpy().reshape(-1, size)
+    rows = score.double().cpu().numpy().reshape(-1, size)[whole]
     std = (rows - rows[:, :1]).std(1, ddof=1)  # exactly 0 where all are equal
     return {"group_std": float(std.mean()), "flat_groups": float((std == 0).mean())}
 

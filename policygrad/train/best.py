@@ -28,7 +28,7 @@ class Best:
 
     def see(self, metric: str, score: float, iteration: int, steps: int) -> None:
         """Take a new score. That of another metric, such as the first whole episode's return, begins anew."""
-        if metric != self.metric or score > self.score:
+        if metric != self.metric or score > self.score or math.isnan(self.score):
             self.metric, self.score, self.iteration, self.steps = metric, score, iteration, steps
             self.waited, self.written = 0, False
         else:

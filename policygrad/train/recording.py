@@ -1,6 +1,7 @@
 """Training to the end, with everything that a run's directory gets on the way: rows, checkpoints, the policy."""
 
 import errno
+import re
 import shutil
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path
 
 from policygrad.errors import Kept, Note, UserError, ending, one_line
 from policygrad.files import add_metadata, as_safetensors, write_durably
@@ -89,27 +90,28 @@ class Recorder:
     def save(self, *, policy: bool = True) -> None:
         """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
         with self.clock:
-            self._written(self._write_best, self.write_checkpoint, *([self.run.write_policy] if policy else []))
+            writes = [self._write_best, self.write_checkpoint, *([self.run.write_policy] if policy else [])]
+            self._written(*writes, said=policy)  # without it, the policy is saved on the way out, which will say so
 
     def _keep_best(self) -> None:
         """Keep the current policy at once if an evaluation has just said that it is the best."""
         best, keep = self.training.best, self.training.options.keep_best and self.log is not None
         if keep and not best.written and best.iteration == self.training.iteration:
-            self._written(self._write_best)
+            self._written(self._write_best, said=True)
 
-    def _written(self, *writes: Callable[[Path], None]) -> None:
-        """Write to the run's directory. Raises FullDiskError; anything else that fails is a warning."""
+    def _written(self, *writes: Callable[[Path], None], said: bool) -> None:
+        """Write to the run's directory. Raises FullDiskError; what else fails is a warning, if `said`."""
         assert self.run.directory is not None
         try:
             for write in writes:
                 write(self.run.directory)
         except Exception as error:  # of the system, or of a library's own kind
-            said = unwritable(self.run.directory, error)
-            if getattr(error.__cause__ or error, "errno", None) in FULL:
-                said = f"{said} in iteration {self.training.iteration:,}"
-                raise FullDiskError(f"{said}: make room, and resume the run") from error
-            if writes != (self._write_best, self.write_checkpoint):  # then saving the policy will say so
-                warnings.warn(f"{said}: training goes on, and {self.run.kept('there')}", Note, stacklevel=3)
+            problem = unwritable(self.run.directory, error)
+            if number_of(error) in FULL:
+                problem = f"{problem} in iteration {self.training.iteration:,}"
+                raise FullDiskError(f"{problem}: make room, and resume the run") from error
+            if said:
+                warnings.warn(f"{problem}: training goes on, and {self.run.kept('there')}", Note, stacklevel=3)
 
     def _write_best(self, directory: Path) -> None:
         """Write the current policy to RUN/best if it is the best so far. Raises OSError."""
@@ -161,14 +163,12 @@ class Recorder:
         """Keep the numbers around one that is not finite, and say where."""
         if getattr(error, "evidence", None) is None:
             return ""
-        tensors = {}
-        for path, x in tree_flatten_with_path(error.evidence)[0]:  # type: ignore[attr-defined]
-            if isinstance(x, torch.Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biuf"):
-                tensors[keystr(path).strip("[]'.")] = torch.as_tensor(x)
         try:
+            found = tree_flatten_with_path(error.evidence)[0]  # type: ignore[attr-defined]
+            tensors = {".".join(map(_plain, path)): torch.as_tensor(x) for path, x in found if _is_numbers(x)}
             write_durably(directory / EVIDENCE, as_safetensors(tensors, {"error": one_line(error, 200)}))
-        except OSError as problem:
-            return f"; {EVIDENCE} {unwritable(directory, problem)}"
+        except Exception as problem:  # whatever it is, the error itself must be seen
+            return f"; {EVIDENCE} is missing: {unwritable(directory, problem)}"
         return f"; the numbers around it are in {EVIDENCE}"
 
     def _again(self, directory: Path) -> str:
@@ -237,6 +237,25 @@ def rescued(write: Callable[[Path], None], what: str, kept: str) -> str:
         shutil.rmtree(place, ignore_errors=True)
         return f"{kept}, the rest is lost"
     return f"{what} is saved in {place}"
+
+
+def _is_numbers(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biuf")
+
+
+def _plain(key: Any) -> str:
+    """The name of a dict's entry or an object's attribute, or the number of a list's entry."""
+    return str(next(getattr(key, x) for x in ("key", "name", "idx") if hasattr(key, x)))
+
+
+def number_of(error: BaseException) -> int | None:
+    """The system's number of an error, or of what caused it; safetensors has it in its text alone."""
+    found = getattr(error, "errno", None)
+    if found is None and (said := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+        found = int(said[1])
+    if found is None and error.__cause__ is not None:
+        return number_of(error.__cause__)
+    return found
 
 
 def unwritable(directory: Path, error: Exception) -> str:

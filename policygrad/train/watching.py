@@ -138,10 +138,10 @@ def _filmed(run: Run, environment: Any, own: bool) -> Filmed:
         raise UserError(f"{name} is a vector environment, which has no one picture: give environment, a single one")
     else:
         _headless()
-        options = run.world._environment_options() if own else {}  # type: ignore[attr-defined]
-        options.pop("vectorization", None)
+        how = run.world.how(None if own else environment)  # type: ignore[attr-defined]
+        how |= {"vectorization": "sync", "env_options": {"render_mode": "rgb_array", **how.get("env_options", {})}}
         try:
-            around = make_environments(environment, 1, vectorization="sync", **{"render_mode": "rgb_array", **options})
+            around = make_environments(environment, 1, **how)
         except UserError as error:
             if "render_mode" in str(error):
                 raise _no_picture(name, "it takes no render_mode") from error

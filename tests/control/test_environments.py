@@ -98,7 +98,7 @@ def test_an_unknown_form_is_refused() -> None:
 
 
 def test_options_go_to_the_environment() -> None:
-    environments = make_environments("CartPole-v1", 2, vectorization="sync", max_episode_steps=3)
+    environments = make_environments("CartPole-v1", 2, vectorization="sync", env_options={"max_episode_steps": 3})
     sampler = Sampler(environments, 5, seed=0)
     rollout = sampler(Policy(environments.single_observation_space, environments.single_action_space))
     assert rollout.metrics["length"] == 3
@@ -383,7 +383,7 @@ def mine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_a_class_or_a_function_may_be_named(mine: Any, name: str, options: dict[str, Any]) -> None:
-    environments = make_environments(name, 2, **options)
+    environments = make_environments(name, 2, env_options=options)
     for option, value in options.items():
         assert [getattr(x.unwrapped, option) for x in environments.envs] == [value] * 2
     assert played(environments).stepping.steps > 0
@@ -403,7 +403,7 @@ def test_a_class_or_a_function_may_be_named(mine: Any, name: str, options: dict[
 )
 def test_a_name_that_is_none_is_one_line(mine: Any, name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
-        make_environments(name, 2, **options)
+        make_environments(name, 2, env_options=options)
     assert len(str(raised.value)) <= 200
     assert "\n" not in str(raised.value)
 
@@ -468,7 +468,7 @@ def test_what_is_no_environment_is_said_in_one_line(thing: Any, said: str) -> No
     assert len(str(raised.value)) <= 200
 
 
-@pytest.mark.parametrize("settings", [{"vectorization": "async"}, {"gravity": 3}])
+@pytest.mark.parametrize("settings", [{"vectorization": "async"}, {"env_options": {"gravity": 3}}])
 @pytest.mark.parametrize("make", [CartPoleEnv, lambda: SyncVectorEnv([CartPoleEnv])])
 def test_what_is_made_already_takes_no_settings(make: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="is made already"):

@@ -111,7 +111,7 @@ def test_an_evaluation_ends_at_the_environments_own_limit() -> None:
 )
 def test_what_envpool_does_not_know_is_refused(name: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
-        make_environments(name, 2, vectorization="envpool", **options)
+        make_environments(name, 2, vectorization="envpool", env_options=options)
     assert len(str(raised.value)) <= 200
 
 

@@ -113,12 +113,14 @@ def test_the_time_limit_is_the_environments_own(environment: Any, vectorization:
 
 
 def test_a_time_limit_that_was_asked_for_goes_before_the_ids_own() -> None:
-    assert time_limit(make_environments("CartPole-v1", 2, vectorization="sync", max_episode_steps=3)) == 3
+    three = {"max_episode_steps": 3}
+    assert time_limit(make_environments("CartPole-v1", 2, vectorization="sync", env_options=three)) == 3
 
 
 @pytest.mark.parametrize("vectorization", ["auto", "sync", "async"])
 def test_a_time_limit_that_was_asked_for_is_kept_in_every_form(vectorization: str) -> None:
-    environments = make_environments("CartPole-v1", 2, vectorization=vectorization, max_episode_steps=3)
+    three = {"max_episode_steps": 3}
+    environments = make_environments("CartPole-v1", 2, vectorization=vectorization, env_options=three)
     assert time_limit(environments) == 3
     environments.close()
 

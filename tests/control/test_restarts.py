@@ -136,6 +136,56 @@ def test_a_part_of_an_episode_has_no_return(recwarn: Any) -> None:
     assert again.group.tolist() == [0, 1, 2, 3]
 
 
+def test_a_group_with_such_a_row_is_in_no_statistic(recwarn: Any) -> None:
+    class Seeded(Counter):
+        """Its reward is of its seed, and so are the returns of a group equal."""
+
+        def step(self, action: Any) -> Any:
+            obs, reward, *rest = super().step(action)
+            return obs, reward + self.reset_seed % 5, *rest
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self.reset_seed = seed or 0
+            obs, info = super().reset(seed=seed, options=options)
+            return obs % 100, info  # rows of a group begin in the same state
+
+    failing = iter([None, raises, *[None] * 9])  # the first copy is an example
+    environments = make_environments(lambda: Seeded(next(failing), 99), 4, vectorization="sync", restarts=1)
+    rollout = Sampler(environments, 10, seed=0, whole_episodes=True, groups=2)(Coin())
+    (out,) = (~rollout.mask.any(1)).nonzero().flatten().tolist()
+    assert rollout.group.tolist() == [4 + i if i == out else i // 2 for i in range(4)]
+    assert (rollout.metrics["group_std"], rollout.metrics["flat_groups"]) == (0, 1)
+
+
+def test_a_run_with_one_is_resumed_bit_for_bit(recwarn: Any, tmp_path: Path) -> None:
+    """The episode of the new environment is what the checkpoint has, and what is played again."""
+
+    class Once(Counter):
+        failed = False
+
+        def fail_once() -> None:  # type: ignore[misc]
+            if not Once.failed:
+                Once.failed = True
+                raises()
+
+        def __init__(self) -> None:
+            super().__init__(Once.fail_once, 99)
+
+        def obs(self) -> np.ndarray:
+            return np.array([self.np_random.normal() + self.steps])
+
+    values: dict[str, Any] = {
+        "num_envs": 2, "num_steps": 4, "minibatch_size": 8, "iterations": 5, "checkpoint_every": 1, "hidden": (8,),
+        "restart_envs": 1, "preset": "none", "progress": False,
+    }  # fmt: skip
+    whole = pg.train("ppo", Once, out=tmp_path / "whole", **values)
+    Once.failed = False
+    pg.train("ppo", Once, out=tmp_path / "broken", **(values | {"iterations": 3}))
+    resumed = pg.resume(tmp_path / "broken", iterations=2, environment=Once, progress=False)
+    assert whole.metrics[-1]["restarts"] == resumed.metrics[-1]["restarts"] == 1
+    assert all(map(torch.equal, resumed.policy.parameters(), whole.policy.parameters()))
+
+
 def test_so_many_times_and_no_more(recwarn: Any) -> None:
     environments = make_environments(lambda: Counter(raises, 99), 1, vectorization="sync", restarts=2)
     sampler = Sampler(environments, 3, seed=0)

@@ -52,6 +52,9 @@ def test_the_first_of_the_highest_scores_is_the_best() -> None:
     assert (best.score, best.iteration, best.steps, best.waited) == (3.0, 1, 10, 3)
     best.see("return", -5.0, 5, 50)
     assert (best.metric, best.score, best.iteration, best.waited) == ("return", -5.0, 5, 0)
+    best.see("reward", float("nan"), 6, 60)
+    best.see("reward", -9.0, 7, 70)
+    assert best.score == -9, "any number is better than none"
 
 
 @pytest.mark.parametrize(

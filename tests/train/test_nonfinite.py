@@ -154,7 +154,8 @@ def test_the_batch_of_a_language_model_is_kept(spoil: Callable[[int], None], tmp
         pg.train("ppo", "arithmetic", out=tmp_path / "run", held_out=0, preset="none", progress=False, **values)
     found = load_file(tmp_path / "run" / "nonfinite.safetensors")
     assert {"action", "logp", "mask", "advantage"} < set(found)
-    assert any(name.startswith("obs") for name in found), list(found)
+    nested = {f"obs.{x}{y}" for x in ("prompt", "completion") for y in ("", "_mask")}
+    assert {name for name in found if name.startswith("obs")} == nested
 
 
 def a_third_of_nothing(completions: list[str], **_: Any) -> list[float]:

@@ -1,6 +1,7 @@
 """However a run ends, what was learned is on disk, says what it is, and nothing of it is not finite."""
 
 import dataclasses
+import errno
 import importlib
 import math
 import re
@@ -16,6 +17,8 @@ import pytest
 import torch
 from outcomes import parameters, strict, untimed
 from probes import Broken, Known, limited
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from scripted import fill, on_disk, replaced
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -318,6 +321,22 @@ def filled(full: set[int], limit_files: Callable[[bool], None]) -> Callable[[nn.
             yield {"steps": 25.0 * k, "episodes": 0.0, "reward_per_step": 0.0}
 
     return loop
+
+
+def test_what_safetensors_says_of_a_full_disk_is_understood(
+    limit_files: Callable[[bool], None], tmp_path: Path
+) -> None:
+    limit_files(True)
+    with pytest.raises(SafetensorError) as raised:
+        save_file({"x": torch.zeros(1000)}, tmp_path / "x.safetensors")
+    limit_files(False)
+    assert not hasattr(raised.value, "errno")
+    assert recording.number_of(raised.value) == errno.EFBIG in recording.FULL
+    outer = UserError("it cannot be written")
+    outer.__cause__ = raised.value
+    assert recording.number_of(outer) == errno.EFBIG
+    assert recording.number_of(OSError(errno.ENOSPC, "full")) == errno.ENOSPC
+    assert recording.number_of(ValueError("28")) is None
 
 
 def test_a_full_disk_stops_the_run_which_goes_on_bit_for_bit_once_there_is_room(

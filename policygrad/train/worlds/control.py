@@ -132,29 +132,23 @@ class ControlWorld(World):
 
     def _made(self, num_envs: int, **how: Any) -> VectorEnv:
         """The task's environments, with the options of the environment."""
-        return make_environments(self.task, num_envs, **self._environment_options() | how)
+        return make_environments(self.task, num_envs, **self.how() | how)
 
-    def _environment_options(self) -> dict[str, Any]:
-        """The environment's own options, and EnvPool, whose environments may have other spaces than Gymnasium's."""
-        given = json.loads(self.options.env_options or "{}")
-        for name in given:
-            if name in ("environment", "num_envs", "vectorization", "step_time_limit", "restarts", "wrap"):
-                raise OptionError(
-                    "env_options", f"env_options has {name}, which is an option of the run: give it there"
-                )
-        return (
-            given
-            | self._wrap(self.task)
-            | ({"vectorization": "envpool"} if self.options.vectorization == "envpool" else {})
-        )
+    def how(self, another: Any = None) -> dict[str, Any]:
+        """How the run's environment is made, or another one in its place, as make_environments takes it.
 
-    def _wrap(self, environment: Any) -> dict[str, Any]:
-        """The wrappers around an environment that is made here."""
-        if self.options.wrap and isinstance(environment, gymnasium.Env | VectorEnv):
+        The options of the environment are the task's own, and so is EnvPool, whose environments may have other spaces.
+        """
+        options = self.options
+        if options.wrap and isinstance(self.task if another is None else another, gymnasium.Env | VectorEnv):
             raise OptionError(
                 "wrap", "wrap is of environments made here, and this one is made: wrap it, or hand in a function"
             )
-        return {"wrap": self.options.wrap} if self.options.wrap else {}
+        how: dict[str, Any] = {"wrap": options.wrap}
+        if another is None:
+            how |= {"env_options": json.loads(options.env_options or "{}")}
+            how |= {"vectorization": "envpool"} if options.vectorization == "envpool" else {}
+        return how
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
@@ -302,7 +296,7 @@ class ControlWorld(World):
             max_steps=self.options.episode_steps if max_steps is None else max_steps,
             threads=self.options.threads,
             device=self.options.device,
-            **self._environment_options() if environment is None else self._wrap(environment),
+            **self.how(environment),
         )
         if played is self.task and not self.mine and self.environments is not None:
             self.sample.stepping.obs = None  # its episodes were cut: training goes on with new ones

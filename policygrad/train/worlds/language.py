@@ -137,7 +137,8 @@ class LanguageWorld(World):
         if self.task is None and not options.dataset:
             raise OptionError("dataset", NO_PROMPTS)
         arithmetics = self.task == ARITHMETIC
-        if not arithmetics and self._source() is None:
+        source = self._source()
+        if not arithmetics and source is None:
             named = listed([self.task] if self.task else options.dataset)
             raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
         if not arithmetics and not options.reward:
@@ -154,7 +155,7 @@ class LanguageWorld(World):
             functions = reward_functions(
                 options.reward, device=options.device, trust_remote_code=trust, trust=options.trust
             )
-        model, tokenizer = self._model(progress)
+        model, tokenizer = self._model(source, progress)
         limit = options.max_prompt_tokens
         if limit is None and options.long_prompts == "drop":
             limit = room_for_prompts(model, options.max_tokens)
@@ -234,20 +235,20 @@ class LanguageWorld(World):
 
     def begin_from(self, directory: Path) -> None:
         """Take the critic of another run, if it fits: the model is read from there already."""
-        path = directory / "critic.safetensors"
+        path, said = directory / "critic.safetensors", "has no critic"
         if self.critic is None:
             return
-        before = {name: x.clone() for name, x in self.critic.state_dict().items()}
-        try:
-            if not path.exists():
-                raise UserError("has no critic")
-            models.load_critic(self.critic, path, self.policy)  # type: ignore[arg-type]
-        except UserError as error:
-            self.critic.load_state_dict(before)
-            said = "has no critic" if not path.exists() else f"has a critic that does not fit ({one_line(error, 60)})"
-            warnings.warn(f"{ending(str(directory), 60)} {said}: the critic begins anew", Note, stacklevel=2)
+        if path.exists():
+            before = {name: x.clone() for name, x in self.critic.state_dict().items()}
+            try:
+                models.load_critic(self.critic, path, self.policy)  # type: ignore[arg-type]
+                return
+            except UserError as error:
+                self.critic.load_state_dict(before)
+                said = f"has a critic that does not fit ({one_line(error, 60)})"
+        warnings.warn(f"{ending(str(directory), 60)} {said}: the critic begins anew", Note, stacklevel=2)
 
-    def _model(self, progress: bool) -> tuple[nn.Module, Any]:
+    def _model(self, source: str | None, progress: bool) -> tuple[nn.Module, Any]:
         options = self.options
         attention = options.attention
         if self._natural():
@@ -258,9 +259,9 @@ class LanguageWorld(World):
                 )
             attention = "eager"
         for name in ("tokenizer", "base_model"):
-            if self._source() is None and getattr(options, name) is not None:
+            if source is None and getattr(options, name) is not None:
                 raise OptionError(name, f"{name} is of a model of your own, and there is none: give model")
-        source = self._source() or str(warm_model(progress, options.device).name_or_path)
+        source = source or str(warm_model(progress, options.device).name_or_path)
         tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
         model = models.load_model(
             source,
@@ -302,7 +303,7 @@ class LanguageWorld(World):
         if self.options.lora_rank == 0:
             here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None}
             self.options = dataclasses.replace(self.options, **here)
-        elif self._source() is not None:  # the base of the adapter
+        elif (self.options.model or self.options.start) is not None:  # the base of the adapter
             self.options = dataclasses.replace(self.options, tokenizer=str(folder))
         if self.evaluated_on is None:
             rows = read_examples(directory / HELD_OUT)
