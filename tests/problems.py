@@ -8,6 +8,8 @@ import torch
 from gymnasium import spaces
 
 from policygrad.control import Critic, Policy
+from policygrad.control.masks import random_masks
+from policygrad.control.spaces import Flat
 from policygrad.divergences import AdaptiveCoefficient, to_reference
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of
@@ -16,12 +18,14 @@ from policygrad.train.options import options_of
 from policygrad.updates import Objective
 
 OBSERVATIONS = spaces.Box(-1, 1, (3,))
+MASKED = Flat(spaces.Dict({"action_mask": spaces.MultiBinary(4), "observation": OBSERVATIONS}))
 ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
     "discrete": (spaces.Discrete(4), {}),
     "gaussian": (spaces.Box(-2, 2, (2,)), {}),
     "squashed": (spaces.Box(-2, 2, (2,)), {"squash": True, "state_dependent_std": True}),
     "many": (spaces.MultiDiscrete([2, 3]), {}),
     "binary": (spaces.MultiBinary(3), {}),
+    "masked": (spaces.Discrete(4), {}),
 }
 # Every line of the table as it is, and what its options may add to its objective.
 ALL_OF_PPO = {"kl_old_coefficient": 1.0, "dual_clip": 3.0, "value_clip": 0.2, "entropy_coefficient": 0.1}
@@ -44,8 +48,11 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
     """The objective of these settings, on a batch of a policy nearby."""
     (method, values), (space, made) = SETTINGS[name], ACTIONS[kind]
     options = options_of(method, "control")(**values)
-    policy, critic = Policy(OBSERVATIONS, space, hidden=(8,), **made), Critic(OBSERVATIONS, hidden=(8,))
-    obs = torch.randn(4, 6, 3)
+    obs, seen = torch.randn(4, 6, 3), OBSERVATIONS
+    if kind == "masked":
+        masks = torch.from_numpy(random_masks(24, space)).view(4, 6, 4)
+        obs, seen = torch.cat([masks.to(obs.dtype), obs], -1), MASKED
+    policy, critic = Policy(seen, space, hidden=(8,), **made), Critic(seen, hidden=(8,))
     with torch.no_grad():
         action = policy(obs).sample()
         distance = 1e-4 if method == "gspo" else 0.1  # a whole row's ratio is clipped near 1
@@ -60,7 +67,7 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
         never,
         ~never.index_fill(1, torch.tensor(2), True),
         torch.arange(4) // 2,
-        torch.randn(4, 3),
+        torch.randn_like(obs[:, 0]),
         memoryless=getattr(options, "ratio", "token") == "token",
     )
     coefficients, anchor = {}, None

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from policygrad.control.checks import as_tensor, called, checked_distribution, checked_member, stored
+from policygrad.control.masks import check_masks
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.spaces import to_environment
 from policygrad.errors import UserError, one_line, shortened
@@ -59,6 +60,8 @@ def act(
     statistics do not change. Raises UserError for an observation of another shape.
     """
     batch, single = _batch(obs, observation_space)
+    if getattr(policy, "mask", None) is not None:
+        check_masks(batch, np.ones(len(batch), bool), policy.observation_space, action_space, "observation")  # type: ignore[arg-type]
     if normalizer is not None:
         batch = normalizer(batch, np.zeros(len(batch), dtype=bool))
     device = next((x.device for x in policy.parameters()), torch.device("cpu"))

@@ -109,10 +109,14 @@ class PerceptronActor(Actor):
         if k == 0:
             self._next_block()
         x = as_tensor(obs, self.device)
-        x = x.reshape(self.rows, -1) if x.is_floating_point() else self.policy.encode(x.unsqueeze(1)).squeeze(1)
+        allowed = None if self.policy.mask is None else x[:, self.policy.mask] != 0
+        plain = x.is_floating_point() and allowed is None
+        x = x.reshape(self.rows, -1) if plain else self.policy.encode(x.unsqueeze(1)).squeeze(1)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))
         torch.addmm(self.last[0], x, self.last[1], out=self.outputs[-1][k])
+        if allowed is not None:
+            self.outputs[-1][k] = self.policy.head.masked(self.outputs[-1][k], allowed)
         output = self.host[k] if self.host is not None else self.outputs[-1][k].cpu().numpy()
         if not np.isfinite(output.sum()) and not np.isfinite(output[counts]).all():
             raise not_finite("output", torch.from_numpy(output), torch.from_numpy(counts))

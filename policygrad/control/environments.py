@@ -21,8 +21,10 @@ from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObserva
 
 from policygrad.control.checks import checked_flag, checked_member, checked_number
 from policygrad.control.envpool import EnvPool
+from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
+from policygrad.control.spaces import flat
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.control.wrapping import wrapped, wrapper
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -50,6 +52,7 @@ def make_environments(
     step_time_limit: float | None = None,
     restarts: int = 0,
     wrap: Sequence[str] = (),
+    action_mask: str = "auto",
     env_options: Mapping[str, Any] | None = None,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
@@ -61,8 +64,10 @@ def make_environments(
     id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
     start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
     dies or hangs, is made anew (RESTARTED says so in its info). wrap: Gymnasium's wrappers by name, the first one
-    inside (see wrapping.py). With either, auto takes no native form. env_options go to gymnasium.make, the class or
-    the function. Dict, Tuple and other composite observations are flattened into a Box.
+    inside (see wrapping.py). With either, auto takes no native form. action_mask: where the mask of allowed actions is
+    (see masks.py); auto: in the key action_mask of Dict observations, info: in the info, off: nowhere. env_options go
+    to gymnasium.make, the class or the function. Dict, Tuple and other composite observations are flattened into a Box;
+    it is a Flat, which knows its parts, if there is a mask in it.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
@@ -71,9 +76,12 @@ def make_environments(
         raise UserError(f"num_envs is {num_envs}: ask for at least one environment")
     if vectorization not in ("auto", "sync", "async", "envpool"):
         raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async, envpool")
+    if action_mask not in ("auto", "info", "off"):
+        raise UserError(f"action_mask is {action_mask!r}: choose one of auto, info, off")
     if isinstance(environment, gymnasium.Env | VectorEnv):
         unread = {"restarts": restarts, "wrap": wrap, "env_options": env_options}
-        return _given(environment, num_envs, vectorization, [name for name, x in unread.items() if x])
+        unread_names = [name for name, x in unread.items() if x]
+        return _given(environment, num_envs, vectorization, action_mask, unread_names)
     options = dict(env_options or {})
     wraps = [wrapper(text) for text in wrap]
     name = one_line(ending(label(environment), 60), 60)
@@ -81,17 +89,18 @@ def make_environments(
         if vectorization == "envpool":
             if restarts or wraps:
                 raise UserError("EnvPool's environments are one object, neither made anew nor wrapped one by one")
-            return _flat(EnvPool(environment, num_envs, options))
+            return _flat(EnvPool(environment, num_envs, options), action_mask)
         spec, make = _maker(environment, options)
         native = vectorization == "auto" and not (restarts or wraps)
         if native and spec is not None and spec.vector_entry_point is not None:
-            return _flat(gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options))
+            made_at_once = gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options)
+            return _flat(made_at_once, action_mask)
 
         def made() -> Any:
             environment = make()
             return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
 
-        copies = [lambda: _prepared(made(), name, made if restarts else None, restarts)] * num_envs
+        copies = [lambda: _prepared(made(), name, made if restarts else None, restarts, action_mask)] * num_envs
         environments: VectorEnv
         if vectorization == "async":
             environments = Processes(copies, step_time_limit, restarts=restarts)
@@ -110,7 +119,7 @@ def make_environments(
         raise UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint) from error
 
 
-def _given(environment: Any, num_envs: int, vectorization: str, unread: list[str]) -> VectorEnv:
+def _given(environment: Any, num_envs: int, vectorization: str, action_mask: str, unread: list[str]) -> VectorEnv:
     """An object of the user's as a vector environment. unread: what is given for one that is made here."""
     if unread:
         raise UserError(
@@ -123,12 +132,15 @@ def _given(environment: Any, num_envs: int, vectorization: str, unread: list[str
         )
     if not single:
         _distinct(environment)
-        return _flat(environment)
+        return _flat(environment, action_mask)
     if num_envs > 1:
         raise UserError(
             f"one environment object cannot serve as {num_envs} environments: pass a callable that makes one"
         )
-    return SyncVectorEnv([lambda: _prepared(environment, label(environment))], autoreset_mode=AutoresetMode.NEXT_STEP)
+    return SyncVectorEnv(
+        [lambda: _prepared(environment, label(environment), action_mask=action_mask)],
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+    )
 
 
 def _maker(environment: Any, options: dict[str, Any]) -> tuple[EnvSpec | None, Callable[[], Any]]:
@@ -355,7 +367,11 @@ def unflattened(environments: VectorEnv) -> spaces.Space:
 
 
 def _prepared(
-    environment: Any, name: str, make: Callable[[], gymnasium.Env] | None = None, restarts: int = 0
+    environment: Any,
+    name: str,
+    make: Callable[[], gymnasium.Env] | None = None,
+    restarts: int = 0,
+    action_mask: str = "auto",
 ) -> gymnasium.Env:
     if not isinstance(environment, gymnasium.Env):
         raise UserError(f"{name} made no environment: {_no_environment(environment)}")
@@ -364,9 +380,16 @@ def _prepared(
     for part in ("observation_space", "action_space"):
         if not isinstance(getattr(environment, part, None), spaces.Space):
             raise UserError(f"the environment {name} has no {part}: set it to a gymnasium.spaces.Space in its __init__")
+    if action_mask == "info":
+        environment = MaskFromInfo(environment)
+        make = None if make is None else lambda make=make: MaskFromInfo(make())
     checked = Checked(environment, make, restarts)
-    simple = isinstance(checked.observation_space, spaces.Box | spaces.Discrete)
-    return checked if simple else FlattenObservation(checked)
+    if isinstance(checked.observation_space, spaces.Box | spaces.Discrete):
+        return checked
+    flattened = FlattenObservation(checked)
+    if action_mask != "off":
+        flattened.observation_space = flat(checked.observation_space)
+    return flattened
 
 
 def _no_environment(thing: Any) -> str:
@@ -392,8 +415,10 @@ def _distinct(environments: VectorEnv) -> None:
         )
 
 
-def _flat(environments: VectorEnv) -> VectorEnv:
+def _flat(environments: VectorEnv, action_mask: str) -> VectorEnv:
     mode = autoreset_mode(environments)
+    if action_mask == "info":
+        environments = VectorMaskFromInfo(environments)
     if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
         return environments
     metadata = environments.metadata
@@ -401,7 +426,10 @@ def _flat(environments: VectorEnv) -> VectorEnv:
         environments = VectorWrapper(environments)
         environments.metadata = metadata | {"autoreset_mode": mode}
     try:
-        return FlattenVectorObservation(environments)
+        flattened = FlattenVectorObservation(environments)
+        if action_mask != "off":
+            flattened.single_observation_space = flat(environments.single_observation_space)
+        return flattened
     except ValueError as error:
         space = type(environments.single_observation_space).__name__
         raise UserError(

@@ -75,14 +75,15 @@ def evaluate(
     device: torch.device | str = "cpu",
     vectorization: str = "auto",
     wrap: Sequence[str] = (),
+    action_mask: str = "auto",
     env_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Play `episodes` whole episodes, the same number in every copy of the environment, plus or minus one.
 
     Taking the first episodes to finish would over-represent short ones. Actions are the mode of the policy's
-    distribution unless `stochastic`. environment, vectorization, wrap and env_options: as make_environments takes
-    them; what was made here is closed. Environments and actions have random numbers of their own, which follow from the
-    seed and are not those of training.
+    distribution unless `stochastic`. environment, vectorization, wrap, action_mask and env_options: as
+    make_environments takes them; what was made here is closed. Environments and actions have random numbers of their
+    own, which follow from the seed and are not those of training.
 
     The normalizer's statistics are frozen, and so are those of wrappers in the environment: `learned` in training
     (`run.world.learned()`), or by default their own. The rewards of NormalizeReward are counted as they were before it.
@@ -102,7 +103,8 @@ def evaluate(
         normalizer = copy.deepcopy(normalizer)
         normalizer.frozen = True
     single = isinstance(environment, gymnasium.Env)
-    how: dict[str, Any] = {"vectorization": vectorization, "wrap": wrap, "env_options": env_options}
+    how: dict[str, Any] = {"vectorization": vectorization, "wrap": wrap, "action_mask": action_mask}
+    how |= {"env_options": env_options}
     environments = make_environments(environment, 1 if single else min(episodes, 16), **how)
     with ExitStack() as stack:
         if not isinstance(environment, gymnasium.Env | VectorEnv):
@@ -161,20 +163,26 @@ def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None
     if not isinstance(policy, Policy):
         return
     described: dict[str, Any] = policy.description
-    unread = ("low", "high", "dtype")  # of observations
     for what, space in (
         ("observation", environments.single_observation_space),
         ("action", environments.single_action_space),
     ):
         own, other = described[f"{what}_space"], describe(space)
         if what == "observation":
-            own, other = ({key: x for key, x in d.items() if key not in unread} for d in (own, other))
+            own, other = _read(own), _read(other)
         if own != other:
             trained = rebuild(described[f"{what}_space"])
             raise UserError(
                 f"the {what} space of {one_line(name, 40)} is {one_line(space, 40)}, and the policy's is "
                 f"{one_line(trained, 40)}: use the environment of its training"
             )
+
+
+def _read(description: Any) -> Any:
+    """The description of an observation space without what a policy does not read."""
+    if isinstance(description, dict):
+        return {name: _read(x) for name, x in description.items() if name not in ("low", "high", "dtype")}
+    return [_read(x) for x in description] if isinstance(description, list) else description
 
 
 def time_limit(environments: VectorEnv) -> int | None:

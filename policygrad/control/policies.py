@@ -22,7 +22,8 @@ from policygrad.control.distributions import (
     clipped,
     squashed,
 )
-from policygrad.control.spaces import describe, rebuild, to_environment, units
+from policygrad.control.masks import check_mask_space
+from policygrad.control.spaces import MASK, Flat, describe, rebuild, to_environment, units
 from policygrad.errors import UserError, one_line
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -31,12 +32,14 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU,
 class Policy(nn.Module):
     """obs [B, T, ...] -> the distribution of the action, of batch_shape [B, T].
 
-    observation_space: Box of any rank (flattened) or Discrete (one-hot). action_space: Discrete, MultiDiscrete,
-    MultiBinary, or Box with a diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units). `squash`
-    maps the Gaussian onto the bounds by tanh; without it the action is clipped at them on the way to the environment,
-    and its log-probability is that of the unclipped action. The standard deviation is a parameter, or a function of the
-    observation with `state_dependent_std`; at first its logarithm is initial_log_std, from -20 to 10. `orthogonal`:
-    orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises UserError for any other space.
+    observation_space: Box of any rank (flattened) or Discrete (one-hot); where it is a Flat with an action mask the
+    distribution is that of the allowed actions, and the network does not see the mask. action_space: Discrete,
+    MultiDiscrete, MultiBinary, or Box with a diagonal Gaussian in units where the bounds are -1 and 1 (see
+    spaces.units). `squash` maps the Gaussian onto the bounds by tanh; without it the action is clipped at them on the
+    way to the environment, and its log-probability is that of the unclipped action. The standard deviation is a
+    parameter, or a function of the observation with `state_dependent_std`; at first its logarithm is initial_log_std,
+    from -20 to 10. `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises
+    UserError for any other space, and for a mask of another size than the actions have choices.
     """
 
     def __init__(
@@ -63,13 +66,16 @@ class Policy(nn.Module):
             "initial_log_std": initial_log_std,
         }
         self.observation_space, self.action_space = observation_space, action_space
+        check_mask_space(observation_space, action_space)
+        self.mask = observation_space.mask if isinstance(observation_space, Flat) else None
         self.encode = encoder(observation_space)
         self.head = head(action_space, squash, state_dependent_std, initial_log_std)
         sizes = [self.encode.size, *hidden, self.head.size]
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
 
     def forward(self, obs: Tensor) -> Distribution:
-        return self.head(self.network(self.encode(obs)))
+        output = self.network(self.encode(obs))
+        return self.head(output if self.mask is None else self.head.masked(output, obs[..., self.mask] != 0))
 
     def act(self, obs: Any, *, greedy: bool = True) -> Any:
         """The environment's action for one observation, or actions [B, ...] for a batch, as numpy has them.
@@ -166,6 +172,19 @@ class Flatten(nn.Module):
         return features if features.is_floating_point() else features.to(torch.get_default_dtype())
 
 
+class Features(nn.Module):
+    """A flattened Dict without its action mask."""
+
+    def __init__(self, space: Flat) -> None:
+        super().__init__()
+        self.slices = [part for name, part in space.slices.items() if name != MASK]
+        self.size = sum(x.stop - x.start for x in self.slices)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        features = torch.cat([obs[..., x] for x in self.slices], -1)
+        return features if features.is_floating_point() else features.to(torch.get_default_dtype())
+
+
 class OneHot(nn.Module):
     """A state number as a vector with a single 1."""
 
@@ -177,8 +196,10 @@ class OneHot(nn.Module):
         return one_hot(obs.long() - self.start, self.size).to(torch.get_default_dtype())
 
 
-def encoder(space: spaces.Space) -> Flatten | OneHot:
+def encoder(space: spaces.Space) -> Flatten | Features | OneHot:
     """The encoder of an observation space. Raises UserError for any but Box and Discrete."""
+    if isinstance(space, Flat):
+        return Features(space)
     if isinstance(space, spaces.Box):
         return Flatten(space.shape)
     if isinstance(space, spaces.Discrete):
@@ -193,6 +214,8 @@ def encoder(space: spaces.Space) -> Flatten | OneHot:
 # do the same in numpy: an action is a function of the network's output and of noise that is drawn beforehand.
 Choice = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
+NEVER = -1e9  # the logit of a choice that is not there: its probability is exactly 0
+
 
 class CategoricalHead(nn.Module):
     """Discrete(n, start): logits."""
@@ -203,6 +226,10 @@ class CategoricalHead(nn.Module):
 
     def forward(self, features: Tensor) -> Distribution:
         return DiscreteActions(self.space, features)
+
+    def masked(self, features: Tensor, allowed: Tensor) -> Tensor:
+        """Logits of the allowed actions alone. allowed: [..., n]."""
+        return features.where(allowed, NEVER)
 
     def noise(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Gumbel noise, [*shape, n]: argmax(logits + noise) is a sample (Yellott 1977; Maddison et al. 2014)."""
@@ -218,7 +245,7 @@ class CategoricalHead(nn.Module):
 
 
 class MultiCategoricalHead(nn.Module):
-    """MultiDiscrete: independent categoricals, their logits padded to the largest by -1e9 (probability exactly 0)."""
+    """MultiDiscrete: independent categoricals, their logits padded to the largest number of choices."""
 
     present: Tensor
     place: Tensor
@@ -234,8 +261,12 @@ class MultiCategoricalHead(nn.Module):
         self.register_buffer("place", place, persistent=False)
 
     def forward(self, features: Tensor) -> Distribution:
-        logits = features[..., self.place].where(self.present, -1e9)
+        logits = features[..., self.place].where(self.present, NEVER)
         return IndependentActions(self.space, Categorical(logits=logits, validate_args=False))
+
+    def masked(self, features: Tensor, allowed: Tensor) -> Tensor:
+        """Logits of the allowed choices alone. allowed: [..., sum(nvec)]."""
+        return features.where(allowed, NEVER)
 
 
 class BernoulliHead(nn.Module):
@@ -247,6 +278,11 @@ class BernoulliHead(nn.Module):
 
     def forward(self, features: Tensor) -> Distribution:
         return IndependentActions(self.space, Coins(logits=features, validate_args=False))
+
+    def masked(self, features: Tensor, allowed: Tensor) -> Tensor:
+        """Log-odds where only the allowed sides come up. allowed: [..., 2 D], tails and heads of each coin."""
+        tails, heads = allowed.unflatten(-1, (self.size, 2)).unbind(-1)
+        return features.where(heads, NEVER).where(tails, -NEVER)
 
 
 class NormalHead(nn.Module):

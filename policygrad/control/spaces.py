@@ -4,13 +4,46 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
+from torch import Tensor
 
 from policygrad.errors import UserError, type_of
+
+MASK = "action_mask"  # the key of a Dict observation that says which actions are allowed
+
+
+class Flat(spaces.Box):
+    """A Dict observation as one vector [N], as gymnasium.spaces.flatten makes it, which knows where its parts are.
+
+    of: the Dict. mask: where its `action_mask` is in the vector; None if it has none.
+    """
+
+    def __init__(self, of: spaces.Dict) -> None:
+        flattened: Any = spaces.flatten_space(of)
+        super().__init__(flattened.low, flattened.high, flattened.shape, flattened.dtype)
+        self.of = of
+        self.slices: dict[str, slice] = {}  # where each part is in the vector, by its key
+        start = 0
+        for name, part in of.spaces.items():
+            self.slices[name] = slice(start, start + spaces.flatdim(part))
+            start = self.slices[name].stop
+        self.mask = self.slices.get(MASK)
+
+    def parts(self, obs: Tensor) -> dict[str, Tensor]:
+        """The parts of observations [..., N], by their keys, each [..., n]."""
+        return {name: obs[..., part] for name, part in self.slices.items()}
+
+
+def flat(space: spaces.Space) -> spaces.Space:
+    """The space of flattened observations; a Flat where they have an action mask."""
+    masked = isinstance(space, spaces.Dict) and MASK in space.spaces and unsupported(space) is None
+    return Flat(space) if masked else spaces.flatten_space(space)  # type: ignore[arg-type]
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:
     """A JSON description of a space. Raises UserError for a space without an encoder and a head in policies.py."""
     match space:
+        case Flat():
+            return {"kind": "Flat", "shape": list(space.shape), "of": describe_parts(space.of)}
         case spaces.Box():
             low, high = (_finite(x) for x in (space.low, space.high))
             return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), "low": low, "high": high}
@@ -27,9 +60,25 @@ def describe(space: spaces.Space) -> dict[str, Any]:
     )
 
 
+def describe_parts(space: spaces.Space) -> dict[str, Any]:
+    """A JSON description of a space that may be a Dict or a Tuple of others."""
+    match space:
+        case spaces.Dict():
+            return {"kind": "Dict", "of": {name: describe_parts(x) for name, x in space.spaces.items()}}
+        case spaces.Tuple():
+            return {"kind": "Tuple", "of": [describe_parts(x) for x in space.spaces]}
+    return describe(space)
+
+
 def rebuild(description: dict[str, Any]) -> spaces.Space:
     """The space that `describe` described."""
     match description["kind"]:
+        case "Flat":
+            return Flat(rebuild(description["of"]))  # type: ignore[arg-type]
+        case "Dict":
+            return spaces.Dict({name: rebuild(x) for name, x in description["of"].items()})
+        case "Tuple":
+            return spaces.Tuple([rebuild(x) for x in description["of"]])
         case "Box":
             shape, dtype = description["shape"], np.dtype(description["dtype"])
             low, high = _bound(description["low"], -np.inf, shape), _bound(description["high"], np.inf, shape)

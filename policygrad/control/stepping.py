@@ -23,9 +23,10 @@ from policygrad.control.checks import (
 )
 from policygrad.control.environments import autoreset_mode
 from policygrad.control.envpool import EnvPool
+from policygrad.control.masks import check_mask_space, check_masks
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.processes import RESTARTED, Processes
-from policygrad.control.spaces import describe, unsupported
+from policygrad.control.spaces import Flat, describe, unsupported
 from policygrad.errors import NonFiniteError, Note, UserError, one_line, type_of
 
 
@@ -69,6 +70,7 @@ class Stepping:
         for what, one in (("observation", space), ("action", environments.single_action_space)):
             if 0 in (one.shape or ()):
                 raise UserError(f"the {what} space {one_line(one, 60)} holds no numbers: give it at least one")
+        check_mask_space(space, environments.single_action_space)
         if observation_normalizer is not None and not isinstance(space, spaces.Box):
             raise UserError(f"observations in {one_line(space, 60)} cannot be normalized, only a Box: leave it off")
         if isinstance(seed, int) and seed < 0:
@@ -234,6 +236,8 @@ class Stepping:
     def _received(self, obs: Any, counts: np.ndarray) -> np.ndarray:
         """Observations as a rollout stores them: checked and normalized."""
         obs = checked_observations(obs, self.observation_space, self.environments.num_envs)
+        if isinstance(self.observation_space, Flat) and self.observation_space.mask is not None:
+            check_masks(obs, counts, self.observation_space, self.environments.single_action_space)
         if self.observation_normalizer is not None:
             obs = self.observation_normalizer(obs, counts)
         return stored(obs)

@@ -104,8 +104,15 @@ def natural_gradient(fisher: Float[Tensor, "N N"], gradient: Float[Tensor, " N"]
 
 
 def kl_by_state(probs: Float[Tensor, "S A"], probs_ref: Float[Tensor, "S A"]) -> Float[Tensor, " S"]:
-    """KL(pi, pi_ref)(s) = sum_a pi(a|s) log(pi(a|s) / pi_ref(a|s))."""
-    return (probs * (probs.log() - probs_ref.log())).sum(-1)
+    """KL(pi, pi_ref)(s) = sum_a pi(a|s) log(pi(a|s) / pi_ref(a|s)), over the actions that pi takes."""
+    taken = probs > 0
+    return (probs * (probs.where(taken, 1.0).log() - probs_ref.where(taken, 1.0).log())).sum(-1)
+
+
+def ratio(probs: Float[Tensor, "S A"], probs_old: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
+    """pi(a|s) / pi_old(a|s); 1 for an action that neither ever takes."""
+    never = (probs == 0) & (probs_old == 0)
+    return (probs / probs_old).where(~never, 1.0)
 
 
 def mean_kl(

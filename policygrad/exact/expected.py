@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policygrad.exact.closed_form import transition_under
+from policygrad.exact.closed_form import ratio, transition_under
 from policygrad.exact.worlds import World
 
 
@@ -50,8 +50,8 @@ def vtrace_credit(
 
     The target's correction d = v - V solves d = mu.(rho delta) + gamma (sum_a mu c P) d.
     """
-    ratio = probs / probs_old
-    rho, c = ratio.clamp(max=rho_bar), lam * ratio.clamp(max=c_bar)
+    unclipped = ratio(probs, probs_old)
+    rho, c = unclipped.clamp(max=rho_bar), lam * unclipped.clamp(max=c_bar)
     traced = torch.einsum("sa,sap->sp", probs_old * c, world.transition)
     identity = torch.eye(len(value), dtype=value.dtype)
     delta = td_credit(world, value)

@@ -1,7 +1,7 @@
 """Softmax policies and tabular critics of a small world: policies and critics with accessible tables."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
@@ -9,18 +9,31 @@ from torch.distributions import Categorical
 class SoftmaxPolicy(nn.Module):
     """pi(a|s) = exp(theta.phi(s, a)) / sum_b exp(theta.phi(s, b)); obs [B, T] of state numbers -> Categorical [B, T].
 
-    One feature for each (s, a) makes the policy tabular. With shared features, states share parameters.
+    One feature for each (s, a) makes the policy tabular. With shared features, states share parameters. allowed: of the
+    other actions of a state the probability is 0, and the sum over b is without them; by default all are.
     """
 
-    def __init__(self, features: Float[Tensor, "S A N"], theta: Float[Tensor, " N"] | None = None) -> None:
+    def __init__(
+        self,
+        features: Float[Tensor, "S A N"],
+        theta: Float[Tensor, " N"] | None = None,
+        allowed: Bool[Tensor, "S A"] | None = None,
+    ) -> None:
         super().__init__()
         self.features: Tensor
         self.register_buffer("features", features)
+        self.allowed: Tensor | None
+        self.register_buffer("allowed", allowed, persistent=False)
         self.theta = nn.Parameter(torch.zeros_like(features[0, 0]) if theta is None else theta.clone())
 
     def forward(self, obs: Int[Tensor, "B T"]) -> Categorical:
         """The distribution over actions at every step."""
-        return Categorical(logits=(self.features @ self.theta)[obs], validate_args=False)
+        return Categorical(logits=self.logits()[obs], validate_args=False)
+
+    def logits(self) -> Float[Tensor, "S A"]:
+        """theta.phi(s, a); -1e9 where an action is not allowed."""
+        logits = self.features @ self.theta
+        return logits if self.allowed is None else logits.where(self.allowed, -1e9)
 
 
 class BlindPolicy(SoftmaxPolicy):
@@ -64,7 +77,7 @@ def blind_to_time(features: Float[Tensor, "S A N"], horizon: int) -> Float[Tenso
 
 def probabilities(policy: SoftmaxPolicy) -> Float[Tensor, "S A"]:
     """pi(a|s) as a table, differentiable in theta."""
-    return (policy.features @ policy.theta).softmax(-1)
+    return policy.logits().softmax(-1)
 
 
 def score_table(features: Float[Tensor, "S A N"], probs: Float[Tensor, "S A"]) -> Float[Tensor, "S A N"]:

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
+from policygrad.control.spaces import MASK
 from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
@@ -227,6 +228,11 @@ def check_size(sizes: Sequence[int], tensors: dict[str, Tensor]) -> None:
 def feature_count(space: dict[str, Any]) -> int:
     """The numbers that a described space has as features or logits."""
     match space["kind"]:
+        case "Flat":
+            return sum(feature_count(x) for name, x in space["of"]["of"].items() if name != MASK)
+        case "Dict" | "Tuple":
+            members = space["of"]
+            return sum(feature_count(x) for x in (members.values() if isinstance(members, dict) else members))
         case "Discrete":
             return space["n"]
         case "MultiDiscrete":

@@ -26,6 +26,8 @@ from policygrad.control import ObservationNormalizer
 from policygrad.control.acting import Mode
 from policygrad.control.checks import stored_dtype
 from policygrad.control.distributions import ClippedNormal, DiscreteActions, IndependentActions, SquashedNormal
+from policygrad.control.masks import random_masks
+from policygrad.control.spaces import Flat
 from policygrad.errors import UserError, ending, one_line, shortened, type_of
 from policygrad.files import as_path, write_bytes
 from policygrad.train.run import Run, arithmetic
@@ -129,7 +131,7 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
 def _graph_in(format: Format, run: Run) -> bytes:
     """The file's content, checked. Raises UserError."""
     world: Any = run.world
-    obs = observations(world.observation_space, world.normalizer)
+    obs = observations(world)
     make = _onnx if format == "onnx" else _torch_export
     try:
         with _tracing(), torch.no_grad():
@@ -166,8 +168,15 @@ def _check_same(found: np.ndarray, expected: np.ndarray, format: str) -> None:
         raise UserError(f"{refused}its action differs on {count:,} of {len(wrong):,} observations")
 
 
-def observations(space: Any, normalizer: ObservationNormalizer | None, count: int = OBSERVATIONS) -> np.ndarray:
-    """Observations [count, ...] of a space, in its type: around the normalizer's statistics, else around 0."""
+def observations(world: Any, count: int = OBSERVATIONS) -> np.ndarray:
+    """Observations [count, ...] of a world, in their type: around the normalizer's statistics, else around 0."""
+    obs, space = _numbers(world.observation_space, world.normalizer, count), world.observation_space
+    if isinstance(space, Flat) and space.mask is not None:
+        obs[:, space.mask] = random_masks(count, world.action_space)
+    return obs
+
+
+def _numbers(space: Any, normalizer: ObservationNormalizer | None, count: int) -> np.ndarray:
     generator = np.random.default_rng(0)
     shape, dtype = (count, *(space.shape or ())), np.dtype(space.dtype)
     if isinstance(space, spaces.Discrete):

@@ -36,6 +36,7 @@ class Keywords(TypedDict, total=False):
     vectorization: Literal["auto", "sync", "async", "envpool"]
     step_time_limit: float | None
     wrap: str | Sequence[str]
+    action_mask: Literal["auto", "info", "off"]
     restart_envs: int
     overlap: bool
     env_options: str | dict[str, Any] | None

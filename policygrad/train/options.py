@@ -129,6 +129,9 @@ class Options:
     wrap: tuple[str, ...] = option((),
         "Wrapper of Gymnasium around each environment, its arguments as JSON: TimeLimit:200, RescaleAction:-1,1, "
         "FrameStackObservation:4. Repeatable, the first one inside.", TEXTS, **CONTROL)
+    action_mask: Literal["auto", "info", "off"] = option("auto",
+        "Where the mask of allowed actions is: auto, in the key action_mask of Dict observations; info, in the "
+        "environment's info; off, nowhere.", **CONTROL)
     restart_envs: int = option(0,
         "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
         "is cut.", NOT_NEGATIVE, **CONTROL)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
-from policygrad.verify.control import control_rows, harder_sections
+from policygrad.verify.control import control_rows, forbidding, harder_sections
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
 from policygrad.verify.settings import NAMES, Setting, setting_of, token_setting
@@ -27,7 +27,8 @@ from policygrad.verify.updates import Check, update_checks
 from policygrad.verify.user import Advantage, user_rows
 
 # Their rows repeat those of the random world.
-BRIEF = ("random, two episodes a row", "random, with holes", "random, cut rows with holes", "chain", "bandit", "cliff")
+BRIEF = ("random, two episodes a row", "random, with holes", "random, cut rows with holes", "random, forbidden actions",
+         "random, forbidden actions, methods", "random, hidden states", "chain", "bandit", "cliff")  # fmt: skip
 SAMPLES = (1_000, 200_000)
 STYLES = {"unbiased": "green", "biased": "yellow", "no closed form": "yellow", "WRONG": "bold red"}
 LEGEND = """\
@@ -98,6 +99,7 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
             if name == "random":
                 yield method_section(at)
                 yield from (with_user(*harder) for harder in harder_sections(options.seed))
+                yield method_section(forbidding(options.seed))
     if options.world in ("all", "tokens"):
         at = token_setting(options.seed)
         yield with_user(at, token_section(at))

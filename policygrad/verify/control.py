@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from policygrad.credit import Credit
-from policygrad.exact.closed_form import action_value, advantage, visitation, weighted_gradient
+from policygrad.exact.closed_form import action_value, advantage, ratio, visitation, weighted_gradient
 from policygrad.exact.expected import gae_credit, n_step_credit, td_credit, vtrace_credit
-from policygrad.exact.worlds import World, garnet, termination
+from policygrad.exact.policies import tabular
+from policygrad.exact.worlds import World, garnet, termination, with_clock
 from policygrad.rollout import Rollout
 from policygrad.verify.settings import Setting, holed, in_pairs, listed, row_of, setting_of
 from policygrad.verify.statistics import Row, Section
@@ -122,18 +123,18 @@ def vtrace_rows(at: Setting) -> list[Row]:
 def surrogate_rows(at: Setting) -> list[Row]:
     """The surrogates of TRPO, PPO and CISPO at the old policy, where all agree, and away from it; PPO's KL penalty."""
     world, probs, probs_old = at.world, at.probs, at.probs_old
-    ratio, (low, high) = probs / probs_old, CLIP.values()
+    r, (low, high) = ratio(probs, probs_old), CLIP.values()
     # min(r A, clip(r) A) has the gradient r A grad log pi, and none where r is out of bounds in the direction that A
     # rewards. A is here the TD error, whose sign depends on the successor, so the mean is over successors too.
     value_old = action_value(world, probs_old).mul(probs_old).sum(1)
     delta, chance = _td_errors(world, value_old)
-    stopped = ((delta > 0) & (ratio > 1 + high)[..., None]) | ((delta < 0) & (ratio < 1 - low)[..., None])
+    stopped = ((delta > 0) & (r > 1 + high)[..., None]) | ((delta < 0) & (r < 1 - low)[..., None])
     kept, td = (chance * delta.where(~stopped, 0.0)).sum(-1), (chance * delta).sum(-1)
     away = partial(weighted_gradient, visitation(world, probs_old, world.gamma), probs_old, score=at.scores)
     kinds: dict[str, tuple[str, dict[str, Any], Tensor, str]] = {
-        "surrogate": ("trpo", {"normalize_advantages": "none"}, away(credit=ratio * td), OLD_STATES),
-        "clipped surrogate": ("ppo", CLIP, away(credit=ratio * kept), CLIPPED),
-        "clipped weight (CISPO)": ("cispo", {"credit": "gae", **CLIP}, away(credit=ratio.clamp(1 - low, 1 + high) * td),
+        "surrogate": ("trpo", {"normalize_advantages": "none"}, away(credit=r * td), OLD_STATES),
+        "clipped surrogate": ("ppo", CLIP, away(credit=r * kept), CLIPPED),
+        "clipped weight (CISPO)": ("cispo", {"credit": "gae", **CLIP}, away(credit=r.clamp(1 - low, 1 + high) * td),
                                    CLIPPED),
     }  # fmt: skip
     table = []
@@ -195,6 +196,22 @@ def harder_sections(seed: int) -> Iterator[tuple[Setting, Section]]:
     yield holes, Section(holes.name, rows, holes.on_policy, whole.gradient)
     holes = holed(cut, "random, cut rows with holes", open_end=True)
     yield holes, Section(holes.name, bootstrapped_rows(holes), holes.on_policy, cut_gradient)
+    for at in (forbidding(seed), hiding(seed)):
+        yield at, Section(at.name, control_rows(at), at.on_policy, at.gradient)
+
+
+def forbidding(seed: int) -> Setting:
+    """A world of three actions, of which each state forbids another one."""
+    world, steps = garnet(3, 3, 2, termination=0.1, seed=seed), 3
+    allowed = (~torch.eye(3, dtype=torch.bool)).repeat(steps, 1)
+    return listed("random, forbidden actions", with_clock(world, steps), steps, seed, allowed=allowed)
+
+
+def hiding(seed: int) -> Setting:
+    """A world whose first two states look the same to the policy, at all times: its state is hidden."""
+    world, steps = garnet(3, 2, 2, termination=0.1, seed=seed), 3
+    seen = tabular(2, 2)[torch.tensor([0, 0, 1])].repeat(steps, 1, 1)
+    return listed("random, hidden states", with_clock(world, steps), steps, seed, features=seen)
 
 
 def _zero_rows(at: Setting) -> list[Row]:

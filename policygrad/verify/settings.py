@@ -149,10 +149,21 @@ def setting_of(name: str, samples: int, seed: int) -> Setting:
     return Setting(name, world, policy, old, on, off)
 
 
-def listed(name: str, world: World, horizon: int, seed: int, cut: bool = False) -> Setting:
-    """A world of which all trajectories are listed. cut: a time limit ends them, not the world."""
-    features = tabular(*world.reward.shape)
-    policy, old = (SoftmaxPolicy(features, theta) for theta in _two_policies(features.shape[-1], seed))
+def listed(
+    name: str,
+    world: World,
+    horizon: int,
+    seed: int,
+    cut: bool = False,
+    features: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> Setting:
+    """A world of which all trajectories are listed. cut: a time limit ends them, not the world.
+
+    features, allowed: of the policy; by default each state has parameters of its own, and allows all actions.
+    """
+    features = tabular(*world.reward.shape) if features is None else features
+    policy, old = (SoftmaxPolicy(features, theta, allowed) for theta in _two_policies(features.shape[-1], seed))
     on, off = (enumerated(*trajectories(world, probabilities(p), horizon)) for p in (policy, old))
     return Setting(name, world, policy, old, on, off, horizon if cut else None)
 

@@ -157,6 +157,25 @@ def test_kl_of_two_policies_by_hand():
     assert exact.kl_by_state(p, p).abs().max() == 0
 
 
+def test_forbidden_actions_have_no_probability_and_no_part_in_the_divergence(world):
+    states, actions = world.reward.shape
+    features, allowed = tabular(states, actions), torch.ones(states, actions, dtype=torch.bool)
+    allowed[:, 0] = torch.arange(states) % 2 == 0
+    policy, other = (SoftmaxPolicy(features, torch.randn(features.shape[-1]), allowed) for _ in range(2))
+    probs, probs_other = probabilities(policy), probabilities(other).detach()
+    assert probs[~allowed].abs().max() == 0
+    j = exact.expected_return(world, probs)
+    found = exact.policy_gradient(world, probs.detach(), score_table(features, probs.detach()))
+    torch.testing.assert_close(found, torch.autograd.grad(j, policy.theta)[0])
+    divergence = torch.stack([
+        (p[kept] * (p[kept] / q[kept]).log()).sum() for p, q, kept in zip(probs, probs_other, allowed, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(exact.kl_by_state(probs, probs_other), divergence)
+    ratio = exact.ratio(probs, probs_other)
+    assert ratio[~allowed].eq(1).all()
+    torch.testing.assert_close(ratio[allowed], (probs / probs_other)[allowed])
+
+
 def test_the_credits_of_an_exact_critic_are_its_advantages(world):
     probs = table(world)
     value, a = exact.state_value(world, probs), exact.advantage(world, probs)

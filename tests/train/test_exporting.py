@@ -37,7 +37,10 @@ class Odd(gymnasium.Env):
 
     def drawn(self) -> Any:
         self.observation_space.seed(int(self.np_random.integers(2**31)))
-        return self.observation_space.sample()
+        obs = self.observation_space.sample()
+        if isinstance(obs, dict) and "action_mask" in obs:
+            obs["action_mask"][:] = 1
+        return obs
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -54,6 +57,7 @@ def float_box(*bounds: float) -> spaces.Box:
 
 IMAGE = spaces.Box(0, 255, (4, 3), np.uint8)
 NUMBERS = float_box(-1, 1, 0, 1000, -np.inf, np.inf)
+MASKED = spaces.Discrete(4, start=2)
 CHOICES = spaces.MultiDiscrete([3, 2, 5], start=[0, 1, -2])
 SPACES: list[tuple[spaces.Space, spaces.Space, dict[str, Any]]] = [
     (NUMBERS, spaces.Discrete(4, start=-1), {"normalize_observations": True}),
@@ -65,6 +69,9 @@ SPACES: list[tuple[spaces.Space, spaces.Space, dict[str, Any]]] = [
     (NUMBERS, float_box(-1, 2, 0, 3), {"squash": True, "normalize_observations": True}),
     (spaces.Box(-1, 1, (2,), np.float64), spaces.Box(-1, 1, (2, 2), np.float64), {}),
     (spaces.Dict(a=spaces.Discrete(3), b=NUMBERS), spaces.Discrete(2), {}),
+    (spaces.Dict(action_mask=spaces.MultiBinary(4), b=NUMBERS), MASKED, {"normalize_observations": True}),
+    (spaces.Dict(action_mask=spaces.MultiBinary(5), b=NUMBERS), spaces.MultiDiscrete([2, 3]), {}),
+    (spaces.Dict(action_mask=spaces.MultiBinary(6), b=NUMBERS), spaces.MultiBinary(3), {}),
 ]
 
 
@@ -97,7 +104,7 @@ def test_the_graph_acts_as_the_run(
     for format, name in (("onnx", "policy.onnx"), ("torch-export", "policy.pt2")):
         path = pg.export(run, format=format)  # type: ignore[arg-type]
         assert path == tmp_path / "run" / name
-        act, obs = loaded(path), observations(run.world.observation_space, run.world.normalizer)  # type: ignore[attr-defined]
+        act, obs = loaded(path), observations(run.world)  # type: ignore[attr-defined]
         assert len(np.unique(np.asarray(run.act(obs)).reshape(len(obs), -1), axis=0)) > 1
         for count in (1, 2, 7, 1000):
             check_same(act(obs[-count:]), np.asarray(run.act(obs[-count:])))

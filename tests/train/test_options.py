@@ -167,7 +167,7 @@ VALUES: dict[str, Any] = {
 OF_EXACT = {"steps", "iterations", "seed", "evaluate_every", "num_envs", "episode_steps", "gamma", "credit", "weights"}
 ELSEWHERE = {"compile", "profile", "overlap", "device", "threads", "vectorization", "step_time_limit", "micro_batch"}
 ELSEWHERE |= {"checkpoint_every", "checkpoints", "keep_best", "log", "start", "evaluation_patience", "wrap"}
-ELSEWHERE |= {"gradient_noise", "on_nonfinite", "restart_envs"}
+ELSEWHERE |= {"gradient_noise", "on_nonfinite", "restart_envs", "action_mask"}
 # No step on a table oversteps its radius, so that none is shortened.
 UNREACHED: dict[str, set[str]] = {"control": set(), "exact": {"backtracks", "shrink"}}
 TASKS = {"control": "probes:Known-v0", "exact": "exact:chain"}

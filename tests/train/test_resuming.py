@@ -123,6 +123,12 @@ def test_everything_that_changes_goes_on(name: str, tmp_path: Path) -> None:
     assert_resumes(tmp_path, method, "probes:Known-v0", 3, **known(pg.train and method, **options))
 
 
+@pytest.mark.parametrize("options", [{}, {"action_mask": "info", "env_options": {"key": False}}], ids=["key", "info"])
+def test_masks_of_actions_go_on(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"normalize_observations": True, **options}
+    assert_resumes(tmp_path, "ppo", "tests.control.test_masks:Forbidding", 3, **known("ppo", **options))
+
+
 class Drifting(Known):
     """Each episode pays more than the one before."""
 

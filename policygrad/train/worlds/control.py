@@ -22,7 +22,7 @@ from policygrad.control.environments import close, importable, label, unflattene
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
 from policygrad.control.replay import restore, state_of
-from policygrad.control.spaces import describe, rebuild
+from policygrad.control.spaces import Flat, describe, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
 from policygrad.files import damaged, read_tensors
@@ -144,7 +144,7 @@ class ControlWorld(World):
             raise OptionError(
                 "wrap", "wrap is of environments made here, and this one is made: wrap it, or hand in a function"
             )
-        how: dict[str, Any] = {"wrap": options.wrap}
+        how: dict[str, Any] = {"wrap": options.wrap, "action_mask": options.action_mask}
         if another is None:
             how |= {"env_options": json.loads(options.env_options or "{}")}
             how |= {"vectorization": "envpool"} if options.vectorization == "envpool" else {}
@@ -171,10 +171,15 @@ class ControlWorld(World):
             seed=options.seed,
             whole_episodes=whole,
             groups=groups,
-            observation_normalizer=ObservationNormalizer(space.shape or ()) if options.normalize_observations else None,
+            observation_normalizer=self._normalizer(space) if options.normalize_observations else None,
             reward_scaler=RewardScaler(environments.num_envs, options.gamma) if options.scale_rewards else None,
             device=options.device,
         )
+
+    @staticmethod
+    def _normalizer(space: gymnasium.Space) -> ObservationNormalizer:
+        """A new normalizer of observations, which leaves action masks as they are."""
+        return ObservationNormalizer(space.shape or (), space.mask if isinstance(space, Flat) else None)
 
     def begin_from(self, directory: Path) -> None:
         """As the base class, with the statistics that normalize observations, and those of wrappers in reach."""

@@ -1,0 +1,342 @@
+"""Masks of actions: the distribution is that of the allowed actions, and none but these reach the environment."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch.distributions import Bernoulli, Categorical, kl_divergence
+
+import policygrad as pg
+from policygrad.control import ObservationNormalizer, Policy, Sampler, evaluate, make_environments
+from policygrad.control.acting import Mode
+from policygrad.control.masks import choices, random_masks
+from policygrad.control.policies import encoder
+from policygrad.control.spaces import Flat, describe, rebuild
+from policygrad.errors import UserError
+
+DISCRETE, MULTI = spaces.Discrete(4, start=3), spaces.MultiDiscrete([2, 3], start=[1, -1])
+COINS = spaces.MultiBinary(3)
+KINDS = {"discrete": DISCRETE, "multi": MULTI, "coins": COINS}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def dict_space(action_space: spaces.Space, n: int = 2) -> spaces.Dict:
+    mask = spaces.Box(0, 1, (sum(choices(action_space)),), np.int8)
+    return spaces.Dict({"observation": spaces.Box(-9, 9, (n,), np.float32), "action_mask": mask})
+
+
+class Forbidding(gymnasium.Env):
+    """Allows what its random mask says, which changes with every step, and fails at any other action.
+
+    The reward of an action is 1 for each of its parts that is the highest choice, which is allowed now and then. With
+    `key` the mask is a part of the observation, else of the info.
+    """
+
+    def __init__(self, kind: str = "discrete", key: bool = True, last: bool = True) -> None:
+        self.action_space, self.key, self.last = KINDS[kind], key, last
+        whole = dict_space(self.action_space)
+        self.observation_space = whole if key else whole["observation"]
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=options.get("seed"))
+        self.t = 0
+        return self._next()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        first = np.cumsum([0, *choices(self.action_space)[:-1]])
+        chosen = np.ravel(action - getattr(self.action_space, "start", 0)).astype(int)
+        if not self.mask[first + chosen].all():
+            raise RuntimeError(f"action {action} is forbidden by {self.mask}")
+        self.t += 1
+        reward = float((chosen == np.array(choices(self.action_space)) - 1).sum())
+        obs, info = self._next()
+        over = self.t == 5
+        if over and not self.last:
+            obs, info = (obs | {"action_mask": np.zeros_like(self.mask)} if self.key else obs), {}
+        return obs, reward, over, False, info
+
+    def _next(self) -> tuple[Any, dict[str, Any]]:
+        masks = []
+        for n in choices(self.action_space):
+            masks.append(self.np_random.integers(0, 2, n))
+            masks[-1][self.np_random.integers(n)] = 1
+        self.mask = np.concatenate(masks).astype(np.int8)
+        obs = self.np_random.normal(size=2).astype(np.float32)
+        return ({"observation": obs, "action_mask": self.mask}, {}) if self.key else (obs, {"action_mask": self.mask})
+
+
+def policy_of(kind: str) -> Policy:
+    policy = Policy(Flat(dict_space(KINDS[kind])), KINDS[kind], hidden=(8,))
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(torch.randn(p.shape))
+    return policy
+
+
+# The distribution
+
+
+@each_kind
+def test_log_probabilities_entropy_and_divergence_are_those_of_the_allowed_actions(kind: str, float64: None) -> None:
+    policy, other = policy_of(kind), policy_of(kind)
+    masks = torch.from_numpy(random_masks(50, KINDS[kind]))
+    obs = torch.cat([masks, torch.randn(50, 2)], -1).unsqueeze(1)
+    distribution, q = policy(obs), policy_of(kind)(obs)
+    q = other(obs)
+    action = distribution.sample()
+    logp, entropy, divergence = torch.zeros(50), torch.zeros(50), torch.zeros(50)
+    for i in range(50):
+        features = obs[i, 0, policy.mask.stop :]
+        logits, other_logits = policy.network(features), other.network(features)
+        at = 0
+        for part, n in enumerate(choices(KINDS[kind])):
+            kept = masks[i, at : at + n].nonzero()[:, 0]
+            if kind == "coins":
+                p, p_other = (Bernoulli(logits=x[part]).probs for x in (logits, other_logits))
+                pair, other_pair = (torch.stack([(1 - x).log(), x.log()]) for x in (p, p_other))
+            else:
+                pair, other_pair = logits[at : at + n], other_logits[at : at + n]
+            one, two = Categorical(logits=pair[kept]), Categorical(logits=other_pair[kept])
+            chosen = int(action[i, 0].reshape(-1)[part])
+            assert chosen in kept
+            logp[i] += one.log_prob((kept == chosen).nonzero()[0, 0])
+            entropy[i] += one.entropy()
+            divergence[i] += kl_divergence(one, two)
+            at += n
+    torch.testing.assert_close(distribution.log_prob(action)[:, 0], logp)
+    torch.testing.assert_close(distribution.entropy()[:, 0], entropy)
+    torch.testing.assert_close(kl_divergence(distribution, q)[:, 0], divergence)
+
+
+@each_kind
+def test_a_forbidden_choice_has_no_gradient(kind: str, float64: None) -> None:
+    policy = policy_of(kind)
+    masks = torch.from_numpy(random_masks(20, KINDS[kind]))
+    output = torch.randn(20, policy.head.size, requires_grad=True)
+    distribution = policy.head(policy.head.masked(output, masks != 0))
+    (distribution.log_prob(distribution.sample()) + distribution.entropy()).sum().backward()
+    open_choice = masks != 0 if kind != "coins" else masks.unflatten(-1, (3, 2)).all(-1)
+    assert (output.grad[~open_choice] == 0).all()
+    if kind == "discrete":
+        several = (masks.sum(-1, keepdim=True) > 1) & open_choice
+        assert (output.grad[several] != 0).all()
+
+
+def test_the_network_does_not_see_the_mask() -> None:
+    policy, obs = policy_of("discrete"), torch.randn(3, 1, 6)
+    other = obs.clone()
+    obs[..., :4], other[..., :4] = torch.tensor([1.0, 1, 0, 0]), torch.tensor([1.0, 1, 1, 0])
+    one, two = policy(obs).logits, policy(other).logits
+    torch.testing.assert_close(one[..., 0] - one[..., 1], two[..., 0] - two[..., 1])
+    assert policy.network[0].in_features == 2
+
+
+# Sampling
+
+
+@each_kind
+@pytest.mark.parametrize("key", [True, False], ids=["key", "info"])
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_only_allowed_actions_are_taken(kind: str, key: bool, vectorization: str) -> None:
+    environments = make_environments(
+        Forbidding,
+        3,
+        vectorization=vectorization,
+        action_mask="auto" if key else "info",
+        env_options={"kind": kind, "key": key},
+    )
+    try:
+        policy = Policy(environments.single_observation_space, environments.single_action_space)
+        rollout = Sampler(environments, 64, seed=0)(policy)
+        again = policy(rollout.obs).log_prob(rollout.action)
+        torch.testing.assert_close(again.where(rollout.mask, 0.0), rollout.logp)
+        mask = rollout.obs[..., policy.mask][rollout.mask]
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+    finally:
+        environments.close()
+
+
+@pytest.mark.parametrize("key", [True, False], ids=["key", "info"])
+@pytest.mark.parametrize("whole_episodes", [True, False])
+def test_a_mask_may_be_missing_or_0_where_an_episode_ended(key: bool, whole_episodes: bool) -> None:
+    options = {"key": key, "last": False}
+    environments = make_environments(
+        Forbidding, 2, action_mask="auto" if key else "info", env_options=options, vectorization="sync"
+    )
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    rollout = Sampler(environments, 20, seed=0, whole_episodes=whole_episodes)(policy)
+    assert rollout.ended.any()
+    assert rollout.logp.isfinite().all()
+    assert policy(rollout.obs).entropy().isfinite().all()
+
+
+class Vector(VectorEnv):
+    """Three environments at once, whose masks are in the info; they reset on the next step."""
+
+    def __init__(self, **_: Any) -> None:
+        self.num_envs, self.metadata = 3, {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.single_observation_space, self.single_action_space = spaces.Discrete(2), spaces.Discrete(3)
+        self.observation_space = batch_space(self.single_observation_space, 3)
+        self.action_space = batch_space(self.single_action_space, 3)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        self.generator = np.random.default_rng(seed)
+        return self._next()
+
+    def step(self, actions: Any) -> Any:
+        assert self.masks[np.arange(3), actions].all()
+        obs, info = self._next()
+        return obs, actions.astype(float), self.generator.random(3) < 0.1, np.zeros(3, bool), info
+
+    def _next(self) -> Any:
+        self.masks = np.eye(3, dtype=bool)[self.generator.integers(0, 3, 3)]
+        return self.generator.integers(0, 2, 3), {"action_mask": self.masks}
+
+
+def test_a_vector_environment_has_the_masks_of_all_in_its_info() -> None:
+    environments = make_environments(Vector(), 3, action_mask="info")
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    rollout = Sampler(environments, 50, seed=0)(policy)
+    assert (rollout.reward == rollout.action)[rollout.mask].all()
+    assert rollout.logp.abs().max() == 0  # one choice each
+
+
+def test_off_leaves_the_mask_a_feature() -> None:
+    environments = make_environments(Forbidding, 1, action_mask="off")
+    assert not isinstance(environments.single_observation_space, Flat)
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    assert policy.network[0].in_features == 6
+    with pytest.raises(UserError, match="is forbidden by"):
+        Sampler(environments, 100, seed=0)(policy)
+
+
+def test_acting_without_noise_is_allowed_too() -> None:
+    environments = make_environments(Forbidding, 4, vectorization="sync")
+    policy = policy_of("discrete")
+    Sampler(environments, 60, seed=0, whole_episodes=True).play(Mode(policy))
+    found = evaluate(policy, Forbidding, 20)
+    assert found.episodes == 20
+
+
+def test_a_normalizer_leaves_masks_alone() -> None:
+    environments = make_environments(Forbidding, 4, vectorization="sync")
+    space = environments.single_observation_space
+    normalizer = ObservationNormalizer(space.shape, space.mask)
+    rollout = Sampler(environments, 40, seed=0, observation_normalizer=normalizer)(policy_of("discrete"))
+    mask, rest = rollout.obs[..., space.mask], rollout.obs[..., space.mask.stop :]
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(rest[:, 10:].std()) - 1) < 0.2
+    later = ObservationNormalizer(space.shape)  # as it is loaded, without knowing of masks
+    later.statistics.load_state_dict(normalizer.statistics.state_dict())
+    later.frozen = True
+    assert set(np.unique(later(rollout.obs[:, 0].numpy(), np.ones(4, bool))[:, space.mask])) <= {0.0, 1.0}
+
+
+# Spaces
+
+
+def test_a_flat_space_knows_its_parts_and_comes_back_from_its_description() -> None:
+    inner = spaces.Dict(
+        {"b": spaces.Discrete(3), "action_mask": spaces.MultiBinary(4), "a": spaces.Tuple([spaces.Box(-1, 1, (2, 2))])}
+    )
+    flat = Flat(inner)
+    obs = inner.sample()
+    vector = torch.from_numpy(spaces.flatten(inner, obs))
+    parts = flat.parts(vector)
+    assert parts["action_mask"].tolist() == obs["action_mask"].tolist()
+    assert parts["b"].argmax() == obs["b"]
+    assert torch.equal(encoder(flat)(vector), torch.cat([parts["a"], parts["b"]]))
+    again = rebuild(describe(flat))
+    assert again == flat
+    assert again.mask == flat.mask
+    assert describe(again) == describe(flat)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("method", ["reinforce", "a2c", "npg", "trpo", "ppo", "grpo"])
+def test_every_method_learns_under_masks(method: str, tmp_path: Any) -> None:
+    task, out = "tests.control.test_masks:Forbidding", tmp_path / "run"
+    run = pg.train(method, task, steps=600, seed=0, out=out, progress=False, wrap=["TimeLimit:9"])
+    again = pg.Run.load(out, trust=True)
+    obs = {"observation": np.zeros(2, np.float32), "action_mask": np.array([0, 0, 1, 0], np.int8)}
+    assert again.act(obs) == run.act(obs) == 5
+    assert again.evaluate(3).returns == run.evaluate(3).returns
+
+
+def test_masks_from_the_info_are_kept_with_the_run(tmp_path: Any) -> None:
+    task, out = "tests.control.test_masks:Forbidding", tmp_path / "run"
+    options = {"env_options": {"key": False}, "action_mask": "info", "normalize_observations": True}
+    run = pg.train("ppo", task, steps=1000, out=out, progress=False, **options)
+    assert pg.Run.load(out, trust=True).evaluate(3).returns == run.evaluate(3).returns
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("space", "action_space", "message"),
+    [
+        (dict_space(spaces.Discrete(3)), spaces.Discrete(4), r"the action_mask has 3 numbers, and .* 4 choices"),
+        (dict_space(spaces.Discrete(3)), spaces.Box(-1, 1, (3,)), "action_mask is for Discrete"),
+    ],
+)
+def test_a_mask_of_another_size_is_refused(space: Any, action_space: Any, message: str) -> None:
+    class Wrong(gymnasium.Env):
+        def __init__(self) -> None:
+            self.observation_space, self.action_space = space, action_space
+
+        def step(self, action: Any) -> Any: ...
+
+    with pytest.raises(UserError, match=message):
+        pg.train("ppo", Wrong, steps=10, progress=False)
+
+
+class Saying(Forbidding):
+    """Has this mask in its second step."""
+
+    def __init__(self, mask: Any, key: bool = True) -> None:
+        super().__init__(key=key)
+        self.said = mask
+
+    def _next(self) -> Any:
+        obs, info = super()._next()
+        if self.t == 1:
+            (obs if self.key else info)["action_mask"] = self.said
+        return obs, info
+
+
+@pytest.mark.parametrize(
+    ("mask", "key", "message"),
+    [
+        (np.zeros(4, np.int8), True, "environment 0 of 1 allows no action: its action_mask is 0 everywhere"),
+        (np.zeros(4, np.int8), False, "environment 0 of 1 allows no action"),
+        (np.array([1, 2, 0, 0], np.int8), True, "environment 0 of 1 has 2 in its action_mask: use 0 and 1"),
+        (np.ones(3, np.int8), True, r"observation of shape \(3,\), but its observation_space says \(4,\)"),
+        (np.ones(3, np.int8), False, r"observation of shape \(3,\), but its observation_space says \(4,\)"),
+        (None, False, "the info of the environment's step has no action_mask"),
+    ],
+)
+def test_a_bad_mask_is_one_clear_line(mask: Any, key: bool, message: str) -> None:
+    how = {"action_mask": "auto" if key else "info"}
+    with pytest.raises(UserError, match=message) as raised:
+        pg.train("ppo", lambda: Saying(mask, key), steps=50, num_envs=1, progress=False, **how)
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_observation_that_allows_nothing_is_refused_in_acting() -> None:
+    policy = policy_of("discrete")
+    obs = {"observation": np.zeros(2, np.float32), "action_mask": np.zeros(4, np.int8)}
+    with pytest.raises(UserError, match="observation 0 of 1 allows no action"):
+        pg.control.acting.act(policy, obs, policy.observation_space.of, DISCRETE)
+
+
+def test_an_unknown_place_is_refused() -> None:
+    with pytest.raises(UserError, match="choose one of auto, info, off"):
+        make_environments(Forbidding, action_mask="key")
