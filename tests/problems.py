@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from policygrad.control import Critic, Policy
 from policygrad.control.masks import random_masks
-from policygrad.control.spaces import Flat
+from policygrad.control.spaces import Flat, FlatActions
 from policygrad.divergences import AdaptiveCoefficient, to_reference
 from policygrad.rollout import Batch, Rollout, decisions
 from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of
@@ -26,6 +26,7 @@ ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
     "many": (spaces.MultiDiscrete([2, 3]), {}),
     "binary": (spaces.MultiBinary(3), {}),
     "masked": (spaces.Discrete(4), {}),
+    "joint": (FlatActions(spaces.Tuple([spaces.Discrete(3), spaces.Box(-2, 2, (2,)), spaces.MultiBinary(2)])), {}),
 }
 # Every line of the table as it is, and what its options may add to its objective.
 ALL_OF_PPO = {"kl_old_coefficient": 1.0, "dual_clip": 3.0, "value_clip": 0.2, "entropy_coefficient": 0.1}

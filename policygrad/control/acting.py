@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from policygrad.control.checks import as_tensor, called, checked_distribution, checked_member, stored
 from policygrad.control.masks import check_masks
 from policygrad.control.normalization import ObservationNormalizer
-from policygrad.control.spaces import to_environment
+from policygrad.control.spaces import FlatActions, to_environment
 from policygrad.errors import UserError, one_line, shortened
 
 
@@ -73,6 +73,8 @@ def act(
     action = distribution.sample()[:, 0]
     owned = hasattr(distribution, "to_environment")
     actions = distribution.to_environment(action) if owned else to_environment(action.cpu().numpy(), action_space)
+    if isinstance(action_space, FlatActions):
+        return action_space.structured(actions[0] if single else actions)
     return actions[0] if single else actions
 
 

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from policygrad.control.spaces import FlatActions
 from policygrad.errors import NonFiniteError, UserError, one_line, shortened, type_of
 from policygrad.machine import free_memory
 
@@ -221,6 +222,8 @@ def checked_distribution(output: Any, rows: int, space: spaces.Space) -> Any:
         raise UserError(
             f"the policy's actions have shape {event}, and the action space's {space.shape}: fix the policy"
         )
+    if isinstance(space, FlatActions):
+        return output
     continuous = isinstance(space, spaces.Box)
     if _is_discrete(distribution) == continuous and not (continuous and space.dtype.kind in "iu"):  # type: ignore[union-attr]
         choice = "a Categorical" if isinstance(space, spaces.Discrete) else "Independent(Categorical(...), 1)"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
 from torch.nn.functional import softplus
 
-from policygrad.control.spaces import Units, in_box, to_environment
+from policygrad.control.spaces import FlatActions, Units, in_box, to_environment
 
 
 class ActionDistribution(Distribution):
@@ -76,6 +76,59 @@ class ClippedNormal(IndependentActions):
         new = self._get_checked_instance(type(self), _instance)
         new.units = self.units
         return super().expand(batch_shape, _instance=new)
+
+
+class JointActions(ActionDistribution):
+    """Independent parts of a Dict or Tuple action: log-probabilities, entropies and divergences are sums over them.
+
+    Actions are stored as one vector [..., D] of the parts' own numbers. parts: a distribution of batch_shape [...] for
+    each part of the space.
+    """
+
+    space: FlatActions
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, space: FlatActions, parts: Sequence[Any]) -> None:
+        self.space, self.parts = space, list(parts)
+        super().__init__(self.parts[0].batch_shape, torch.Size(space.shape), validate_args=False)
+
+    def of_parts(self, action: Tensor) -> list[Tensor]:
+        """The action [..., D] of each part, in its own shape."""
+        pieces = zip(self.parts, self.space.parts, strict=True)
+        return [action[..., where] if part.event_shape else action[..., where.start] for part, (_, where) in pieces]
+
+    def joined(self, actions: Sequence[Tensor]) -> Tensor:
+        """The parts' actions as one vector [..., D]."""
+        pieces = zip(self.parts, actions, strict=True)
+        columns = [x if part.event_shape else x.unsqueeze(-1) for part, x in pieces]
+        return torch.cat([x.to(torch.get_default_dtype()) for x in columns], -1)
+
+    def to_environment(self, action: Tensor) -> np.ndarray:
+        """The actions [B, D] in the environment's numbers, as one vector each."""
+        taken = [part.to_environment(x) for part, x in zip(self.parts, self.of_parts(action), strict=True)]
+        return np.concatenate([x.reshape(len(action), -1).astype(np.float64) for x in taken], 1)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """One action of each part."""
+        return self.joined([part.sample(torch.Size(sample_shape)) for part in self.parts])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """sum_parts log p(a_part)."""
+        parts = zip(self.parts, self.of_parts(value), strict=True)
+        return torch.stack([part.log_prob(x) for part, x in parts]).sum(0)
+
+    def entropy(self) -> Tensor:
+        """sum_parts H(a_part)."""
+        return torch.stack([part.entropy() for part in self.parts]).sum(0)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "JointActions":
+        """The same distribution, repeated over batch_shape."""
+        return JointActions(self.space, [part.expand(torch.Size(batch_shape)) for part in self.parts])
+
+    @property
+    def mode(self) -> Tensor:
+        """The mode of each part."""
+        return self.joined([part.mode for part in self.parts])
 
 
 class SquashedNormal(ActionDistribution):
@@ -161,3 +214,8 @@ _QUADRATURE = (_nodes, _density / _density.sum())
 def _kl_squashed(p: SquashedNormal, q: SquashedNormal) -> Tensor:
     # A bijection, the same for both, changes no KL.
     return kl_divergence(p.normal, q.normal)
+
+
+@register_kl(JointActions, JointActions)
+def _kl_joint(p: JointActions, q: JointActions) -> Tensor:
+    return torch.stack([kl_divergence(one, other) for one, other in zip(p.parts, q.parts, strict=True)]).sum(0)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +25,7 @@ from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
 from policygrad.control.spaces import flat
+from policygrad.control.structured import StructuredActions, VectorStructuredActions, has_parts
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.control.wrapping import wrapped, wrapper
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -380,10 +381,13 @@ def _prepared(
     for part in ("observation_space", "action_space"):
         if not isinstance(getattr(environment, part, None), spaces.Space):
             raise UserError(f"the environment {name} has no {part}: set it to a gymnasium.spaces.Space in its __init__")
-    if action_mask == "info":
-        environment = MaskFromInfo(environment)
-        make = None if make is None else lambda make=make: MaskFromInfo(make())
-    checked = Checked(environment, make, restarts)
+    inside: list[Callable[..., gymnasium.Env]] = [MaskFromInfo] if action_mask == "info" else []
+    inside += [StructuredActions] if has_parts(environment.action_space) else []
+
+    def dressed(environment: gymnasium.Env) -> gymnasium.Env:
+        return reduce(lambda inner, wrapper: wrapper(inner), inside, environment)
+
+    checked = Checked(dressed(environment), None if make is None else lambda: dressed(make()), restarts)
     if isinstance(checked.observation_space, spaces.Box | spaces.Discrete):
         return checked
     flattened = FlattenObservation(checked)
@@ -419,6 +423,8 @@ def _flat(environments: VectorEnv, action_mask: str) -> VectorEnv:
     mode = autoreset_mode(environments)
     if action_mask == "info":
         environments = VectorMaskFromInfo(environments)
+    if has_parts(environments.single_action_space):
+        environments = VectorStructuredActions(environments)
     if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
         return environments
     metadata = environments.metadata

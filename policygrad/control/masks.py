@@ -1,7 +1,7 @@
 """Masks of actions: which actions an environment allows, as a part of its observation.
 
 A mask has a number for each choice, 1 if it is allowed and 0 if not: n for Discrete(n), sum(nvec) for MultiDiscrete,
-and for MultiBinary two for each coin (0, then 1).
+and for MultiBinary two for each coin (0, then 1); for a Dict or Tuple, those of its parts that are no Box.
 """
 
 import math
@@ -14,7 +14,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
 from policygrad.control.checks import checked_member
-from policygrad.control.spaces import MASK, Flat
+from policygrad.control.spaces import MASK, Flat, FlatActions
 from policygrad.errors import UserError, one_line, shortened
 
 
@@ -27,10 +27,17 @@ def choices(space: spaces.Space) -> list[int]:
             return [int(n) for n in space.nvec.reshape(-1)]
         case spaces.MultiBinary():
             return [2] * math.prod(space.shape)
+        case FlatActions() if found := [n for part, _ in space.parts if not is_box(part) for n in choices(part)]:
+            return found
     raise UserError(
         f"an action_mask is for Discrete, MultiDiscrete or MultiBinary actions, and these are {one_line(space, 60)}: "
         "set action_mask off"
     )
+
+
+def is_box(space: spaces.Space) -> bool:
+    """Whether a part of an action has no choices to forbid."""
+    return isinstance(space, spaces.Box)
 
 
 def check_mask_space(space: spaces.Space, action_space: spaces.Space) -> None:

@@ -18,12 +18,13 @@ from policygrad.control.distributions import (
     Coins,
     DiscreteActions,
     IndependentActions,
+    JointActions,
     SquashedNormal,
     clipped,
     squashed,
 )
-from policygrad.control.masks import check_mask_space
-from policygrad.control.spaces import MASK, Flat, describe, rebuild, to_environment, units
+from policygrad.control.masks import check_mask_space, choices, is_box
+from policygrad.control.spaces import MASK, Flat, FlatActions, describe, rebuild, to_environment, units
 from policygrad.errors import UserError, one_line
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -35,11 +36,12 @@ class Policy(nn.Module):
     observation_space: Box of any rank (flattened) or Discrete (one-hot); where it is a Flat with an action mask the
     distribution is that of the allowed actions, and the network does not see the mask. action_space: Discrete,
     MultiDiscrete, MultiBinary, or Box with a diagonal Gaussian in units where the bounds are -1 and 1 (see
-    spaces.units). `squash` maps the Gaussian onto the bounds by tanh; without it the action is clipped at them on the
-    way to the environment, and its log-probability is that of the unclipped action. The standard deviation is a
-    parameter, or a function of the observation with `state_dependent_std`; at first its logarithm is initial_log_std,
-    from -20 to 10. `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises
-    UserError for any other space, and for a mask of another size than the actions have choices.
+    spaces.units); or FlatActions, a Dict or Tuple of these. `squash` maps the Gaussian onto the bounds by tanh; without
+    it the action is clipped at them on the way to the environment, and its log-probability is that of the unclipped
+    action. The standard deviation is a parameter, or a function of the observation with `state_dependent_std`; at first
+    its logarithm is initial_log_std, from -20 to 10. `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01
+    in the last layer. Raises UserError for any other space, and for a mask of another size than the actions have
+    choices.
     """
 
     def __init__(
@@ -337,6 +339,32 @@ class NormalHead(nn.Module):
         return mean.copy() if noise is None else mean + np.exp(self.initial_log_std + log_std.clip(-10, 10)) * noise
 
 
+class JointHead(nn.Module):
+    """A Dict or Tuple of actions: a head for each part."""
+
+    def __init__(self, space: FlatActions, **gaussian: Any) -> None:
+        super().__init__()
+        none: dict[str, Any] = {"squash": False, "state_dependent_std": False, "initial_log_std": 0.0}
+        boxes = any(isinstance(part, spaces.Box) for part, _ in space.parts)
+        self.space = space
+        self.heads = nn.ModuleList(
+            head(part, **(gaussian if isinstance(part, spaces.Box) or not boxes else none)) for part, _ in space.parts
+        )
+        self.sizes: list[int] = [x.size for x in self.heads]  # type: ignore[misc]
+        self.size = sum(self.sizes)
+
+    def forward(self, features: Tensor) -> Distribution:
+        pieces = zip(self.heads, features.split(self.sizes, -1), strict=True)
+        return JointActions(self.space, [one(x) for one, x in pieces])
+
+    def masked(self, features: Tensor, allowed: Tensor) -> Tensor:
+        """The features with those of the parts that have choices masked."""
+        sizes = [0 if is_box(part) else sum(choices(part)) for part, _ in self.space.parts]
+        heads: list[Any] = list(self.heads)
+        pieces = zip(heads, features.split(self.sizes, -1), allowed.split(sizes, -1), strict=True)
+        return torch.cat([one.masked(x, mask) if mask.shape[-1] else x for one, x, mask in pieces], -1)
+
+
 def _check_bounds(space: spaces.Box) -> None:
     """Raise UserError where tanh has no interval to squash onto."""
     single = space.low.reshape(-1)[space.low.reshape(-1) >= space.high.reshape(-1)]
@@ -353,9 +381,11 @@ def head(
     space: spaces.Space, squash: bool = False, state_dependent_std: bool = False, initial_log_std: float = 0.0
 ) -> Any:
     """The head of an action space. Raises UserError for a space it has none for, or options that do not apply."""
+    gaussian = {"squash": squash, "state_dependent_std": state_dependent_std, "initial_log_std": initial_log_std}
+    if isinstance(space, FlatActions):
+        return JointHead(space, **gaussian)
     if isinstance(space, spaces.Box):
         return NormalHead(space, squash, state_dependent_std, initial_log_std)
-    gaussian = {"squash": squash, "state_dependent_std": state_dependent_std, "initial_log_std": initial_log_std}
     for option, value in gaussian.items():
         if value:
             raise UserError(f"{option} is for Box actions, and the action space is {one_line(space, 60)}: leave it out")

@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 
 from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
 from policygrad.control.checks import as_tensor, check_entropy, check_memory, stored_dtype
-from policygrad.control.distributions import ClippedNormal, SquashedNormal
+from policygrad.control.distributions import ClippedNormal, JointActions, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
-from policygrad.control.spaces import to_environment, units
+from policygrad.control.spaces import FlatActions, to_environment, units
 from policygrad.control.stepping import Stepping
 from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.rollout import Rollout
@@ -291,9 +291,18 @@ def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> di
 
     action_std: the mean standard deviation of a Gaussian, in units where the bounds are -1 and 1. bound_fraction: the
     share of the numbers that reached the environment at a bound, or within a thousandth of the range of one; not of
-    integers, of which few may lie between.
+    integers, of which few may lie between. Of a Dict or Tuple, their means over its Boxes.
     """
-    if not isinstance(space, spaces.Box):
+    if isinstance(distribution, JointActions):
+        found = [
+            action_metrics(part, x, one)
+            for part, x, (one, _) in zip(
+                distribution.parts, distribution.of_parts(action), distribution.space.parts, strict=True
+            )
+        ]
+        names = dict.fromkeys(name for one in found for name in one)
+        return {name: float(np.mean([one[name] for one in found if name in one])) for name in names}
+    if not isinstance(space, spaces.Box) or isinstance(space, FlatActions):
         return {}
     unit, metrics = units(space), {}
     inner = distribution.normal if isinstance(distribution, SquashedNormal) else distribution

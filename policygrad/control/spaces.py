@@ -1,5 +1,6 @@
 """Gymnasium spaces: as JSON and back, and the action that a space's environment receives."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,75 @@ class Flat(spaces.Box):
         return {name: obs[..., part] for name, part in self.slices.items()}
 
 
+class FlatActions(spaces.Box):
+    """A Dict or Tuple of actions, nested as it may be, as one vector [D] of float64: the numbers of its parts in order.
+
+    parts: each part that is no Dict or Tuple, and where it is in the vector.
+    """
+
+    def __init__(self, of: spaces.Space) -> None:
+        self.of, self.parts, bounds = of, [], []
+        start = 0
+        for part in _leaves(of):
+            bounds.append(_numbers_between(part))
+            self.parts.append((part, slice(start, start + len(bounds[-1][0]))))
+            start += len(bounds[-1][0])
+        low, high = (np.concatenate(x) for x in zip(*bounds, strict=True))
+        super().__init__(low, high, dtype=np.float64)
+
+    def structured(self, action: np.ndarray) -> Any:
+        """The action of a vector [D] as the environment takes it; of vectors [B, D], with arrays [B, ...] in it."""
+        parts = iter(self.parts)
+
+        def made(space: spaces.Space) -> Any:
+            if isinstance(space, spaces.Dict):
+                return {name: made(x) for name, x in space.spaces.items()}
+            if isinstance(space, spaces.Tuple):
+                return tuple(made(x) for x in space.spaces)
+            part, where = next(parts)
+            numbers = action[..., where].reshape((*action.shape[:-1], *(part.shape or ())))
+            return numbers.astype(part.dtype)[()]
+
+        return made(self.of)
+
+    def vectors(self, actions: Any) -> np.ndarray:
+        """The vectors [B, D] of a batch of actions, as `structured` makes them."""
+
+        def numbers(space: spaces.Space, x: Any) -> list[np.ndarray]:
+            if isinstance(space, spaces.Dict):
+                return [one for name, member in space.spaces.items() for one in numbers(member, x[name])]
+            if isinstance(space, spaces.Tuple):
+                return [one for member, part in zip(space.spaces, x, strict=True) for one in numbers(member, part)]
+            return [np.asarray(x, np.float64).reshape(len(x), -1)]
+
+        return np.concatenate(numbers(self.of, actions), 1)
+
+
+def _leaves(space: spaces.Space) -> Iterator[spaces.Space]:
+    """The parts of a space that are no Dict or Tuple, in order."""
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        yield space
+        return
+    for member in space.values() if isinstance(space, spaces.Dict) else space:
+        yield from _leaves(member)
+
+
+def _numbers_between(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest number in each place of an action of one part, [D]. Raises UserError."""
+    match space:
+        case spaces.Discrete():
+            found = space.start, space.start + space.n - 1
+        case spaces.MultiDiscrete():
+            found = space.start, space.start + space.nvec - 1
+        case spaces.MultiBinary():
+            found = np.zeros(space.shape), np.ones(space.shape)
+        case spaces.Box():
+            found = space.low, space.high
+        case _:
+            describe(space)  # raises
+    return tuple(np.asarray(x, np.float64).reshape(-1) for x in found)  # type: ignore[return-value]
+
+
 def flat(space: spaces.Space) -> spaces.Space:
     """The space of flattened observations; a Flat where they have an action mask."""
     masked = isinstance(space, spaces.Dict) and MASK in space.spaces and unsupported(space) is None
@@ -42,8 +112,8 @@ def flat(space: spaces.Space) -> spaces.Space:
 def describe(space: spaces.Space) -> dict[str, Any]:
     """A JSON description of a space. Raises UserError for a space without an encoder and a head in policies.py."""
     match space:
-        case Flat():
-            return {"kind": "Flat", "shape": list(space.shape), "of": describe_parts(space.of)}
+        case Flat() | FlatActions():
+            return {"kind": type(space).__name__, "shape": list(space.shape), "of": describe_parts(space.of)}
         case spaces.Box():
             low, high = (_finite(x) for x in (space.low, space.high))
             return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), "low": low, "high": high}
@@ -56,7 +126,7 @@ def describe(space: spaces.Space) -> dict[str, Any]:
     space = unsupported(space) or space
     raise UserError(
         f"{type_of(space)} space is not supported: wrap the environment so that it has a Box, Discrete, "
-        "MultiDiscrete or MultiBinary space (for observations also a Dict or Tuple of these)"
+        "MultiDiscrete or MultiBinary space, or a Dict or Tuple of these"
     )
 
 
@@ -75,6 +145,8 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
     match description["kind"]:
         case "Flat":
             return Flat(rebuild(description["of"]))  # type: ignore[arg-type]
+        case "FlatActions":
+            return FlatActions(rebuild(description["of"]))
         case "Dict":
             return spaces.Dict({name: rebuild(x) for name, x in description["of"].items()})
         case "Tuple":
@@ -100,6 +172,9 @@ def to_environment(action: np.ndarray, space: spaces.Space) -> np.ndarray:
     Raises UserError for a space that is not supported.
     """
     match space:
+        case FlatActions():
+            taken = [to_environment(action[:, where], part) for part, where in space.parts]
+            return np.concatenate([x.reshape(len(action), -1).astype(np.float64) for x in taken], 1)
         case spaces.Discrete():
             return (action.reshape(-1) + space.start).astype(space.dtype)
         case spaces.MultiDiscrete():

@@ -230,6 +230,8 @@ def feature_count(space: dict[str, Any]) -> int:
     match space["kind"]:
         case "Flat":
             return sum(feature_count(x) for name, x in space["of"]["of"].items() if name != MASK)
+        case "FlatActions":
+            return feature_count(space["of"])
         case "Dict" | "Tuple":
             members = space["of"]
             return sum(feature_count(x) for x in (members.values() if isinstance(members, dict) else members))

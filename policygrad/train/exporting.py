@@ -25,9 +25,15 @@ import policygrad
 from policygrad.control import ObservationNormalizer
 from policygrad.control.acting import Mode
 from policygrad.control.checks import stored_dtype
-from policygrad.control.distributions import ClippedNormal, DiscreteActions, IndependentActions, SquashedNormal
+from policygrad.control.distributions import (
+    ClippedNormal,
+    DiscreteActions,
+    IndependentActions,
+    JointActions,
+    SquashedNormal,
+)
 from policygrad.control.masks import random_masks
-from policygrad.control.spaces import Flat
+from policygrad.control.spaces import Flat, FlatActions
 from policygrad.errors import UserError, ending, one_line, shortened, type_of
 from policygrad.files import as_path, write_bytes
 from policygrad.train.run import Run, arithmetic
@@ -108,6 +114,10 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
     Raises UserError for a distribution that has a way of its own.
     """
     kind = type(distribution)
+    if kind is JointActions:
+        parts = zip(distribution.of_parts(action), distribution.parts, distribution.space.parts, strict=True)
+        taken = ((to_environment(x, part, one), where) for x, part, (one, where) in parts)
+        return torch.cat([x.reshape(-1, where.stop - where.start).double() for x, where in taken], 1)
     if hasattr(distribution, "to_environment") and kind not in (
         *(DiscreteActions, IndependentActions),
         *(ClippedNormal, SquashedNormal),
@@ -147,7 +157,8 @@ def _graph_in(format: Format, run: Run) -> bytes:
         raise UserError(
             f"{type_of(run.policy)} cannot be exported to {format} ({name}: {_first_line(error)})"
         ) from error
-    expected = np.asarray(run.act(obs))
+    actions, taken = world.action_space, run.act(obs)
+    expected = actions.vectors(taken) if isinstance(actions, FlatActions) else np.asarray(taken)
     for batch, actions in zip((expected, expected[:1]), found, strict=True):
         _check_same(actions, batch, format)
     return content

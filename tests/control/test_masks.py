@@ -16,11 +16,12 @@ from policygrad.control import ObservationNormalizer, Policy, Sampler, evaluate,
 from policygrad.control.acting import Mode
 from policygrad.control.masks import choices, random_masks
 from policygrad.control.policies import encoder
-from policygrad.control.spaces import Flat, describe, rebuild
+from policygrad.control.spaces import Flat, FlatActions, describe, rebuild
 from policygrad.errors import UserError
 
 DISCRETE, MULTI = spaces.Discrete(4, start=3), spaces.MultiDiscrete([2, 3], start=[1, -1])
 COINS = spaces.MultiBinary(3)
+PAIR = spaces.Tuple([spaces.Box(-1, 1, (2,)), DISCRETE, spaces.Dict({"a": MULTI, "b": COINS})])
 KINDS = {"discrete": DISCRETE, "multi": MULTI, "coins": COINS}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -255,6 +256,23 @@ def test_a_flat_space_knows_its_parts_and_comes_back_from_its_description() -> N
     assert again == flat
     assert again.mask == flat.mask
     assert describe(again) == describe(flat)
+
+
+def test_a_mask_of_a_tuple_has_the_choices_of_its_parts(float64: None) -> None:
+    space, n = FlatActions(PAIR), 4 + 5 + 6
+    policy = Policy(Flat(spaces.Dict({"o": spaces.Box(-1, 1, (2,)), "action_mask": spaces.MultiBinary(n)})), space)
+    masks = torch.from_numpy(random_masks(30, space))
+    distribution = policy(torch.cat([masks, torch.randn(30, 2)], -1).unsqueeze(1))
+    action = distribution.of_parts(distribution.sample())
+    assert masks[torch.arange(30), action[1][:, 0].long()].all()
+    start = 4
+    for part in action[2][:, 0].long().unbind(-1):
+        size = (2, 3)[start > 4]
+        assert masks[torch.arange(30), start + part].all()
+        start += size
+    free, bound = distribution.parts[0], policy(torch.cat([torch.ones(30, n), torch.randn(30, 2)], -1).unsqueeze(1))
+    assert free.log_prob(action[0]).isfinite().all()
+    assert (distribution.parts[3].entropy() < bound.parts[3].entropy()).any()
 
 
 # Whole runs

@@ -19,6 +19,7 @@ from torch.distributions import Categorical
 
 import policygrad as pg
 from policygrad import cli
+from policygrad.control.spaces import FlatActions
 from policygrad.errors import UserError
 from policygrad.train.exporting import TOLERANCE, observations
 
@@ -71,6 +72,8 @@ SPACES: list[tuple[spaces.Space, spaces.Space, dict[str, Any]]] = [
     (spaces.Dict(a=spaces.Discrete(3), b=NUMBERS), spaces.Discrete(2), {}),
     (spaces.Dict(action_mask=spaces.MultiBinary(4), b=NUMBERS), MASKED, {"normalize_observations": True}),
     (spaces.Dict(action_mask=spaces.MultiBinary(5), b=NUMBERS), spaces.MultiDiscrete([2, 3]), {}),
+    (NUMBERS, spaces.Dict(a=CHOICES, b=spaces.Tuple([float_box(-1, 2, 0, 3), MASKED, spaces.MultiBinary(3)])), {}),
+    (NUMBERS, spaces.Tuple([float_box(-1, 2, 0, 3), MASKED]), {"squash": True, "state_dependent_std": True}),
     (spaces.Dict(action_mask=spaces.MultiBinary(6), b=NUMBERS), spaces.MultiBinary(3), {}),
 ]
 
@@ -93,6 +96,12 @@ def check_same(found: np.ndarray, expected: np.ndarray) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def taken(run: Any, obs: np.ndarray) -> np.ndarray:
+    """The actions of a run, those that are a Dict or a Tuple as vectors."""
+    space = run.world.action_space
+    return space.vectors(run.act(obs)) if isinstance(space, FlatActions) else np.asarray(run.act(obs))
+
+
 @pytest.mark.parametrize(("observation", "action", "options"), SPACES, ids=lambda x: str(x)[:40])
 def test_the_graph_acts_as_the_run(
     tmp_path: Path, observation: spaces.Space, action: spaces.Space, options: dict[str, Any]
@@ -104,10 +113,10 @@ def test_the_graph_acts_as_the_run(
     for format, name in (("onnx", "policy.onnx"), ("torch-export", "policy.pt2")):
         path = pg.export(run, format=format)  # type: ignore[arg-type]
         assert path == tmp_path / "run" / name
-        act, obs = loaded(path), observations(run.world)  # type: ignore[attr-defined]
-        assert len(np.unique(np.asarray(run.act(obs)).reshape(len(obs), -1), axis=0)) > 1
+        act, obs = loaded(path), observations(run.world)
+        assert len(np.unique(taken(run, obs).reshape(len(obs), -1), axis=0)) > 1
         for count in (1, 2, 7, 1000):
-            check_same(act(obs[-count:]), np.asarray(run.act(obs[-count:])))
+            check_same(act(obs[-count:]), taken(run, obs[-count:]))
     assert not list(tmp_path.rglob("*.new"))
 
 

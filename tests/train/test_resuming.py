@@ -129,6 +129,12 @@ def test_masks_of_actions_go_on(options: dict[str, Any], tmp_path: Path) -> None
     assert_resumes(tmp_path, "ppo", "tests.control.test_masks:Forbidding", 3, **known("ppo", **options))
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_structured_actions_go_on(vectorization: str, tmp_path: Path) -> None:
+    task = "tests.control.test_structured:Hybrid"
+    assert_resumes(tmp_path, "trpo", task, 3, **known("trpo", vectorization=vectorization))
+
+
 class Drifting(Known):
     """Each episode pays more than the one before."""
 
