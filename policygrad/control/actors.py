@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from policygrad.control.acting import Mode
 from policygrad.control.checks import as_tensor, called, checked_distribution
+from policygrad.control.encoders import Each
 from policygrad.control.policies import CategoricalHead, NormalHead, Policy
 from policygrad.control.spaces import to_environment
 from policygrad.errors import NonFiniteError
@@ -157,6 +158,7 @@ def _is_plain(policy: nn.Module) -> bool:
     """Whether calling a policy does no more than its layers do, and PerceptronActor knows its layers and its head."""
     return (
         type(policy) is Policy
+        and not isinstance(policy.encode, Each)
         and all(p.dtype == torch.get_default_dtype() for p in policy.parameters())  # that of observations
         and isinstance(policy.head, CategoricalHead | NormalHead)
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)

@@ -9,7 +9,7 @@ from policygrad.errors import UserError, type_of
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:
-    """A JSON description of a space. Raises UserError for a space without an encoder and a head in policies.py."""
+    """A JSON description of a space. Raises UserError for a space without an encoder and a head."""
     match space:
         case spaces.Box():
             low, high = (_finite(x) for x in (space.low, space.high))
@@ -107,9 +107,12 @@ def unsupported(space: spaces.Space) -> spaces.Space | None:
 
 
 def _finite(bound: np.ndarray) -> list[float | None]:
-    """The bounds as a list, with None for infinity, which JSON lacks."""
-    return [float(x) if np.isfinite(x) else None for x in bound.reshape(-1)]
+    """The bounds as a list, of one if all are the same, with None for infinity, which JSON lacks."""
+    numbers = bound.reshape(-1)
+    same = len(numbers) and (numbers == numbers[0]).all()
+    return [float(x) if np.isfinite(x) else None for x in (numbers[:1] if same else numbers)]
 
 
 def _bound(numbers: list[float | None], infinite: float, shape: list[int]) -> np.ndarray:
-    return np.array([infinite if x is None else x for x in numbers]).reshape(shape)
+    found = np.array([infinite if x is None else x for x in numbers], np.float64)
+    return np.full(shape, found[0]) if len(found) == 1 else found.reshape(shape)

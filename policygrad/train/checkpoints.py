@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
+from policygrad.control.encoders import NETWORKS, measured
 from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
@@ -165,8 +166,9 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
                 "load it from Python, with load(directory, policy=...)"
             )
         try:
-            sizes = [feature_count(description["policy"][x]) for x in ("observation_space", "action_space")]
-            check_size([sizes[0], *description["policy"]["hidden"], sizes[1]], tensors)
+            own = description["policy"]
+            encoded = (own["observation_space"], own.get("encoder", "flat"), own.get("channels", "auto"))
+            check_size(*encoded, [*own["hidden"], feature_count(own["action_space"])], tensors)
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
@@ -217,9 +219,19 @@ def _real(x: Tensor) -> Any:
     return "real" if x.is_floating_point() else x.dtype
 
 
-def check_size(sizes: Sequence[int], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if the layers are larger than the saved tensors, before memory is allocated for them."""
-    saved = sum(x.numel() for x in tensors.values())
+def check_size(
+    space: dict[str, Any], encoder: str, channels: str, layers: Sequence[int], tensors: dict[str, Tensor]
+) -> None:
+    """Raise ValueError if a network is larger than the saved tensors, before memory is allocated for it.
+
+    space: a described one, of observations. layers: the sizes after the encoder.
+    """
+    saved, features = sum(x.numel() for x in tensors.values()), feature_count(space)
+    if encoder in NETWORKS:
+        parameters, features = measured(space["shape"], encoder, channels)
+        if max(parameters, math.prod(space["shape"]) // 64) > saved:
+            raise ValueError(f"its encoder has {parameters:,} weights, and policy.safetensors {saved:,} in all")
+    sizes = [features, *layers]
     if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *sizes])):
         raise ValueError(f"layers have {sizes} units, and policy.safetensors has {saved:,} numbers in all")
 

@@ -41,6 +41,8 @@ class Keywords(TypedDict, total=False):
     env_options: str | dict[str, Any] | None
     normalize_observations: bool
     scale_rewards: bool
+    encoder: Literal["auto", "flat", "nature", "impala", "small"]
+    channels: Literal["auto", "first", "last"]
     hidden: int | Sequence[int]
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"]
     orthogonal: bool

@@ -139,7 +139,8 @@ def _filmed(run: Run, environment: Any, own: bool) -> Filmed:
     else:
         _headless()
         how = run.world.how(None if own else environment)  # type: ignore[attr-defined]
-        how |= {"vectorization": "sync", "env_options": {"render_mode": "rgb_array", **how.get("env_options", {})}}
+        env_options = judged(environment, how.get("env_options"))
+        how |= {"vectorization": "sync", "env_options": {"render_mode": "rgb_array", **env_options}}
         try:
             around = make_environments(environment, 1, **how)
         except UserError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.acting import act, shape_of
 from policygrad.control.checks import called, check_memory
+from policygrad.control.encoders import NETWORKS, chosen, is_image, measured
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
@@ -29,7 +30,6 @@ from policygrad.files import damaged, read_tensors
 from policygrad.train.checkpoints import (
     Stage,
     check_size,
-    feature_count,
     fits,
     normalizer_of,
     part_of,
@@ -96,15 +96,13 @@ class ControlWorld(World):
         observation_space = self.observation_space = self.environments.single_observation_space
         action_space = self.action_space = self.environments.single_action_space
         if own.policy is None:
-            sizes = [math.prod(observation_space.shape or ()), *options.hidden]
-            size = 4 * 2 * 4 * sum(inputs * outputs for inputs, outputs in pairwise(sizes))  # with gradient and Adam's
-            check_memory(size, f"networks with hidden {one_line(list(options.hidden), 40)}", "lower hidden")
-        if own.policy is None:
             gaussian = {name: getattr(options, name) for name in ("squash", "state_dependent_std", "initial_log_std")}
             try:
+                self._check_networks(observation_space)
                 self.policy = Policy(observation_space, action_space, **self._shape(), **gaussian)
             except UserError as error:
-                name = next((x for x in gaussian if str(error).startswith(x)), None)
+                named = ("encoder", "channels", *gaussian)
+                name = next((x for x in named if str(error).startswith(x)), None)
                 if name is None:
                     raise
                 raise OptionError(name, str(error)) from error
@@ -152,7 +150,23 @@ class ControlWorld(World):
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
-        return {name: getattr(self.options, name) for name in ("hidden", "activation", "orthogonal")}
+        shared = ("encoder", "channels", "hidden", "activation", "orthogonal")
+        return {name: getattr(self.options, name) for name in shared}
+
+    def _check_networks(self, space: gymnasium.Space) -> None:
+        """Raise UserError if the networks do not fit the observations, or the memory, before they are made."""
+        options, weights, features = self.options, 0, math.prod(space.shape or ())
+        encoder, channels = chosen(space, options.encoder, options.channels)
+        if is_image(space) and options.normalize_observations:
+            raise OptionError(
+                "normalize_observations", "the encoder scales images to [0, 1]: leave normalize_observations out"
+            )
+        if encoder in NETWORKS:
+            weights, features = measured(space.shape, encoder, channels)  # type: ignore[arg-type]
+        sizes = [features, *options.hidden]
+        weights += sum(inputs * outputs for inputs, outputs in pairwise(sizes))
+        said = f"networks with hidden {one_line(list(options.hidden), 40)}"
+        check_memory(4 * 2 * 4 * weights, said, "lower hidden")  # with gradient and Adam's
 
     def _sampler(self, environments: VectorEnv) -> Sampler:
         options, space = self.options, environments.single_observation_space
@@ -210,7 +224,8 @@ class ControlWorld(World):
         if has_critic(self.options) and saved.critic:
             space: Any = describe(self.observation_space)
             with suppress(ValueError):  # it is of the user's own class, which is larger or smaller
-                check_size([feature_count(space), *self.options.hidden, 1], saved.critic)
+                encoded = chosen(self.observation_space, self.options.encoder, self.options.channels)
+                check_size(space, *encoded, [*self.options.hidden, 1], saved.critic)
                 critic = Critic(rebuild(space), **self._shape())
                 if fits(critic, saved.critic):
                     critic.load_state_dict(saved.critic)
