@@ -110,7 +110,8 @@ class PerceptronActor(Actor):
         if k == 0:
             self._next_block()
         x = as_tensor(obs, self.device)
-        x = x.reshape(self.rows, -1) if x.is_floating_point() else self.policy.encode(x.unsqueeze(1)).squeeze(1)
+        plain = x.is_floating_point() and not isinstance(self.policy.encode, Each)
+        x = x.reshape(self.rows, -1) if plain else self.policy.encode(x.unsqueeze(1)).squeeze(1)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))
         torch.addmm(self.last[0], x, self.last[1], out=self.outputs[-1][k])
@@ -158,7 +159,7 @@ def _is_plain(policy: nn.Module) -> bool:
     """Whether calling a policy does no more than its layers do, and PerceptronActor knows its layers and its head."""
     return (
         type(policy) is Policy
-        and not isinstance(policy.encode, Each)
+        and policy.description is not None  # else its encoder is the user's own, and may draw
         and all(p.dtype == torch.get_default_dtype() for p in policy.parameters())  # that of observations
         and isinstance(policy.head, CategoricalHead | NormalHead)
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)

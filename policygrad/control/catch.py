@@ -39,9 +39,10 @@ def images(row: np.ndarray, column: np.ndarray, paddle: np.ndarray, size: int) -
 class CatchVector(VectorEnv):
     """`num_envs` games in one object. Each resets on the step after its episode ends."""
 
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 as Gymnasium declares it
+
     def __init__(self, num_envs: int = 1, size: int = 10) -> None:
         self.num_envs, self.size = num_envs, size
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.single_observation_space, self.single_action_space = image_space(size), spaces.Discrete(3)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -74,7 +75,7 @@ class CatchVector(VectorEnv):
         return images(self.row, self.column, self.paddle, self.size)
 
 
-class Catch(gymnasium.Env[np.ndarray, int]):
+class Catch(gymnasium.Env[np.ndarray, np.int64]):
     """One game."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012 as Gymnasium declares it
@@ -90,7 +91,7 @@ class Catch(gymnasium.Env[np.ndarray, int]):
         self.row, self.column, self.paddle = 0, int(self.np_random.integers(self.size)), self.size // 2
         return self._image(), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One row down."""
         self.row += 1
         self.paddle = min(max(self.paddle + int(action) - 1, 0), self.size - 1)
@@ -98,10 +99,11 @@ class Catch(gymnasium.Env[np.ndarray, int]):
         reward = (1.0 if caught else -1.0) if ended else 0.0
         return self._image(), reward, ended, False, {"is_success": float(ended and caught)}
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """The image, enlarged, [16 size, 16 size, 3]."""
         gray = self._image()[0].repeat(PIXELS, 0).repeat(PIXELS, 1)
         return np.stack([gray] * 3, -1)
 
     def _image(self) -> np.ndarray:
-        return images(*(np.array([x]) for x in (self.row, self.column, self.paddle)), self.size)[0]
+        row, column, paddle = np.array([[self.row], [self.column], [self.paddle]])
+        return images(row, column, paddle, self.size)[0]

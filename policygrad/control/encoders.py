@@ -70,8 +70,8 @@ class Images(Each):
     def prepared(self, obs: Tensor) -> Tensor:
         if obs.dtype != torch.uint8:
             raise UserError(
-                f"the encoder takes images of uint8, and got {str(obs.dtype).removeprefix('torch.')}: leave "
-                "normalization off (the encoder scales them), or use a policy of your own"
+                f"the encoder takes images of uint8, and got {str(obs.dtype).removeprefix('torch.')}: give them as "
+                "they are, not normalized (the encoder scales them)"
             )
         if obs.shape[1:] != self.shape:
             raise UserError(f"the encoder takes images {list(self.shape)}, and got {list(obs.shape[1:])}: fix the two")
@@ -171,8 +171,11 @@ def chosen(space: spaces.Space, encoder: str, channels: str) -> tuple[str, str]:
                 )
         return "flat", "auto"
     if encoder == "flat":
+        if channels != "auto":
+            raise UserError(f"channels is {channels}, and encoder flat reads none: leave channels out")
         return "flat", "auto"
     shape: Any = space.shape
+    asked = channels != "auto"
     if channels == "auto":
         if shape[0] == shape[2]:
             raise UserError(
@@ -183,8 +186,10 @@ def chosen(space: spaces.Space, encoder: str, channels: str) -> tuple[str, str]:
     if encoder == "auto":
         side = min(channels_first(shape, channels)[1:])
         fitting = [name for name, x in (("nature", NATURE), ("small", SMALL)) if side >= least_side(x)]
-        encoder = fitting[0] if fitting else "flat"
-    return encoder, "auto" if encoder == "flat" else channels
+        if not fitting and not asked:
+            return "flat", "auto"
+        encoder = fitting[0] if fitting else "small"  # which says what it needs
+    return encoder, channels
 
 
 def channels_first(shape: Sequence[int], channels: str) -> tuple[int, int, int]:
@@ -232,7 +237,7 @@ def make_encoder(
     for layer in network if orthogonal else ():
         if isinstance(layer, nn.Conv2d | nn.Linear) and encoder != "impala":
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return Images(network, space, channels)
 
 

@@ -145,7 +145,8 @@ class Options:
         "Network before the hidden layers for images (uint8, three dimensions): convolutions of Mnih et al. 2015, "
         "IMPALA's residual ones, a small one, or none; auto: nature from 36 x 36 on, else small.", **CONTROL)
     channels: Literal["auto", "first", "last"] = option("auto",
-        "Which dimension of an image its channels are; auto: the smaller one of the first and the last.", **CONTROL)
+        "Which dimension of an image its channels are; auto: the smaller one of the first and the last.", **CONTROL,
+        encoder=("auto", "nature", "impala", "small"))
     hidden: tuple[int, ...] = option((64, 64),
         "Sizes of the hidden layers of both policy and critic.", SIZES, **CONTROL)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh",

@@ -15,6 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from PIL import Image, ImageDraw, ImageFont
 
+from policygrad.control.atari import judged
 from policygrad.control.environments import close, label, make_environments
 from policygrad.control.evaluation import Evaluation
 from policygrad.errors import UserError, ending, one_line, shortened
