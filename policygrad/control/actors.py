@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from policygrad.control.acting import Mode
 from policygrad.control.checks import as_tensor, called, checked_distribution
+from policygrad.control.encoders import Flatten
 from policygrad.control.policies import CategoricalHead, NormalHead, Policy
 from policygrad.control.spaces import to_environment
 from policygrad.errors import NonFiniteError
@@ -110,7 +111,7 @@ class PerceptronActor(Actor):
             self._next_block()
         x = as_tensor(obs, self.device)
         allowed = None if self.policy.mask is None else x[:, self.policy.mask] != 0
-        plain = x.is_floating_point() and allowed is None
+        plain = isinstance(self.policy.encode, Flatten) and x.is_floating_point()
         x = x.reshape(self.rows, -1) if plain else self.policy.encode(x.unsqueeze(1)).squeeze(1)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))
@@ -161,6 +162,7 @@ def _is_plain(policy: nn.Module) -> bool:
     """Whether calling a policy does no more than its layers do, and PerceptronActor knows its layers and its head."""
     return (
         type(policy) is Policy
+        and policy.description is not None  # else its encoder is the user's own, and may draw
         and all(p.dtype == torch.get_default_dtype() for p in policy.parameters())  # that of observations
         and isinstance(policy.head, CategoricalHead | NormalHead)
         and all(type(x) is nn.Linear or type(x) in IN_PLACE for x in policy.network)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, reduce
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
+from policygrad.control.atari import is_preprocessed, preprocessed
 from policygrad.control.checks import checked_flag, checked_member, checked_number
 from policygrad.control.envpool import EnvPool
 from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
@@ -32,6 +34,12 @@ from policygrad.errors import Note, UserError, ending, one_line, shortened
 from policygrad.functions import load_function, load_module
 
 Environment = str | gymnasium.Env | VectorEnv | Callable[..., gymnasium.Env]
+
+gymnasium.register(
+    "policygrad/Catch-v0",
+    entry_point="policygrad.control.catch:Catch",
+    vector_entry_point="policygrad.control.catch:CatchVector",
+)
 
 # Ids of other packages: how they begin, what to install, and the module whose import registers them.
 PACKAGES = (
@@ -68,7 +76,7 @@ def make_environments(
     inside (see wrapping.py). With either, auto takes no native form. action_mask: where the mask of allowed actions is
     (see masks.py); auto: in the key action_mask of Dict observations, info: in the info, off: nowhere. env_options go
     to gymnasium.make, the class or the function. Dict, Tuple and other composite observations are flattened into a Box;
-    it is a Flat, which knows its parts, if there is a mask in it.
+    that of a Dict or Tuple is a Flat, which knows its parts.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
@@ -149,7 +157,8 @@ def _maker(environment: Any, options: dict[str, Any]) -> tuple[EnvSpec | None, C
     if isinstance(environment, str):
         found = named(environment)
         if isinstance(found, EnvSpec):
-            return found, lambda: gymnasium.make(found, disable_env_checker=True, **options)
+            make = preprocessed if is_preprocessed(found) else gymnasium.make
+            return found, lambda: make(found, disable_env_checker=True, **options)
         environment = found
     if not callable(environment):
         raise UserError(_no_environment(environment))
@@ -208,15 +217,16 @@ def find(name: str) -> EnvSpec:
     module, _, name = name.rpartition(":")
     if module:
         load_module(module, what="environment")
+    elif name not in gymnasium.registry:
+        for _, _, registers in (x for x in PACKAGES if re.match(x[0], name) and _installed(x[2])):
+            import_module(registers)  # a fixed list: no name in a run decides what is imported
     try:
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ValueError) as error:
         said = f"unknown environment {shortened(name)}: "
         for beginning, package, registers in PACKAGES:
-            if re.match(beginning, name) and not module:
-                installed = find_spec(registers.partition(".")[0]) is not None
-                install = "" if installed else f"install its package (pip install {package}) and "
-                raise UserError(f"{said}{install}write {registers}:{ending(name, 60)}") from error
+            if re.match(beginning, name) and not module and not _installed(registers):
+                raise UserError(f"{said}install its package, with pip install {package}") from error
         known = {key.lower(): key for key in gymnasium.registry}
         near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
         space = name.rpartition("/")[0]
@@ -227,6 +237,10 @@ def find(name: str) -> EnvSpec:
         else:
             hint = "`policygrad list environments` lists the known ones"
         raise UserError(said + hint) from error
+
+
+def _installed(module: str) -> bool:
+    return find_spec(module.partition(".")[0]) is not None
 
 
 class Checked(gymnasium.Wrapper):
@@ -391,8 +405,7 @@ def _prepared(
     if isinstance(checked.observation_space, spaces.Box | spaces.Discrete):
         return checked
     flattened = FlattenObservation(checked)
-    if action_mask != "off":
-        flattened.observation_space = flat(checked.observation_space)
+    flattened.observation_space = flat(checked.observation_space, action_mask != "off")
     return flattened
 
 
@@ -433,8 +446,7 @@ def _flat(environments: VectorEnv, action_mask: str) -> VectorEnv:
         environments.metadata = metadata | {"autoreset_mode": mode}
     try:
         flattened = FlattenVectorObservation(environments)
-        if action_mask != "off":
-            flattened.single_observation_space = flat(environments.single_observation_space)
+        flattened.single_observation_space = flat(environments.single_observation_space, action_mask != "off")
         return flattened
     except ValueError as error:
         space = type(environments.single_observation_space).__name__

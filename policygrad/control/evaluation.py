@@ -15,12 +15,13 @@ from gymnasium.wrappers import TimeLimit
 from torch import nn
 
 from policygrad.control.acting import Mode
+from policygrad.control.atari import judged
 from policygrad.control.environments import close, label, make_environments
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.policies import Policy
 from policygrad.control.processes import Processes
 from policygrad.control.sampler import Sampler
-from policygrad.control.spaces import describe, rebuild
+from policygrad.control.spaces import describe
 from policygrad.control.stepping import info_means
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import UserError, one_line
@@ -86,7 +87,8 @@ def evaluate(
     own, which follow from the seed and are not those of training.
 
     The normalizer's statistics are frozen, and so are those of wrappers in the environment: `learned` in training
-    (`run.world.learned()`), or by default their own. The rewards of NormalizeReward are counted as they were before it.
+    (`run.world.learned()`), or by default their own. The rewards of NormalizeReward are counted as they were before it,
+    and of Atari games (`ALE/` ids) whole games are played for their own score, whatever the options of training said.
     max_steps cuts every episode; by default the environment's time limit ends it. threads: of torch; one is fastest for
     small networks, and None leaves all.
 
@@ -103,6 +105,8 @@ def evaluate(
         normalizer = copy.deepcopy(normalizer)
         normalizer.frozen = True
     single = isinstance(environment, gymnasium.Env)
+    if vectorization != "envpool":  # whose options are its own
+        env_options = judged(environment, env_options)
     how: dict[str, Any] = {"vectorization": vectorization, "wrap": wrap, "action_mask": action_mask}
     how |= {"env_options": env_options}
     environments = make_environments(environment, 1 if single else min(episodes, 16), **how)
@@ -162,16 +166,14 @@ def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None
     """Raise UserError for an environment of other spaces than the policy's, as far as the policy reads them."""
     if not isinstance(policy, Policy):
         return
-    described: dict[str, Any] = policy.description
-    for what, space in (
-        ("observation", environments.single_observation_space),
-        ("action", environments.single_action_space),
+    for what, trained, space in (
+        ("observation", policy.observation_space, environments.single_observation_space),
+        ("action", policy.action_space, environments.single_action_space),
     ):
-        own, other = described[f"{what}_space"], describe(space)
+        own, other = describe(trained), describe(space)
         if what == "observation":
             own, other = _read(own), _read(other)
         if own != other:
-            trained = rebuild(described[f"{what}_space"])
             raise UserError(
                 f"the {what} space of {one_line(name, 40)} is {one_line(space, 40)}, and the policy's is "
                 f"{one_line(trained, 40)}: use the environment of its training"

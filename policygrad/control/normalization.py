@@ -43,10 +43,10 @@ class RunningStatistics:
 class ObservationNormalizer:
     """(obs - mean) / std, clipped to +-10, over the observations of all decisions so far. `frozen` in evaluation.
 
-    A dimension that has not varied so far is 0. kept: numbers that stay as they are, with mean 0 and variance 1.
+    A dimension that has not varied so far is 0. kept [*shape]: numbers that stay as they are.
     """
 
-    def __init__(self, shape: tuple[int, ...], kept: slice | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], kept: np.ndarray | None = None) -> None:
         self.statistics, self.kept = RunningStatistics(shape), kept
         self.frozen = False
 
@@ -54,9 +54,8 @@ class ObservationNormalizer:
         """Normalize obs [B, *shape]. Observations where counts [B] is True enter the statistics first."""
         if not self.frozen:
             self.statistics.update(obs[counts])
-            if self.kept is not None:
-                self.statistics.mean[self.kept], self.statistics.var[self.kept] = 0.0, 1.0
-        return np.clip(_divided(obs - self.statistics.mean, np.sqrt(self.statistics.var)), -10, 10)
+        found = np.clip(_divided(obs - self.statistics.mean, np.sqrt(self.statistics.var)), -10, 10)
+        return found if self.kept is None else np.where(self.kept, obs, found)
 
 
 class RewardScaler:

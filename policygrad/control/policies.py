@@ -10,7 +10,6 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal
-from torch.nn.functional import one_hot
 
 from policygrad.control.acting import act
 from policygrad.control.distributions import (
@@ -23,8 +22,9 @@ from policygrad.control.distributions import (
     clipped,
     squashed,
 )
+from policygrad.control.encoders import chosen, make_encoder
 from policygrad.control.masks import check_mask_space, choices, is_box
-from policygrad.control.spaces import MASK, Flat, FlatActions, describe, rebuild, to_environment, units
+from policygrad.control.spaces import Flat, FlatActions, describe, rebuild, to_environment, units
 from policygrad.errors import UserError, one_line
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -33,10 +33,11 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU,
 class Policy(nn.Module):
     """obs [B, T, ...] -> the distribution of the action, of batch_shape [B, T].
 
-    observation_space: Box of any rank (flattened) or Discrete (one-hot); where it is a Flat with an action mask the
-    distribution is that of the allowed actions, and the network does not see the mask. action_space: Discrete,
-    MultiDiscrete, MultiBinary, or Box with a diagonal Gaussian in units where the bounds are -1 and 1 (see
-    spaces.units); or FlatActions, a Dict or Tuple of these. `squash` maps the Gaussian onto the bounds by tanh; without
+    observation_space: Box of any rank or Discrete, or Flat, a Dict or Tuple as one vector; encoder, channels and keys
+    say how it becomes features (make_encoder). Where it has an action mask the distribution is that of the allowed
+    actions, and the network does not see the mask. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a
+    diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units); or FlatActions, a Dict or Tuple of
+    these. hidden: the layers after the encoder; () is none. `squash` maps the Gaussian onto the bounds by tanh; without
     it the action is clipped at them on the way to the environment, and its log-probability is that of the unclipped
     action. The standard deviation is a parameter, or a function of the observation with `state_dependent_std`; at first
     its logarithm is initial_log_std, from -20 to 10. `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01
@@ -49,6 +50,9 @@ class Policy(nn.Module):
         observation_space: spaces.Space,
         action_space: spaces.Space,
         *,
+        encoder: str | nn.Module = "auto",
+        channels: str = "auto",
+        keys: Sequence[str] = (),
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         orthogonal: bool = True,
@@ -57,20 +61,26 @@ class Policy(nn.Module):
         initial_log_std: float = 0.0,
     ) -> None:
         super().__init__()
-        self.description = {
-            "observation_space": describe(observation_space),
-            "action_space": describe(action_space),
-            "hidden": list(hidden),
-            "activation": activation,
-            "orthogonal": orthogonal,
-            "squash": squash,
-            "state_dependent_std": state_dependent_std,
-            "initial_log_std": initial_log_std,
-        }
+        self.description: dict[str, Any] | None = None  # with an encoder of the user's own, it cannot be rebuilt
+        if not isinstance(encoder, nn.Module):
+            encoder, channels = chosen(observation_space, encoder, channels)
+            self.description = {
+                "observation_space": describe(observation_space),
+                "action_space": describe(action_space),
+                "encoder": encoder,
+                "channels": channels,
+                "keys": list(keys),
+                "hidden": list(hidden),
+                "activation": activation,
+                "orthogonal": orthogonal,
+                "squash": squash,
+                "state_dependent_std": state_dependent_std,
+                "initial_log_std": initial_log_std,
+            }
+        self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
         self.observation_space, self.action_space = observation_space, action_space
         check_mask_space(observation_space, action_space)
         self.mask = observation_space.mask if isinstance(observation_space, Flat) else None
-        self.encode = encoder(observation_space)
         self.head = head(action_space, squash, state_dependent_std, initial_log_std)
         sizes = [self.encode.size, *hidden, self.head.size]
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
@@ -111,12 +121,15 @@ class Critic(nn.Module):
         self,
         observation_space: spaces.Space,
         *,
+        encoder: str | nn.Module = "auto",
+        channels: str = "auto",
+        keys: Sequence[str] = (),
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         orthogonal: bool = True,
     ) -> None:
         super().__init__()
-        self.encode = encoder(observation_space)
+        self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
         self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=1.0 if orthogonal else None)
         self.register_buffer("square", torch.ones(()))
         self.register_buffer("scale", torch.ones(()))
@@ -157,59 +170,6 @@ def _linear(inputs: int, outputs: int, gain: float | None) -> nn.Linear:
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
     return layer
-
-
-# Encoders: obs [B, T, ...] -> features [B, T, size].
-
-
-class Flatten(nn.Module):
-    """A Box of any rank as one vector of floats (a rollout keeps the integers of images)."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.size = math.prod(shape)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        features = obs.reshape(*obs.shape[:2], self.size)
-        return features if features.is_floating_point() else features.to(torch.get_default_dtype())
-
-
-class Features(nn.Module):
-    """A flattened Dict without its action mask."""
-
-    def __init__(self, space: Flat) -> None:
-        super().__init__()
-        self.slices = [part for name, part in space.slices.items() if name != MASK]
-        self.size = sum(x.stop - x.start for x in self.slices)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        features = torch.cat([obs[..., x] for x in self.slices], -1)
-        return features if features.is_floating_point() else features.to(torch.get_default_dtype())
-
-
-class OneHot(nn.Module):
-    """A state number as a vector with a single 1."""
-
-    def __init__(self, n: int, start: int) -> None:
-        super().__init__()
-        self.size, self.start = n, start
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return one_hot(obs.long() - self.start, self.size).to(torch.get_default_dtype())
-
-
-def encoder(space: spaces.Space) -> Flatten | Features | OneHot:
-    """The encoder of an observation space. Raises UserError for any but Box and Discrete."""
-    if isinstance(space, Flat):
-        return Features(space)
-    if isinstance(space, spaces.Box):
-        return Flatten(space.shape)
-    if isinstance(space, spaces.Discrete):
-        return OneHot(int(space.n), int(space.start))
-    raise UserError(
-        f"there is no encoder for the observation space {one_line(space, 60)}: make the environment with "
-        "make_environments, which flattens it, or use a policy of your own"
-    )
 
 
 # Heads: features [B, T, size] -> distribution of batch_shape [B, T]. For acting, `noise`, `choice` and `to_environment`

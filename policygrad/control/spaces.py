@@ -13,25 +13,45 @@ MASK = "action_mask"  # the key of a Dict observation that says which actions ar
 
 
 class Flat(spaces.Box):
-    """A Dict observation as one vector [N], as gymnasium.spaces.flatten makes it, which knows where its parts are.
+    """A Dict or Tuple observation as one vector [N], as gymnasium.spaces.flatten makes it, which knows its parts.
 
-    of: the Dict. mask: where its `action_mask` is in the vector; None if it has none.
+    slices: where each part is, by its key, or its number in a Tuple. leaves: (key, space, place) of every part that is
+    no Dict or Tuple itself, in order. mask: where the `action_mask` of a Dict is; None if it has none, or if not
+    `masked`. kept [N]: the numbers that no normalization may change, those of masks and images.
     """
 
-    def __init__(self, of: spaces.Dict) -> None:
+    def __init__(self, of: spaces.Dict | spaces.Tuple, masked: bool = True) -> None:
         flattened: Any = spaces.flatten_space(of)
         super().__init__(flattened.low, flattened.high, flattened.shape, flattened.dtype)
-        self.of = of
-        self.slices: dict[str, slice] = {}  # where each part is in the vector, by its key
-        start = 0
-        for name, part in of.spaces.items():
-            self.slices[name] = slice(start, start + spaces.flatdim(part))
-            start = self.slices[name].stop
-        self.mask = self.slices.get(MASK)
+        self.of, start = of, 0
+        self.slices: dict[str, slice] = {}
+        self.leaves: list[tuple[str, spaces.Space, slice]] = []
+        self.kept = np.zeros(self.shape, bool)
+        for name, part in of.spaces.items() if isinstance(of, spaces.Dict) else enumerate(of.spaces):
+            first = start
+            for leaf in _leaves(part):
+                place = slice(start, start + spaces.flatdim(leaf))
+                self.leaves.append((str(name), leaf, place))
+                self.kept[place] = is_image(leaf)
+                start = place.stop
+            self.slices[str(name)] = slice(first, start)
+        self.mask = self.slices.get(MASK) if masked and isinstance(of, spaces.Dict) else None
+        if self.mask is not None:
+            self.kept[self.mask] = True
 
     def parts(self, obs: Tensor) -> dict[str, Tensor]:
         """The parts of observations [..., N], by their keys, each [..., n]."""
         return {name: obs[..., part] for name, part in self.slices.items()}
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations in a space are images: uint8, of three dimensions."""
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def kept_of(space: spaces.Space) -> np.ndarray | None:
+    """Which numbers of an observation no normalization may change; None if there are none."""
+    return space.kept if isinstance(space, Flat) and space.kept.any() else None
 
 
 class FlatActions(spaces.Box):
@@ -103,17 +123,20 @@ def _numbers_between(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.asarray(x, np.float64).reshape(-1) for x in found)  # type: ignore[return-value]
 
 
-def flat(space: spaces.Space) -> spaces.Space:
-    """The space of flattened observations; a Flat where they have an action mask."""
-    masked = isinstance(space, spaces.Dict) and MASK in space.spaces and unsupported(space) is None
-    return Flat(space) if masked else spaces.flatten_space(space)  # type: ignore[arg-type]
+def flat(space: spaces.Space, masked: bool = True) -> spaces.Space:
+    """The space of flattened observations; a Flat of a Dict or Tuple. masked: whether an action_mask is the mask."""
+    structured = isinstance(space, spaces.Dict | spaces.Tuple) and unsupported(space) is None
+    return Flat(space, masked) if structured else spaces.flatten_space(space)  # type: ignore[arg-type]
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:
-    """A JSON description of a space. Raises UserError for a space without an encoder and a head in policies.py."""
+    """A JSON description of a space. Raises UserError for a space without an encoder and a head."""
     match space:
-        case Flat() | FlatActions():
-            return {"kind": type(space).__name__, "shape": list(space.shape), "of": describe_parts(space.of)}
+        case Flat():
+            description = {"kind": "Flat", "shape": list(space.shape), "of": describe_parts(space.of)}
+            return description | {"masked": space.mask is not None}
+        case FlatActions():
+            return {"kind": "FlatActions", "shape": list(space.shape), "of": describe_parts(space.of)}
         case spaces.Box():
             low, high = (_finite(x) for x in (space.low, space.high))
             return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), "low": low, "high": high}
@@ -144,7 +167,7 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
     """The space that `describe` described."""
     match description["kind"]:
         case "Flat":
-            return Flat(rebuild(description["of"]))  # type: ignore[arg-type]
+            return Flat(rebuild(description["of"]), description["masked"])  # type: ignore[arg-type]
         case "FlatActions":
             return FlatActions(rebuild(description["of"]))
         case "Dict":
@@ -231,9 +254,12 @@ def unsupported(space: spaces.Space) -> spaces.Space | None:
 
 
 def _finite(bound: np.ndarray) -> list[float | None]:
-    """The bounds as a list, with None for infinity, which JSON lacks."""
-    return [float(x) if np.isfinite(x) else None for x in bound.reshape(-1)]
+    """The bounds as a list, of one if all are the same, with None for infinity, which JSON lacks."""
+    numbers = bound.reshape(-1)
+    same = len(numbers) and (numbers == numbers[0]).all()
+    return [float(x) if np.isfinite(x) else None for x in (numbers[:1] if same else numbers)]
 
 
 def _bound(numbers: list[float | None], infinite: float, shape: list[int]) -> np.ndarray:
-    return np.array([infinite if x is None else x for x in numbers]).reshape(shape)
+    found = np.array([infinite if x is None else x for x in numbers], np.float64)
+    return np.full(shape, found[0]) if len(found) == 1 else found.reshape(shape)

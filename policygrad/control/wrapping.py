@@ -1,4 +1,4 @@
-"""Gymnasium's wrappers by their names, with arguments as JSON: `TimeLimit:200`, `RescaleAction:-1,1`.
+"""Wrappers of Gymnasium and MiniGrid by their names, with arguments as JSON: `TimeLimit:200`, `RescaleAction:-1,1`.
 
 Those that write files, open windows, take functions or change when an environment resets are not among them: a run
 keeps these names, and a run is data.
@@ -6,6 +6,7 @@ keeps these names, and a run is data.
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -20,14 +21,20 @@ NAMES = (
     "TimeAwareObservation", "TimeLimit",
 )  # fmt: skip
 
+MINIGRID = (
+    "FullyObsWrapper", "ImgObsWrapper", "OneHotPartialObsWrapper", "RGBImgObsWrapper", "RGBImgPartialObsWrapper",
+    "ViewSizeWrapper",
+)  # fmt: skip
+
 Wrap = Callable[[gymnasium.Env], gymnasium.Env]
 
 
 def wrapper(text: str) -> Wrap:
     """What `NAME`, `NAME:1,[2,3]` or `NAME:{"argument": 1}` does to an environment. Raises UserError."""
     name, _, rest = text.partition(":")
-    if name not in NAMES:
-        near = [x for x in NAMES if x.lower() == name.lower()] or NAMES
+    known = (*NAMES, *MINIGRID)
+    if name not in known:
+        near = [x for x in known if x.lower() == name.lower()] or NAMES
         said = f"wrap is {shortened(text, 40)}, and no wrapper is called {shortened(name, 30)}: "
         raise UserError(said + (f"did you mean {near[0]}?" if len(near) == 1 else listed(near, 80)))
     try:
@@ -42,8 +49,9 @@ def wrapper(text: str) -> Wrap:
 
     def wrap(environment: gymnasium.Env) -> gymnasium.Env:
         try:
-            return getattr(gymnasium.wrappers, name)(environment, *positional, **named)
-        except gymnasium.error.DependencyNotInstalled as error:
+            module = import_module("minigrid.wrappers" if name in MINIGRID else "gymnasium.wrappers")
+            return getattr(module, name)(environment, *positional, **named)
+        except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
             raise UserError(f"wrap {name} needs a package that is not installed: {one_line(error)}") from error
         except Exception as error:
             said = f"wrap {shortened(text, 40)} does not fit the environment or its arguments: "

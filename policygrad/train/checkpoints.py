@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
-from policygrad.control.spaces import MASK
+from policygrad.control.encoders import measured
+from policygrad.control.spaces import kept_of, rebuild
 from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
@@ -166,8 +167,9 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
                 "load it from Python, with load(directory, policy=...)"
             )
         try:
-            sizes = [feature_count(description["policy"][x]) for x in ("observation_space", "action_space")]
-            check_size([sizes[0], *description["policy"]["hidden"], sizes[1]], tensors)
+            own = description["policy"]
+            encoded = (own["observation_space"], own.get("encoder", "flat"), own.get("channels", "auto"), own["keys"])
+            check_size(*encoded, [*own["hidden"], feature_count(own["action_space"])], tensors)
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
@@ -178,6 +180,7 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
         shape = description["policy"] and tuple(description["policy"]["observation_space"]["shape"])
         try:
             normalizer = normalizer_of(statistics, shape)
+            normalizer.kept = kept_of(policy.observation_space) if isinstance(policy, Policy) else None
         except KeyError as error:
             said = f"policy.json says normalizes_observations, and observations.{error.args[0]} is missing"
             raise damaged(weights, said) from error
@@ -218,9 +221,25 @@ def _real(x: Tensor) -> Any:
     return "real" if x.is_floating_point() else x.dtype
 
 
-def check_size(sizes: Sequence[int], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if the layers are larger than the saved tensors, before memory is allocated for them."""
+def check_size(
+    space: dict[str, Any],
+    encoder: str,
+    channels: str,
+    keys: Sequence[str],
+    layers: Sequence[int],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Raise ValueError if a network is larger than the saved tensors, before memory is allocated for it.
+
+    space: a described one, of observations. layers: the sizes after the encoder.
+    """
     saved = sum(x.numel() for x in tensors.values())
+    if feature_count(space) // 64 > saved:
+        raise ValueError(f"observations have {feature_count(space):,} numbers, and policy.safetensors {saved:,} in all")
+    weights, features = measured(rebuild(space), encoder, channels, keys)
+    if weights > saved:
+        raise ValueError(f"its encoder has {weights:,} weights, and policy.safetensors {saved:,} in all")
+    sizes = [features, *layers]
     if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *sizes])):
         raise ValueError(f"layers have {sizes} units, and policy.safetensors has {saved:,} numbers in all")
 
@@ -228,9 +247,7 @@ def check_size(sizes: Sequence[int], tensors: dict[str, Tensor]) -> None:
 def feature_count(space: dict[str, Any]) -> int:
     """The numbers that a described space has as features or logits."""
     match space["kind"]:
-        case "Flat":
-            return sum(feature_count(x) for name, x in space["of"]["of"].items() if name != MASK)
-        case "FlatActions":
+        case "Flat" | "FlatActions":
             return feature_count(space["of"])
         case "Dict" | "Tuple":
             members = space["of"]

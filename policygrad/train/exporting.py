@@ -88,16 +88,20 @@ class Acting(nn.Module):
 
     mean: Tensor
     std: Tensor
+    kept: Tensor | None
 
     def __init__(self, policy: nn.Module, normalizer: ObservationNormalizer | None, space: spaces.Space) -> None:
         super().__init__()
         self.mode, self.space, self.normalizes = Mode(policy), space, normalizer is not None
+        kept = None if normalizer is None or normalizer.kept is None else torch.from_numpy(normalizer.kept)
+        self.register_buffer("kept", kept)
         if normalizer is not None:
             self.register_buffer("mean", torch.from_numpy(normalizer.statistics.mean))
             self.register_buffer("std", torch.from_numpy(normalizer.statistics.var).sqrt())
 
     def forward(self, observation: Tensor) -> Tensor:
         obs = self.normalized(observation) if self.normalizes else observation
+        obs = obs if self.kept is None else torch.where(self.kept, observation.to(obs.dtype), obs)
         obs = obs.to(torch.get_default_dtype()) if obs.is_floating_point() else obs
         certain = self.mode(obs.unsqueeze(1))
         return to_environment(certain.sample()[:, 0], certain.distribution, self.space)

@@ -42,6 +42,10 @@ class Keywords(TypedDict, total=False):
     env_options: str | dict[str, Any] | None
     normalize_observations: bool
     scale_rewards: bool
+    encoder: Literal["auto", "flat", "nature", "impala", "small"]
+    channels: Literal["auto", "first", "last"]
+    policy_keys: str | Sequence[str]
+    critic_keys: str | Sequence[str]
     hidden: int | Sequence[int]
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"]
     orthogonal: bool

@@ -144,6 +144,18 @@ class Options:
         "Normalize observations by their running mean and standard deviation, saved with the policy.", **CONTROL)
     scale_rewards: bool = option(False,
         "Divide rewards by the running standard deviation of the discounted return.", **CONTROL)
+    encoder: Literal["auto", "flat", "nature", "impala", "small"] = option("auto",
+        "Network before the hidden layers for images (uint8, three dimensions): convolutions of Mnih et al. 2015, "
+        "IMPALA's residual ones, a small one, or none; auto: nature from 36 x 36 on, else small.", **CONTROL)
+    channels: Literal["auto", "first", "last"] = option("auto",
+        "Which dimension of an image its channels are; auto: the smaller one of the first and the last.", **CONTROL,
+        encoder=("auto", "nature", "impala", "small"))
+    policy_keys: tuple[str, ...] = option((),
+        "Part of Dict observations that the policy sees, by its key. Repeatable; by default all, but no action_mask.",
+        TEXTS, **CONTROL)
+    critic_keys: tuple[str, ...] = option((),
+        "Part of Dict observations that the critic sees, such as what only a simulator knows. Repeatable; by default "
+        "all.", TEXTS, **CONTROL)
     hidden: tuple[int, ...] = option((64, 64),
         "Sizes of the hidden layers of both policy and critic.", SIZES, **CONTROL)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh",

@@ -24,8 +24,16 @@ LARGEST = 2**16  # bytes of a user's own file
 
 
 def names() -> list[str]:
-    """The names of all presets."""
-    return sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
+    """The names of all presets: of a task ALE/Pong-v5 it is in the folder ALE."""
+    return sorted(_named(FOLDER))
+
+
+def _named(folder: Any, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _named(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".toml"):
+            yield prefix + entry.name.removesuffix(".toml")
 
 
 def load(name: str) -> dict[str, dict[str, Any]]:
@@ -51,7 +59,7 @@ def load(name: str) -> dict[str, dict[str, Any]]:
 
 def is_file(name: Any) -> bool:
     """Whether this is the path of a preset, and not its name."""
-    return isinstance(name, str) and (name.endswith(".toml") or "/" in name)
+    return isinstance(name, str) and (name.endswith(".toml") or ("/" in name and name not in names()))
 
 
 def _text(path: Path) -> str:

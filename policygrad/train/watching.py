@@ -15,6 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from PIL import Image, ImageDraw, ImageFont
 
+from policygrad.control.atari import judged
 from policygrad.control.environments import close, label, make_environments
 from policygrad.control.evaluation import Evaluation
 from policygrad.errors import UserError, ending, one_line, shortened
@@ -139,7 +140,8 @@ def _filmed(run: Run, environment: Any, own: bool) -> Filmed:
     else:
         _headless()
         how = run.world.how(None if own else environment)  # type: ignore[attr-defined]
-        how |= {"vectorization": "sync", "env_options": {"render_mode": "rgb_array", **how.get("env_options", {})}}
+        env_options = judged(environment, how.get("env_options"))
+        how |= {"vectorization": "sync", "env_options": {"render_mode": "rgb_array", **env_options}}
         try:
             around = make_environments(environment, 1, **how)
         except UserError as error:

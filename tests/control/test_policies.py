@@ -269,7 +269,7 @@ def test_an_observation_space_that_it_cannot_take_is_named(make: Any, space: spa
 @pytest.mark.parametrize(
     ("space", "obs", "size"),
     [
-        (spaces.Box(0, 255, (4, 3, 2), np.uint8), torch.randint(256, (5, 6, 4, 3, 2)), 24),
+        (spaces.Box(0, 255, (4, 3, 2), np.int16), torch.randint(256, (5, 6, 4, 3, 2)), 24),
         (spaces.Box(-1, 1, (), np.float32), torch.randn(5, 6), 1),
         (spaces.Discrete(7, start=-2), torch.randint(-2, 5, (5, 6)), 7),
     ],

@@ -21,6 +21,8 @@ SPACES = [
     spaces.MultiDiscrete(np.array([[2, 3], [1, 4]]), start=np.array([[0, 5], [-2, 1]])),
     spaces.MultiBinary(5),
     spaces.MultiBinary((2, 3)),
+    spaces.Box(-np.inf, 3, (1,), np.float32),
+    spaces.Box(np.array([[0, 0], [0, 1]], np.uint8), np.array([[9, 9], [9, 9]], np.uint8), (2, 2), np.uint8),
 ]
 
 
@@ -32,6 +34,11 @@ def test_a_space_is_rebuilt_from_its_description(space: spaces.Space) -> None:
     assert again.dtype == space.dtype
     if not isinstance(space, spaces.MultiBinary):  # MultiBinary(5) and MultiBinary([5]) are the same and not equal
         assert again == space
+
+
+def test_one_number_stands_for_the_bounds_of_all_pixels() -> None:
+    found = describe(spaces.Box(0, 255, (4, 84, 84), np.uint8))
+    assert (found["low"], found["high"], found["shape"]) == ([0.0], [255.0], [4, 84, 84])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_description_is_json_that_anything_can_read(saved: Path) -> None:
     description = json.loads((saved / "policy.json").read_text())
     assert description["format"] == 2
     assert description["policy"]["action_space"]["kind"] == "Box"
-    assert description["policy"]["observation_space"]["low"] == [None] * 3
+    assert description["policy"]["observation_space"]["low"] == [None], "one number stands for equal bounds"
 
 
 def test_shared_weights_are_saved_once_for_each(tmp_path: Path) -> None:
@@ -167,6 +167,54 @@ def test_a_description_of_impossible_layers_is_damaged(hidden: Any, copied: Path
     path.write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"policy\.json is damaged") as raised:
         pg.load_policy(copied)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"num_envs": 2, "num_steps": 16, "iterations": 1, "minibatch_size": 32, "preset": "none"}
+    out = tmp_path_factory.mktemp("run")
+    pg.train("ppo", "policygrad/Catch-v0", out=out, progress=False, encoder="impala", hidden=(8,), **options)
+    return out
+
+
+def test_a_policy_of_images_is_made_again_from_its_files_with_its_critic(of_images: Path) -> None:
+    text = (of_images / "policy.json").read_text()
+    assert len(text) < 2000, "the bounds of every pixel are not there"
+    run = pg.load(of_images)
+    assert json.loads(text)["policy"]["encoder"] == "impala"
+    assert run.critic is not None
+    images = torch.randint(256, (3, 1, 1, 10, 10), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(run.policy(images).logits, pg.load_policy(of_images)[0](images).logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "encoder", "channels"),
+    [
+        ([1, 10**6, 10**6], "impala", "first"),
+        ([10**9, 10, 10], "small", "first"),
+        ([40, 40, 10**12], "nature", "last"),
+        ([1, 10, 10], "nature", "first"),
+        ([1, 10, 10], "small", "first"),
+        ([1, 10, 10], "of my own", "first"),
+        ([10, 10], "small", "first"),
+    ],
+    ids=str,
+)
+def test_a_description_of_an_impossible_encoder_is_damaged(
+    shape: Any, encoder: str, channels: str, of_images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(of_images, tmp_path / "run")
+    path = tmp_path / "run" / "policy.json"
+    description = json.loads(path.read_text())
+    description["policy"]["observation_space"]["shape"] = shape
+    description["policy"] |= {"encoder": encoder, "channels": channels}
+    path.write_text(json.dumps(description))
+    with pytest.raises(
+        UserError, match=r"policy\.(json|safetensors) (is damaged|has weights that do not fit)"
+    ) as raised:
+        pg.load_policy(tmp_path / "run")
     assert "\n" not in str(raised.value)
 
 

@@ -65,6 +65,8 @@ SPACES: list[tuple[spaces.Space, spaces.Space, dict[str, Any]]] = [
     (spaces.Discrete(5, start=2), spaces.Discrete(3), {}),
     (IMAGE, CHOICES, {"normalize_observations": True}),
     (IMAGE, spaces.MultiBinary([2, 2]), {}),
+    (spaces.Box(0, 255, (9, 8, 3), np.uint8), spaces.Discrete(4), {}),
+    (spaces.Box(0, 255, (2, 36, 40), np.uint8), float_box(-np.inf, np.inf), {"hidden": ()}),
     (NUMBERS, spaces.Box(-5, 5, (2,), np.int8), {}),
     (NUMBERS, float_box(-1, np.inf, 0, 3, -np.inf, np.inf), {"state_dependent_std": True}),
     (NUMBERS, float_box(-1, 2, 0, 3), {"squash": True, "normalize_observations": True}),

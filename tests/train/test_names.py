@@ -27,6 +27,8 @@ HARMLESS = {
     "template_variables",
     "stop",
     "wrap",  # names of a list
+    "policy_keys",
+    "critic_keys",
 }
 
 

@@ -107,6 +107,8 @@ VALUES: dict[str, Any] = {
     "env_options": '{"max_episode_steps": 3}',
     "normalize_observations": True,
     "scale_rewards": True,
+    "encoder": ("flat", {"task": "policygrad/Catch-v0"}),
+    "channels": ("last", {"task": "policygrad/Catch-v0", "encoder": "impala"}),
     "hidden": (8, 8),
     "activation": "relu",
     "orthogonal": False,
@@ -168,6 +170,7 @@ OF_EXACT = {"steps", "iterations", "seed", "evaluate_every", "num_envs", "episod
 ELSEWHERE = {"compile", "profile", "overlap", "device", "threads", "vectorization", "step_time_limit", "micro_batch"}
 ELSEWHERE |= {"checkpoint_every", "checkpoints", "keep_best", "log", "start", "evaluation_patience", "wrap"}
 ELSEWHERE |= {"gradient_noise", "on_nonfinite", "restart_envs", "action_mask"}
+ELSEWHERE |= {"policy_keys", "critic_keys"}
 # No step on a table oversteps its radius, so that none is shortened.
 UNREACHED: dict[str, set[str]] = {"control": set(), "exact": {"backtracks", "shrink"}}
 TASKS = {"control": "probes:Known-v0", "exact": "exact:chain"}
@@ -430,6 +433,10 @@ UNREAD: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"policy": torch.nn.Identity(), "state_dependent_std": True}, "state_dependent_std shapes"),
     ("ppo", {"policy": torch.nn.Identity(), "critic": torch.nn.Identity(), "hidden": (8,)}, "hidden shapes"),
     ("grpo", {"policy": torch.nn.Identity(), "hidden": (8,)}, "hidden shapes"),
+    ("grpo", {"policy": torch.nn.Identity(), "encoder": "flat"}, "encoder shapes"),
+    ("ppo", {"encoder": "flat", "channels": "last"}, "channels is read only where encoder is auto or nature"),
+    ("ppo", {"encoder": "nature"}, "encoder nature is for images"),
+    ("ppo", {"channels": "last"}, "channels last is for images"),
     ("grpo", {"gamma": 0.5}, "gamma is read only"),
     ("grpo", {"num_steps": 64}, "num_steps is read only where credit is"),
     ("grpo", {"lam": 0.5}, "lam is read only where credit is gae or vtrace, and credit is group"),

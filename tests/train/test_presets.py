@@ -10,6 +10,7 @@ import pytest
 from probes import Known
 
 import policygrad as pg
+from policygrad.control.environments import find
 from policygrad.errors import UserError
 from policygrad.train import presets
 from policygrad.train.methods import METHODS
@@ -28,6 +29,9 @@ PROMISED = {
     "Ant-v5",
     "Swimmer-v5",
     "InvertedPendulum-v5",
+    "ALE/Pong-v5",
+    "ALE/Breakout-v5",
+    "policygrad/Catch-v0",
 }
 
 
@@ -42,7 +46,9 @@ def test_the_promised_presets_are_there() -> None:
 
 @pytest.mark.parametrize("name", presets.names())
 def test_it_is_named_for_an_environment_or_a_task(name: str) -> None:
-    assert name in {*gymnasium.registry, *TASKS}
+    if name.startswith("ALE/"):
+        pytest.importorskip("ale_py")
+    assert name in TASKS or find(name).id == name
 
 
 def settings(name: str) -> list[str]:
@@ -69,6 +75,14 @@ def test_the_environments_own_is_taken_by_default() -> None:
 @pytest.mark.parametrize("task", ["probes:Known-v0", "CartPole-v0", "exact:chain", gymnasium.make, None])
 def test_there_is_none_by_default_for_other_tasks(task: object) -> None:
     assert presets.choose(None, "ppo", task, {}) == (None, {})
+
+
+def test_one_in_a_folder_is_named_with_it_and_is_no_users_file() -> None:
+    for task in ("ALE/Pong-v5", "ale_py:ALE/Pong-v5"):
+        assert presets.choose(None, "ppo", task, {})[0] == "ALE/Pong-v5"
+    assert presets.choose("ALE/Pong-v5", "ppo", "CartPole-v1", {})[1]["clip_low"] == 0.1
+    assert not presets.is_file("ALE/Pong-v5")
+    assert presets.is_file("ALE/Pongg-v5")
 
 
 def test_none_takes_none() -> None:

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.acting import act, shape_of
 from policygrad.control.checks import called, check_memory
+from policygrad.control.encoders import chosen, measured
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
 from policygrad.control.replay import restore, state_of
-from policygrad.control.spaces import Flat, describe, rebuild
+from policygrad.control.spaces import describe, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
 from policygrad.files import damaged, read_tensors
 from policygrad.train.checkpoints import (
     Stage,
     check_size,
-    feature_count,
     fits,
     normalizer_of,
     part_of,
@@ -96,15 +96,16 @@ class ControlWorld(World):
         observation_space = self.observation_space = self.environments.single_observation_space
         action_space = self.action_space = self.environments.single_action_space
         if own.policy is None:
-            sizes = [math.prod(observation_space.shape or ()), *options.hidden]
-            size = 4 * 2 * 4 * sum(inputs * outputs for inputs, outputs in pairwise(sizes))  # with gradient and Adam's
-            check_memory(size, f"networks with hidden {one_line(list(options.hidden), 40)}", "lower hidden")
-        if own.policy is None:
             gaussian = {name: getattr(options, name) for name in ("squash", "state_dependent_std", "initial_log_std")}
             try:
-                self.policy = Policy(observation_space, action_space, **self._shape(), **gaussian)
+                self._check_networks(observation_space)
+                keys = options.policy_keys
+                self.policy = Policy(observation_space, action_space, keys=keys, **self._shape(), **gaussian)
             except UserError as error:
-                name = next((x for x in gaussian if str(error).startswith(x)), None)
+                named = ("encoder", "channels", *gaussian)
+                name = next((x for x in named if str(error).startswith(x)), None)
+                if str(error).startswith("keys"):
+                    raise OptionError("policy_keys", f"policy_{error}") from error
                 if name is None:
                     raise
                 raise OptionError(name, str(error)) from error
@@ -112,11 +113,17 @@ class ControlWorld(World):
             self.policy = own_module("policy", own.policy, observation_space, action_space)
         self.policy.to(options.device)
         if not has_critic(options):
+            if options.critic_keys:
+                said = f"critic_keys is for a critic, and credit {options.credit} has none: leave it out"
+                raise OptionError("critic_keys", said)
             if own.critic is not None:
                 raise UserError(f"a critic is handed in, and credit {options.credit} has no use for one: leave it out")
             return
         if own.critic is None:
-            self.critic = Critic(observation_space, **self._shape())
+            try:
+                self.critic = Critic(observation_space, keys=options.critic_keys, **self._shape())
+            except UserError as error:
+                raise OptionError("critic_keys", f"critic_{error}") from error
         else:
             # A critic without a fit of its own may be frozen.
             learns = hasattr(options, "critic_epochs")
@@ -152,7 +159,22 @@ class ControlWorld(World):
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
-        return {name: getattr(self.options, name) for name in ("hidden", "activation", "orthogonal")}
+        shared = ("encoder", "channels", "hidden", "activation", "orthogonal")
+        return {name: getattr(self.options, name) for name in shared}
+
+    def _check_networks(self, space: gymnasium.Space) -> None:
+        """Raise UserError if the networks do not fit the observations, or the memory, before they are made."""
+        options = self.options
+        encoder, channels = chosen(space, options.encoder, options.channels)
+        if is_image(space) and options.normalize_observations:
+            raise OptionError(
+                "normalize_observations", "the encoder scales images to [0, 1]: leave normalize_observations out"
+            )
+        weights, features = measured(space, encoder, channels, options.policy_keys)
+        sizes = [features, *options.hidden]
+        weights += sum(inputs * outputs for inputs, outputs in pairwise(sizes))
+        said = f"networks with hidden {one_line(list(options.hidden), 40)}"
+        check_memory(4 * 2 * 4 * weights, said, "lower hidden")  # with gradient and Adam's
 
     def _sampler(self, environments: VectorEnv) -> Sampler:
         options, space = self.options, environments.single_observation_space
@@ -178,8 +200,8 @@ class ControlWorld(World):
 
     @staticmethod
     def _normalizer(space: gymnasium.Space) -> ObservationNormalizer:
-        """A new normalizer of observations, which leaves action masks as they are."""
-        return ObservationNormalizer(space.shape or (), space.mask if isinstance(space, Flat) else None)
+        """A new normalizer of observations, which leaves action masks and images as they are."""
+        return ObservationNormalizer(space.shape or (), kept_of(space))
 
     def begin_from(self, directory: Path) -> None:
         """As the base class, with the statistics that normalize observations, and those of wrappers in reach."""
@@ -210,13 +232,17 @@ class ControlWorld(World):
         saved = read_policy(directory, policy)
         self.policy, self.normalizer = saved.policy.to(self.options.device), saved.normalizer
         self.statistics, self.trained_on = saved.learned, saved.environment
+        if self.normalizer is not None and policy is not None:
+            self.normalizer.kept = kept_of(self.observation_space)
         if isinstance(self.policy, Policy):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         if has_critic(self.options) and saved.critic:
             space: Any = describe(self.observation_space)
             with suppress(ValueError):  # it is of the user's own class, which is larger or smaller
-                check_size([feature_count(space), *self.options.hidden, 1], saved.critic)
-                critic = Critic(rebuild(space), **self._shape())
+                encoded = chosen(self.observation_space, self.options.encoder, self.options.channels)
+                keys = self.options.critic_keys
+                check_size(space, *encoded, keys, [*self.options.hidden, 1], saved.critic)
+                critic = Critic(rebuild(space), keys=keys, **self._shape())
                 if fits(critic, saved.critic):
                     critic.load_state_dict(saved.critic)
                     self.critic = critic.to(self.options.device)

@@ -1,0 +1,166 @@
+"""Dict and Tuple observations: each part reaches the networks that are to see it, images through their own encoders."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import policygrad as pg
+from policygrad.control import ObservationNormalizer, Policy, Sampler, make_environments
+from policygrad.control.encoders import Joined, make_encoder, measured
+from policygrad.control.spaces import Flat, describe, kept_of, rebuild
+from policygrad.errors import UserError
+
+IMAGE, OTHER = spaces.Box(0, 255, (1, 8, 8), np.uint8), spaces.Box(0, 255, (7, 9, 3), np.uint8)
+SPACE = spaces.Dict(
+    {
+        "camera": IMAGE,
+        "goal": spaces.Discrete(3),
+        "inner": spaces.Tuple([OTHER, spaces.Box(-1, 1, (2,), np.float32)]),
+        "keys": spaces.MultiBinary(2),
+    }
+)
+
+
+class Sampling(gymnasium.Env):
+    """Observations drawn from a space, each of which is kept."""
+
+    def __init__(self, space: spaces.Space = SPACE, actions: int = 3) -> None:
+        self.observation_space, self.action_space = space, spaces.Discrete(actions)
+        self.seen: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._next(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return self._next(), float(action), self.t == 6, False, {}
+
+    def _next(self) -> Any:
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        self.seen.append(self.observation_space.sample())
+        return self.seen[-1]
+
+
+def batch(count: int = 5) -> tuple[torch.Tensor, list[Any]]:
+    SPACE.seed(0)
+    drawn = [SPACE.sample() for _ in range(count)]
+    return torch.from_numpy(np.stack([spaces.flatten(SPACE, x) for x in drawn])).float().unsqueeze(1), drawn
+
+
+def test_each_image_goes_through_an_encoder_of_its_own_and_the_rest_stays_as_it_is() -> None:
+    encode = make_encoder(Flat(SPACE))
+    assert isinstance(encode, Joined)
+    obs, drawn = batch()
+    found = encode(obs)
+    camera, other = (
+        torch.from_numpy(np.stack(x)).unsqueeze(1)
+        for x in zip(*((d["camera"], d["inner"][0]) for d in drawn), strict=True)
+    )
+    vectors = [np.concatenate([np.eye(3)[d["goal"]], d["inner"][1], d["keys"]]) for d in drawn]
+    expected = torch.cat(
+        [torch.from_numpy(np.stack(vectors)).float().unsqueeze(1), encode.images[0](camera), encode.images[1](other)],
+        -1,
+    )
+    torch.testing.assert_close(found, expected)
+    weights, features = measured(Flat(SPACE), "auto", "auto")
+    assert features == encode.size == found.shape[-1]
+    assert weights == sum(p.numel() for p in encode.parameters())
+
+
+@pytest.mark.parametrize("keys", [("goal",), ("keys", "camera"), ("inner",)])
+def test_only_the_named_parts_are_seen(keys: tuple[str, ...]) -> None:
+    policy = Policy(Flat(SPACE), spaces.Discrete(2), keys=keys)
+    with torch.no_grad():
+        policy.network[-1].weight.mul_(100)
+    obs, _ = batch()
+    before = policy(obs).logits
+    for name, place in policy.observation_space.slices.items():
+        changed = obs.clone()
+        changed[..., place] = 1 - changed[..., place].clamp(0, 1)
+        assert torch.equal(policy(changed).logits, before) == (name not in keys), name
+    again = Policy.from_description(policy.description)
+    again.load_state_dict(policy.state_dict())
+    assert torch.equal(again(obs).logits, before)
+
+
+def test_vectors_alone_are_the_vector_itself() -> None:
+    space = spaces.Dict({"a": spaces.Box(-1, 1, (2, 2)), "b": spaces.Discrete(3)})
+    encode, obs = make_encoder(Flat(space)), torch.randn(2, 3, 7)
+    assert encode(obs) is obs
+    tupled = Flat(spaces.Tuple(space.spaces.values()))
+    assert list(tupled.slices) == ["0", "1"]
+    assert describe(rebuild(describe(tupled))) == describe(tupled)
+
+
+def test_rollouts_hold_what_the_environment_returned() -> None:
+    environments = make_environments(Sampling, 1, vectorization="sync")
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    rollout = Sampler(environments, 6, seed=0)(policy)
+    seen = environments.envs[0].unwrapped.seen
+    for t in range(6):
+        np.testing.assert_array_equal(rollout.obs[0, t], spaces.flatten(SPACE, seen[t]).astype(np.float32))
+
+
+def test_images_are_not_normalized() -> None:
+    environments = make_environments(Sampling, 2, vectorization="sync")
+    space = environments.single_observation_space
+    normalizer = ObservationNormalizer(space.shape, kept_of(space))
+    policy = Policy(space, environments.single_action_space)
+    rollout = Sampler(environments, 20, seed=0, observation_normalizer=normalizer)(policy)
+    camera = rollout.obs[..., space.slices["camera"]]
+    assert camera.max() > 200
+    assert torch.equal(camera, camera.round())
+    assert abs(float(rollout.obs[..., space.leaves[3][2]][:, 10:].mean())) < 0.5
+
+
+@pytest.mark.parametrize("method", ["reinforce", "a2c", "trpo", "ppo"])
+def test_every_method_sees_them(method: str, tmp_path: Path) -> None:
+    task, out = "tests.control.test_parts:Sampling", tmp_path / "run"
+    options = {"wrap": ["TimeLimit:9"], "steps": 100, "normalize_observations": True, "policy_keys": ["camera", "goal"]}
+    run = pg.train(method, task, out=out, progress=False, **options)
+    again = pg.Run.load(out, trust=True)
+    SPACE.seed(1)
+    obs = SPACE.sample()
+    assert again.act(obs) == run.act(obs)
+    assert again.evaluate(2).returns == run.evaluate(2).returns
+
+
+def test_a_critic_may_see_more_than_the_policy() -> None:
+    """The reward is known from a part that is hidden from the policy."""
+    options = {"policy_keys": ["goal"], "critic_keys": ["inner", "keys"], "steps": 64, "num_steps": 32}
+    run = pg.train("ppo", Sampling, progress=False, **options)
+    assert run.policy.encode.size == 3
+    assert run.world.critic.encode.size == 128 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"policy_keys": ["gaol"]},
+            "policy_keys names gaol, and the parts of observations are camera, goal, inner, keys: choose",
+        ),
+        ({"critic_keys": ["x"]}, "critic_keys names x, and the parts of observations"),
+        ({"encoder": "nature"}, "encoder nature needs images of at least 36 x 36"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        pg.train("ppo", Sampling, steps=10, progress=False, **options)
+    assert len(str(raised.value)) <= 200
+
+
+def test_keys_need_parts_and_a_critic_to_see_them() -> None:
+    with pytest.raises(UserError, match="policy_keys are of Dict or Tuple observations"):
+        pg.train("ppo", "CartPole-v1", policy_keys=["x"], steps=10, progress=False)
+    with pytest.raises(UserError, match="critic_keys is for a critic, and credit reward_to_go has none"):
+        pg.train(
+            "reinforce", Sampling, critic_keys=["goal"], baseline="none", wrap=["TimeLimit:9"], steps=10, progress=False
+        )
