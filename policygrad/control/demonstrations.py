@@ -58,9 +58,7 @@ class Transitions:
         return self.take(~held), self.take(held)
 
 
-def transitions(
-    columns: Mapping[str, Sequence[Any]], observation_space: spaces.Space, action_space: spaces.Space
-) -> Transitions:
+def transitions(columns: Mapping[str, Any], observation_space: spaces.Space, action_space: spaces.Space) -> Transitions:
     """Columns of transitions, checked: every observation and action must be one of its space.
 
     columns: observation and action, [N, ...]; and reward, terminated, truncated and episode, [N], as far as they are
@@ -71,6 +69,12 @@ def transitions(
         if name not in columns:
             raise UserError(f"the demonstrations have no column {name!r}, only {listed(columns)}: rename one")
     count = len(columns["action"])
+    for name, column in columns.items():
+        if not hasattr(column, "__len__") or len(column) != count:
+            has = len(column) if hasattr(column, "__len__") else "no"
+            raise UserError(
+                f"the demonstrations' {shortened(name, 30)} has {has} rows, and action {count}: give one each"
+            )
     if not count:
         raise UserError("the demonstrations have no rows: give at least one")
     if isinstance(observation_space, spaces.Box | spaces.Discrete):
@@ -94,7 +98,7 @@ def transitions(
     return Transitions(observation, action, episode, returns)
 
 
-def checked_column(name: str, values: Sequence[Any], space: spaces.Space, *, bounded: bool = False) -> np.ndarray:
+def checked_column(name: str, values: Any, space: spaces.Space, *, bounded: bool = False) -> np.ndarray:
     """The values as an array [N, ...] in the space's dtype. bounded: whether the bounds of a Box must hold.
 
     Raises UserError that names the first row that is no member of the space.
@@ -110,10 +114,10 @@ def checked_column(name: str, values: Sequence[Any], space: spaces.Space, *, bou
     raise UserError(f"the column {name} is no array of one type: give numbers, or lists of numbers")
 
 
-def _flattened(values: Sequence[Any], space: spaces.Space) -> np.ndarray:
+def _flattened(values: Any, space: spaces.Space) -> np.ndarray:
     """Observations of a composite space as the environments here flatten them, [N, D]."""
     said = "row {} of the demonstrations has"
-    rows = [spaces.flatten(space, checked_member(x, space, said.format(i))) for i, x in enumerate(values)]
+    rows: list[Any] = [spaces.flatten(space, checked_member(x, space, said.format(i))) for i, x in enumerate(values)]
     found = np.stack(rows)
     if not np.isfinite(found).all():
         i = int(np.flatnonzero(~np.isfinite(found).all(1))[0])
@@ -121,7 +125,7 @@ def _flattened(values: Sequence[Any], space: spaces.Space) -> np.ndarray:
     return found
 
 
-def _members(values: Sequence[Any], space: spaces.Space, bounded: bool) -> np.ndarray | str:
+def _members(values: Any, space: spaces.Space, bounded: bool) -> np.ndarray | str:
     """Values as an array of members of a space, or what is wrong with the one value."""
     shown = shortened(values[0], 40)
     try:
@@ -247,4 +251,3 @@ def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
             which = (i, "has no") if name in names else (i, "alone has")
             raise UserError(f"row {which[0]} of the demonstrations {which[1]} {shortened(name, 40)}: give all the same")
     return {name: [row[name] for row in rows] for name in names}
-

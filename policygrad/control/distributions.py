@@ -13,7 +13,6 @@ from torch.nn.functional import softplus
 
 from policygrad.control.spaces import FlatActions, Units, from_environment, in_box, to_environment, units
 
-
 INSIDE = 0.999  # of the way to a bound: an action beyond that counts as one at the bound (sampler.action_metrics)
 
 

@@ -49,6 +49,8 @@ def read_minari(place: Path) -> dict[str, Any]:
         raise damaged(path, str(error)) from error
     except Exception as error:  # of h5py and of the system
         raise damaged(path, one_line(error), "cannot be read") from error
+    if not parts:
+        raise damaged(path, "it has no episodes", "cannot be read")
     if len({len(x) for x in parts.values()}) > 1:
         raise damaged(path, "some of its episodes have columns that others lack")
     try:

@@ -105,7 +105,8 @@ TABLE = (
 METHODS: dict[str, Method] = {method.name: method for method in TABLE}
 # No policy gradient of a return, but composed like one: any method goes on from what it learned.
 CLONE = Method(
-    "clone", "Behavior cloning, or supervised fine-tuning: log pi of demonstrations, the score with advantage 1.", "clone",
+    "clone", "Behavior cloning, or supervised fine-tuning: log pi of demonstrations, the score with advantage 1.",
+    "clone",
     on={"control": {"steps": None, "iterations": 100, "evaluate_every": 1, "evaluation_patience": 10,
                     "minibatch_size": 128, "learning_rate": 1e-3},
         "language": {"evaluate_every": 20}},

@@ -521,11 +521,11 @@ def _check_read(f: Field, options: Any) -> None:
                 f"{f.name} is read only where {other} is {' or '.join(map(str, values))}, and {other} is "
                 f"{getattr(options, other)}: set that too, or leave {f.name} out",
             )
-    if f.name == "gamma" and options.credit == "group" and not options.discounted:
-        if not getattr(options, "scale_rewards", False):
-            raise OptionError(
-                "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
-            )
+    scaled = getattr(options, "scale_rewards", False)
+    if f.name == "gamma" and options.credit == "group" and not options.discounted and not scaled:
+        raise OptionError(
+            "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
+        )
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
         raise OptionError(f.name, f"{f.name} is of evaluate_every, which is 0: set that too, or leave it out")
     evaluation = bool(getattr(options, "evaluation_dataset", ()))

@@ -579,14 +579,14 @@ def train(method: str, task: Any = None, *, progress: bool = True, **arguments: 
     return training.run
 
 
-def clone(task: Any = None, demonstrations: Any = None, **arguments: Unpack[Arguments]) -> Run:
+def clone(task: Any = None, data: Any = None, **arguments: Unpack[Arguments]) -> Run:
     """Learn from demonstrations: the policy under which they are most likely. Any method goes on from it, by `start`.
 
-    For control, demonstrations are transitions in the task: a file, a data set of Minari, rows, or arrays by name (see
+    For control, data are transitions in the task: a file, a data set of Minari, rows, or arrays by name (see
     the guide, docs/control.md). A language model learns from completions of prompts: give model, and dataset or the
-    task, and leave demonstrations out. The other arguments are those of Training.
+    task, and leave data out. The other arguments are those of Training.
     """
-    given: Any = {} if demonstrations is None else {"demonstrations": demonstrations}
+    given: Any = {} if data is None else {"demonstrations": data}
     return train("clone", task, **given, **arguments)
 
 

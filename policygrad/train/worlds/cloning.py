@@ -12,7 +12,14 @@ import gymnasium
 import torch
 from torch import Tensor
 
-from policygrad.control.demonstrations import COLUMNS, Demonstrations, Transitions, as_columns, demonstrated, transitions
+from policygrad.control.demonstrations import (
+    COLUMNS,
+    Demonstrations,
+    Transitions,
+    as_columns,
+    demonstrated,
+    transitions,
+)
 from policygrad.control.environments import unflattened
 from policygrad.control.minari import place_of, read_minari
 from policygrad.control.normalization import ObservationNormalizer
