@@ -167,7 +167,7 @@ def test_a_file_that_is_missing_or_is_no_hdf5_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_minari(tmp_path)
     (tmp_path / "x.hdf5").write_text("nothing")
-    with pytest.raises(UserError, match="x.hdf5 cannot be read"):
+    with pytest.raises(UserError, match=r"x\.hdf5 cannot be read"):
         read_minari(tmp_path / "x.hdf5")
     with pytest.raises(UserError, match="has no episodes"):
         read_minari(written(tmp_path / "empty.hdf5", []))

@@ -137,8 +137,7 @@ def test_it_goes_on_from_another_run_with_the_statistics_of_that(file: Path, tmp
         next(training)
         seen, mean = training.world.normalizer.statistics, cloned.world.normalizer.statistics.mean
         np.testing.assert_array_equal(seen.mean, mean)
-        obs = np.array([row["observation"] for row in rows])[training.learner.sample.found.episode == 0]
-        found = training.learner.sample.rollout.obs[: len(obs), 0].numpy()
+        obs, found = training.world.sample.found.observation, training.world.sample.rollout.obs[:, 0].numpy()
         np.testing.assert_allclose(found, ((obs - mean) / np.sqrt(seen.var)).clip(-10, 10), rtol=1e-5, atol=1e-5)
 
 
