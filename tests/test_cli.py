@@ -240,7 +240,7 @@ def test_clone_takes_a_task_and_data_and_is_a_method_like_others(policygrad: Any
     assert parts[0][-1] == "run: runs/CartPole-v1/clone-seed0 (evaluate: policygrad eval runs/CartPole-v1/clone-seed0)"
     assert parts[0][:2] == parts[1][:2]
     assert re.fullmatch(r"after:  log-probability -0\.\d{4}, accuracy 1\.000, of 2 held-out decisions", parts[0][1])
-    assert "note: demonstrations: 20 transitions, 1 episodes, return 20.0 +- 0.0" in parts[0]
+    assert "note: demonstrations: 20 transitions, 1 episode, return 20.0 +- 0.0" in parts[0]
     ended = policygrad("resume", "runs/CartPole-v1/clone-seed0", "--iterations", 1, "--demonstrations", "data.jsonl")
     assert ended.code == 0, ended.err
     assert policygrad("clone", "--help").code == 0

@@ -192,7 +192,7 @@ class ClonedControl(Cloning, ControlWorld):
 def described(found: Transitions) -> str:
     """What transitions are, in words."""
     known = "" if found.returns is None else f", return {found.returns.mean():,.1f} +- {found.returns.std():,.1f}"
-    return f"{len(found):,} transitions, {found.episodes:,} episodes{known}"
+    return f"{len(found):,} transitions, {found.episodes:,} episode{'s' * (found.episodes > 1)}{known}"
 
 
 def columns_of(source: Any) -> Mapping[str, Any]:
