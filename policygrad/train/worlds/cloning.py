@@ -176,8 +176,11 @@ class ClonedControl(Cloning, ControlWorld):
         def hits(obs: Tensor, action: Tensor) -> Tensor:
             return (self.policy(obs).mode == action).reshape(*action.shape[:2], -1).all(-1)
 
-        found = in_parts(hits, split_of(self.options, self.policy) or TOGETHER, rollout.obs, rollout.action)
-        return float(found.double().mean())
+        split = split_of(self.options, self.policy) or TOGETHER
+        try:
+            return float(in_parts(hits, split, rollout.obs, rollout.action).double().mean())
+        except (NotImplementedError, AttributeError):  # a distribution of the user's own, without a mode
+            return None
 
     def fingerprint(self) -> list[float]:
         return World.fingerprint(self)
