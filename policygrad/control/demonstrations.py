@@ -10,8 +10,9 @@ from gymnasium import spaces
 from torch import nn
 
 from policygrad.control.checks import as_tensor, checked_distribution, checked_member, stored
+from policygrad.control.masks import check_mask_space, check_masks, choices
 from policygrad.control.normalization import ObservationNormalizer
-from policygrad.control.spaces import from_environment
+from policygrad.control.spaces import Flat, flat, from_environment
 from policygrad.errors import UserError, listed, one_line, shortened, type_of
 from policygrad.rollout import Rollout
 
@@ -58,12 +59,15 @@ class Transitions:
         return self.take(~held), self.take(held)
 
 
-def transitions(columns: Mapping[str, Any], observation_space: spaces.Space, action_space: spaces.Space) -> Transitions:
+def transitions(
+    columns: Mapping[str, Any], observation_space: spaces.Space, action_space: spaces.Space, *, masked: bool = True
+) -> Transitions:
     """Columns of transitions, checked: every observation and action must be one of its space.
 
     columns: observation and action, [N, ...]; and reward, terminated, truncated and episode, [N], as far as they are
     known. An episode ends where one of the last three says so. The bounds of a Box hold for actions alone, as in
-    sampling. Raises UserError that names the first row that is wrong, counted from 0.
+    sampling. masked: whether a part `action_mask` of an observation says which actions are allowed. Raises UserError
+    that names the first row that is wrong, counted from 0.
     """
     for name in COLUMNS[:2]:
         if name not in columns:
@@ -82,6 +86,8 @@ def transitions(columns: Mapping[str, Any], observation_space: spaces.Space, act
     else:
         observation = _flattened(columns["observation"], observation_space)
     action = checked_column("action", columns["action"], action_space, bounded=True)
+    if masked and not isinstance(observation_space, spaces.Box | spaces.Discrete):
+        _check_allowed(observation, action, flat(observation_space), action_space)
     number = spaces.Box(-np.inf, np.inf, (), np.float64)
     flag = spaces.Discrete(2)
     ended = np.zeros(count, dtype=bool)
@@ -123,6 +129,23 @@ def _flattened(values: Any, space: spaces.Space) -> np.ndarray:
         i = int(np.flatnonzero(~np.isfinite(found).all(1))[0])
         raise UserError(f"{said.format(i)} an observation that is NaN or infinite: leave it out")
     return found
+
+
+def _check_allowed(observation: np.ndarray, action: np.ndarray, space: spaces.Space, action_space: Any) -> None:
+    """Raise UserError for masks of actions that make no sense, and for an action that its mask forbids."""
+    if not isinstance(space, Flat) or space.mask is None:
+        return
+    check_mask_space(space, action_space)
+    check_masks(observation, np.ones(len(action), dtype=bool), space, action_space, "row")
+    first = np.cumsum([0, *choices(action_space)[:-1]])  # the place of each part's first choice
+    chosen = first + from_environment(action, action_space).reshape(len(action), -1).astype(int)
+    allowed = np.take_along_axis(observation[:, space.mask], chosen, 1).all(1)
+    if not allowed.all():
+        i = int(np.flatnonzero(~allowed)[0])
+        raise UserError(
+            f"row {i} of the demonstrations: action is {shortened(action[i].tolist(), 40)}, which its action_mask "
+            "forbids: leave it out, or set action_mask off"
+        )
 
 
 def _members(values: Any, space: spaces.Space, bounded: bool) -> np.ndarray | str:
@@ -182,7 +205,7 @@ class Demonstrations:
         self.device, self.steps = torch.device(device), 0
         self.rollout: Rollout | None = None
         if normalizer is not None:
-            normalizer.statistics.update(found.observation)
+            normalizer(found.observation, np.ones(len(found), dtype=bool))
 
     def __call__(self, policy: nn.Module) -> Rollout:
         """All of them."""

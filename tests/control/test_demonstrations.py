@@ -15,6 +15,7 @@ from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.demonstrations import Demonstrations, as_columns, demonstrated, transitions
 from policygrad.control.distributions import INSIDE
+from policygrad.control.spaces import flat
 from policygrad.credit import demonstrated as credit
 from policygrad.errors import UserError
 from policygrad.rollout import decisions
@@ -261,3 +262,26 @@ def test_a_policy_of_ones_own_scores_the_environments_actions_or_says_how() -> N
     torch.testing.assert_close(rollout.action[:, 0], torch.as_tensor(found.action, dtype=torch.float32))
     with pytest.raises(UserError, match="give it from_environment"):
         demonstrated(Own(Changes), found, BOX)
+
+
+@pytest.mark.parametrize(
+    ("space", "mask", "allowed", "forbidden"),
+    [
+        (spaces.Discrete(3, start=1), [1, 0, 1], 3, 2),
+        (spaces.MultiDiscrete([2, 3]), [0, 1, 1, 1, 0], [1, 1], [1, 2]),
+        (spaces.MultiBinary(2), [1, 0, 1, 1], [0, 1], [1, 1]),
+    ],
+)
+def test_an_action_that_its_mask_forbids_is_named(space: Any, mask: list[int], allowed: Any, forbidden: Any) -> None:
+    observation_space = spaces.Dict({"action_mask": spaces.MultiBinary(len(mask)), "x": spaces.Box(-1.0, 1.0, (2,))})
+    obs = {"action_mask": mask, "x": [0.5, 0.0]}
+    found = transitions({"observation": [obs] * 2, "action": [allowed] * 2}, observation_space, space)
+    policy = Policy(flat(observation_space), space)
+    value, _ = ReinforceObjective(policy)(batch_of(policy, space, found))
+    assert -10 < value.item() <= 0
+    with pytest.raises(UserError, match=r"row 1 of the demonstrations: action is .* forbids"):
+        transitions({"observation": [obs] * 2, "action": [allowed, forbidden]}, observation_space, space)
+    transitions({"observation": [obs], "action": [forbidden]}, observation_space, space, masked=False)
+    nothing = {**obs, "action_mask": [0] * len(mask)}
+    with pytest.raises(UserError, match="row 0 of 1 allows no action"):
+        transitions({"observation": [nothing], "action": [allowed]}, observation_space, space)

@@ -22,7 +22,7 @@ from policygrad.control.demonstrations import (
 )
 from policygrad.control.environments import unflattened
 from policygrad.control.minari import place_of, read_minari
-from policygrad.control.normalization import ObservationNormalizer
+from policygrad.control.spaces import Flat
 from policygrad.errors import Note, UserError, ending, listed, shortened
 from policygrad.language.reading import read_file
 from policygrad.rollout import Rollout, in_parts
@@ -151,16 +151,15 @@ class ClonedControl(Cloning, ControlWorld):
         if options.normalize_observations and not isinstance(space, gymnasium.spaces.Box):
             said = f"observations in {shortened(space, 60)} cannot be normalized, only a Box: leave it off"
             raise OptionError("normalize_observations", said)
-        self.normalizer = ObservationNormalizer(space.shape) if options.normalize_observations else None
+        self.normalizer = self._normalizer(space) if options.normalize_observations else None
         source = options.demonstrations if self.data is None else self.data
         if source is None or source == ROWS:
             raise OptionError("demonstrations", "there are no demonstrations to clone: give demonstrations, their file")
-        found = transitions(columns_of(source), unflattened(environments), environments.single_action_space)
+        raw, action_space = unflattened(environments), environments.single_action_space
+        found = transitions(columns_of(source), raw, action_space, masked=isinstance(space, Flat))
         self.described = described(found)
         train, self.kept = found.split(options.validation, options.seed)
-        return Demonstrations(
-            train, environments.single_action_space, normalizer=self.normalizer, device=options.device
-        )
+        return Demonstrations(train, action_space, normalizer=self.normalizer, device=options.device)
 
     def held_out(self) -> Rollout | None:
         if self.kept is None:
