@@ -12,7 +12,7 @@ from torch import nn
 from policygrad.control.checks import as_tensor, checked_distribution, checked_member, stored
 from policygrad.control.masks import check_mask_space, check_masks, choices
 from policygrad.control.normalization import ObservationNormalizer
-from policygrad.control.spaces import Flat, flat, from_environment
+from policygrad.control.spaces import Flat, FlatActions, flat, from_environment
 from policygrad.errors import UserError, listed, one_line, shortened, type_of
 from policygrad.rollout import Rollout
 
@@ -69,6 +69,8 @@ def transitions(
     sampling. masked: whether a part `action_mask` of an observation says which actions are allowed. Raises UserError
     that names the first row that is wrong, counted from 0.
     """
+    if isinstance(action_space, FlatActions | spaces.Dict | spaces.Tuple):
+        raise UserError("demonstrations of Dict and Tuple actions cannot be read yet: use a space of one part")
     for name in COLUMNS[:2]:
         if name not in columns:
             raise UserError(f"the demonstrations have no column {name!r}, only {listed(columns)}: rename one")

@@ -15,7 +15,7 @@ from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.demonstrations import Demonstrations, as_columns, demonstrated, transitions
 from policygrad.control.distributions import INSIDE
-from policygrad.control.spaces import flat
+from policygrad.control.spaces import FlatActions, flat
 from policygrad.credit import demonstrated as credit
 from policygrad.errors import UserError
 from policygrad.rollout import decisions
@@ -221,6 +221,13 @@ def test_columns_that_are_missing_are_named() -> None:
         as_columns([GOOD, {**GOOD, "reward": 1.0}])
     with pytest.raises(UserError, match="have no rows"):
         transitions({"observation": [], "action": []}, OBS, FOUR)
+
+
+def test_actions_of_several_parts_are_refused_for_now() -> None:
+    parts = spaces.Dict({"a": FOUR, "b": BOX})
+    for space in (parts, FlatActions(parts)):
+        with pytest.raises(UserError, match="Dict and Tuple actions cannot be read yet"):
+            transitions({"observation": [[0.0] * 3], "action": [[2.0, 0.0, 0.0]]}, OBS, space)
 
 
 def test_columns_of_different_lengths_are_refused() -> None:
