@@ -76,7 +76,7 @@ from policygrad.train.publishing import push as push
 from policygrad.train.reproduce import reproduce as reproduce
 from policygrad.train.run import Run as Run
 from policygrad.train.studies import Study as Study, study as study
-from policygrad.train.training import Training as Training, resume as resume, train as train
+from policygrad.train.training import Training as Training, clone as clone, resume as resume, train as train
 from policygrad.train.tuning import Tuning as Tuning, tune as tune
 from policygrad.train.watching import watch as watch
 from policygrad.updates import Objective as Objective

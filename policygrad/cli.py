@@ -25,7 +25,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 from policygrad.errors import Kept, Note, UserError, one_line, shortened, within
 from policygrad.train import presets
 from policygrad.train.directories import file_name, run_directory
-from policygrad.train.methods import ALIASES, METHODS, TABLE, VARIANTS, method_named, nearest
+from policygrad.train.methods import ALIASES, CLONE, KNOWN, METHODS, TABLE, VARIANTS, method_named, nearest
 from policygrad.train.names import trusting
 from policygrad.train.options import Options, for_command_line, in_words, options_of, repeats, validate, with_values
 from policygrad.train.reward_options import RewardModelOptions
@@ -47,6 +47,8 @@ policygrad: the policy-gradient family of reinforcement learning
                                               arithmetic        a language model, on a task that needs nothing else
                                               exact:chain       a small world in closed form
   policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
+  policygrad clone TASK DATA [options]      learn from demonstrations; any method goes on from it, by --start
+  policygrad clone --model M --dataset D [options]                       supervised fine-tuning of a language model
   policygrad reward-model [options]         learn a reward from preferences
   policygrad resume RUN [options]           go on with a run that was stopped, or killed, as if it had not been
   policygrad reproduce RUN [options]        train it again from its directory alone, and compare every bit
@@ -228,6 +230,8 @@ class Reproduce:
     """Prompts of training (language models). Repeatable."""
     evaluation_dataset: tuple[str, ...] = ()
     """Prompts of evaluation (language models). Repeatable."""
+    demonstrations: str | None = None
+    """Transitions that were cloned (control)."""
     model: str | None = None
     """Model that training began with (language models)."""
     base_model: str | None = None
@@ -357,6 +361,7 @@ def _stopped_by_signals() -> Iterator[None]:
 def _dispatch(rest: list[str]) -> int:
     commands = {
         "train": _train,
+        "clone": _clone,
         "resume": _resume,
         "reproduce": _reproduce,
         "reward-model": _reward_model,
@@ -425,9 +430,9 @@ def _asked(verb: str, rest: list[str], command_of: Any, more: set[str]) -> Asked
     if method is None:
         raise UserError(f"there is no method: write policygrad {verb} METHOD TASK; policygrad list shows the methods")
     first, second = (str(x).lower().replace("-", "_") for x in (method, task))
-    if second in {*METHODS, *ALIASES} and first not in {*METHODS, *ALIASES}:
+    if second in {*KNOWN, *ALIASES} and first not in {*KNOWN, *ALIASES}:
         raise UserError(f"the method comes first: policygrad {verb} {one_line(task, 60)} {one_line(method, 60)}")
-    if task is None and first not in {*METHODS, *ALIASES} and _is_task(method):
+    if task is None and first not in {*KNOWN, *ALIASES} and _is_task(method):
         said = one_line(method, 60)
         raise UserError(
             f"the method is missing: write policygrad {verb} METHOD {said}, such as policygrad {verb} ppo {said}"
@@ -483,6 +488,15 @@ def _train(rest: list[str]) -> int:
     return _trained(run, out, command.json)
 
 
+def _clone(rest: list[str]) -> int:
+    """`policygrad clone TASK DATA` is `policygrad train clone TASK --demonstrations DATA`."""
+    (_, data, *_), words = _free_first(rest)
+    if data is not None:
+        del words[1]
+        words.append(f"--demonstrations={data}")
+    return _train([CLONE.name, *words])
+
+
 def _trained(run: Any, out: Path, as_json: bool) -> int:
     """Print what a run has come to."""
     if as_json:
@@ -496,6 +510,13 @@ def _trained(run: Any, out: Path, as_json: bool) -> int:
     flags = trusting(run.world.kind, run.world.stored(), run.options)
     if run.world.kind == "language" and not run.world.judged:
         flags += " --dataset PROMPTS"
+    if (
+        run.method == CLONE.name
+        and run.world.kind == "language"
+        and not run.options.reward
+        and run.world.task != "arithmetic"
+    ):
+        flags += " --reward REWARD"
     best = run.best
     if best is not None and best["iteration"] < run.stage.iteration and (out / "best").is_dir():
         said = f"{best['metric']} {best['score']:,.4g}, iteration {best['iteration']:,} of {run.stage.iteration:,}"

@@ -116,6 +116,12 @@ def grouped(
     return assign
 
 
+def demonstrated(rollout: Rollout) -> Credit:
+    """A = 1, for actions of a demonstrator: the gradient of log pi A is that of their log-likelihood."""
+    nothing = torch.zeros_like(rollout.reward)
+    return Credit(torch.ones_like(nothing), nothing, nothing)
+
+
 def _are_single(rollout: Rollout) -> bool:
     """Whether every row counts and is a group of its own. torch.vmap, which knows no values, is not asked."""
     if torch._C._functorch.is_functorch_wrapped_tensor(rollout.group):

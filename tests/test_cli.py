@@ -230,6 +230,26 @@ def test_an_error_under_json_is_one_line_and_standard_output_is_what_it_was(poli
     assert policygrad("list").out.startswith("methods:")
 
 
+def test_clone_takes_a_task_and_data_and_is_a_method_like_others(policygrad: Any) -> None:
+    row = json.dumps({"observation": [0.1, 0.2, 0.3, 0.4], "action": 1, "reward": 1.0})
+    Path("data.jsonl").write_text(f"{row}\n" * 20)
+    first = policygrad("clone", "CartPole-v1", "data.jsonl", "--iterations", 2, "--hidden", 8)
+    second = policygrad("train", "clone", "--hidden", 8, "CartPole-v1", "--iterations=2", "--demonstrations=data.jsonl")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    parts = [x.out.splitlines() for x in (first, second)]
+    assert parts[0][-1] == "run: runs/CartPole-v1/clone-seed0 (evaluate: policygrad eval runs/CartPole-v1/clone-seed0)"
+    assert parts[0][:2] == parts[1][:2]
+    assert re.fullmatch(r"after:  log-probability -0\.\d{4}, accuracy 1\.000, of 2 held-out decisions", parts[0][1])
+    assert "note: demonstrations: 20 transitions, 1 episode, return 20.0 +- 0.0" in parts[0]
+    ended = policygrad("resume", "runs/CartPole-v1/clone-seed0", "--iterations", 1, "--demonstrations", "data.jsonl")
+    assert ended.code == 0, ended.err
+    assert policygrad("clone", "--help").code == 0
+    for arguments, said in ((), "there is no task"), (("CartPole-v1",), "there are no demonstrations to clone"):
+        refused = policygrad("clone", *arguments)
+        assert refused.code == 2
+        assert said in refused.err
+
+
 def test_train_says_what_came_out_and_where_it_is(policygrad: Any, tmp_path: Path) -> None:
     said = policygrad(*PPO, "--out", tmp_path / "here")
     assert said.code == 0

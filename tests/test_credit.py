@@ -34,6 +34,7 @@ from policygrad.credit import (
     bootstrapped,
     check_modules,
     check_rows,
+    demonstrated,
     discounted,
     grouped,
     modules_of,
@@ -618,3 +619,15 @@ def test_a_return_needs_rows_that_are_whole_episodes(critic: nn.Module) -> None:
                 check_rows(sample, assign)
     check_rows(segments, standardized(bootstrapped(critic, gae)))
     check_rows(segments, lambda rollout: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_demonstrators_every_decision_has_the_advantage_1() -> None:
+    rollout = Rollout(
+        torch.zeros(2, 3, 1), torch.zeros(2, 3), torch.zeros(2, 3), torch.randn(2, 3), *torch.zeros(2, 2, 3).bool(),
+        mask=torch.tensor([[True, False, True], [True, True, False]]), group=torch.arange(2),
+    )  # fmt: skip
+    credit = demonstrated(rollout)
+    assert_close(credit.advantage, torch.ones(2, 3))
+    assert_close(credit.target, torch.zeros(2, 3))
+    assert_close(credit.value, torch.zeros(2, 3))
+    assert_close(decisions(rollout, per_token(rollout.mask), *credit).advantage, rollout.mask.double())

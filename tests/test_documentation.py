@@ -65,6 +65,8 @@ METHODS_AND_TASKS: list[tuple[str, str, dict[str, Any]]] = [
     ("npg", "exact:chain", {}),
     ("grpo", "exact:tokens", {"kl_ref": "loss", "kl_ref_target": 0.1}),
     ("grpo", "arithmetic", {"kl_ref": "loss", "kl_ref_target": 0.1, "old_logp": "recomputed", "sampling_rounds": 2}),
+    ("clone", "CartPole-v1", {"demonstrations": [{"observation": [0.0, 0.1, 0.2, 0.3], "action": 1}] * 20}),
+    ("clone", "arithmetic", {}),
     ("ppo", "arithmetic", {"reward": ["math_equal", "overlong:40,10"], "cut": "masked", "minibatch_size": 8}),
 ]
 
@@ -78,6 +80,7 @@ def test_every_metric_is_explained() -> None:
             if task == "arithmetic"
             else {}
         )
+        more = {name: x for name, x in more.items() if hasattr(options_of(method, "language"), name)}
         run = policygrad.train(method, task, iterations=2, preset="none", progress=False, **options, **more)
         found = {name for row in run.metrics for name in row}
         assert {name for name in found if not name.startswith(("reward/", "info/"))} <= known, (method, task)
@@ -106,7 +109,10 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for _, name, *rest in (line for line in commands(document) if line[0] == "policygrad"):
-        if name == "train" and "--model" in rest:  # a model and files that are the reader's
+        if name == "clone" and "--model" in rest:
+            name, rest = "train", ["clone", *rest]
+        if name == "train" and ("--model" in rest or ("--start" in rest and "--dataset" in rest)):
+            # a model and files that are the reader's
             defaults = options_of(method_named(rest[0]).name, "language")()
             given = cli._parse(cli._command(defaults), rest[1:], "train", UseAppendAction).options
             validate(with_values(defaults, vars(given)), defaults)

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
 from torch.nn.functional import softplus
 
-from policygrad.control.spaces import FlatActions, Units, in_box, to_environment
+from policygrad.control.spaces import FlatActions, Units, from_environment, in_box, to_environment, units
+
+INSIDE = 0.999  # of the way to a bound: an action beyond that counts as one at the bound (sampler.action_metrics)
 
 
 class ActionDistribution(Distribution):
@@ -22,6 +24,10 @@ class ActionDistribution(Distribution):
     def to_environment(self, action: Tensor) -> np.ndarray:
         """The action [B, ...] as the environment receives it."""
         return to_environment(action.detach().cpu().numpy(), self.space)
+
+    def from_environment(self, action: np.ndarray) -> np.ndarray:
+        """The environment's action [B, ...] as this distribution scores it, [B] or [B, D]: whole numbers or float64."""
+        return from_environment(action, self.space)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """As torch's, over the same space."""
@@ -70,6 +76,10 @@ class ClippedNormal(IndependentActions):
     def to_environment(self, action: Tensor) -> np.ndarray:
         """a at u = action [B, D], in the space's shape and dtype."""
         return clipped(action.detach().cpu().numpy(), self.space, self.units)
+
+    def from_environment(self, action: np.ndarray) -> np.ndarray:
+        """The u at which a = action. At a bound, beyond which every u gives the same a, it is that of the bound."""
+        return in_units(action, self.space, self.units)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """As torch's, in the same units."""
@@ -154,6 +164,10 @@ class SquashedNormal(ActionDistribution):
         """a at u = action [B, D], in the space's shape and dtype."""
         return squashed(action.detach().cpu().numpy(), self.space)
 
+    def from_environment(self, action: np.ndarray) -> np.ndarray:
+        """The u at which a = action. No u reaches a bound: a is moved to INSIDE of the way to it at most."""
+        return np.arctanh(in_units(action, self.space, units(self.space)).clip(-INSIDE, INSIDE))
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """u, differentiable in mean and std."""
         return self.normal.rsample(torch.Size(sample_shape))
@@ -189,6 +203,12 @@ class SquashedNormal(ActionDistribution):
     def _log_slope(self, u: Tensor) -> Tensor:
         """log da/du = log half_width + log(1 - tanh(u)^2), without cancellation."""
         return self.half_width.log() + 2 * (math.log(2) - u - softplus(-2 * u))
+
+
+def in_units(action: np.ndarray, space: spaces.Box, units: Units) -> np.ndarray:
+    """(a - center) / half_width of a = action [B, ...], [B, D]; 0 where the bounds are one number."""
+    found = from_environment(action, space) - units.center
+    return np.divide(found, units.half_width, out=np.zeros_like(found), where=units.half_width > 0)
 
 
 def clipped(u: np.ndarray, space: spaces.Box, units: Units) -> np.ndarray:

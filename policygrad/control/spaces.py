@@ -1,4 +1,4 @@
-"""Gymnasium spaces: as JSON and back, and the action that a space's environment receives."""
+"""Gymnasium spaces: as JSON and back, and actions on the way to a space's environment and from it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -206,6 +206,21 @@ def to_environment(action: np.ndarray, space: spaces.Space) -> np.ndarray:
             return action.reshape(-1, *space.shape).astype(space.dtype)
         case spaces.Box():
             return in_box(action.astype(np.float64), space)
+    raise UserError(f"{type_of(space)} action space is not supported: wrap the environment so that it has a Box")
+
+
+def from_environment(action: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """Actions [B, ...] of the space as a policy counts them: from 0, and the numbers of each in one row, [B, D].
+
+    The inverse of to_environment. Raises UserError for a space that is not supported.
+    """
+    match space:
+        case spaces.Discrete():
+            return (action.reshape(-1) - space.start).astype(np.int64)
+        case spaces.MultiDiscrete():
+            return (action - space.start).reshape(len(action), -1).astype(np.int64)
+        case spaces.MultiBinary() | spaces.Box():
+            return action.reshape(len(action), -1).astype(np.float64)
     raise UserError(f"{type_of(space)} action space is not supported: wrap the environment so that it has a Box")
 
 

@@ -36,6 +36,40 @@ def load_examples(sources: Any, *, split: str = "train", columns: Sequence[str] 
     return examples
 
 
+def load_demonstrations(sources: Any, *, split: str = "train", columns: Sequence[str] = ()) -> list[Example]:
+    """The rows of a data set of answers to learn from, each with `prompt` and `completion`. sources: see load_examples.
+
+    The two are text, or lists of messages. Or a row has `messages`, and the last one, of the assistant, is the
+    completion.
+    """
+    examples = _load(sources, split, columns, ())
+    faults, whole = [], [example for example in examples if "messages" in example and "completion" not in example]
+    _check(whole, ("messages",))
+    for example in whole:
+        messages = example.pop("messages")
+        if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            faults.append((f"messages of {example.place}", "do not end with an answer of the assistant to others"))
+        else:
+            example |= {"prompt": messages[:-1], "completion": messages[-1:]}
+    refuse(faults, "give messages, or prompt and completion")
+    for example in examples:
+        if "completion" not in example:
+            known = listed(map(str, example))
+            raise UserError(
+                f"{example.place} has no column 'completion' or 'messages', only {known}: name the right one by "
+                "columns, completion=..."
+            )
+    _check(examples, ("prompt", "completion"))
+    for example in examples:
+        prompt, completion = example["prompt"], example["completion"]
+        if isinstance(prompt, str) and isinstance(completion, list):
+            faults.append((example.place, "has a prompt of text and a completion of messages"))
+        elif isinstance(completion, list) and [x["role"] for x in completion] != ["assistant"]:
+            faults.append((f"the completion of {example.place}", "is not one message of the assistant"))
+    refuse(faults, "give both as text, or messages and the assistant's answer")
+    return examples
+
+
 def load_preferences(sources: Any, *, split: str = "train", columns: Sequence[str] = ()) -> list[Example]:
     """The rows of a data set of comparisons, each with `prompt`, `chosen` and `rejected`. sources: see load_examples.
 
@@ -127,6 +161,44 @@ def encode_prompts(
     return [rows[i] for i in range(len(examples))]
 
 
+def encode_completions(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """The completions of demonstrations as tokens, each with the end-of-sequence token at its end.
+
+    A text becomes tokens apart from its prompt, as a policy that answers sees it. An answer in a conversation is what
+    the chat template writes after the prompt, up to its last end-of-sequence token. Raises UserError where the template
+    does not write it there.
+    """
+    texts: dict[int, str] = {}
+    chats = [i for i, example in enumerate(examples) if not isinstance(example["prompt"], str)]
+    texts |= {i: str(x["completion"]) for i, x in enumerate(examples) if isinstance(x["prompt"], str)}
+    if chats:
+        prompts, wholes = (
+            templates.write([(examples[i]["prompt"] + more(examples[i]), ending) for i in chats], tokenizer, variables)
+            for ending, more in (("answer", lambda x: []), ("closed", _answer))
+        )
+        faults: list[Fault] = []
+        for i, (prompt, _), (whole, error) in zip(chats, prompts, wholes, strict=True):
+            if prompt is None or whole is None or not whole.startswith(prompt):
+                said = str(error) if whole is None else "it does not begin as its prompt does"
+                faults.append((f"the chat template cannot write the answer of {place_of(examples, i)}:", said))
+            else:
+                texts[i] = whole[len(prompt) :]
+        refuse(faults, "change the template or the row")
+    end = int(tokenizer.eos_token_id)
+    rows = _tokens([texts[i] for i in range(len(examples))], tokenizer)
+    return [row[: len(row) - row[::-1].index(end)] if end in row else [*row, end] for row in rows]
+
+
+def _answer(example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The completion of a conversation as a message."""
+    said = example["completion"]
+    return [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+
+
 def openings(
     examples: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -149,9 +221,16 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def short_enough(
-    rows: Sequence[Sequence[int]], places: Callable[[int], str], limit: int | None, long: str = "refuse"
+    rows: Sequence[Sequence[int]],
+    places: Callable[[int], str],
+    limit: int | None,
+    long: str = "refuse",
+    what: tuple[str, str] = ("prompts", "max_prompt_tokens"),
 ) -> list[int]:
-    """The rows with at most `limit` tokens. Raises UserError if others are to be refused, or if none is left."""
+    """The rows with at most `limit` tokens. Raises UserError if others are to be refused, or if none is left.
+
+    what: the rows in words, and the option that limits them.
+    """
     if limit is None:
         return list(range(len(rows)))
     kept = [i for i, row in enumerate(rows) if len(row) <= limit]
@@ -160,8 +239,8 @@ def short_enough(
         i = next(i for i, row in enumerate(rows) if len(row) > limit)
         advice = "set long_prompts to drop" if long == "refuse" else "choose another data set"
         raise UserError(
-            f"{count:,} of {len(rows):,} prompts are longer than {limit} tokens, the first in {places(i)} with "
-            f"{len(rows[i])}: raise max_prompt_tokens, or {advice}"
+            f"{count:,} of {len(rows):,} {what[0]} are longer than {limit} tokens, the first in {places(i)} with "
+            f"{len(rows[i])}: raise {what[1]}, or {advice}"
         )
     return kept
 

@@ -89,7 +89,7 @@ def _read_path(source: str, split: str) -> list[Example]:
     if stat.S_ISREG(mode):
         if path.suffix.lower() not in READERS:
             raise UserError(f"{shown} cannot be read: give a file that ends in {', '.join(READERS)}")
-        rows = _read_file(path, path.suffix.lower())
+        rows = read_file(path, path.suffix.lower())
         return _of_split(split, lambda name: rows)
     if not stat.S_ISDIR(mode):
         raise UserError(f"{shown} is a pipe or a device, not a file: write its rows to a file first")
@@ -100,7 +100,7 @@ def _read_path(source: str, split: str) -> list[Example]:
     return _read_with_datasets(str(path), None, split)
 
 
-def _read_file(path: Path, kind: str, **options: Any) -> list[Example]:
+def read_file(path: Path, kind: str, **options: Any) -> list[Example]:
     """The rows of a file of a kind, one of READERS."""
     if not path.is_file():
         raise UserError(f"{ending(str(path), 80)} is not a file: give one")
@@ -258,7 +258,7 @@ def _read_with_datasets(source: str, configuration: str | None, split: str) -> l
         def rows_of(name: str) -> list[Example]:
             _require_split(name, map(str, files), source)
             places = datasets.DownloadManager().download_and_extract(list(files[name]))
-            return _numbered(row for place in places for row in _read_file(Path(place), f".{builder.name}", **options))
+            return _numbered(row for place in places for row in read_file(Path(place), f".{builder.name}", **options))
 
         return _of_split(split, rows_of)
 

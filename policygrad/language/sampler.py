@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -32,7 +32,8 @@ class Prompts:
 
     tokens: those of all prompts, one after another, so that a long prompt costs its own length only. ends: where each
     prompt ends. origin: the place of its data set among those given. pad: fills the left of short prompts in a batch.
-    openings: what the chat template has written of each completion, at the prompt's end.
+    openings: what the chat template has written of each completion, at the prompt's end. answers: the tokens of each
+    prompt's completion, if they are demonstrations.
     """
 
     texts: list[Any]  # strings, or lists of messages
@@ -42,6 +43,7 @@ class Prompts:
     origin: Int[Tensor, " N"]
     pad: int
     openings: list[str]
+    answers: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -53,13 +55,14 @@ class Prompts:
         pad: int,
         origin: Sequence[int] | None = None,
         openings: Sequence[str] | None = None,
+        answers: Sequence[list[int]] = (),
     ) -> "Prompts":
         """From a row of tokens for each prompt."""
         tokens = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32)
         ends = torch.tensor(list(map(len, rows)), dtype=torch.long).cumsum(0)
         of_one = torch.zeros(len(rows), dtype=torch.long) if origin is None else torch.tensor(origin, dtype=torch.long)
         begun = [""] * len(rows) if openings is None else list(openings)
-        return cls(list(texts), tokens, ends, dict(columns or {}), of_one, pad, begun)
+        return cls(list(texts), tokens, ends, dict(columns or {}), of_one, pad, begun, list(answers))
 
     @property
     def lengths(self) -> Int[Tensor, " N"]:
@@ -77,6 +80,7 @@ class Prompts:
             self.origin[index],
             self.pad,
             [self.openings[i] for i in rows],
+            [self.answers[i] for i in rows] if self.answers else [],
         )
 
     def padded(self) -> tuple[Int[Tensor, "N P"], Bool[Tensor, "N P"]]:
@@ -188,7 +192,57 @@ def _check_shapes(completions: Completions, rows: int, width: int) -> None:
             raise UserError(f"the engine returned {name} of shape {found}: return {wanted}, as the request says")
 
 
-class CompletionSampler:
+class PromptSampler:
+    """Prompts in random order, `prompts_per_rollout` at a time; all of them come before one comes again.
+
+    dataset_weight: see CompletionSampler. Raises UserError if one rollout takes more prompts than there are.
+    """
+
+    def __init__(
+        self, prompts: Prompts, *, prompts_per_rollout: int, dataset_weight: Sequence[float] = (), seed: int = 0
+    ) -> None:
+        if len(prompts) < prompts_per_rollout:
+            raise UserError(
+                f"there are {len(prompts)} prompts to train on, and a rollout takes {prompts_per_rollout}: "
+                "lower prompts_per_rollout or give more prompts"
+            )
+        self.prompts, self.prompts_per_rollout = prompts, prompts_per_rollout
+        self.sets = _shares(prompts.origin, dataset_weight)
+        self.order_generator = torch.Generator().manual_seed(seed)
+        self.order = torch.zeros(0, dtype=torch.long)
+        self.steps = self.completions = self.used = 0
+
+    def _next(self) -> Prompts:
+        if len(self.order) < self.prompts_per_rollout:
+            self.order = torch.cat([self.order, self._epoch()])
+        index, self.order = self.order[: self.prompts_per_rollout], self.order[self.prompts_per_rollout :]
+        self.used += len(index)
+        return self.prompts.take(index)
+
+    def _epoch(self) -> Int[Tensor, " N"]:
+        """The prompts of an epoch, in random order: all of them, or each data set's share."""
+        if not self.sets:
+            return torch.randperm(len(self.prompts), generator=self.order_generator)
+        drawn = [_drawn(index, count, self.order_generator) for index, count in self.sets]
+        together = torch.cat(drawn)
+        return together[torch.randperm(len(together), generator=self.order_generator)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "order_generator": self.order_generator.get_state(),
+            "order": self.order.clone(),
+            "steps": self.steps,
+            "completions": self.completions,
+            "used": self.used,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order_generator.set_state(state["order_generator"])
+        self.order = state["order"].clone()
+        self.steps, self.completions, self.used = state["steps"], state["completions"], state["used"]
+
+
+class CompletionSampler(PromptSampler):
     """Each call answers the next `prompts_per_rollout` prompts; the completions of a prompt are a group.
 
     The prompts come in random order, and all of them come before one comes again. The reward stands at a completion's
@@ -221,22 +275,13 @@ class CompletionSampler:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if len(prompts) < prompts_per_rollout:
-            raise UserError(
-                f"there are {len(prompts)} prompts to train on, and a rollout takes {prompts_per_rollout}: "
-                "lower prompts_per_rollout or give more prompts"
-            )
+        super().__init__(prompts, prompts_per_rollout=prompts_per_rollout, dataset_weight=dataset_weight, seed=seed)
         _check_columns(judge, prompts)
         if cut not in CUTS:
             raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
-        self.prompts, self.tokenizer, self.judge, self.request = prompts, tokenizer, judge, request
-        self.prompts_per_rollout, self.engine = prompts_per_rollout, engine
+        self.tokenizer, self.judge, self.request, self.engine = tokenizer, judge, request, engine
         self.cut, self.cut_penalty = cut, cut_penalty
-        self.sets = _shares(prompts.origin, dataset_weight)
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.order_generator = torch.Generator().manual_seed(seed)
-        self.order = torch.zeros(0, dtype=torch.long)
-        self.steps = self.completions = self.used = 0
         self.last: Answers | None = None
 
     def __call__(self, policy: nn.Module) -> Rollout:
@@ -251,21 +296,6 @@ class CompletionSampler:
         self.completions += len(answers.texts)
         metrics = {**self._metrics(answers), "sampling_seconds": seconds}
         return as_rollout(answers, self.request.completions, self.cut, self.cut_penalty, metrics)
-
-    def _next(self) -> Prompts:
-        if len(self.order) < self.prompts_per_rollout:
-            self.order = torch.cat([self.order, self._epoch()])
-        index, self.order = self.order[: self.prompts_per_rollout], self.order[self.prompts_per_rollout :]
-        self.used += len(index)
-        return self.prompts.take(index)
-
-    def _epoch(self) -> Int[Tensor, " N"]:
-        """The prompts of an epoch, in random order: all of them, or each data set's share."""
-        if not self.sets:
-            return torch.randperm(len(self.prompts), generator=self.order_generator)
-        drawn = [_drawn(index, count, self.order_generator) for index, count in self.sets]
-        together = torch.cat(drawn)
-        return together[torch.randperm(len(together), generator=self.order_generator)]
 
     def _metrics(self, answers: Answers) -> dict[str, float]:
         done, reward = answers.completions, answers.reward.double()
@@ -292,20 +322,47 @@ class CompletionSampler:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "generator": self.generator.get_state(),
-            "order_generator": self.order_generator.get_state(),
-            "order": self.order.clone(),
-            "steps": self.steps,
-            "completions": self.completions,
-            "used": self.used,
-        }
+        return {"generator": self.generator.get_state(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-        self.order_generator.set_state(state["order_generator"])
-        self.order = state["order"].clone()
-        self.steps, self.completions, self.used = state["steps"], state["completions"], state["used"]
+        super().load_state_dict(state)
+
+
+class DemonstrationSampler(PromptSampler):
+    """Each call returns the next `prompts_per_rollout` prompts with their own answers: for credit.demonstrated.
+
+    prompts: with `answers`. length: the most tokens that an answer may have.
+    """
+
+    def __init__(self, prompts: Prompts, length: int, *, device: torch.device | str = "cpu", **how: Any) -> None:
+        super().__init__(prompts, **how)
+        self.length, self.device = length, device
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        """The next ones; the policy is not asked."""
+        rollout = demonstrated(self._next(), self.device)
+        self.steps += int(rollout.mask.sum())
+        self.completions += len(rollout.mask)
+        metrics = {
+            "steps": float(self.steps),
+            "completions": float(self.completions),
+            "epoch": self.used / len(self.prompts),
+            "length": float(rollout.mask.sum(1).double().mean()),
+        }
+        return replace(rollout, metrics=metrics)
+
+
+def demonstrated(prompts: Prompts, device: torch.device | str = "cpu") -> Rollout:
+    """Prompts with their answers as a rollout: every token of an answer is a decision, and no other token is."""
+    lengths = torch.tensor([len(row) for row in prompts.answers])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    tokens = torch.full(mask.shape, prompts.pad)
+    tokens[mask] = torch.tensor(list(chain.from_iterable(prompts.answers)))
+    last = torch.arange(mask.shape[1]) == lengths.unsqueeze(1) - 1
+    obs = Prefixes(*prompts.padded(), tokens, mask)
+    nothing = torch.zeros(mask.shape)
+    return Rollout(obs, tokens, nothing, nothing, last, last, mask, torch.arange(len(mask))).to(device)
 
 
 def _spreads(reward: Float[Tensor, " B"], counts: Bool[Tensor, " B"], size: int) -> dict[str, float]:

@@ -47,10 +47,24 @@ def prepared(
     *,
     long: str = "refuse",
     variables: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
 ) -> Prompts:
-    """Examples as prompts: tokens, and the other columns. See encode_prompts and short_enough."""
+    """Examples as prompts: tokens, and the other columns. See encode_prompts and short_enough.
+
+    max_tokens: examples are demonstrations, and their completions, which become tokens too, have at most so many.
+    """
+
+    def place(i: int) -> str:
+        return data.place_of(examples, i)
+
     rows = data.encode_prompts(examples, tokenizer, variables)
-    kept = data.short_enough(rows, lambda i: data.place_of(examples, i), max_length, long)
+    kept = data.short_enough(rows, place, max_length, long)
+    answers: list[list[int]] = []
+    if max_tokens is not None:
+        answers = data.encode_completions(examples, tokenizer, variables)
+        fitting = set(data.short_enough(answers, place, max_tokens, long, ("completions", "max_tokens")))
+        kept = [i for i in kept if i in fitting]
+        answers = [answers[i] for i in kept]
     chosen = [examples[i] for i in kept]
     return Prompts.of(
         [x["prompt"] for x in chosen],
@@ -59,6 +73,7 @@ def prepared(
         pad=int(tokenizer.pad_token_id),
         origin=[getattr(x, "source", 0) for x in chosen],
         openings=data.openings(chosen, tokenizer, variables),
+        answers=answers,
     )
 
 

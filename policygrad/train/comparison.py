@@ -20,6 +20,7 @@ from rich.text import Text
 from policygrad.errors import UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
 from policygrad.train.hub import directory_of
+from policygrad.train.methods import CLONE
 from policygrad.train.reports import Row, read_rows
 from policygrad.train.run import Run
 from policygrad.train.statistics import (
@@ -69,9 +70,16 @@ METRICS: dict[tuple[str, Kind], Metric] = {
     ("language", "evaluation"): Metric("held_out", "mean reward on held-out prompts"),
     ("exact", "training"): Metric("return", "mean return of a training rollout"),
     ("exact", "evaluation"): Metric("expected_return", "J of the policy, in closed form"),
+    ("demonstrations", "training"): Metric("objective", "log-probability of demonstrations"),
+    ("demonstrations", "evaluation"): Metric("log_probability", "log-probability of held-out demonstrations"),
 }
 AXES = {"control": ("steps", "environment steps"), "language": ("completions", "completions"),
         "exact": ("steps", "environment steps")}  # fmt: skip
+
+
+def kind_of_score(method: str, world: str) -> str:
+    """What the scores of a method on a world are of: the first part of a key of METRICS."""
+    return "demonstrations" if method == CLONE.name else world
 
 
 @dataclass(frozen=True)
@@ -360,7 +368,7 @@ def score_of(run: Recorded) -> float | None:
     """The score of one run as `compare` takes it: its last evaluation in training, else the last of training."""
     kinds: tuple[Kind, ...] = ("evaluation", "training")
     for kind in kinds:
-        scores = run.series(METRICS[run.world, kind].name, math.inf)[1]
+        scores = run.series(METRICS[kind_of_score(run.method, run.world), kind].name, math.inf)[1]
         if len(scores):
             return float(scores[-1])
     return None
@@ -434,7 +442,7 @@ def _kind(runs: Sequence[Recorded], asked: str) -> Kind:
     """The kind of score that all runs have. Raises UserError for runs of which some have an evaluation."""
 
     def has(run: Recorded, kind: Kind) -> bool:
-        metric = METRICS.get((run.world, kind))
+        metric = METRICS.get((kind_of_score(run.method, run.world), kind))
         return metric is not None and any(metric.name in row for row in run.rows)
 
     with_, without = ([x for x in runs if has(x, "evaluation") is y] for y in (True, False))
@@ -462,7 +470,7 @@ def _compared(runs: Sequence[Recorded], kind: Kind, until: float, notes: list[st
         worlds = {run.world for run in members}
         if len(worlds) > 1:
             raise UserError(f"{ending(task, 60)} is the name of tasks of {' and '.join(worlds)}: compare them apart")
-        metric = METRICS[members[0].world, kind]
+        metric = METRICS[kind_of_score(members[0].method, members[0].world), kind]
         metrics[task], axes[task] = metric.said, AXES[members[0].world][1]
         scored = {label: list(_scored(x, metric.name, until, notes)) for label, x in _labeled(members).items()}
         scored = {label: found for label, found in scored.items() if found}
@@ -479,7 +487,9 @@ def _compared(runs: Sequence[Recorded], kind: Kind, until: float, notes: list[st
         improvements += _improvements(task, [(x.label, [np.array([run.score for run in x.runs])]) for x in made])
     if not groups:
         when, how = ("yet", "train longer") if math.isinf(until) else (f"by {until:,.0f}", "give a larger at")
-        raise UserError(f"no run has a {METRICS[runs[0].world, kind].name} {when} to compare: {how}")
+        raise UserError(
+            f"no run has a {METRICS[kind_of_score(runs[0].method, runs[0].world), kind].name} {when} to compare: {how}"
+        )
     if len({group.task for group in groups}) > 1:
         metrics[ALL] = "scores between the lowest (0) and the highest (1) of each task here"
         axes[ALL] = ""

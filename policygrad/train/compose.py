@@ -22,7 +22,7 @@ from policygrad.algorithms.ppo import PPOObjective, ppo
 from policygrad.algorithms.reinforce import ReinforceObjective, reinforce
 from policygrad.algorithms.trpo import SurrogateObjective, trpo
 from policygrad.compiling import graph
-from policygrad.credit import Assign, baselined, bootstrapped, discounted, grouped, standardized, vtrace
+from policygrad.credit import Assign, baselined, bootstrapped, demonstrated, discounted, grouped, standardized, vtrace
 from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, value_baseline
 from policygrad.diagnostics import after_update
 from policygrad.divergences import (
@@ -43,7 +43,7 @@ from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch, Split
 from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
-from policygrad.train.methods import METHODS, method_named
+from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
     MasterWeightsAdam,
@@ -83,6 +83,7 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 LOOPS: dict[str, Callable[..., Iterator[Any]]] = {
     "reinforce": reinforce, "actor_critic": actor_critic, "surrogate": trpo, "ppo": ppo, "grpo": grpo,
+    "clone": ppo,
 }  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def compose(
     """
     coefficients: dict[str, AdaptiveCoefficient] = {}
     anchor, anchored = None, None
-    if options.kl_ref != "none":
+    if getattr(options, "kl_ref", "none") != "none":
         assert reference is not None
         anchored = reference()
         coefficients["kl_ref"] = AdaptiveCoefficient(options.kl_ref_coefficient, options.kl_ref_target)
@@ -190,6 +191,8 @@ def assemble(
 
 def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
     """The credit from the options."""
+    if KNOWN[options.method].objective == "clone":
+        return demonstrated
     gamma, micro_batch = options.gamma, split_of(options, policy)
     if options.credit == "group":
         credit = grouped(GROUP_BASELINES[options.group_baseline], GROUP_SCALES[options.group_scale])
@@ -227,8 +230,8 @@ def objective_of(
     """The objective from the options."""
     coefficients = coefficients or {}
     critic = critic if has_critic(options) else None
-    match METHODS[options.method].objective:
-        case "reinforce":
+    match KNOWN[options.method].objective:
+        case "reinforce" | "clone":
             return ReinforceObjective(policy, entropy_coefficient=options.entropy_coefficient)
         case "actor_critic":
             return ActorCriticObjective(
@@ -265,15 +268,15 @@ def objective_of(
 def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Optimizer]]:
     """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer."""
     trained = {p.dtype for p in policy.parameters() if p.requires_grad}
-    if METHODS[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
+    if KNOWN[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
         raise UserError(
             f"{options.method} solves for its step, and these weights are too coarse for it: make them float32 (of a "
             "language model by dtype, or train an adapter on them by lora_rank)"
         )
-    if METHODS[options.method].update == "trust_region":
+    if KNOWN[options.method].update == "trust_region":
         names = ("delta", "damping", "cg_iters", "backtracks", "shrink")
         return trust_region_step(**{name: getattr(options, name) for name in names}), []
-    if METHODS[options.method].update == "natural":
+    if KNOWN[options.method].update == "natural":
         rules = {
             "kl_radius": partial(kl_radius, delta=options.delta),
             "learning_rate": partial(learning_rate, rate=options.natural_learning_rate),
@@ -293,11 +296,13 @@ def loop_of(
 
     limit: the most decisions that a row may have, if the sampler's rows can be shorter.
     """
-    named = METHODS[options.method].objective
+    named = KNOWN[options.method].objective
     average: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
     if options.weights == "budget":
         average = partial(weights.per_budget, limit=limit)
     loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
+    if named == "clone":
+        return partial(loop, epochs=1, minibatch_size=options.minibatch_size, normalize=unnormalized)
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
     normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized
@@ -314,7 +319,8 @@ def loop_of(
 
 def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Callable[[Objective, Batch], Metrics]:
     """The function that measures an update, for metrics and for an adaptive penalty."""
-    if METHODS[options.method].objective == "grpo" and options.world == "language":
+    named = KNOWN[options.method].objective
+    if (named == "grpo" and options.world == "language") or named == "clone":
         return measured_in_steps  # another forward pass of a large model is expensive
     report = partial(after_update, micro_batch=split_of(options, objective.policy))
     penalty = getattr(objective, "penalty", None)
@@ -336,7 +342,7 @@ def wrapped(
         sample = Overlapped(sample)
     if getattr(options, "ratio", "token") == "sequence":
         sample = WholeRows(sample)
-    if options.credit == "group" and options.sampling_rounds > 1:
+    if getattr(options, "credit", None) == "group" and options.sampling_rounds > 1:
         sample = WithoutFlatGroups(sample, options.sampling_rounds)
     if getattr(options, "old_logp", "sampled") == "recomputed":
         sample = Rescored(sample, options.importance_bound, micro_batch)
@@ -359,6 +365,8 @@ def compiles(options: Any) -> bool:
     wanted = getattr(options, "compile", "off")
     if wanted != "auto":
         return wanted == "on"
+    if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known
+        return False
     steps = math.inf if options.steps is None else options.steps
     rollout = options.num_envs * (math.inf if options.credit in EPISODIC else getattr(options, "num_steps", math.inf))
     if options.iterations is not None and rollout == math.inf:  # how many decisions they are is not known
@@ -366,7 +374,7 @@ def compiles(options: Any) -> bool:
     decisions, updates = min(steps, (options.iterations or math.inf) * rollout), 0.0
     if getattr(options, "minibatch_size", None):
         updates += decisions * options.epochs / options.minibatch_size
-    elif METHODS[options.method].update == "ascend":
+    elif KNOWN[options.method].update == "ascend":
         updates += decisions * getattr(options, "epochs", 1) / rollout
     if has_critic(options) and hasattr(options, "critic_epochs"):
         updates += decisions * options.critic_epochs / options.critic_minibatch_size
@@ -375,7 +383,7 @@ def compiles(options: Any) -> bool:
 
 def varies(options: Any) -> bool:
     """Whether rollouts have different numbers of steps: those of whole episodes have as many as the longest."""
-    return options.world == "control" and options.credit in EPISODIC
+    return options.world == "control" and getattr(options, "credit", None) in EPISODIC
 
 
 def critic_rate(options: Any) -> float:

@@ -52,6 +52,8 @@ class Keywords(TypedDict, total=False):
     squash: bool
     state_dependent_std: bool
     initial_log_std: float
+    demonstrations: Any
+    validation: float
     model: str | Path | None
     tokenizer: str | Path | None
     dtype: Literal["float32", "bfloat16", "float16", "auto"]

@@ -18,7 +18,7 @@ class Method:
 
     name: str
     summary: str
-    objective: Literal["reinforce", "actor_critic", "surrogate", "ppo", "grpo"]
+    objective: Literal["reinforce", "actor_critic", "surrogate", "ppo", "grpo", "clone"]
     update: Literal["ascend", "natural", "trust_region"] = "ascend"
     defaults: dict[str, Any] = field(default_factory=dict)
     on: dict[str, dict[str, Any]] = field(default_factory=dict)  # world -> defaults there
@@ -103,6 +103,15 @@ TABLE = (
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in TABLE}
+# No policy gradient of a return, but composed like one: any method goes on from what it learned.
+CLONE = Method(
+    "clone", "Behavior cloning, or supervised fine-tuning: log pi of demonstrations, the score with advantage 1.",
+    "clone",
+    on={"control": {"steps": None, "iterations": 100, "evaluate_every": 1, "evaluation_patience": 10,
+                    "minibatch_size": 128, "learning_rate": 1e-3},
+        "language": {"evaluate_every": 20}},
+)  # fmt: skip
+KNOWN: dict[str, Method] = {**METHODS, CLONE.name: CLONE}
 CREDITS = ("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group")
 ALIASES = {"a2c": "actor_critic", "impala": "off_policy_actor_critic", "reinforce++": "reinforce_plus_plus"}
 
@@ -129,9 +138,9 @@ def method_named(name: str) -> Method:
     full = ALIASES.get(full, full)
     if full in CREDITS:
         raise UserError(f"{full} is a credit and no method: write a method, such as actor_critic, and credit {full}")
-    if full not in METHODS:
+    if full not in KNOWN:
         raise UserError(f"unknown method {shortened(name)}: {nearest(name.lower(), [*METHODS, *ALIASES])}")
-    return METHODS[full]
+    return KNOWN[full]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -25,9 +25,10 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "reward": ("exact_match", "math_equal"),
     "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     "env_options": (),
+    "demonstrations": (),
 }
 # What a run keeps itself, so that loading it does not read the name; a model is kept unless it is an adapter's base.
-KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset")
+KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset", "demonstrations")
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 
 

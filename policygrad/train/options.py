@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from tyro.conf import UseAppendAction, arg
 
 from policygrad.errors import UserError, shortened
-from policygrad.train.methods import METHODS, Method, nearest
+from policygrad.train.methods import KNOWN, Method, nearest
 
 
 class OptionError(UserError):
@@ -62,6 +62,8 @@ EPISODES: When = {"world": ("control", "exact")}
 ASCEND: When = {"update": ("ascend",)}
 NATURAL: When = {"update": ("natural", "trust_region")}
 MINIBATCHES: When = {"objective": ("ppo", "grpo")}
+SAMPLED: When = {"objective": ("reinforce", "actor_critic", "surrogate", "ppo", "grpo")}  # from the policy itself
+CLONED: When = {"objective": ("clone",)}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
@@ -103,20 +105,21 @@ class Options:
         "Show the run in this tool, too; metrics.jsonl and TensorBoard's events are always written. Repeatable.",
         DISTINCT)
     stop_at_return: float = option(math.inf,
-        "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL)
+        "Stop when the mean return of the last 100 episodes reaches this value.", **CONTROL, **SAMPLED)
     evaluate_every: int = option(0,
         "Iterations between evaluations, on held-out prompts, exactly, or in environments of their own; 0: only before "
         "and after training, and never in environments.", NOT_NEGATIVE)
     evaluation_patience: int | None = option(None,
         "Stop after so many evaluations in a row without a better one; None: never.", COUNT)
-    evaluation_episodes: int = option(10, "Episodes in an evaluation.", COUNT, **CONTROL)
-    evaluation_completions: int = option(4, "Completions per held-out prompt in an evaluation.", COUNT, **LANGUAGE)
+    evaluation_episodes: int = option(10, "Episodes in an evaluation.", COUNT, **CONTROL, **SAMPLED)
+    evaluation_completions: int = option(4,
+        "Completions per held-out prompt in an evaluation.", COUNT, **LANGUAGE, **SAMPLED)
 
     # What is sampled: episodes
-    num_envs: int = option(8, "Parallel environments, which are the rows of a rollout.", COUNT, **EPISODES)
+    num_envs: int = option(8, "Parallel environments, which are the rows of a rollout.", COUNT, **EPISODES, **SAMPLED)
     num_steps: int = option(128, "Steps per environment in a rollout.", COUNT, **CONTROL, credit=BOOTSTRAPPED)
     episode_steps: int | None = option(None,
-        "Maximum episode length if rows are whole episodes; None: the task's time limit.", COUNT, **EPISODES)
+        "Maximum episode length if rows are whole episodes; None: the task's time limit.", COUNT, **EPISODES, **SAMPLED)
     group_size: int | None = option(None,
         "Episodes in a group, all from the same start; None: the whole rollout is one group.",
         TWO, **CONTROL, credit=("group",))
@@ -134,16 +137,16 @@ class Options:
         "environment's info; off, nowhere.", **CONTROL)
     restart_envs: int = option(0,
         "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
-        "is cut.", NOT_NEGATIVE, **CONTROL)
+        "is cut.", NOT_NEGATIVE, **CONTROL, **SAMPLED)
     overlap: bool = option(False,
-        "Sample the next rollout while this one is learned from, with a policy one update old.", **CONTROL)
+        "Sample the next rollout while this one is learned from, with a policy one update old.", **CONTROL, **SAMPLED)
     env_options: str | None = option(None,
         'Options of the environment as a JSON object, such as \'{"is_slippery": false}\'; from Python, a dict.',
         OBJECT, **CONTROL)
     normalize_observations: bool = option(False,
         "Normalize observations by their running mean and standard deviation, saved with the policy.", **CONTROL)
     scale_rewards: bool = option(False,
-        "Divide rewards by the running standard deviation of the discounted return.", **CONTROL)
+        "Divide rewards by the running standard deviation of the discounted return.", **CONTROL, **SAMPLED)
     encoder: Literal["auto", "flat", "nature", "impala", "small"] = option("auto",
         "Network before the hidden layers for images (uint8, three dimensions): convolutions of Mnih et al. 2015, "
         "IMPALA's residual ones, a small one, or none; auto: nature from 36 x 36 on, else small.", **CONTROL)
@@ -155,7 +158,7 @@ class Options:
         TEXTS, **CONTROL)
     critic_keys: tuple[str, ...] = option((),
         "Part of Dict observations that the critic sees, such as what only a simulator knows. Repeatable; by default "
-        "all.", TEXTS, **CONTROL)
+        "all.", TEXTS, **CONTROL, **SAMPLED)
     hidden: tuple[int, ...] = option((64, 64),
         "Sizes of the hidden layers of both policy and critic.", SIZES, **CONTROL)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh",
@@ -168,6 +171,12 @@ class Options:
     initial_log_std: float = option(0.0,
         "Initial log standard deviation of the Gaussian, in units where the bounds of the actions are -1 and 1.",
         LOG_STD, **CONTROL)
+    demonstrations: str | None = option(None,
+        "Transitions to clone: a JSONL or Parquet file with columns `observation` and `action`, or a data set of "
+        "Minari, its directory or HDF5 file.", TEXT, **CONTROL, **CLONED)
+    validation: float = option(0.1,
+        "Share of the demonstrations, of whole episodes where these are known, held out to measure log-probability.",
+        SHARE, **CONTROL, **CLONED)
 
     # What is sampled: completions
     model: str | None = option(None,
@@ -224,33 +233,34 @@ class Options:
     reward_time_limit: float = option(60.0,
         "Time limit in seconds for a reward function on one batch.", POSITIVE, **LANGUAGE)
     overlong_fraction: float = option(0.0,
-        "Soft overlong penalty: the reward falls linearly by 1 over this last share of max_tokens.", SHARE, **LANGUAGE)
+        "Soft overlong penalty: the reward falls linearly by 1 over this last share of max_tokens.",
+        SHARE, **LANGUAGE, **SAMPLED)
     prompts_per_rollout: int = option(16, "Number of prompts in a rollout.", COUNT, **LANGUAGE)
-    completions: int = option(8, "Completions per prompt, which form a group.", COUNT, **LANGUAGE)
+    completions: int = option(8, "Completions per prompt, which form a group.", COUNT, **LANGUAGE, **SAMPLED)
     max_tokens: int = option(256, "Maximum tokens in a completion; longer completions are cut.", COUNT, **LANGUAGE)
     stop: tuple[str, ...] = option((),
         "Text that ends a completion, which keeps it. Repeatable.", TEXTS, **LANGUAGE)
     temperature: float = option(1.0, "Temperature of the policy, in sampling and log-probabilities.", RATE, **LANGUAGE)
     cut: Literal["kept", "masked", "penalized"] = option("kept",
         "Completions cut at max_tokens: kept as they are, masked out of the update, or penalized by cut_penalty.",
-        **LANGUAGE)
+        **LANGUAGE, **SAMPLED)
     cut_penalty: float = option(1.0,
-        "Subtracted from the reward of a cut completion.", NOT_NEGATIVE, **LANGUAGE, cut=("penalized",))
+        "Subtracted from the reward of a cut completion.", NOT_NEGATIVE, **LANGUAGE, **SAMPLED, cut=("penalized",))
     old_logp: Literal["sampled", "recomputed"] = option("sampled",
-        "Log-probabilities of the old policy: from sampling, or recomputed by the learner.", **LANGUAGE)
+        "Log-probabilities of the old policy: from sampling, or recomputed by the learner.", **LANGUAGE, **SAMPLED)
     importance_bound: float = option(2.0,
         "Upper bound of the importance weights pi_old / sampling policy; 0: no correction.",
-        NOT_NEGATIVE, **LANGUAGE, old_logp=("recomputed",))
+        NOT_NEGATIVE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
     sampling_rounds: int = option(1,
         "Dynamic sampling: maximum rollouts to fill one with groups of unequal returns. 1: no dynamic sampling.",
-        COUNT, credit=("group",))
+        COUNT, **SAMPLED, credit=("group",))
 
     # Credit
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"] = option(
         "gae",
         "Advantage: from a critic (GAE, n-step, TD(1) or V-trace); the reward-to-go or the whole episode's return, "
-        "minus a baseline; or the episode's return relative to its group.")
-    gamma: float | None = option(0.99, "Discount factor; None: the exact world's own.", UNIT)
+        "minus a baseline; or the episode's return relative to its group.", **SAMPLED)
+    gamma: float | None = option(0.99, "Discount factor; None: the exact world's own.", UNIT, **SAMPLED)
     lam: float = option(0.95,
         "Lambda of GAE and V-trace: 0 gives the TD error, 1 gives Monte Carlo.", UNIT, credit=("gae", "vtrace"))
     n: int = option(5, "Rewards in the n-step return before it bootstraps from the critic.", COUNT, credit=("n_step",))
@@ -269,14 +279,14 @@ class Options:
     group_scale: Literal["std", "none"] = option("std",
         "Divisor of a group's advantages: its standard deviation, or none.", credit=("group",))
     normalize_advantages: Literal["none", "batch", "minibatch"] = option("none",
-        "Standardize advantages over the batch or over each minibatch.")
+        "Standardize advantages over the batch or over each minibatch.", **SAMPLED)
     weights: Literal["token", "row", "episode", "budget"] = option("token",
         "Average over decisions: all equally; mean per row; sum per row; or sum per row / maximum row length.")
 
     # Objective
     entropy_coefficient: float = option(0.0,
         "Coefficient of the entropy in the objective.",
-        NOT_NEGATIVE, objective=("reinforce", "actor_critic", "ppo", "grpo"))
+        NOT_NEGATIVE, objective=("reinforce", "actor_critic", "ppo", "grpo", "clone"))
     value_coefficient: float = option(0.5,
         "Coefficient of the critic's squared error in the objective.",
         NOT_NEGATIVE, objective=("actor_critic", "ppo"), credit=BOOTSTRAPPED)
@@ -300,12 +310,13 @@ class Options:
     target_kl: float = option(math.inf,
         "End the epochs early if a minibatch's KL(old, new) exceeds 1.5 times this value.", POSITIVE, **MINIBATCHES)
     kl_ref: Literal["none", "reward", "loss"] = option("none",
-        "Penalize KL(pi, pi_ref) to the starting policy in the reward or, for grpo and its variants, in the loss.")
+        "Penalize KL(pi, pi_ref) to the starting policy in the reward or, for grpo and its variants, in the loss.",
+        **SAMPLED)
     kl_ref_coefficient: float = option(0.04,
-        "Coefficient of KL(pi, pi_ref).", NOT_NEGATIVE, kl_ref=("reward", "loss"))
+        "Coefficient of KL(pi, pi_ref).", NOT_NEGATIVE, **SAMPLED, kl_ref=("reward", "loss"))
     kl_ref_target: float = option(math.inf,
         "Target KL(pi, pi_ref) per decision, to which the coefficient adapts; inf: it is constant.",
-        POSITIVE, kl_ref=("reward", "loss"))
+        POSITIVE, **SAMPLED, kl_ref=("reward", "loss"))
     kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"] = option("straight_through",
         "Estimate in the loss: straight_through and exact have the correct gradient, k3 is GRPO's, k1 has none.",
         objective=("grpo",), kl_ref=("loss",))
@@ -313,7 +324,7 @@ class Options:
     # Update
     learning_rate: float | None = option(0.0003,
         "Learning rate of the policy; also of the critic if they share the optimizer. None, for a language "
-        "model: 1e-6, or 1e-4 for an adapter.", RATE, **ASCEND)
+        "model: 1e-6 (clone: 1e-5), or 1e-4 for an adapter.", RATE, **ASCEND)
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = option("constant",
         "Learning rate schedule, by iterations: constant, or decay to 0, linear or by half a cosine.")
     warmup: float = option(0.0,
@@ -327,10 +338,11 @@ class Options:
     adam_epsilon: float = option(1e-05,
         "Epsilon of Adam, added to the denominator.", RATE, optimizer=("adam", "adamw", "muon"))
     epochs: int = option(1,
-        "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.", COUNT, **ASCEND)
+        "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.",
+        COUNT, **ASCEND, **SAMPLED)
     minibatch_size: int | None = option(64,
         "Decisions in a gradient step, or rows (completions) if the policy has memory. None: the whole rollout.",
-        COUNT, **MINIBATCHES)
+        COUNT, objective=("ppo", "grpo", "clone"))
     micro_batch: int | None = option(None,
         "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
         COUNT, **ASCEND)
@@ -339,7 +351,7 @@ class Options:
         COUNT, **LANGUAGE, **ASCEND)
     shared_prompts: Literal["auto", "on", "off"] = option("auto",
         "Compute the prompt of a group once in learning, the same to rounding; auto: if the model allows it.",
-        **LANGUAGE, **ASCEND)
+        **LANGUAGE, **ASCEND, **SAMPLED)
     gradient_noise: Literal["moments", "exact", "off"] = option("moments",
         "gradient_snr and noise_scale, the batch size that the gradient's noise suggests: from Adam's moments, or "
         "exact, from gradients of parts of a batch (one more gradient for each row of metrics).", **ASCEND)
@@ -360,9 +372,9 @@ class Options:
         "The fixed alpha of the step rule learning_rate.", RATE, update=("natural",), step_rule=("learning_rate",))
     critic: str = option("copy",
         "copy: a copy of the model with a value head; shared: a value head on the policy's trunk; or the directory or "
-        "hub id of another model with the same tokenizer.", **LANGUAGE)
+        "hub id of another model with the same tokenizer.", **LANGUAGE, **SAMPLED)
     critic_learning_rate: float | None = option(None,
-        "Learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE)
+        "Learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE, **SAMPLED)
     critic_epochs: int = option(10,
         "Passes over the rollout to fit a critic with its own optimizer.",
         COUNT, objective=("reinforce", "surrogate", "grpo"))
@@ -372,24 +384,28 @@ class Options:
 
 
 def with_rate(options: Any) -> Any:
-    """The options with a learning rate: if it is None, 1e-6 for a whole language model, 1e-4 for an adapter.
+    """The options with a learning rate: if it is None, 1e-6 for a whole language model (of demonstrations, which are
+    less noisy, 1e-5), 1e-4 for an adapter.
 
     An adapter starts at 0 and has few weights; at the rate of whole models it would not move.
     """
     if getattr(options, "learning_rate", 1.0) is not None:
         return options
-    return replace(options, learning_rate=1e-4 if options.lora_rank else 1e-6)
+    whole = 1e-5 if KNOWN[options.method].objective == "clone" else 1e-6
+    return replace(options, learning_rate=1e-4 if options.lora_rank else whole)
 
 
 def has_critic(options: Any) -> bool:
     """Whether the credit needs a critic."""
+    if not hasattr(options, "credit"):  # that of demonstrations
+        return False
     return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline == "value")
 
 
 @cache
 def options_of(method: str, world: str) -> type:
     """The dataclass of a method's options on a world, with their defaults there."""
-    named, hints = METHODS[method], get_type_hints(Options)
+    named, hints = KNOWN[method], get_type_hints(Options)
     given = defaults_of(named, world)
     made: list[tuple[str, Any, Field]] = []
     for f in fields(Options):
@@ -517,8 +533,8 @@ def _check_read(f: Field, options: Any) -> None:
                 f"{f.name} is read only where {other} is {' or '.join(map(str, values))}, and {other} is "
                 f"{getattr(options, other)}: set that too, or leave {f.name} out",
             )
-    reads_gamma = options.credit != "group" or options.discounted or getattr(options, "scale_rewards", False)
-    if f.name == "gamma" and not reads_gamma:
+    scaled = getattr(options, "scale_rewards", False)
+    if f.name == "gamma" and options.credit == "group" and not options.discounted and not scaled:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
         )
@@ -532,7 +548,7 @@ def _check_read(f: Field, options: Any) -> None:
             "evaluation_split", "evaluation_split is of evaluation_dataset: set that too, or leave it out"
         )
     critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate"}
-    if METHODS[options.method].update != "ascend":  # then the optimizer is the critic's alone
+    if KNOWN[options.method].update != "ascend":  # then the optimizer is the critic's alone
         critics |= {"optimizer", "weight_decay", "momentum", "adam_epsilon", "learning_rate_schedule", "warmup"}
     if f.name in critics and not has_critic(options):
         raise OptionError(f.name, f"{f.name} is a critic's, and credit {options.credit} has none: leave it out")
@@ -540,11 +556,23 @@ def _check_read(f: Field, options: Any) -> None:
 
 def _conflicts(o: Any) -> Any:
     """(option, message) for each conflict between values."""
-    method, world = METHODS[o.method], o.world
+    method, world = KNOWN[o.method], o.world
+    if method.objective == "clone" and world == "exact":
+        yield "demonstrations", "clone learns from demonstrations, and an exact world has none: use another method"
     if o.steps is None and o.iterations is None:
         yield "steps", "steps and iterations are both None: say how long to train"
     if o.checkpoint_every is not None and not o.checkpoints:
         yield "checkpoint_every", "checkpoint_every is of checkpoints, and there are to be 0: set that too"
+    if getattr(o, "compile", "off") == "on" and o.optimizer == "muon":
+        yield "compile", "compile is on, and Muon's steps have no graph: leave it out, or choose another optimizer"
+    if getattr(o, "learning_rate", 1.0) is None and world != "language":
+        yield "learning_rate", "learning_rate is None, which is for language models: give a number, such as 3e-4"
+    if world == "language":
+        yield from _language_conflicts(o)
+    if method.objective == "clone":
+        if world == "control" and o.weights != "token":
+            yield "weights", "weights is of whole rows, and transitions all count equally: leave it out"
+        return
     if method.objective not in ("ppo", "grpo") and o.normalize_advantages == "minibatch":
         yield "normalize_advantages", f"normalize_advantages is minibatch, and {o.method} has none: use batch or none"
     if getattr(o, "overlap", False) and o.profile:
@@ -572,17 +600,11 @@ def _conflicts(o: Any) -> Any:
             "critic_learning_rate",
             f"critic_learning_rate is None, which is the policy's, and {o.method} has none: give a number",
         )
-    if getattr(o, "compile", "off") == "on" and o.optimizer == "muon":
-        yield "compile", "compile is on, and Muon's steps have no graph: leave it out, or choose another optimizer"
     if o.credit == "trajectory_return" and o.discounted:
         yield "discounted", "discounted is for reward_to_go: a trajectory_return has gamma^t in it already"
-    if getattr(o, "learning_rate", 1.0) is None and world != "language":
-        yield "learning_rate", "learning_rate is None, which is for language models: give a number, such as 3e-4"
     if o.gamma is None and world != "exact":
         yield "gamma", "gamma is None, and only an exact world has one of its own: give a number, such as 0.99"
-    if world == "language":
-        yield from _language_conflicts(o)
-    else:
+    if world != "language":
         rows = o.num_envs
         if world == "control" and o.credit not in EPISODIC and o.episode_steps is not None:
             yield (
@@ -598,13 +620,15 @@ def _conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
-    if o.credit == "group" and o.completions < 2:
+    if getattr(o, "credit", None) == "group" and o.completions < 2:
         yield "completions", f"completions is 1: {o.method} compares the completions of a prompt; give at least 2"
-    rows = o.prompts_per_rollout * o.completions
+    each = getattr(o, "completions", 1)
+    rows = o.prompts_per_rollout * each
     if (getattr(o, "minibatch_size", None) or 0) > rows:
+        many = "prompts_per_rollout" if each == 1 else "prompts_per_rollout * completions"
         yield (
             "minibatch_size",
-            f"minibatch_size is {o.minibatch_size}, and a rollout has prompts_per_rollout * completions = {rows} "
+            f"minibatch_size is {o.minibatch_size}, and a rollout has {many} = {rows} "
             "completions: lower the one or raise the other",
         )
     if o.reward_weight and len(o.reward_weight) != len(o.reward):
@@ -614,7 +638,7 @@ def _language_conflicts(o: Any) -> Any:
         )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
-    if o.critic == "shared" and has_critic(o) and METHODS[o.method].objective not in ("ppo", "actor_critic"):
+    if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):
         yield "critic", f"critic is shared, and {o.method} fits its critic alone, which would move the policy: use copy"
 
 
@@ -638,17 +662,19 @@ def _sizes(o: Any) -> Any:
 def _applies(f: Field, method: Method, world: str) -> bool:
     """Whether the method can read the option on this world, for some values of the other options."""
     known = {"world": world, "objective": method.objective, "update": method.update}
+    if method.objective == "clone":
+        known["credit"] = "demonstrated"  # no option, and none of those that options of credit are for
     return all(known[name] in values for name, values in f.metadata["when"].items() if name in known)
 
 
 def _why_not(name: str, options: Any, known: Mapping[str, Any]) -> str:
     """The end of a message about an option that does not apply here or does not exist."""
     for f in fields(Options):
-        if f.name == name and options.method in METHODS:
+        if f.name == name and options.method in KNOWN:
             when = f.metadata["when"]
             if "world" in when and options.world not in when["world"]:
                 return f" on {options.world}: it is for {' and '.join(when['world'])}; leave it out"
-            users = [m.name for m in METHODS.values() if _applies(f, m, options.world)]
+            users = [m.name for m in KNOWN.values() if _applies(f, m, options.world)]
             return f": it is for {', '.join(users)}; leave it out"
     return f": {nearest(name, sorted(known))}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from policygrad.errors import UserError, ending, listed, one_line, shortened
-from policygrad.train.methods import METHODS, nearest
+from policygrad.train.methods import KNOWN, nearest
 from policygrad.train.names import outside
 from policygrad.train.options import OptionError, is_read, options_of, with_values
 from policygrad.train.worlds import kind_of
@@ -52,7 +52,7 @@ def load(name: str) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{shown} cannot be read ({one_line(error, 80)}): mend it, or use none") from error
     for method, values in table.items():
-        if method not in (*METHODS, ANY) or not isinstance(values, dict):
+        if method not in (*KNOWN, ANY) or not isinstance(values, dict):
             raise UserError(f"{shown} has {shortened(method)}, which is no table of a method: mend it")
     return table
 

@@ -130,7 +130,7 @@ def rows_apart(task: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     def named(data: Any) -> bool:
         return isinstance(data, str | Path) or (isinstance(data, list | tuple) and all(map(named, data)))
 
-    given = {name: values.get(name) for name in ("dataset", "evaluation_dataset")}
+    given = {name: values.get(name) for name in ("dataset", "evaluation_dataset", "demonstrations")}
     rows = {name: values.pop(name) for name, data in given.items() if data is not None and not named(data)}
     if isinstance(task, list) or hasattr(task, "column_names"):  # a data set of `datasets`
         if "dataset" in rows or values.get("dataset"):

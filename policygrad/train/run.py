@@ -19,7 +19,7 @@ from policygrad.train.checkpoints import Stage
 from policygrad.train.directories import claim
 from policygrad.train.generators import Generators
 from policygrad.train.hub import directory_of
-from policygrad.train.methods import METHODS
+from policygrad.train.methods import KNOWN
 from policygrad.train.names import check_trusted, outside
 from policygrad.train.options import OptionError, check_bounds, options_of, with_values
 from policygrad.train.profiling import Profile
@@ -97,6 +97,11 @@ class Run:
         with Generators(seed).inside(), arithmetic(self.world, self.options.threads):
             return self.world.evaluate(count, seed=seed, greedy=greedy, **elsewhere)
 
+    def judge(self) -> Evaluation:
+        """Evaluate the current policy as training does, for the metric `world.judged`."""
+        with Generators(1000).inside(), arithmetic(self.world, self.options.threads):
+            return self.world.judge()
+
     def save(self, directory: Path | str) -> None:
         """Write the run directory: the world's files of policy and critic, config.json, and curve.png.
 
@@ -173,7 +178,7 @@ class Run:
             if x is not None and kind != its:
                 raise UserError(f"{name} is for {its}, and this run is on {kind}: leave it out")
         try:
-            world = world_of(kind)(task, options)
+            world = world_of(kind, method)(task, options)
         except (UserError, TypeError, AttributeError) as error:
             raise damaged(directory / "config.json", one_line(error)) from error
         if dataset is not None:
@@ -252,7 +257,7 @@ def configured(
     config = read_json(path)
     try:
         method, kind, task, given = (config[name] for name in ("method", "world", "task", "options"))
-        if method not in METHODS or kind not in ("control", "language", "exact"):
+        if method not in KNOWN or kind not in ("control", "language", "exact"):
             raise ValueError(f"there is no {shortened(method, 30)} on {shortened(kind, 30)}")
         if not isinstance(task, str | None) or not isinstance(config.get("preset"), str | None):
             raise ValueError("task and preset must be text")

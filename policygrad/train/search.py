@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from policygrad.train.methods import METHODS
+from policygrad.train.methods import KNOWN
 from policygrad.train.options import CONTROL, EPISODIC, LANGUAGE, When, is_read, with_rate
 
 ITERATIONS = 10  # that a trial has room for, however long its rollouts are
@@ -154,14 +154,14 @@ def searched(options: Any, fixed: Collection[str], *, own_network: bool = False)
 
 
 def _applies(when: When, options: Any) -> bool:
-    known = {"world": options.world, "objective": METHODS[options.method].objective}
+    known = {"world": options.world, "objective": KNOWN[options.method].objective}
     return all(known.get(x, getattr(options, x, None)) in values for x, values in when.items())
 
 
 def settled(drawn: Mapping[str, Any], options: Any) -> dict[str, Any]:
     """The drawn values, with a rollout of segments and its minibatches fitted to each other. options: of no trial."""
     values = dict(drawn)
-    if options.world != "control" or options.credit in EPISODIC:
+    if options.world != "control" or getattr(options, "num_steps", None) is None or options.credit in EPISODIC:
         return values
     if "num_steps" in values:
         least = [getattr(options, x, None) for x in ("minibatch_size", "critic_minibatch_size") if x not in values]

@@ -102,7 +102,10 @@ class Training:
             values["critic"], critic = critic, None
         task, rows = rows_apart(task, values)
         kind = kind_of(task, values)
-        _check_count(task, values)
+        if "demonstrations" in rows:
+            with_values(options_of(name, kind)(), {"demonstrations": OF_ROWS})  # raises where there is no such option
+        if hasattr(options_of(name, kind), "num_envs"):
+            _check_count(task, values)
         preset, tuned = presets.choose(preset, name, task, values)
         defaults = with_values(options_of(name, kind)(), tuned, f"preset {preset}: ")
         options = with_values(defaults, values)
@@ -119,7 +122,7 @@ class Training:
         check_empty(directory)
         if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in ("arithmetic", OF_ROWS))):
             task = absolute(task)
-        world = world_of(kind)(task, located(options))
+        world = world_of(kind, name)(task, located(options))
         self.tuned = tuned
         with presets.blamed(preset, tuned, values):
             self._make(Run(name, world.options, preset, world, directory), Own(policy, critic, engine, rows), progress)
@@ -128,7 +131,8 @@ class Training:
         """Make everything that the options ask for. checkpoint: where to go on; {}: from the beginning, once more."""
         self.run, self.world, options = run, run.world, run.options
         self.preset, self.options, directory = run.preset, options, run.directory
-        self.own = {{"data": "dataset"}.get(name, name) for name, x in vars(own).items() if x is not None and x != {}}
+        data = "demonstrations" if "demonstrations" in own.data else "dataset"
+        self.own = {{"data": data}.get(name, name) for name, x in vars(own).items() if x is not None and x != {}}
         self.iteration, self.next_row, self.done = 0, 0.0, False
         self.random = Generators(options.seed, options.device)
         self.best = Best()
@@ -145,7 +149,7 @@ class Training:
         try:
             with self._inside():
                 self.world.build(own, progress)
-                in_checkpoint = checkpoint and options.kl_ref == "none" and not self._frozen()
+                in_checkpoint = checkpoint and not self._charged() and not self._frozen()
                 if getattr(options, "start", None) and not in_checkpoint:
                     self.world.begin_from(directory_of(options.start))
                 self.start = "" if directory is None else digest(self._kept_from_the_start())
@@ -165,7 +169,7 @@ class Training:
                     self.run.places.add(directory.resolve())
                     self._begin(directory)
                 if self.world.judged:
-                    self.run.before = self.run.evaluate()
+                    self.run.before = self.run.judge()
                     self._score(self.world.judged, self.run.before.score, 0)
                 self._mark()
         except BaseException:
@@ -239,7 +243,7 @@ class Training:
         """The run that a directory describes, at its beginning. directory: where it writes."""
         training = cls.__new__(cls)
         training.tuned = {}
-        world = world_of(found.kind)(found.task, found.options)
+        world = world_of(found.kind, found.method)(found.task, found.options)
         run = Run(found.method, world.options, found.preset, world, directory, totals=found.totals)
         if directory is not None:
             run.places.add(directory.resolve())
@@ -326,12 +330,16 @@ class Training:
     def _kept_from_the_start(self) -> dict[str, Tensor]:
         """What no checkpoint holds, since it stays: frozen parameters, and the policy that the reference is of."""
         modules, frozen = self.world.modules(), self._frozen()
-        whole = self.options.kl_ref != "none"
+        whole = self._charged()
         return {
             name: x
             for name, x in modules.state_dict().items()
             if name in frozen or (whole and name.startswith("policy."))
         }
+
+    def _charged(self) -> bool:
+        """Whether KL to the policy of the start is charged."""
+        return getattr(self.options, "kl_ref", "none") != "none"
 
     def _frozen(self) -> set[str]:
         """The names of the parameters that nothing changes."""
@@ -472,7 +480,7 @@ class Training:
             return {}
         size = getattr(options, "minibatch_size", None)
         if size is None and self.world.kind == "language":
-            size = options.prompts_per_rollout * options.completions
+            size = options.prompts_per_rollout * getattr(options, "completions", 1)
         elif size is None:
             size = float(metrics["steps"]) - self.counted
         return noise_of_moments(self.learner.optimizers, self.world.policy, size)
@@ -490,8 +498,8 @@ class Training:
         if self.iteration == 1:
             self.run.metrics.append(self._before(row))
         if self.done or self._judged(self.iteration):
-            self.run.after = self.run.evaluate()
-            row[name] = self.run.after.score
+            self.run.after = self.run.judge()
+            row |= self.world.scores(self.run.after)
             self._score(name, row[name], int(row["steps"]))
 
     def _score(self, metric: str, score: float, steps: int) -> None:
@@ -511,7 +519,7 @@ class Training:
         assert self.world.judged is not None
         assert self.run.before is not None
         counters = {name: 0.0 for name in ("completions", "steps") if name in row}
-        return counters | {self.world.judged: self.run.before.score}
+        return counters | self.world.scores(self.run.before)
 
     def _mark(self) -> None:
         """Remember the numbers of a whole iteration, for a run that is written."""
@@ -569,6 +577,17 @@ def train(method: str, task: Any = None, *, progress: bool = True, **arguments: 
     if progress and training.run.profile is not None:
         print(training.run.profile.table(), file=sys.stderr, flush=True)
     return training.run
+
+
+def clone(task: Any = None, data: Any = None, **arguments: Unpack[Arguments]) -> Run:
+    """Learn from demonstrations: the policy under which they are most likely. Any method goes on from it, by `start`.
+
+    For control, data are transitions in the task: a file, a data set of Minari, rows, or arrays by name (see
+    the guide, docs/control.md). A language model learns from completions of prompts: give model, and dataset or the
+    task, and leave data out. The other arguments are those of Training.
+    """
+    given: Any = {} if data is None else {"demonstrations": data}
+    return train("clone", task, **given, **arguments)
 
 
 def resume(directory: Path | str, *, progress: bool = True, **arguments: Any) -> Run:

@@ -23,7 +23,7 @@ from rich.table import Table
 from policygrad.errors import Kept, NonFiniteError, UserError, ending, one_line, shortened
 from policygrad.files import check_file, damaged, write_json
 from policygrad.train import presets
-from policygrad.train.comparison import APART, METRICS, recorded, score_of
+from policygrad.train.comparison import APART, METRICS, kind_of_score, recorded, score_of
 from policygrad.train.directories import STUDY
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import method_named
@@ -201,8 +201,9 @@ class Search:
             task == "arithmetic" or self.options.held_out or "evaluation_dataset" in values
         )
         judged = kind == "exact" or held_out or self.options.evaluate_every
-        self.maximized = METRICS[kind, "evaluation" if judged else "training"]
-        self.watched = METRICS[kind, "evaluation" if self.options.evaluate_every else "training"].name
+        of = kind_of_score(self.options.method, kind)
+        self.maximized = METRICS[of, "evaluation" if judged else "training"]
+        self.watched = METRICS[of, "evaluation" if self.options.evaluate_every else "training"].name
 
     def described(self) -> dict[str, Any]:
         """What is tuned, beside what is given, as JSON."""

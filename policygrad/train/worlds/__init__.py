@@ -28,8 +28,16 @@ def kind_of(task: Any, values: Any) -> str:
     return "control"
 
 
-def world_of(kind: str) -> Any:
-    """The class of a world, imported on demand."""
+def world_of(kind: str, method: str) -> Any:
+    """The class of a world for a method, imported on demand."""
+    if method == "clone" and kind == "control":
+        from policygrad.train.worlds.cloning import ClonedControl
+
+        return ClonedControl
+    if method == "clone" and kind == "language":
+        from policygrad.train.worlds.language_cloning import ClonedLanguage
+
+        return ClonedLanguage
     if kind == "exact":
         from policygrad.train.worlds.exact import ExactWorld
 

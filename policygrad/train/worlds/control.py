@@ -68,7 +68,8 @@ class ControlWorld(World):
         """The metric of evaluation in training, the mean return of its episodes, if there is to be one."""
         return "evaluation" if self.options.evaluate_every else None
 
-    def build(self, own: Own, progress: bool) -> None:
+    def _environments(self) -> VectorEnv:
+        """The environments of training."""
         options = self.options
         if self.judged and not self.mine:
             raise OptionError(
@@ -86,13 +87,13 @@ class ControlWorld(World):
                 "restart_envs",
                 "restart_envs makes environments anew one by one: hand in a function that makes one, not with envpool",
             )
-        self.environments = self._made(
-            options.num_envs, vectorization=vectorization, restarts=options.restart_envs, **limit
-        )
+        return self._made(options.num_envs, vectorization=vectorization, restarts=options.restart_envs, **limit)
+
+    def build(self, own: Own, progress: bool) -> None:
+        options, self.environments = self.options, self._environments()
         self.wrappers = Wrappers(self.environments)
         self.unflattened = unflattened(self.environments)
         self.sample = self._sampler(self.environments)
-        self.normalizer = self.sample.stepping.observation_normalizer
         observation_space = self.observation_space = self.environments.single_observation_space
         action_space = self.action_space = self.environments.single_action_space
         if own.policy is None:
@@ -117,7 +118,8 @@ class ControlWorld(World):
                 said = f"critic_keys is for a critic, and credit {options.credit} has none: leave it out"
                 raise OptionError("critic_keys", said)
             if own.critic is not None:
-                raise UserError(f"a critic is handed in, and credit {options.credit} has no use for one: leave it out")
+                credit = getattr(options, "credit", "of demonstrations")
+                raise UserError(f"a critic is handed in, and credit {credit} has no use for one: leave it out")
             return
         if own.critic is None:
             try:
@@ -184,6 +186,7 @@ class ControlWorld(World):
             raise OptionError(
                 "episode_steps", "the environment has no time limit: say how long an episode may be, with episode_steps"
             )
+        self.normalizer = self._normalizer(space) if options.normalize_observations else None
         groups: Any = None
         if options.credit == "group":
             groups = options.group_size or "all"
@@ -193,7 +196,7 @@ class ControlWorld(World):
             seed=options.seed,
             whole_episodes=whole,
             groups=groups,
-            observation_normalizer=self._normalizer(space) if options.normalize_observations else None,
+            observation_normalizer=self.normalizer,
             reward_scaler=RewardScaler(environments.num_envs, options.gamma) if options.scale_rewards else None,
             device=options.device,
         )
@@ -319,17 +322,17 @@ class ControlWorld(World):
         found = evaluate(
             self.policy,
             played,
-            self.options.evaluation_episodes if count is None else count,
+            getattr(self.options, "evaluation_episodes", 10) if count is None else count,
             seed=seed,
             stochastic=greedy is False,
             normalizer=self.normalizer,
             learned=learned,
-            max_steps=self.options.episode_steps if max_steps is None else max_steps,
+            max_steps=getattr(self.options, "episode_steps", None) if max_steps is None else max_steps,
             threads=self.options.threads,
             device=self.options.device,
             **self.how(environment),
         )
-        if played is self.task and not self.mine and self.environments is not None:
+        if played is self.task and not self.mine and self.environments is not None and hasattr(self.sample, "stepping"):
             self.sample.stepping.obs = None  # its episodes were cut: training goes on with new ones
         return found
 

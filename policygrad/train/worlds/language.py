@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -35,7 +35,7 @@ from policygrad.language.tasks import (
 from policygrad.language.warmup import RECIPE, warmed_up
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.hub import directory_of
-from policygrad.train.methods import METHODS
+from policygrad.train.methods import KNOWN
 from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
@@ -52,6 +52,8 @@ class LanguageWorld(World):
     last: Evaluation | None = None
     rows: Mapping[str, Any] = {}  # rows that were handed in, by the option that names a data set otherwise
     dropped: tuple[str, ...] = ()  # notes on prompts that were too long, and were left out
+    needs_reward = True  # whether training judges completions
+    reads: Callable[..., list[data.Example]] = staticmethod(data.load_examples)  # rows of training and of evaluation
     evaluated_on: Mapping[str, Any] | None = None  # another data set to evaluate a loaded run on, as for `examples`
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -141,7 +143,7 @@ class LanguageWorld(World):
         if not arithmetics and source is None:
             named = listed([self.task] if self.task else options.dataset)
             raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
-        if not arithmetics and not options.reward:
+        if not arithmetics and not options.reward and self.needs_reward:
             raise OptionError(
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
             )
@@ -149,7 +151,7 @@ class LanguageWorld(World):
         held_out: Sequence[Any] | None = saved
         if saved is None:
             train, held_out = self._problems() if arithmetics else self._examples()
-        functions: list[Any] = [arithmetic.right] if arithmetics else []
+        functions: list[Any] = [arithmetic.right if arithmetics else unjudged]
         if options.reward:
             trust = options.trust_remote_code
             functions = reward_functions(
@@ -160,6 +162,8 @@ class LanguageWorld(World):
         if limit is None and options.long_prompts == "drop":
             limit = room_for_prompts(model, options.max_tokens)
         settings: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables()}
+        if not self.needs_reward and saved is None:
+            settings["max_tokens"] = options.max_tokens  # of completions that are given
         prompts = prepared(train, tokenizer, limit, **settings)
         kept = prepared(held_out, tokenizer, limit, **settings) if held_out else None
         self.dropped = _left_out("prompts", train, prompts) + _left_out(
@@ -169,7 +173,7 @@ class LanguageWorld(World):
             prompts, kept = split_prompts(prompts, options.held_out)
         names = ["max_tokens", "reward_weight", "reward_time_limit", "overlong_fraction"]
         names += ["device", "temperature", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing"]
-        given: dict[str, Any] = {name: getattr(options, name) for name in names}
+        given: dict[str, Any] = {name: getattr(options, name) for name in names if hasattr(options, name)}
         if self._natural():
             given["chunk"] = 2**40  # chunked logits have no second derivative
         return task_of(self.name, model, tokenizer, prompts, kept, functions, autocast=self._autocast(), **given)
@@ -212,7 +216,7 @@ class LanguageWorld(World):
         if source == ROWS:
             raise UserError("the run was trained on rows of Python, which are not kept: give dataset")
         columns = [columns] if isinstance(columns, str) else self.options.columns if columns is None else columns
-        found, system = data.load_examples(source, split=split, columns=columns), self.options.system_prompt
+        found, system = self.reads(source, split=split, columns=columns), self.options.system_prompt
         return found if system is None else data.with_system_prompt(found, system)
 
     def _variables(self) -> dict[str, Any] | None:
@@ -289,7 +293,7 @@ class LanguageWorld(World):
 
     def _natural(self) -> bool:
         """Whether the update needs second derivatives."""
-        return METHODS[self.options.method].update != "ascend"
+        return KNOWN[self.options.method].update != "ascend"
 
     def _autocast(self) -> torch.dtype | None:
         wanted = self.options.autocast
@@ -343,7 +347,7 @@ class LanguageWorld(World):
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """Answer each held-out prompt `count` times, with samples unless `greedy`."""
-        completions = self.options.evaluation_completions if count is None else count
+        completions = getattr(self.options, "evaluation_completions", 4) if count is None else count
         if completions < 1:
             raise UserError(f"completions is {completions}: it must be at least 1")
         if self.prompts.held_out is None:
@@ -436,6 +440,11 @@ class LanguageWorld(World):
 
     def versions(self) -> dict[str, str]:
         return {**super().versions(), "transformers": transformers.__version__}
+
+
+def unjudged(completions: list[Any], **_: Any) -> list[None]:
+    """No reward for any completion."""
+    return [None] * len(completions)
 
 
 def examples_of(prompts: Prompts | None) -> list[dict[str, Any]]:

@@ -91,6 +91,15 @@ class World(ABC):
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """Evaluate the current policy on `count` episodes, or completions per prompt, with its own random numbers."""
 
+    def judge(self) -> Evaluation:
+        """Evaluate the current policy in training, for the metric `judged`."""
+        return self.evaluate()
+
+    def scores(self, evaluation: Evaluation) -> Row:
+        """What a row of metrics gets of an evaluation in training."""
+        assert self.judged is not None
+        return {self.judged: evaluation.score}
+
     def reference(self) -> nn.Module:
         """A frozen copy of the current policy."""
         return deepcopy(self.policy).requires_grad_(False)

@@ -1,0 +1,278 @@
+"""Demonstrations: transitions of another policy, checked against the spaces of the environment, as rollouts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from policygrad.control.checks import as_tensor, checked_distribution, checked_member, stored
+from policygrad.control.masks import check_mask_space, check_masks, choices
+from policygrad.control.normalization import ObservationNormalizer
+from policygrad.control.spaces import Flat, FlatActions, flat, from_environment
+from policygrad.errors import UserError, listed, one_line, shortened, type_of
+from policygrad.rollout import Rollout
+
+COLUMNS = ("observation", "action", "reward", "terminated", "truncated", "episode")
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """N decisions of a demonstrator, as the environment gives observations and takes actions.
+
+    returns: the sum of rewards of each episode, if there are rewards.
+    """
+
+    observation: np.ndarray  # [N, ...]
+    action: np.ndarray  # [N, ...]
+    episode: np.ndarray  # [N], the number of each one's episode
+    returns: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    @property
+    def episodes(self) -> int:
+        """How many episodes they are, or parts of some."""
+        return len(np.unique(self.episode))
+
+    def take(self, index: np.ndarray) -> "Transitions":
+        """Some of them."""
+        return Transitions(self.observation[index], self.action[index], self.episode[index], self.returns)
+
+    def split(self, share: float, seed: int) -> tuple["Transitions", "Transitions | None"]:
+        """Those to learn from, and about a share of them for validation; whole episodes, if there are several.
+
+        The second is None if the share is 0.
+        """
+        units = self.episode if self.episodes > 1 else np.arange(len(self))
+        names = np.unique(units)
+        if not share:
+            return self, None
+        if len(names) < 2:
+            raise UserError("one transition cannot be learned from and held out, too: set validation to 0")
+        count = min(max(1, round(share * len(names))), len(names) - 1)
+        held = np.isin(units, np.random.default_rng(seed).permutation(names)[:count])
+        return self.take(~held), self.take(held)
+
+
+def transitions(
+    columns: Mapping[str, Any], observation_space: spaces.Space, action_space: spaces.Space, *, masked: bool = True
+) -> Transitions:
+    """Columns of transitions, checked: every observation and action must be one of its space.
+
+    columns: observation and action, [N, ...]; and reward, terminated, truncated and episode, [N], as far as they are
+    known. An episode ends where one of the last three says so. The bounds of a Box hold for actions alone, as in
+    sampling. masked: whether a part `action_mask` of an observation says which actions are allowed. Raises UserError
+    that names the first row that is wrong, counted from 0.
+    """
+    if isinstance(action_space, FlatActions | spaces.Dict | spaces.Tuple):
+        raise UserError("demonstrations of Dict and Tuple actions cannot be read yet: use a space of one part")
+    for name in COLUMNS[:2]:
+        if name not in columns:
+            raise UserError(f"the demonstrations have no column {name!r}, only {listed(columns)}: rename one")
+    count = len(columns["action"])
+    for name, column in columns.items():
+        if not hasattr(column, "__len__") or len(column) != count:
+            has = len(column) if hasattr(column, "__len__") else "no"
+            raise UserError(
+                f"the demonstrations' {shortened(name, 30)} has {has} rows, and action {count}: give one each"
+            )
+    if not count:
+        raise UserError("the demonstrations have no rows: give at least one")
+    if isinstance(observation_space, spaces.Box | spaces.Discrete):
+        observation = checked_column("observation", columns["observation"], observation_space)
+    else:
+        observation = _flattened(columns["observation"], observation_space)
+    action = checked_column("action", columns["action"], action_space, bounded=True)
+    if masked and not isinstance(observation_space, spaces.Box | spaces.Discrete):
+        _check_allowed(observation, action, flat(observation_space), action_space)
+    number = spaces.Box(-np.inf, np.inf, (), np.float64)
+    flag = spaces.Discrete(2)
+    ended = np.zeros(count, dtype=bool)
+    for name in ("terminated", "truncated"):
+        if name in columns:
+            ended |= checked_column(name, columns[name], flag).astype(bool)
+    begins = np.concatenate([[True], ended[:-1]])
+    if "episode" in columns:
+        named = [shortened(x) for x in columns["episode"]]
+        begins[1:] |= np.array(named[1:]) != np.array(named[:-1])
+    episode, returns = begins.cumsum() - 1, None
+    if "reward" in columns:
+        returns = np.bincount(episode, checked_column("reward", columns["reward"], number))
+    return Transitions(observation, action, episode, returns)
+
+
+def checked_column(name: str, values: Any, space: spaces.Space, *, bounded: bool = False) -> np.ndarray:
+    """The values as an array [N, ...] in the space's dtype. bounded: whether the bounds of a Box must hold.
+
+    Raises UserError that names the first row that is no member of the space.
+    """
+    if space.shape is None or space.dtype is None:
+        raise UserError(f"the {name} space is {type_of(space)}: demonstrations are for spaces of numbers; flatten it")
+    if (found := _members(values, space, bounded)) is not None and isinstance(found, np.ndarray):
+        return found
+    for i, value in enumerate(values):
+        if isinstance(wrong := _members([value], space, bounded), str):
+            said = f"row {i} of the demonstrations: {name} {wrong}"
+            raise UserError(f"{said}; {one_line(space, 195 - len(said))} is its space" if len(said) < 180 else said)
+    raise UserError(f"the column {name} is no array of one type: give numbers, or lists of numbers")
+
+
+def _flattened(values: Any, space: spaces.Space) -> np.ndarray:
+    """Observations of a composite space as the environments here flatten them, [N, D]."""
+    said = "row {} of the demonstrations has"
+    rows: list[Any] = [spaces.flatten(space, checked_member(x, space, said.format(i))) for i, x in enumerate(values)]
+    found = np.stack(rows)
+    if not np.isfinite(found).all():
+        i = int(np.flatnonzero(~np.isfinite(found).all(1))[0])
+        raise UserError(f"{said.format(i)} an observation that is NaN or infinite: leave it out")
+    return found
+
+
+def _check_allowed(observation: np.ndarray, action: np.ndarray, space: spaces.Space, action_space: Any) -> None:
+    """Raise UserError for masks of actions that make no sense, and for an action that its mask forbids."""
+    if not isinstance(space, Flat) or space.mask is None:
+        return
+    check_mask_space(space, action_space)
+    check_masks(observation, np.ones(len(action), dtype=bool), space, action_space, "row")
+    first = np.cumsum([0, *choices(action_space)[:-1]])  # the place of each part's first choice
+    chosen = first + from_environment(action, action_space).reshape(len(action), -1).astype(int)
+    allowed = np.take_along_axis(observation[:, space.mask], chosen, 1).all(1)
+    if not allowed.all():
+        i = int(np.flatnonzero(~allowed)[0])
+        raise UserError(
+            f"row {i} of the demonstrations: action is {shortened(action[i].tolist(), 40)}, which its action_mask "
+            "forbids: leave it out, or set action_mask off"
+        )
+
+
+def _members(values: Any, space: spaces.Space, bounded: bool) -> np.ndarray | str:
+    """Values as an array of members of a space, or what is wrong with the one value."""
+    shown = shortened(values[0], 40)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        return f"is {shown}, whose lists differ in length"
+    if array.dtype.kind not in "biuf":
+        return f"is {shown}, which is no number"
+    if array.shape[1:] != space.shape:
+        return f"has shape {array.shape[1:]}, not {space.shape}"
+    if not np.isfinite(array).all():
+        return f"is {shown}, which is not finite"
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(space.dtype)
+        changed = np.isinf(cast) if cast.dtype.kind == "f" else cast != array
+    if changed.any():
+        return f"is {shown}, which is no {cast.dtype} number"
+    low, high = _bounds(space, bounded)
+    return cast if bool(((cast >= low) & (cast <= high)).all()) else f"is {shown}, which is outside"
+
+
+def _bounds(space: Any, bounded: bool) -> tuple[Any, Any]:
+    """The least and the largest numbers of a space."""
+    match space:
+        case spaces.Discrete():
+            return space.start, space.start + space.n - 1
+        case spaces.MultiDiscrete():
+            return space.start, space.start + space.nvec - 1
+        case spaces.MultiBinary():
+            return 0, 1
+        case spaces.Box() if bounded:
+            return space.low, space.high
+    return -np.inf, np.inf
+
+
+class Demonstrations:
+    """A sampler that returns the same transitions each time, each in a row of its own: for credit.demonstrated.
+
+    normalizer: its statistics are those of the transitions, until others are loaded; observations are normalized by
+    them as they are at the first call. Rollout.metrics: steps, the decisions so far.
+    """
+
+    whole_episodes = False
+
+    def __init__(
+        self,
+        found: Transitions,
+        action_space: spaces.Space,
+        *,
+        normalizer: ObservationNormalizer | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.found, self.action_space, self.normalizer = found, action_space, normalizer
+        self.device, self.steps = torch.device(device), 0
+        self.rollout: Rollout | None = None
+        if normalizer is not None:
+            normalizer(found.observation, np.ones(len(found), dtype=bool))
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        """All of them."""
+        policy.eval()
+        if self.rollout is None:
+            self.rollout = demonstrated(policy, self.found, self.action_space, self.normalizer, self.device)
+        self.steps += len(self.found)
+        self.rollout.metrics["steps"] = float(self.steps)
+        return self.rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of decisions so far, and the statistics of observations."""
+        seen = {} if self.normalizer is None else self.normalizer.statistics.state_dict()
+        return {"steps": self.steps, "observations": {name: torch.from_numpy(x) for name, x in seen.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state_dict."""
+        self.steps, self.rollout = state["steps"], None
+        if self.normalizer is not None:
+            self.normalizer.statistics.load_state_dict({name: np.array(x) for name, x in state["observations"].items()})
+
+
+@torch.no_grad()
+def demonstrated(
+    policy: nn.Module,
+    found: Transitions,
+    action_space: spaces.Space,
+    normalizer: ObservationNormalizer | None = None,
+    device: torch.device | str = "cpu",
+) -> Rollout:
+    """Transitions as rows of one step, their actions as the policy's distribution scores them.
+
+    Raises UserError for a distribution that changes actions on the way to the environment, and not back.
+    """
+    observation = found.observation
+    if normalizer is not None:
+        observation = normalizer(observation, np.zeros(len(found), dtype=bool))
+    obs = as_tensor(stored(observation), torch.device(device)).unsqueeze(1)
+    distribution = checked_distribution(policy(obs[:1]), 1, action_space)
+    if hasattr(distribution, "from_environment"):
+        action = distribution.from_environment(found.action)
+    elif hasattr(distribution, "to_environment"):
+        raise UserError(
+            f"the policy's {type(distribution).__name__} has to_environment and not its inverse: give it "
+            "from_environment(action [B, ...]) -> [B, D]"
+        )
+    else:
+        action = from_environment(found.action, action_space)
+    numbers = torch.from_numpy(action)
+    numbers = numbers.to(torch.get_default_dtype()) if numbers.is_floating_point() else numbers
+    numbers = numbers.to(device).reshape(len(found), 1, *distribution.event_shape)
+    nothing = torch.zeros(len(found), 1, device=device)
+    everywhere = torch.ones(len(found), 1, dtype=torch.bool, device=device)
+    return Rollout(
+        obs, numbers, nothing, nothing, everywhere, everywhere, everywhere,
+        group=torch.arange(len(found), device=device), memoryless=True,
+    )  # fmt: skip
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of transitions as columns. Raises UserError for a row that lacks a column of the first one."""
+    names = list(rows[0]) if rows else []
+    for i, row in enumerate(rows):
+        if row.keys() != rows[0].keys():
+            name = min(row.keys() ^ rows[0].keys())
+            which = (i, "has no") if name in names else (i, "alone has")
+            raise UserError(f"row {which[0]} of the demonstrations {which[1]} {shortened(name, 40)}: give all the same")
+    return {name: [row[name] for row in rows] for name in names}
