@@ -1,6 +1,7 @@
 """Gymnasium's wrappers by name: the same as in code, kept with the run, and none that reaches out of it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,19 @@ def test_what_is_made_already_is_not_wrapped(what: str) -> None:
     values: dict[str, Any] = {"num_envs": 1} if what == "an object" else {"vectorization": "envpool"}
     with pytest.raises(UserError, match="wrap"):
         pg.Training("ppo", task, wrap="TimeLimit:3", preset="none", **values)
+
+
+def test_minigrids_wrapper_leaves_the_image() -> None:
+    pytest.importorskip("minigrid")
+    environments = make_environments("MiniGrid-Empty-5x5-v0", 2, wrap=["ImgObsWrapper"])
+    policy = pg.Policy(environments.single_observation_space, environments.single_action_space)
+    description: Any = policy.description
+    assert (description["encoder"], description["channels"]) == ("small", "last")
+    assert pg.Sampler(environments, 5, seed=0)(policy).obs.shape == (2, 5, 7, 7, 3)
+    environments.close()
+
+
+def test_minigrids_wrapper_without_minigrid_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minigrid.wrappers", None)
+    with pytest.raises(UserError, match="wrap ImgObsWrapper needs a package that is not installed: .*minigrid"):
+        wrapper("ImgObsWrapper")(gymnasium.make("CartPole-v1"))
