@@ -145,5 +145,5 @@ def test_minigrids_wrapper_leaves_the_image() -> None:
 
 def test_minigrids_wrapper_without_minigrid_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minigrid.wrappers", None)
-    with pytest.raises(UserError, match="wrap ImgObsWrapper needs a package that is not installed: .*minigrid"):
+    with pytest.raises(UserError, match=r"wrap ImgObsWrapper needs a package that is not installed: .*minigrid"):
         wrapper("ImgObsWrapper")(gymnasium.make("CartPole-v1"))
