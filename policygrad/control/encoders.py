@@ -45,7 +45,7 @@ class Each(nn.Module):
 
     def __init__(self, network: nn.Module, space: spaces.Space) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.mask = network, space.mask if isinstance(space, Flat) else None
         self.size = _feature_count(network, self.prepared(torch.from_numpy(np.stack([_least(space)] * 2))))
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -53,7 +53,9 @@ class Each(nn.Module):
         return features.reshape(*obs.shape[:2], self.size)
 
     def prepared(self, obs: Tensor) -> Tensor:
-        """Observations [N, ...] as the network takes them."""
+        """Observations [N, ...] as the network takes them, without a mask of actions."""
+        if self.mask is not None:
+            obs = torch.cat([obs[:, : self.mask.start], obs[:, self.mask.stop :]], 1)
         return obs.to(torch.get_default_dtype()) if obs.ndim > 1 else obs
 
 

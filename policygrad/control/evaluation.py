@@ -181,8 +181,10 @@ def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None
 
 
 def _read(description: Any) -> Any:
-    """The description of an observation space without what a policy does not read."""
+    """The description of an observation space without what a policy does not read. Images are scaled by their bounds."""
     if isinstance(description, dict):
+        if description.get("dtype") == "uint8" and len(description["shape"]) == 3:
+            return description
         return {name: _read(x) for name, x in description.items() if name not in ("low", "high", "dtype")}
     return [_read(x) for x in description] if isinstance(description, list) else description
 

@@ -160,7 +160,8 @@ def test_impala_is_three_stages_of_residuals_at_half_the_size_each() -> None:
 def test_every_size_from_the_smallest_on_is_taken_and_measured(name: str, sides: Any) -> None:
     encoder = make_encoder(image(2, *sides), name)
     assert encoder(torch.zeros(1, 2, 2, *sides, dtype=torch.uint8)).shape == (1, 2, encoder.size)
-    assert measured((2, *sides), name, "first") == (sum(p.numel() for p in encoder.parameters()), encoder.size)
+    space = spaces.Box(0, 255, (2, *sides), np.uint8)
+    assert measured(space, name, "first") == (sum(p.numel() for p in encoder.parameters()), encoder.size)
 
 
 def test_the_least_side_is_what_leaves_one_pixel() -> None:
