@@ -181,7 +181,7 @@ def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None
 
 
 def _read(description: Any) -> Any:
-    """The description of an observation space without what a policy does not read. Images are scaled by their bounds."""
+    """A described observation space without what a policy does not read. Images are scaled by their bounds."""
     if isinstance(description, dict):
         if description.get("dtype") == "uint8" and len(description["shape"]) == 3:
             return description
