@@ -188,6 +188,7 @@ TASKS = {"control": "probes:Known-v0", "exact": "exact:chain"}
 # Where groups are sometimes flat.
 FLAT: dict[str, Any] = {"control": limited(ConstantReward, 8), "exact": "exact:tokens"}
 OF_CLONE = np.random.default_rng(0).uniform(-1, 1, (20, 5))  # transitions: three numbers seen, and two done
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 1, 10, 10), dtype=np.uint8)  # and images of Catch
 # So large that ratios leave every clip, and so small that a run takes a few hundredths of a second.
 SMALL: dict[str, dict[str, Any]] = {
     "control": {"hidden": (8,), "num_envs": 4, "num_steps": 8, "iterations": 2, "minibatch_size": 8},
@@ -239,7 +240,9 @@ def outcome(method: str, world: str, task: Any = None, **options: Any) -> Any:
     unread |= {"episode_steps"} if task == "exact:tokens" else set()
     values = {name: x for name, x in values.items() if name not in unread - set(options)}
     if method == "clone":
-        values = {"demonstrations": {"observation": OF_CLONE[:, :3], "action": OF_CLONE[:, 3:]}} | values
+        images = {"observation": PIXELS, "action": np.arange(20) % 3}
+        numbers = {"observation": OF_CLONE[:, :3], "action": OF_CLONE[:, 3:]}
+        values = {"demonstrations": numbers if task is None else images} | values
     run = pg.train(method, task or TASKS[world], progress=False, **values)
     return parameters(run).tolist(), untimed(run.metrics)
 

@@ -114,7 +114,7 @@ class ControlWorld(World):
             self.policy = own_module("policy", own.policy, observation_space, action_space)
         self.policy.to(options.device)
         if not has_critic(options):
-            if options.critic_keys:
+            if getattr(options, "critic_keys", ()):
                 said = f"critic_keys is for a critic, and credit {options.credit} has none: leave it out"
                 raise OptionError("critic_keys", said)
             if own.critic is not None:
