@@ -143,7 +143,9 @@ class VectorMaskFromInfo(VectorWrapper):
         masks: Any = info.get(MASK, ())
         there = np.broadcast_to(info.get(f"_{MASK}", MASK in info), needed.shape)
         if (needed & ~there).any():
-            raise UserError("the info of the vector environment has no action_mask [B, n]: add it, or leave out info")
+            raise UserError(
+                "the vector environment has no action_mask [B, n] in its info: add it, or set action_mask to auto"
+            )
         found = np.ones((self.num_envs, *self.mask.shape), np.int8)
         for i in np.flatnonzero(there):
             found[i] = checked_member(

@@ -5,7 +5,8 @@ No torch here. `compose.py` builds the pieces of a line; `verify` tests every li
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ CLONE = Method(
                     "minibatch_size": 128, "learning_rate": 1e-3},
         "language": {"evaluate_every": 20}},
 )  # fmt: skip
-KNOWN: dict[str, Method] = {**METHODS, CLONE.name: CLONE}
+KNOWN: Mapping[str, Method] = ChainMap(METHODS, {CLONE.name: CLONE})  # a line that is added to the table is known
 CREDITS = ("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group")
 ALIASES = {"a2c": "actor_critic", "impala": "off_policy_actor_critic", "reinforce++": "reinforce_plus_plus"}
 
