@@ -209,5 +209,5 @@ gymnasium.register("Broken-v0", entry_point=Broken, max_episode_steps=8)
 gymnasium.register(
     "Missing-v0", entry_point=lambda: (_ for _ in ()).throw(gymnasium.error.DependencyNotInstalled("no such\npackage"))
 )
-for _space in (spaces.Dict({"a": spaces.Discrete(2)}), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(5)):
+for _space in (spaces.Sequence(spaces.Discrete(2)), spaces.Text(5)):
     gymnasium.register(f"{type(_space).__name__}Actions-v0", entry_point=Known, kwargs={"actions": _space})

@@ -585,7 +585,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     (
         "long command",
         ("x" * 1000,),
-        "xxx...: there are train, resume, reproduce, reward-model, eval, watch, export, tune, compare, report, push,",
+        "xxx...: there are train, clone, resume, reproduce, reward-model, eval, watch, export, tune, compare, report,",
     ),
     ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
     ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),
@@ -715,7 +715,7 @@ def test_a_broken_environment_is_one_line_and_exit_code_2(
     assert_one_line(policygrad("train", "ppo", "probes:Broken-v0", "--num-steps", 16, "--steps", 64), "environment")
 
 
-@pytest.mark.parametrize("space", ["Dict", "Tuple", "Text"])
+@pytest.mark.parametrize("space", ["Sequence", "Text"])
 def test_an_unsupported_action_space_is_named(policygrad: Any, space: str) -> None:
     assert_one_line(policygrad("train", "ppo", f"probes:{space}Actions-v0"), f"a {space} space is not supported")
 

@@ -505,10 +505,15 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "space", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.Dict({"a": spaces.Discrete(2)})]
+    ("space", "name"),
+    [
+        (spaces.Text(5), "Text"),
+        (spaces.Sequence(spaces.Discrete(2)), "Sequence"),
+        (spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Tuple([spaces.Text(5)])}), "Text"),
+    ],
 )
-def test_actions_that_are_no_numbers_are_one_line(space: spaces.Space) -> None:
-    with pytest.raises(UserError, match=f"a {type(space).__name__} space is not supported: wrap") as raised:
+def test_actions_that_are_no_numbers_are_one_line(space: spaces.Space, name: str) -> None:
+    with pytest.raises(UserError, match=f"a {name} space is not supported: wrap") as raised:
         pg.train("ppo", lambda: Known(space), **FAST)
     assert len(str(raised.value)) <= 200
 
