@@ -36,6 +36,12 @@ def images(row: np.ndarray, column: np.ndarray, paddle: np.ndarray, size: int) -
     return found
 
 
+def stepped(row: Any, column: Any, paddle: Any, action: Any, size: int) -> tuple[Any, Any, Any, Any]:
+    """Row and paddle after a step, whether the episode ended, and whether the ball was caught; of arrays or numbers."""
+    row, paddle = row + 1, np.clip(paddle + action - 1, 0, size - 1)
+    return row, paddle, row == size - 1, (row == size - 1) & (paddle == column)
+
+
 class CatchVector(VectorEnv):
     """`num_envs` games in one object. Each resets on the step after its episode ends."""
 
@@ -58,13 +64,11 @@ class CatchVector(VectorEnv):
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One row down; a new game where the last step ended one."""
         over = self.row == self.size - 1
-        self.row[~over] += 1
-        self.paddle[~over] = np.clip(self.paddle + np.asarray(actions) - 1, 0, self.size - 1)[~over]
+        row, paddle, ended, caught = stepped(self.row, self.column, self.paddle, np.asarray(actions), self.size)
+        self.row[:], self.paddle[:], ended, caught = row, paddle, ended & ~over, caught & ~over
         if over.any():
             self._begin(over)
-        ended = self.row == self.size - 1
-        caught = ended & (self.paddle == self.column)
-        reward = np.where(ended, np.where(caught, 1.0, -1.0), 0.0)
+        reward = 2.0 * caught - ended
         return self._images(), reward, ended, np.zeros_like(ended), {"is_success": caught.astype(float)}
 
     def _begin(self, which: np.ndarray) -> None:
@@ -93,11 +97,9 @@ class Catch(gymnasium.Env[np.ndarray, np.int64]):
 
     def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One row down."""
-        self.row += 1
-        self.paddle = min(max(self.paddle + int(action) - 1, 0), self.size - 1)
-        ended, caught = self.row == self.size - 1, self.paddle == self.column
-        reward = (1.0 if caught else -1.0) if ended else 0.0
-        return self._image(), reward, ended, False, {"is_success": float(ended and caught)}
+        row, paddle, ended, caught = stepped(self.row, self.column, self.paddle, int(action), self.size)
+        self.row, self.paddle = int(row), int(paddle)
+        return self._image(), float(2 * caught - ended), bool(ended), False, {"is_success": float(caught)}
 
     def render(self) -> np.ndarray:
         """The image, enlarged, [16 size, 16 size, 3]."""

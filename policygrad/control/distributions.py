@@ -118,6 +118,14 @@ class JointActions(ActionDistribution):
         taken = [part.to_environment(x) for part, x in zip(self.parts, self.of_parts(action), strict=True)]
         return np.concatenate([x.reshape(len(action), -1).astype(np.float64) for x in taken], 1)
 
+    def from_environment(self, action: np.ndarray) -> np.ndarray:
+        """The vectors [B, D] in the environment's numbers as the parts score them, [B, D]."""
+        pieces = zip(self.parts, self.space.parts, strict=True)
+        found = [
+            part.from_environment(action[:, where].reshape((-1, *(one.shape or ())))) for part, (one, where) in pieces
+        ]
+        return np.concatenate([x.reshape(len(action), -1).astype(np.float64) for x in found], 1)
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """One action of each part."""
         return self.joined([part.sample(torch.Size(sample_shape)) for part in self.parts])

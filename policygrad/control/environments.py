@@ -83,49 +83,57 @@ def make_environments(
     """
     if num_envs < 1:
         raise UserError(f"num_envs is {num_envs}: ask for at least one environment")
-    if vectorization not in ("auto", "sync", "async", "envpool"):
-        raise UserError(f"vectorization is {vectorization!r}: choose one of auto, sync, async, envpool")
-    if action_mask not in ("auto", "info", "off"):
-        raise UserError(f"action_mask is {action_mask!r}: choose one of auto, info, off")
+    _check_choice("vectorization", vectorization, ("auto", "sync", "async", "envpool"))
+    _check_choice("action_mask", action_mask, ("auto", "info", "off"))
     if isinstance(environment, gymnasium.Env | VectorEnv):
         unread = {"restarts": restarts, "wrap": wrap, "env_options": env_options}
         unread_names = [name for name, x in unread.items() if x]
         return _given(environment, num_envs, vectorization, action_mask, unread_names)
-    options = dict(env_options or {})
-    wraps = [wrapper(text) for text in wrap]
-    name = one_line(ending(label(environment), 60), 60)
+    name, wraps = one_line(ending(label(environment), 60), 60), [wrapper(text) for text in wrap]
     try:
         if vectorization == "envpool":
             if restarts or wraps:
                 raise UserError("EnvPool's environments are one object, neither made anew nor wrapped one by one")
-            return _flat(EnvPool(environment, num_envs, options), action_mask)
-        spec, make = _maker(environment, options)
+            return _flat(EnvPool(environment, num_envs, dict(env_options or {})), action_mask)
+        spec, make = _maker(environment, dict(env_options or {}))
         native = vectorization == "auto" and not (restarts or wraps)
         if native and spec is not None and spec.vector_entry_point is not None:
-            made_at_once = gymnasium.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **options)
-            return _flat(made_at_once, action_mask)
+            how: Any = {"vectorization_mode": "vector_entry_point", **(env_options or {})}
+            return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)
 
         def made() -> Any:
             environment = make()
             return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
 
-        copies = [lambda: _prepared(made(), name, made if restarts else None, restarts, action_mask)] * num_envs
+        def prepared() -> gymnasium.Env:
+            return _prepared(made(), name, made if restarts else None, restarts, action_mask)
+
         environments: VectorEnv
         if vectorization == "async":
-            environments = Processes(copies, step_time_limit, restarts=restarts)
+            environments = Processes([prepared] * num_envs, step_time_limit, restarts=restarts)
         else:
-            environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+            environments = SyncVectorEnv([prepared] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
         _distinct(environments)
         environments.spec = spec
         return environments
     except UserError:
         raise
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"{name} needs a package that is not installed: {one_line(error)}") from error
     except Exception as error:
-        hint = ": its arguments are env_options" if isinstance(error, TypeError) else ""
-        said = f"the environment {name} could not be made: {type(error).__name__}: "
-        raise UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint) from error
+        raise _not_made(name, error) from error
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def _not_made(name: str, error: Exception) -> UserError:
+    """Why an environment could not be made."""
+    if isinstance(error, gymnasium.error.DependencyNotInstalled):
+        return UserError(f"{name} needs a package that is not installed: {one_line(error)}")
+    hint = ": its arguments are env_options" if isinstance(error, TypeError) else ""
+    said = f"the environment {name} could not be made: {type(error).__name__}: "
+    return UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint)
 
 
 def _given(environment: Any, num_envs: int, vectorization: str, action_mask: str, unread: list[str]) -> VectorEnv:
@@ -395,8 +403,8 @@ def _prepared(
     for part in ("observation_space", "action_space"):
         if not isinstance(getattr(environment, part, None), spaces.Space):
             raise UserError(f"the environment {name} has no {part}: set it to a gymnasium.spaces.Space in its __init__")
-    inside: list[Callable[..., gymnasium.Env]] = [MaskFromInfo] if action_mask == "info" else []
-    inside += [StructuredActions] if has_parts(environment.action_space) else []
+    inside: list[Callable[..., gymnasium.Env]] = [StructuredActions] if has_parts(environment.action_space) else []
+    inside += [MaskFromInfo] if action_mask == "info" else []  # whose masks are of the actions as they are taken
 
     def dressed(environment: gymnasium.Env) -> gymnasium.Env:
         return reduce(lambda inner, wrapper: wrapper(inner), inside, environment)
@@ -404,8 +412,9 @@ def _prepared(
     checked = Checked(dressed(environment), None if make is None else lambda: dressed(make()), restarts)
     if isinstance(checked.observation_space, spaces.Box | spaces.Discrete):
         return checked
+    space = flat(checked.observation_space, action_mask != "off")
     flattened = FlattenObservation(checked)
-    flattened.observation_space = flat(checked.observation_space, action_mask != "off")
+    flattened.observation_space = space
     return flattened
 
 
@@ -434,24 +443,25 @@ def _distinct(environments: VectorEnv) -> None:
 
 def _flat(environments: VectorEnv, action_mask: str) -> VectorEnv:
     mode = autoreset_mode(environments)
-    if action_mask == "info":
-        environments = VectorMaskFromInfo(environments)
     if has_parts(environments.single_action_space):
         environments = VectorStructuredActions(environments)
+    if action_mask == "info":
+        environments = VectorMaskFromInfo(environments)
     if isinstance(environments.single_observation_space, spaces.Box | spaces.Discrete):
         return environments
     metadata = environments.metadata
     if metadata["autoreset_mode"] is not mode:  # Gymnasium's wrapper reads only the enum
         environments = VectorWrapper(environments)
         environments.metadata = metadata | {"autoreset_mode": mode}
+    space = flat(environments.single_observation_space, action_mask != "off")
     try:
         flattened = FlattenVectorObservation(environments)
-        flattened.single_observation_space = flat(environments.single_observation_space, action_mask != "off")
+        flattened.single_observation_space = space
         return flattened
     except ValueError as error:
-        space = type(environments.single_observation_space).__name__
+        kind = type(environments.single_observation_space).__name__
         raise UserError(
-            f"{space} observations can be flattened only if the vector environment resets on the next step: make it "
+            f"{kind} observations can be flattened only if the vector environment resets on the next step: make it "
             "with autoreset_mode NEXT_STEP"
         ) from error
 

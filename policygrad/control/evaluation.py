@@ -124,17 +124,21 @@ def evaluate(
             observation_normalizer=normalizer,
             device=device,
         )
-        player = policy if stochastic else Mode(policy)
-        returns: list[float] = []
-        lengths: list[int] = []
-        endings: list[dict[str, float]] = []
-        while len(returns) < episodes:
-            total, length, ended = sample.play(player)
-            if not ended.all() and max_steps is None:
-                raise UserError(f"an episode did not end within {limit} steps: give max_steps, or a time limit")
-            returns += total.tolist()
-            lengths += length.tolist()
-            endings += sample.stepping.ending
+        return _played(sample, policy if stochastic else Mode(policy), episodes, may_be_cut=max_steps is not None)
+
+
+def _played(sample: Sampler, policy: nn.Module, episodes: int, *, may_be_cut: bool) -> Evaluation:
+    """The first `episodes` of the whole episodes that a sampler plays. Raises UserError for one that does not end."""
+    returns: list[float] = []
+    lengths: list[int] = []
+    endings: list[dict[str, float]] = []
+    while len(returns) < episodes:
+        total, length, ended = sample.play(policy)
+        if not ended.all() and not may_be_cut:
+            raise UserError(f"an episode did not end within {sample.length} steps: give max_steps, or a time limit")
+        returns += total.tolist()
+        lengths += length.tolist()
+        endings += sample.stepping.ending
     found = info_means(endings[:episodes])
     returns, lengths = returns[:episodes], lengths[:episodes]
     return Evaluation(

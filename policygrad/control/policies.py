@@ -304,11 +304,10 @@ class JointHead(nn.Module):
 
     def __init__(self, space: FlatActions, **gaussian: Any) -> None:
         super().__init__()
-        none: dict[str, Any] = {"squash": False, "state_dependent_std": False, "initial_log_std": 0.0}
-        boxes = any(isinstance(part, spaces.Box) for part, _ in space.parts)
+        some_box = any(is_box(part) for part, _ in space.parts)
         self.space = space
         self.heads = nn.ModuleList(
-            head(part, **(gaussian if isinstance(part, spaces.Box) or not boxes else none)) for part, _ in space.parts
+            head(part) if some_box and not is_box(part) else head(part, **gaussian) for part, _ in space.parts
         )
         self.sizes: list[int] = [x.size for x in self.heads]  # type: ignore[misc]
         self.size = sum(self.sizes)

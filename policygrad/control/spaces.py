@@ -1,5 +1,6 @@
 """Gymnasium spaces: as JSON and back, and actions on the way to a space's environment and from it."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ class Flat(spaces.Box):
     """
 
     def __init__(self, of: spaces.Dict | spaces.Tuple, masked: bool = True) -> None:
+        _some(_leaves(of), "observation")
         flattened: Any = spaces.flatten_space(of)
         super().__init__(flattened.low, flattened.high, flattened.shape, flattened.dtype)
         self.of, start = of, 0
@@ -63,7 +65,7 @@ class FlatActions(spaces.Box):
     def __init__(self, of: spaces.Space) -> None:
         self.of, self.parts, bounds = of, [], []
         start = 0
-        for part in _leaves(of):
+        for part in _some(_leaves(of), "action"):
             bounds.append(_numbers_between(part))
             self.parts.append((part, slice(start, start + len(bounds[-1][0]))))
             start += len(bounds[-1][0])
@@ -96,6 +98,13 @@ class FlatActions(spaces.Box):
             return [np.asarray(x, np.float64).reshape(len(x), -1)]
 
         return np.concatenate(numbers(self.of, actions), 1)
+
+
+def _some(leaves: Iterator[spaces.Space], what: str) -> list[spaces.Space]:
+    """The parts of a space. Raises UserError if there are none."""
+    if not (found := list(leaves)):
+        raise UserError(f"the {what} space is a Dict or Tuple without parts: give it at least one")
+    return found
 
 
 def _leaves(space: spaces.Space) -> Iterator[spaces.Space]:
@@ -133,10 +142,9 @@ def describe(space: spaces.Space) -> dict[str, Any]:
     """A JSON description of a space. Raises UserError for a space without an encoder and a head."""
     match space:
         case Flat():
-            description = {"kind": "Flat", "shape": list(space.shape), "of": describe_parts(space.of)}
-            return description | {"masked": space.mask is not None}
+            return {"kind": "Flat", "of": describe_parts(space.of), "masked": space.mask is not None}
         case FlatActions():
-            return {"kind": "FlatActions", "shape": list(space.shape), "of": describe_parts(space.of)}
+            return {"kind": "FlatActions", "of": describe_parts(space.of)}
         case spaces.Box():
             low, high = (_finite(x) for x in (space.low, space.high))
             return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), "low": low, "high": high}
@@ -154,10 +162,10 @@ def describe(space: spaces.Space) -> dict[str, Any]:
 
 
 def describe_parts(space: spaces.Space) -> dict[str, Any]:
-    """A JSON description of a space that may be a Dict or a Tuple of others."""
+    """A JSON description of a space that may be a Dict or a Tuple of others. A Dict's keys keep their order."""
     match space:
         case spaces.Dict():
-            return {"kind": "Dict", "of": {name: describe_parts(x) for name, x in space.spaces.items()}}
+            return {"kind": "Dict", "of": [[name, describe_parts(x)] for name, x in space.spaces.items()]}
         case spaces.Tuple():
             return {"kind": "Tuple", "of": [describe_parts(x) for x in space.spaces]}
     return describe(space)
@@ -171,7 +179,7 @@ def rebuild(description: dict[str, Any]) -> spaces.Space:
         case "FlatActions":
             return FlatActions(rebuild(description["of"]))
         case "Dict":
-            return spaces.Dict({name: rebuild(x) for name, x in description["of"].items()})
+            return spaces.Dict(OrderedDict((name, rebuild(x)) for name, x in description["of"]))  # a dict is sorted
         case "Tuple":
             return spaces.Tuple([rebuild(x) for x in description["of"]])
         case "Box":
@@ -215,6 +223,9 @@ def from_environment(action: np.ndarray, space: spaces.Space) -> np.ndarray:
     The inverse of to_environment. Raises UserError for a space that is not supported.
     """
     match space:
+        case FlatActions():
+            parts = [from_environment(action[:, where], part) for part, where in space.parts]
+            return np.concatenate([x.reshape(len(action), -1).astype(np.float64) for x in parts], 1)
         case spaces.Discrete():
             return (action.reshape(-1) - space.start).astype(np.int64)
         case spaces.MultiDiscrete():

@@ -20,7 +20,7 @@ from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
 from policygrad.train.hub import directory_of
 
-FORMAT = 2  # 2: actions in the units of their bounds; critics with a scale
+FORMAT = 3  # 2: actions in the units of their bounds; critics with a scale. 3: encoders, and the parts of a Dict
 ENDINGS = {
     "unfinished": "has not ended",
     "ended": "ended",
@@ -168,8 +168,8 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
             )
         try:
             own = description["policy"]
-            encoded = (own["observation_space"], own.get("encoder", "flat"), own.get("channels", "auto"), own["keys"])
-            check_size(*encoded, [*own["hidden"], feature_count(own["action_space"])], tensors)
+            layers = [*own["hidden"], feature_count(own["action_space"])]
+            check_size(own["observation_space"], own["encoder"], own["channels"], own["keys"], layers, tensors)
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
@@ -177,10 +177,10 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
     normalizer = None
     if description["normalizes_observations"] is not False:
         statistics = {name: x.numpy() for name, x in part_of(tensors, "observations.").items()}
-        shape = description["policy"] and tuple(description["policy"]["observation_space"]["shape"])
+        known: Any = policy.observation_space if isinstance(policy, Policy) else None
         try:
-            normalizer = normalizer_of(statistics, shape)
-            normalizer.kept = kept_of(policy.observation_space) if isinstance(policy, Policy) else None
+            normalizer = normalizer_of(statistics, None if known is None else known.shape)
+            normalizer.kept = None if known is None else kept_of(known)
         except KeyError as error:
             said = f"policy.json says normalizes_observations, and observations.{error.args[0]} is missing"
             raise damaged(weights, said) from error
@@ -249,9 +249,10 @@ def feature_count(space: dict[str, Any]) -> int:
     match space["kind"]:
         case "Flat" | "FlatActions":
             return feature_count(space["of"])
-        case "Dict" | "Tuple":
-            members = space["of"]
-            return sum(feature_count(x) for x in (members.values() if isinstance(members, dict) else members))
+        case "Dict":
+            return sum(feature_count(x) for _, x in space["of"])
+        case "Tuple":
+            return sum(feature_count(x) for x in space["of"])
         case "Discrete":
             return space["n"]
         case "MultiDiscrete":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
@@ -271,17 +271,59 @@ def test_a_mask_of_a_tuple_has_the_choices_of_its_parts(float64: None) -> None:
     assert (distribution.parts[3].entropy() < bound.parts[3].entropy()).any()
 
 
+class Hybrid(gymnasium.Env):
+    """Actions of two parts, and a mask of the choices of the first in its info."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space = spaces.Dict(turn=spaces.Discrete(3), speed=spaces.Box(-1, 1, (1,)))
+
+    def reset(self, **options: Any) -> Any:
+        super().reset(seed=options.get("seed"))
+        return self._next()
+
+    def step(self, action: Any) -> Any:
+        assert self.mask[action["turn"]]
+        obs, info = self._next()
+        return obs, 0.0, bool(self.np_random.random() < 0.1), False, info
+
+    def _next(self) -> Any:
+        self.mask = np.eye(3, dtype=np.int8)[self.np_random.integers(3)]
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {"action_mask": self.mask}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["made here", "a vector environment"])
+def test_the_info_has_masks_of_structured_actions(own: bool) -> None:
+    given = SyncVectorEnv([Hybrid] * 2, autoreset_mode=AutoresetMode.NEXT_STEP) if own else Hybrid
+    environments = make_environments(given, 2, action_mask="info")
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    rollout = Sampler(environments, 60, seed=0)(policy)
+    assert policy(rollout.obs).parts[0].entropy().max() == 0  # one choice each
+
+
 # Whole runs
 
 
 @pytest.mark.parametrize("method", ["reinforce", "a2c", "npg", "trpo", "ppo", "grpo"])
-def test_every_method_learns_under_masks(method: str, tmp_path: Any) -> None:
+def test_every_method_plays_under_masks(method: str, tmp_path: Any) -> None:
     task, out = "tests.control.test_masks:Forbidding", tmp_path / "run"
     run = pg.train(method, task, steps=600, seed=0, out=out, progress=False, wrap=["TimeLimit:9"])
     again = pg.Run.load(out, trust=True)
     obs = {"observation": np.zeros(2, np.float32), "action_mask": np.array([0, 0, 1, 0], np.int8)}
     assert again.act(obs) == run.act(obs) == 5
     assert again.evaluate(3).returns == run.evaluate(3).returns
+
+
+@pytest.mark.parametrize("method", ["a2c", "ppo"])
+def test_the_best_action_that_is_allowed_is_learned(method: str) -> None:
+    """The highest choice alone is paid, and forbidden now and then."""
+    options: dict[str, Any] = {"learning_rate": 3e-3, "num_envs": 8, "num_steps": 32, "seed": 0}
+    run = pg.train(method, Forbidding, steps=12_000, progress=False, **options)
+    masks = random_masks(200, DISCRETE)
+    obs = {"observation": np.zeros((200, 2), np.float32), "action_mask": masks.astype(np.int8)}
+    action = run.act(obs) - DISCRETE.start
+    assert masks[np.arange(200), action].all()
+    assert (action[masks[:, 3] == 1] == 3).all()
 
 
 def test_masks_from_the_info_are_kept_with_the_run(tmp_path: Any) -> None:

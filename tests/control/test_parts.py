@@ -1,5 +1,7 @@
 """Dict and Tuple observations: each part reaches the networks that are to see it, images through their own encoders."""
 
+import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from gymnasium import spaces
 import policygrad as pg
 from policygrad.control import ObservationNormalizer, Policy, Sampler, make_environments
 from policygrad.control.encoders import Joined, make_encoder, measured
-from policygrad.control.spaces import Flat, describe, kept_of, rebuild
+from policygrad.control.spaces import Flat, FlatActions, describe, kept_of, rebuild
 from policygrad.errors import UserError
 
 IMAGE, OTHER = spaces.Box(0, 255, (1, 8, 8), np.uint8), spaces.Box(0, 255, (7, 9, 3), np.uint8)
@@ -88,6 +90,36 @@ def test_only_the_named_parts_are_seen(keys: tuple[str, ...]) -> None:
     again = Policy.from_description(policy.description)
     again.load_state_dict(policy.state_dict())
     assert torch.equal(again(obs).logits, before)
+
+
+def test_a_dict_keeps_the_order_of_its_keys_through_a_file() -> None:
+    """Gymnasium sorts the keys of a dict, and not those of an ordered one: a policy would read other parts."""
+    ordered = spaces.Dict(OrderedDict([("z", spaces.Discrete(3)), ("a", spaces.Box(-1, 1, (2,)))]))
+    for made in (Flat, FlatActions):
+        again = rebuild(json.loads(json.dumps(describe(made(ordered)), sort_keys=True)))
+        assert list(again.of.spaces) == ["z", "a"]
+    policy = Policy(Flat(ordered), FlatActions(ordered), keys=("z",))
+    again = Policy.from_description(json.loads(json.dumps(policy.description)))
+    again.load_state_dict(policy.state_dict())
+    obs = torch.tensor([[[1.0, 0.0, 0.0, 0.3, -0.3]]])
+    assert torch.equal(again.encode(obs), obs[..., :3])
+    assert [type(x) for x in again(obs).parts] == [type(x) for x in policy(obs).parts]
+
+
+@pytest.mark.parametrize("empty", [spaces.Dict({}), spaces.Tuple([])], ids=["Dict", "Tuple"])
+def test_a_space_without_parts_is_refused(empty: spaces.Space) -> None:
+    for what, environment in (
+        ("observation", lambda: Sampling(empty)),
+        ("action", lambda: Acting(empty)),
+    ):
+        with pytest.raises(UserError, match=f"the {what} space is a Dict or Tuple without parts: give it at least one"):
+            pg.train("ppo", environment, steps=10, progress=False)
+
+
+class Acting(Sampling):
+    def __init__(self, actions: spaces.Space) -> None:
+        super().__init__(spaces.Discrete(2))
+        self.action_space = actions
 
 
 def test_vectors_alone_are_the_vector_itself() -> None:

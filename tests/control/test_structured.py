@@ -97,7 +97,11 @@ def test_an_action_goes_to_its_vector_and_back(space: spaces.Space) -> None:
     assert describe(rebuild(describe(flat))) == describe(flat)
     made = head(flat)
     distribution = made(torch.randn(50, 1, made.size))
-    taken = distribution.to_environment(distribution.sample()[:, 0])
+    action = distribution.sample()[:, 0]
+    taken = distribution.to_environment(action)
+    inside = torch.from_numpy(distribution.to_environment(distribution.mode[:, 0]))
+    back = distribution.from_environment(inside.numpy())
+    np.testing.assert_allclose(distribution.to_environment(torch.from_numpy(back)), inside, rtol=1e-6, atol=1e-6)
     batch = flat.structured(taken)
     np.testing.assert_array_equal(flat.vectors(batch), taken)
     for i in range(50):
