@@ -26,7 +26,7 @@ from policygrad.control.envpool import EnvPool
 from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
-from policygrad.control.spaces import flat
+from policygrad.control.spaces import MASK, flat
 from policygrad.control.structured import StructuredActions, VectorStructuredActions, has_parts
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.control.wrapping import wrapped, wrapper
@@ -255,17 +255,21 @@ class Checked(gymnasium.Wrapper):
     """Refuses what Gymnasium would cast or copy into the batch unseen: wrong shapes, and numbers that would change.
 
     Of `info` it passes on the numbers at an episode's end, which are all that is read, as floats, since Gymnasium's
-    arrays take the type of the first value.
+    arrays take the type of the first value; and of a reset, whether there is a mask of actions that is left unread.
 
     make, restarts: an environment that raises an error is made anew so many times. The step that failed then returns
     the observation of a reset, no reward, and why as RESTARTED in its info: the episode before it was cut.
     """
 
     def __init__(
-        self, environment: gymnasium.Env, make: Callable[[], gymnasium.Env] | None = None, restarts: int = 0
+        self,
+        environment: gymnasium.Env,
+        make: Callable[[], gymnasium.Env] | None = None,
+        restarts: int = 0,
+        action_mask: str = "auto",
     ) -> None:
         super().__init__(environment)
-        self.make, self.restarts, self.restarted = make, restarts, 0
+        self.make, self.restarts, self.restarted, self.action_mask = make, restarts, 0, action_mask
         self._attach(environment)
 
     def _attach(self, environment: gymnasium.Env) -> None:
@@ -331,7 +335,7 @@ class Checked(gymnasium.Wrapper):
         obs, info = self.env.reset(**options)
         _numbers(info)  # which is checked
         obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's reset returned")
-        return obs, {}
+        return obs, {MASK: 1.0} if self.action_mask == "auto" and MASK in (info or {}) else {}
 
     def _step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self.recording.add(action)
@@ -409,7 +413,7 @@ def _prepared(
     def dressed(environment: gymnasium.Env) -> gymnasium.Env:
         return reduce(lambda inner, wrapper: wrapper(inner), inside, environment)
 
-    checked = Checked(dressed(environment), None if make is None else lambda: dressed(make()), restarts)
+    checked = Checked(dressed(environment), None if make is None else lambda: dressed(make()), restarts, action_mask)
     if isinstance(checked.observation_space, spaces.Box | spaces.Discrete):
         return checked
     space = flat(checked.observation_space, action_mask != "off")

@@ -26,7 +26,7 @@ from policygrad.control.envpool import EnvPool
 from policygrad.control.masks import check_mask_space, check_masks
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.processes import RESTARTED, Processes
-from policygrad.control.spaces import Flat, describe, unsupported
+from policygrad.control.spaces import MASK, Flat, describe, unsupported
 from policygrad.errors import NonFiniteError, Note, UserError, one_line, type_of
 
 
@@ -80,6 +80,7 @@ class Stepping:
         self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
         self.seeded, self.generator = seed is not None, np.random.default_rng(seed)
         self.obs: np.ndarray | None = None
+        self.told = False  # whether a mask that is not read has been mentioned
         self.begun = False  # whether these environments have been reset
         self.resetting = np.zeros(environments.num_envs, dtype=bool)
         self.episode_return = np.zeros(environments.num_envs)
@@ -111,9 +112,16 @@ class Stepping:
             drawn = self.generator.integers(2**31, size=groups).repeat(self.group_size).tolist()
             seed = drawn if grouped or takes_list else drawn[0]
         try:
-            obs, _ = self.environments.reset(seed=seed)
+            obs, info = self.environments.reset(seed=seed)
         except Exception as error:
             raise (no_seeds(self.group_size) if grouped and not takes_list else failure("reset", error)) from error
+        if MASK in (info or {}) and getattr(self.observation_space, "mask", None) is None and not self.told:
+            self.told = True
+            warnings.warn(
+                "the environment's info has an action_mask, which is not read: set action_mask to info, or off",
+                Note,
+                stacklevel=2,
+            )
         self.seeded, self.begun = False, True  # later resets continue the environments' own random streams
         self.resetting[:] = False
         self.episode_return[:] = 0.0

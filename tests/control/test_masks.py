@@ -1,5 +1,6 @@
 """Masks of actions: the distribution is that of the allowed actions, and none but these reach the environment."""
 
+import warnings
 from typing import Any
 
 import gymnasium
@@ -17,7 +18,7 @@ from policygrad.control.acting import Mode
 from policygrad.control.encoders import make_encoder
 from policygrad.control.masks import choices, random_masks
 from policygrad.control.spaces import Flat, FlatActions, describe, rebuild
-from policygrad.errors import UserError
+from policygrad.errors import Note, UserError
 
 DISCRETE, MULTI = spaces.Discrete(4, start=3), spaces.MultiDiscrete([2, 3], start=[1, -1])
 COINS = spaces.MultiBinary(3)
@@ -232,6 +233,25 @@ def test_a_normalizer_leaves_masks_alone() -> None:
     mask, rest = rollout.obs[..., space.mask], rollout.obs[..., space.mask.stop :]
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert abs(float(rest[:, 10:].std()) - 1) < 0.2
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_mask_that_is_not_read_is_mentioned_once(vectorization: str) -> None:
+    how = {"vectorization": vectorization, "env_options": {"key": False}}
+
+    def notes(action_mask: str) -> list[str]:
+        environments = make_environments(Forbidding, 2, action_mask=action_mask, **how)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            sample = Sampler(environments, 3, seed=0, whole_episodes=True)
+            for _ in range(2):
+                sample.stepping.reset()
+        environments.close()
+        return [str(x.message) for x in found if issubclass(x.category, Note)]
+
+    said = "the environment's info has an action_mask, which is not read: set action_mask to info, or off"
+    assert notes("auto") == [said]
+    assert notes("off") == notes("info") == []
 
 
 # Spaces
