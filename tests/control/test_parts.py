@@ -196,3 +196,17 @@ def test_keys_need_parts_and_a_critic_to_see_them() -> None:
         pg.train(
             "reinforce", Sampling, critic_keys=["goal"], baseline="none", wrap=["TimeLimit:9"], steps=10, progress=False
         )
+
+
+def test_an_encoder_of_ones_own_sees_all_but_the_mask() -> None:
+    space = Flat(spaces.Dict(a=spaces.Box(-1, 1, (2,)), action_mask=spaces.MultiBinary(3), b=spaces.Discrete(2)))
+    seen = []
+
+    class Own(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x
+
+    obs = torch.arange(7.0).expand(1, 1, 7)
+    assert make_encoder(space, Own())(obs).tolist() == [[[0.0, 1.0, 5.0, 6.0]]]
+    assert seen[-1].shape == (1, 4)
