@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def test_masks_of_actions_go_on(options: dict[str, Any], tmp_path: Path) -> None
 def test_structured_actions_go_on(vectorization: str, tmp_path: Path) -> None:
     task = "tests.control.test_structured:Hybrid"
     assert_resumes(tmp_path, "trpo", task, 3, **known("trpo", vectorization=vectorization))
+
+
+@pytest.mark.skipif(find_spec("mujoco") is None, reason="MuJoCo is not installed")
+@pytest.mark.parametrize(("task", "vectorization"), [("HalfCheetah-v5", "sync"), ("Hopper-v5", "async")])
+def test_physics_goes_on_bit_for_bit(task: str, vectorization: str, tmp_path: Path) -> None:
+    """MuJoCo's state, with the warm start of its solver, follows from the reset and the actions."""
+    options = {"num_envs": 2, "num_steps": 64, "minibatch_size": 64, "vectorization": vectorization}
+    assert_resumes(tmp_path, "ppo", task, 3, **known("ppo", **options))
 
 
 class Drifting(Known):
