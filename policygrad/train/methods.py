@@ -112,7 +112,7 @@ CLONE = Method(
                     "minibatch_size": 128, "learning_rate": 1e-3},
         "language": {"evaluate_every": 20}},
 )  # fmt: skip
-KNOWN: Mapping[str, Method] = ChainMap(METHODS, {CLONE.name: CLONE})  # a line that is added to the table is known
+KNOWN: Mapping[str, Method] = ChainMap({CLONE.name: CLONE}, METHODS)  # a line that is added to the table is known
 CREDITS = ("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group")
 ALIASES = {"a2c": "actor_critic", "impala": "off_policy_actor_critic", "reinforce++": "reinforce_plus_plus"}
 
