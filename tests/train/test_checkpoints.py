@@ -73,7 +73,7 @@ def test_a_policy_of_ones_own_is_filled(tmp_path: Path) -> None:
 
 def test_the_description_is_json_that_anything_can_read(saved: Path) -> None:
     description = json.loads((saved / "policy.json").read_text())
-    assert description["format"] == 3
+    assert description["format"] == 4
     assert description["policy"]["action_space"]["kind"] == "Box"
     assert description["policy"]["observation_space"]["low"] == [None], "one number stands for equal bounds"
 
