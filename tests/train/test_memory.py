@@ -19,6 +19,7 @@ from policygrad.train.methods import METHODS
 from policygrad.train.options import EPISODIC, options_of
 
 TWO = spaces.Discrete(2)
+RATE = {"gru": 3e-3, "lstm": 3e-3, "transformer": 1e-3}  # at which each is learned in a few thousand steps
 
 
 class Sign(gymnasium.Env):
@@ -26,7 +27,7 @@ class Sign(gymnasium.Env):
 
     def __init__(self, actions: str = "discrete") -> None:
         self.actions = actions
-        self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.observation_space: Any = spaces.Box(-1, 1, (2,), np.float32)
         self.action_space: Any = {
             "discrete": TWO,
             "box": spaces.Box(-1, 1, (1,), np.float32),
@@ -65,9 +66,58 @@ def test_every_method_trains_with_memory(method: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
 def test_what_needs_memory_is_learned(kind: str, actions: str) -> None:
     """Without memory the mean return is one half."""
-    values: dict[str, Any] = {"num_envs": 16, "num_steps": 16, "minibatch_size": 128, "learning_rate": 3e-3}
+    values: dict[str, Any] = {"num_envs": 16, "num_steps": 16, "minibatch_size": 128, "learning_rate": RATE[kind]}
     values |= {"epochs": 4, "memory": kind, "memory_size": 16, "hidden": (), "sequence_length": 8, "seed": 1}
-    run = pg.train("ppo", partial(Sign, actions), steps=6_000, progress=False, **values)
+    run = pg.train("ppo", partial(Sign, actions), steps=8_000, progress=False, **values)
+    assert run.evaluate(50).return_mean > 0.9
+
+
+class Image(Sign):
+    """The sign is a bright row in the first image of 3 x 3, above or below; the other images are dark."""
+
+    def __init__(self, actions: str = "discrete") -> None:
+        super().__init__(actions)
+        self.observation_space = spaces.Box(0, 255, (1, 3, 3), np.uint8)
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**options)
+        image = np.zeros((1, 3, 3), np.uint8)
+        image[0, 2 * self.sign] = 255
+        return image, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        _, *rest = super().step(action)
+        return np.zeros((1, 3, 3), np.uint8), *rest  # type: ignore[return-value]
+
+
+class Forbidden(Sign):
+    """A third action would have reward 2 at any time, and is forbidden at all times."""
+
+    def __init__(self, actions: str = "discrete") -> None:
+        super().__init__(actions)
+        self.action_space = spaces.Discrete(3)
+        parts = {"observation": self.observation_space, "action_mask": spaces.Box(0, 1, (3,), np.int8)}
+        self.observation_space = spaces.Dict(parts)
+
+    def masked(self, obs: Any) -> dict[str, Any]:
+        return {"observation": obs, "action_mask": np.array([1, 1, 0], np.int8)}
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        obs, info = super().reset(**options)
+        return self.masked(obs), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert action < 2
+        obs, *rest = super().step(action)
+        return self.masked(obs), *rest  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+@pytest.mark.parametrize("task", [Image, Forbidden])
+def test_images_and_masks_go_with_memory(task: type[Sign], kind: str) -> None:
+    values: dict[str, Any] = {"num_envs": 16, "num_steps": 16, "minibatch_size": 128, "learning_rate": RATE[kind]}
+    values |= {"epochs": 4, "memory": kind, "memory_size": 16, "hidden": (), "sequence_length": 8, "seed": 1}
+    run = pg.train("ppo", task, steps=8_000, progress=False, **values)
     assert run.evaluate(50).return_mean > 0.9
 
 
