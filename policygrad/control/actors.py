@@ -130,7 +130,7 @@ class PerceptronActor(Actor):
         x = x.reshape(self.rows, -1) if plain else self.policy.encode(x.unsqueeze(1)).squeeze(1)
         if self.policy.memory is not None:
             begins = as_tensor(start, self.device).unsqueeze(1)
-            x, self.state = self.policy.memory(x.unsqueeze(1), begins, self.state)
+            x, self.state = self.policy.memory.unrolled(x.unsqueeze(1), begins, self.state)
             x = x.squeeze(1)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))

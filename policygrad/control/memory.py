@@ -49,30 +49,57 @@ class Memory(nn.Module, ABC):
     size: int
     state_size: int
 
-    @abstractmethod
     def forward(
+        self, features: Float[Tensor, "B T F"], start: Bool[Tensor, "B T"], state: Float[Tensor, "B S"]
+    ) -> Float[Tensor, "B T size"]:
+        """The features alone, as learning needs them."""
+        return self.unrolled(features, start, state)[0]
+
+    @abstractmethod
+    def unrolled(
         self, features: Float[Tensor, "B T F"], start: Bool[Tensor, "B T"], state: Float[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B T size"], Float[Tensor, "B S"]]:
         """The features, and the state after the last step."""
 
 
 class Recurrent(Memory):
-    """A cell of torch's, step by step. Its inputs are projected for all steps at once.
+    """A layer of torch's. orthogonal: orthogonal weights and biases of 0; else torch's own.
 
-    orthogonal: orthogonal weights and biases of 0; else torch's own.
+    Acting goes step by step, and so does all that torch traces. Learning takes the layer's own kernel, which computes
+    whole sequences, many times as fast: a row is cut where an episode starts, and its parts are sequences of their own.
     """
 
-    cell: nn.RNNCellBase
-
-    def __init__(self, cell: nn.RNNCellBase, states: int, orthogonal: bool) -> None:
+    def __init__(self, layer: nn.RNNBase, states: int, orthogonal: bool) -> None:
         super().__init__()
-        self.cell, self.size, self.state_size = cell, cell.hidden_size, states * cell.hidden_size
+        self.layer, self.size, self.state_size = layer, layer.hidden_size, states * layer.hidden_size
         if orthogonal:
-            for name, p in cell.named_parameters():
+            for name, p in layer.named_parameters():
                 nn.init.orthogonal_(p) if name.startswith("weight") else nn.init.zeros_(p)
 
-    def forward(self, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        projected = nn.functional.linear(features, self.cell.weight_ih, self.cell.bias_ih)
+    def train(self, mode: bool = True) -> "Recurrent":
+        """As of any module, but for the layer: it has no dropout, and on a GPU no gradient in evaluation mode."""
+        super().train(mode)
+        self.layer.train()
+        return self
+
+    def forward(self, features: Tensor, start: Tensor, state: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or _is_mapped(features, *self.layer.parameters()):
+            return self.unrolled(features, start, state)[0]
+        rows, steps = start.shape
+        begins = start.index_fill(1, torch.zeros(1, dtype=torch.long, device=start.device), True).flatten()
+        if int(begins.sum()) == rows:
+            return self.sequences(features, state * ~start[:, :1])
+        first = begins.nonzero().squeeze(1)
+        sequence = begins.cumsum(0) - 1
+        place = torch.arange(rows * steps, device=start.device) - first[sequence]
+        padded = features.new_zeros(len(first), int(place.max()) + 1, features.shape[-1])
+        initial = state.new_zeros(len(first), self.state_size)
+        padded = padded.index_put((sequence, place), features.flatten(0, 1))
+        initial = initial.index_put((sequence.view(rows, steps)[:, 0],), state * ~start[:, :1])
+        return self.sequences(padded, initial)[sequence, place].unflatten(0, (rows, steps))
+
+    def unrolled(self, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        projected = nn.functional.linear(features, self.layer.weight_ih_l0, self.layer.bias_ih_l0)  # type: ignore[arg-type]
         kept = (~start).to(features.dtype).unsqueeze(-1)
         found = []
         for x, keep in zip(projected.unbind(1), kept.unbind(1), strict=True):
@@ -81,19 +108,29 @@ class Recurrent(Memory):
         return torch.stack(found, 1), state
 
     @abstractmethod
+    def sequences(self, features: Tensor, state: Tensor) -> Tensor:
+        """The features of sequences [N, L, F] without starts inside, by the layer's own kernel."""
+
+    @abstractmethod
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """The state after a step with the projected input x [B, gates size]. Its first `size` numbers are h."""
+
+    def recurrent(self, h: Tensor) -> Tensor:
+        """U h + b."""
+        return nn.functional.linear(h, self.layer.weight_hh_l0, self.layer.bias_hh_l0)  # type: ignore[arg-type]
 
 
 class GRU(Recurrent):
     """h' = (1 - z) n + z h, n = tanh(W x + r (U h)), with gates r and z (Cho et al. 2014, arXiv 1406.1078)."""
 
     def __init__(self, inputs: int, size: int, orthogonal: bool = True) -> None:
-        super().__init__(nn.GRUCell(inputs, size), 1, orthogonal)
+        super().__init__(nn.GRU(inputs, size, batch_first=True), 1, orthogonal)
+
+    def sequences(self, features: Tensor, state: Tensor) -> Tensor:
+        return self.layer(features, state.unsqueeze(0))[0]
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
-        recurrent = nn.functional.linear(state, self.cell.weight_hh, self.cell.bias_hh)
-        gates = 2 * self.size
+        recurrent, gates = self.recurrent(state), 2 * self.size
         r, z = (x[:, :gates] + recurrent[:, :gates]).sigmoid().chunk(2, -1)
         n = torch.addcmul(x[:, gates:], r, recurrent[:, gates:]).tanh()
         return torch.lerp(n, state, z)
@@ -103,11 +140,15 @@ class LSTM(Recurrent):
     """c' = f c + i g, h' = o tanh(c'), with gates i, f and o (Hochreiter & Schmidhuber 1997; Gers et al. 2000)."""
 
     def __init__(self, inputs: int, size: int, orthogonal: bool = True) -> None:
-        super().__init__(nn.LSTMCell(inputs, size), 2, orthogonal)
+        super().__init__(nn.LSTM(inputs, size, batch_first=True), 2, orthogonal)
+
+    def sequences(self, features: Tensor, state: Tensor) -> Tensor:
+        h, c = (x.contiguous().unsqueeze(0) for x in state.chunk(2, -1))
+        return self.layer(features, (h, c))[0]
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         h, c = state.chunk(2, -1)
-        i, f, g, o = (x + nn.functional.linear(h, self.cell.weight_hh, self.cell.bias_hh)).chunk(4, -1)
+        i, f, g, o = (x + self.recurrent(h)).chunk(4, -1)
         c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
         return torch.cat([o.sigmoid() * c.tanh(), c], -1)
 
@@ -130,7 +171,7 @@ class Transformer(Memory):
         self.embed = nn.Linear(inputs, size)
         self.blocks = nn.ModuleList(Block(size, window) for _ in range(LAYERS))
 
-    def forward(self, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def unrolled(self, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         x, steps = self.embed(features), features.shape[1]
         held, known = state.split([self.past * LAYERS * self.size, self.past], -1)
         before = held.unflatten(-1, (LAYERS, self.past, self.size)).unbind(1)
@@ -175,6 +216,11 @@ class Block(nn.Module):
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _is_mapped(*tensors: Tensor) -> bool:
+    """Whether torch.func is transforming a function of these, as torch.vmap does."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def make_memory(kind: str, inputs: int, size: int, window: int = 16, orthogonal: bool = True) -> Memory | None:

@@ -96,7 +96,10 @@ class Policy(nn.Module):
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
 
     def forward(self, obs: Any) -> Distribution:
-        return self._distribution(obs, self.encode(obs)) if self.memory is None else self.unrolled(obs)[0]
+        if self.memory is None:
+            return self._distribution(obs, self.encode(obs))
+        rows = rows_of(obs, self.memory.state_size)
+        return self._distribution(rows.obs, self.memory(self.encode(rows.obs), rows.start, rows.state[:, 0]))
 
     def initial(self, batch: int) -> Tensor:
         """The empty memory [batch, S]; S = 0 without one."""
@@ -107,7 +110,7 @@ class Policy(nn.Module):
         rows = rows_of(obs, self.initial(1).shape[-1])
         features, state = self.encode(rows.obs), rows.state[:, 0]
         if self.memory is not None:
-            features, state = self.memory(features, rows.start, state)
+            features, state = self.memory.unrolled(features, rows.start, state)
         return self._distribution(rows.obs, features), state
 
     def _distribution(self, obs: Tensor, features: Tensor) -> Distribution:
@@ -176,8 +179,9 @@ class Critic(nn.Module):
     def forward(self, obs: Any) -> Tensor:
         if self.memory is None:
             features = self.encode(obs.obs if isinstance(obs, Rows) else obs)
-            return self.scale * self.network(features).squeeze(-1)
-        return self.unrolled(obs)[0]
+            return self._value(features)
+        rows = rows_of(obs, self.memory.state_size)
+        return self._value(self.memory(self.encode(rows.obs), rows.start, self._state(rows)))
 
     def initial(self, batch: int) -> Tensor:
         """The empty memory [batch, S] of its own; S = 0 without one, and where it shares the policy's."""
@@ -187,9 +191,14 @@ class Critic(nn.Module):
         """V(s) at each step of Rows, and the memory [B, S] after the last."""
         assert self.memory is not None
         rows = rows_of(obs, self.memory.state_size)
-        state = (rows.state if self.shares else rows.critic_state)[:, 0]
-        features, state = self.memory(self.encode(rows.obs), rows.start, state)
-        return self.scale * self.network(features).squeeze(-1), state
+        features, state = self.memory.unrolled(self.encode(rows.obs), rows.start, self._state(rows))
+        return self._value(features), state
+
+    def _state(self, rows: Rows) -> Tensor:
+        return (rows.state if self.shares else rows.critic_state)[:, 0]
+
+    def _value(self, features: Tensor) -> Tensor:
+        return self.scale * self.network(features).squeeze(-1)
 
     @torch.no_grad()
     def rescale(self, square: Tensor) -> None:

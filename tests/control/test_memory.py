@@ -61,24 +61,46 @@ def counting(mode: AutoresetMode = AutoresetMode.NEXT_STEP, count: int = 2) -> V
 # The memories themselves
 
 
-def cell_by_cell(cell: Any, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's own cell, which begins with zeros where an episode starts."""
-    pairs, found = isinstance(cell, nn.LSTMCell), []
+def cell_by_cell(layer: Any, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's own cell with the layer's parameters, which begins with zeros where an episode starts."""
+    pairs, found = isinstance(layer, nn.LSTM), []
+    cell = (nn.LSTMCell if pairs else nn.GRUCell)(layer.input_size, layer.hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): x for name, x in layer.state_dict().items()})
     for t in range(features.shape[1]):
         state = state.where(~start[:, t : t + 1], 0.0)
-        after = cell(features[:, t], state.chunk(2, -1) if pairs else state)
+        after: Any = cell(features[:, t], state.chunk(2, -1) if pairs else state)
         state = torch.cat(after, -1) if pairs else after
         found.append(after[0] if pairs else after)
     return torch.stack(found, 1), state
 
 
 @pytest.mark.parametrize("make", [GRU, LSTM])
-def test_a_cell_is_that_of_torch(make: Callable[..., Any], float64: None) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_layer_is_torchs_cell_step_by_step(make: Callable[..., Any], share: float, float64: None) -> None:
+    """Step by step, and by the kernel of whole sequences: the same features, and the same gradients of everything."""
     memory = larger(make(3, 4))
-    features, start = torch.randn(5, 7, 3), torch.rand(5, 7) < 0.3
-    state = torch.randn(5, memory.state_size)
-    for x, y in zip(memory(features, start, state), cell_by_cell(memory.cell, features, start, state), strict=True):
+    features, start = torch.randn(5, 7, 3, requires_grad=True), torch.rand(5, 7) < share
+    state = torch.randn(5, memory.state_size, requires_grad=True)
+    expected = cell_by_cell(memory.layer, features, start, state)
+    for x, y in zip(memory.unrolled(features, start, state), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    torch.testing.assert_close(memory(features, start, state), expected[0], rtol=0, atol=1e-13)
+    leaves, weight = [features, state, *memory.parameters()], torch.randn(5, 7, 4)
+    gradients = [
+        torch.autograd.grad((found * weight).sum(), leaves)
+        for found in (memory.unrolled(features, start, state)[0], memory(features, start, state))
+    ]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [GRU, LSTM])
+def test_the_kernel_of_float32_agrees_with_its_steps(make: Callable[..., Any]) -> None:
+    memory = make(3, 8)
+    features, start = torch.randn(5, 40, 3), torch.rand(5, 40) < 0.1
+    state = torch.rand(5, memory.state_size)
+    found, expected = memory(features, start, state), memory.unrolled(features, start, state)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=40 * torch.finfo().eps * 8)
 
 
 def test_a_window_is_attention_to_the_last_steps_of_the_episode(float64: None) -> None:
@@ -102,7 +124,7 @@ def test_a_window_is_attention_to_the_last_steps_of_the_episode(float64: None) -
             y = x[t] + block.out(torch.cat(heads))
             after.append(y + block.narrow(block.wide(block.norm_after(y)).relu()))
         x = torch.stack(after)
-    found, _ = memory(features, start, torch.zeros(1, memory.state_size))
+    found = memory(features, start, torch.zeros(1, memory.state_size))
     torch.testing.assert_close(found[0], x, rtol=0, atol=1e-12)
 
 
@@ -114,18 +136,18 @@ def memories() -> dict[str, Memory]:
 def test_a_row_is_its_steps_one_by_one_or_in_pieces(kind: str, float64: None) -> None:
     memory = memories()[kind]
     features, start = torch.randn(5, 8, 3), torch.rand(5, 8) < 0.3
-    state = memory(torch.randn(5, 6, 3), torch.zeros(5, 6, dtype=torch.bool), torch.zeros(5, memory.state_size))[1]
-    whole, last = memory(features, start, state)
+    state = memory.unrolled(
+        torch.randn(5, 6, 3), torch.zeros(5, 6, dtype=torch.bool), torch.zeros(5, memory.state_size)
+    )[1]
+    whole, last = memory.unrolled(features, start, state)
     for size in (1, 3, 4):
         parts, now = [], state
         for x, begins in zip(features.split(size, 1), start.split(size, 1), strict=True):
-            found, now = memory(x, begins, now)
+            found, now = memory.unrolled(x, begins, now)
             parts.append(found)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
         torch.testing.assert_close(now, last, rtol=0, atol=1e-12)
-    assert not torch.allclose(
-        memory(features, start, torch.zeros_like(state))[0][~start[:, 0], 0], whole[~start[:, 0], 0]
-    )
+    assert not torch.allclose(memory(features, start, torch.zeros_like(state))[~start[:, 0], 0], whole[~start[:, 0], 0])
 
 
 @each_kind
@@ -135,8 +157,8 @@ def test_nothing_passes_a_start_to_the_bit(kind: str) -> None:
     features, start = torch.randn(4, 9, 3), torch.zeros(4, 9, dtype=torch.bool)
     start[:, 4] = True
     other = torch.cat([torch.randn(4, 4, 3), features[:, 4:]], 1)
-    found, last = memory(features, start, torch.zeros(4, memory.state_size))
-    changed, last_changed = memory(other, start, torch.rand(4, memory.state_size))
+    found, last = memory.unrolled(features, start, torch.zeros(4, memory.state_size))
+    changed, last_changed = memory.unrolled(other, start, torch.rand(4, memory.state_size))
     assert torch.equal(found[:, 4:], changed[:, 4:])
     assert not torch.equal(found[:, :4], changed[:, :4])
     assert torch.equal(found[:, -1], changed[:, -1])
@@ -148,7 +170,7 @@ def test_a_window_forgets_and_torchs_cells_do_not() -> None:
     for kind, memory in memories().items():
         features, start = torch.randn(1, steps, 3), torch.zeros(1, steps, dtype=torch.bool)
         features.requires_grad_(True)
-        found, _ = memory(features, start, torch.zeros(1, memory.state_size))
+        found = memory(features, start, torch.zeros(1, memory.state_size))
         (gradient,) = torch.autograd.grad(found[0, -1].sum(), features)
         reach = gradient[0].abs().sum(-1) > 0
         assert not reach[: steps - 5].any() if kind == "transformer" else reach.all()

@@ -62,6 +62,23 @@ def test_every_method_trains_with_memory(method: str, tmp_path: Any) -> None:
     assert run.evaluate(4, environment=Sign).returns == again.evaluate(4, environment=Sign).returns
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [("trpo", {"num_steps": 8}), ("reinforce", {"episode_steps": 4, "baseline": "optimal"})],
+    ids=["trpo", "optimal baseline"],
+)
+def test_second_derivatives_and_mapped_gradients_go_through_every_memory(
+    method: str, values: dict[str, Any], kind: str
+) -> None:
+    values = {"num_envs": 4, "memory": kind, "memory_size": 4, "hidden": (), "progress": False, **values}
+    run = pg.train(method, Sign, steps=60, **values)
+    assert all(row["gradient_norm"] > 0 for row in run.metrics)
+    if method == "trpo":
+        assert any(row["accepted"] for row in run.metrics)
+        assert all(row["kl_old"] <= 0.01 for row in run.metrics)
+
+
 @pytest.mark.parametrize("actions", ["discrete", "box", "multi", "tuple"])
 @pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
 def test_what_needs_memory_is_learned(kind: str, actions: str) -> None:
