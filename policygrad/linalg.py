@@ -1,7 +1,6 @@
 """Linear algebra without forming a matrix: conjugate gradient, Fisher-vector product, per-row gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,24 +58,12 @@ def fisher_vector_product(
     `divergence` returns the mean KL(old, new) with the old policy constant. It is evaluated once, here. Each product
     is one more backward pass through its gradient.
     """
-    with _differentiable_twice():
-        gradient = flat_gradient(divergence(), parameters, create_graph=True)
+    gradient = flat_gradient(divergence(), parameters, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
         return flat_gradient(gradient @ v, parameters, retain_graph=True) + damping * v
 
     return product
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Without oneDNN, whose kernel of an LSTM has a first derivative alone; torch's own has a second one, too."""
-    kernels: Any = torch.backends.mkldnn
-    before, kernels.enabled = kernels.enabled, False
-    try:
-        yield
-    finally:
-        kernels.enabled = before
 
 
 def add_to(parameters: Sequence[Tensor], origin: Sequence[Tensor], step: Float[Tensor, " N"]) -> None:

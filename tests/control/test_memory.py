@@ -355,6 +355,19 @@ def test_a_fisher_vector_product_goes_through_time(kind: str, float64: None) -> 
     torch.testing.assert_close(product(v), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [GRU, LSTM])
+def test_the_kernel_of_float32_has_a_second_derivative(make: Callable[..., Any]) -> None:
+    """oneDNN has a kernel of its own for an LSTM of float32: a Fisher-vector product takes its gradient twice."""
+    memory = larger(make(3, 16))
+    features, start, state = torch.randn(4, 20, 3), torch.rand(4, 20) < 0.1, torch.zeros(4, memory.state_size)
+    parameters, found = list(memory.parameters()), []
+    v = torch.randn(sum(p.numel() for p in parameters))
+    for y in (memory(features, start, state), memory.unrolled(features, start, state)[0]):
+        gradient = flat_gradient(y.square().mean(), parameters, create_graph=True)
+        found.append(flat_gradient(gradient @ v, parameters))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * float(found[1].abs().max()))
+
+
 def test_minibatches_are_whole_rows_or_pieces() -> None:
     policy, critic = policy_of("gru"), critic_of("gru")
     sampler = Sampler(counting(count=3), 6, sequence_length=2, critic=critic, seed=0)
