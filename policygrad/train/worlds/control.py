@@ -22,6 +22,7 @@ from policygrad.control.encoders import chosen, measured
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import refuse_memory
+from policygrad.control.players import agents_of
 from policygrad.control.replay import restore, state_of
 from policygrad.control.spaces import describe, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
@@ -190,6 +191,11 @@ class ControlWorld(World):
         groups: Any = None
         if options.credit == "group":
             groups = options.group_size or "all"
+            if options.group_size and agents_of(environments) > 1:
+                raise OptionError(
+                    "group_size",
+                    "group_size starts copies of one environment alike, and rows here are agents: leave it out",
+                )
         return Sampler(
             environments,
             steps,
