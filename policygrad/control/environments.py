@@ -23,9 +23,10 @@ from policygrad.control.atari import is_preprocessed, preprocessed
 from policygrad.control.checks import check_distinct, checked_flag, checked_member, checked_number, finite_numbers
 from policygrad.control.envpool import EnvPool
 from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
-from policygrad.control.players import Agents, GameFound, game, is_game
+from policygrad.control.players import Agents, GameFound, game, is_game, takes_turns
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
+from policygrad.control.seats import Opponents, Seat
 from policygrad.control.spaces import MASK, flat
 from policygrad.control.structured import StructuredActions, VectorStructuredActions, has_parts
 from policygrad.control.wrappers import Layers, Learned
@@ -62,6 +63,7 @@ def make_environments(
     restarts: int = 0,
     wrap: Sequence[str] = (),
     action_mask: str = "auto",
+    opponents: Opponents | None = None,
     env_options: Mapping[str, Any] | None = None,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
@@ -103,6 +105,8 @@ def make_environments(
 
         def made() -> Any:
             environment = make()
+            if takes_turns(environment):
+                environment = Seat(environment, opponents or Opponents())
             return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
 
         def prepared() -> gymnasium.Env:

@@ -74,6 +74,25 @@ def game(name: str, options: Mapping[str, Any]) -> Callable[[], Any] | None:
     return partial(getattr(found, "parallel_env", None) or found.env, **options)
 
 
+def takes_turns(thing: Any) -> bool:
+    """Whether the agents of a game act one after another (PettingZoo's agent environment cycle)."""
+    return is_game(thing) and callable(getattr(thing, "last", None)) and callable(getattr(thing, "agent_iter", None))
+
+
+def shared_space(environment: Any, agents: list[Any], what: str) -> spaces.Space:
+    """The space of every agent's observations or actions. Raises UserError if they differ, or if there is no agent."""
+    if not agents:
+        raise UserError("the environment's possible_agents names no agent: list there all that may ever act")
+    pad = "pad_observations_v0" if what == "observation" else "pad_action_space_v0"
+    found = [getattr(environment, f"{what}_space")(x) for x in agents]
+    for agent, space in zip(agents, found, strict=True):
+        if space != found[0]:
+            shown = [f"{one_line(x, 16)} {one_line(y, 26)}" for x, y in ((agents[0], found[0]), (agent, space))]
+            said = f"agents share one policy, and their {what} spaces differ ({', '.join(shown)})"
+            raise UserError(f"{said}: pad them, as by supersuit.{pad}")
+    return found[0]
+
+
 class Game:
     """One game of a parallel environment: what each agent saw last, which of them act next, and how to play it again.
 
@@ -194,10 +213,8 @@ class Agents(VectorEnv):
     def __init__(self, environments: list[Any]) -> None:
         first = environments[0]
         self.agents = list(getattr(first, "possible_agents", ()))
-        if not self.agents:
-            raise UserError("the environment's possible_agents names no agent: list there all that may ever act")
-        self.single_observation_space = self._space(first, "observation")
-        self.single_action_space = self._space(first, "action")
+        self.single_observation_space = shared_space(first, self.agents, "observation")
+        self.single_action_space = shared_space(first, self.agents, "action")
         self.games = [Game(x, self.agents, self.single_observation_space) for x in environments]
         self.num_envs, self.metadata = len(self.games) * len(self.agents), {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -205,19 +222,6 @@ class Agents(VectorEnv):
         self.max_episode_steps = getattr(getattr(first, "unwrapped", first), "max_cycles", None)
         self.waiting = np.ones(self.num_envs, dtype=bool)
         self.acted: np.ndarray | None = np.zeros(len(self.agents), dtype=bool)  # None: that was said
-
-    def _space(self, environment: Any, what: str) -> spaces.Space:
-        """The space of every agent's observations or actions."""
-        pad = "pad_observations_v0" if what == "observation" else "pad_action_space_v0"
-        found = [getattr(environment, f"{what}_space")(x) for x in self.agents]
-        for agent, space in zip(self.agents, found, strict=True):
-            if space != found[0]:
-                shown = [
-                    f"{one_line(x, 16)} {one_line(y, 26)}" for x, y in ((self.agents[0], found[0]), (agent, space))
-                ]
-                said = f"agents share one policy, and their {what} spaces differ ({', '.join(shown)})"
-                raise UserError(f"{said}: pad them, as by supersuit.{pad}")
-        return found[0]
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         """New games. seed: one for all, from which those of the games follow."""

@@ -1,0 +1,120 @@
+"""Games in which players take turns: PettingZoo's agent environment cycle (Terry et al. 2021, arXiv 2009.14471).
+
+One seat of such a game is a Gymnasium environment. Its other seats are played by opponents: what they do is a part of
+the environment's step.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from policygrad.control.checks import checked_flag, checked_number, finite_numbers
+from policygrad.control.players import shared_space
+from policygrad.control.spaces import MASK
+from policygrad.errors import UserError, one_line
+
+# (observation and info as the game gives them, action space, random numbers) -> an action
+Player = Callable[[Any, Mapping[str, Any], spaces.Space, np.random.Generator], Any]
+
+
+def random_player(obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
+    """Any action that the mask allows, each with the same probability."""
+    mask = obs[MASK] if isinstance(obs, Mapping) and MASK in obs else info.get(MASK)
+    if mask is not None and isinstance(space, spaces.Discrete):
+        allowed = np.flatnonzero(mask)
+        if not len(allowed):
+            raise UserError("the game asks for an action and allows none: its action_mask is 0 everywhere")
+        return int(space.start) + int(allowed[generator.integers(len(allowed))])
+    drawn = deepcopy(space)
+    drawn.seed(int(generator.integers(2**31)))
+    return drawn.sample() if mask is None else drawn.sample(mask=mask)
+
+
+class Opponents:
+    """Who plays the other seats: a new draw for each game. This is one player, always the same.
+
+    count: how many there are. A seat keeps that number as it was when its game began, so that a game which is played
+    again has the same players.
+    """
+
+    count = 1
+
+    def __init__(self, player: Player = random_player) -> None:
+        self.player = player
+
+    def __call__(self, generator: np.random.Generator, count: int) -> Player:
+        """A player for the next game, of the first `count` ones."""
+        return self.player
+
+
+class Seat(gymnasium.Env):
+    """One seat of a game, another one in each episode by chance; the opponents play the other seats.
+
+    environment: of PettingZoo, whose agents take turns. An episode goes from the seat's first turn to its end, and the
+    reward of a step is what the seat gets until its next turn. At the end the info has `is_success` (the return was
+    above 0), `draw` (it was 0), and `success_AGENT`, by the seat.
+
+    Raises UserError for agents of different spaces, and for a game that ends again and again before the seat's turn.
+    """
+
+    def __init__(self, environment: Any, opponents: Opponents) -> None:
+        self.game, self.opponents = environment, opponents
+        self.agents = list(getattr(environment, "possible_agents", ()))
+        self.observation_space = deepcopy(shared_space(environment, self.agents, "observation"))
+        self.action_space = deepcopy(shared_space(environment, self.agents, "action"))
+        self.metadata = dict(environment.metadata)
+        self.render_mode = getattr(environment, "render_mode", None)
+        self.seat, self.total, self.known = 0, 0.0, opponents.count
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """A new game, up to the seat's first turn."""
+        super().reset(seed=seed)
+        for _ in range(100):
+            self.game.reset(seed=int(self.np_random.integers(2**31)))
+            self.seat, self.total = int(self.np_random.integers(len(self.agents))), 0.0
+            self.player = self.opponents(self.np_random, self.known)
+            obs, _, terminated, truncated, info = self._turn()
+            if not (terminated or truncated):
+                return obs, dict(info)
+        raise UserError(f"the game has ended 100 times before it was the turn of {one_line(self._agent(), 40)}")
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """The seat's action, then those of the others, up to the seat's next turn."""
+        self.game.step(action)
+        obs, reward, terminated, truncated, info = self._turn()
+        self.total += reward
+        if terminated or truncated:
+            won = float(self.total > 0)
+            ends = {"is_success": won, "draw": float(self.total == 0), f"success_{self._agent()}": won}
+            info = finite_numbers(info) | ends
+        return obs, reward, terminated, truncated, dict(info)
+
+    def render(self) -> Any:
+        """As the game's."""
+        return self.game.render()
+
+    def close(self) -> None:
+        """Close the game."""
+        self.game.close()
+
+    def _agent(self) -> Any:
+        return self.agents[self.seat]
+
+    def _turn(self) -> tuple[Any, float, bool, bool, Mapping[str, Any]]:
+        """Let the others play until it is the seat's turn, and return what it then sees."""
+        mine, game = self._agent(), self.game
+        while (now := game.agent_selection) != mine:
+            obs, _, terminated, truncated, info = game.last()
+            over = terminated or truncated
+            game.step(None if over else self.player(obs, info, self.action_space, self.np_random))
+            if mine not in game.agents:
+                raise UserError(
+                    f"agent {one_line(mine, 40)} is gone after the turn of {one_line(now, 40)}: fix the game"
+                )
+        obs, reward, terminated, truncated, info = game.last()
+        reward = float(checked_number(reward))
+        return obs, reward, checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated"), info or {}
