@@ -10,9 +10,14 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
+from torch import nn
 
+from policygrad.control.acting import act
 from policygrad.control.checks import checked_flag, checked_number, finite_numbers
+from policygrad.control.masks import flat_mask, joined
+from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.players import shared_space
 from policygrad.control.spaces import MASK
 from policygrad.errors import UserError, one_line
@@ -35,20 +40,84 @@ def random_player(obs: Any, info: Mapping[str, Any], space: spaces.Space, genera
 
 
 class Opponents:
-    """Who plays the other seats: a new draw for each game. This is one player, always the same.
+    """Who plays the other seats: a player is drawn for each game. Here it is always the same one.
 
-    count: how many there are. A seat keeps that number as it was when its game began, so that a game which is played
-    again has the same players.
+    seats: what has these opponents. count: how many players there are to draw from. A seat keeps that number as it is
+    when a game begins, so that a game which is played again has the same player.
     """
 
-    count = 1
-
     def __init__(self, player: Player = random_player) -> None:
-        self.player = player
+        self.player, self.seats = player, list["Seat"]()
+
+    @property
+    def count(self) -> int:
+        """How many players there are."""
+        return 1
 
     def __call__(self, generator: np.random.Generator, count: int) -> Player:
-        """A player for the next game, of the first `count` ones."""
+        """A player for the next game, one of the first `count`."""
         return self.player
+
+
+class Frozen:
+    """A player that is a policy as it was after an iteration. It samples, as the policy in training does.
+
+    observation_space: of the game, as the policy's is made of. action_space: as the policy's. The policy is on the CPU.
+    """
+
+    def __init__(
+        self,
+        iteration: int,
+        steps: int,
+        policy: nn.Module,
+        normalizer: ObservationNormalizer | None,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+    ) -> None:
+        self.iteration, self.steps = iteration, steps
+        self.policy, self.normalizer = policy.cpu().requires_grad_(False).eval(), normalizer
+        self.observation_space, self.action_space = observation_space, action_space
+        if normalizer is not None:
+            normalizer.frozen = True
+
+    def __call__(self, obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
+        """An action. All chance in it is the generator's."""
+        inside = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
+        if inside and not (isinstance(obs, Mapping) and MASK in obs):
+            obs = joined(obs, flat_mask(info[MASK]))
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(int(generator.integers(2**62)))
+            return act(
+                self.policy, obs, self.observation_space, self.action_space, greedy=False, normalizer=self.normalizer
+            )
+
+
+class Selves(Opponents):
+    """Frozen earlier selves: half of the games are against the newest, and half against any of them, each as likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: list[Frozen] = []
+
+    @property
+    def count(self) -> int:
+        """How many selves there are."""
+        return len(self.frozen)
+
+    def __call__(self, generator: np.random.Generator, count: int) -> Player:
+        """A self for the next game, one of the first `count`."""
+        newest, drawn = generator.random() < 0.5, int(generator.integers(count))
+        return self.frozen[count - 1 if newest else drawn]
+
+    def take(self, *selves: Frozen) -> None:
+        """Add selves. Games that have begun keep their players."""
+        self.frozen += selves
+        self.tell()
+
+    def tell(self) -> None:
+        """Let all seats draw from all selves, from their next games on."""
+        for seat in self.seats:
+            seat.known = self.count
 
 
 class Seat(gymnasium.Env):
@@ -69,6 +138,7 @@ class Seat(gymnasium.Env):
         self.metadata = dict(environment.metadata)
         self.render_mode = getattr(environment, "render_mode", None)
         self.seat, self.total, self.known = 0, 0.0, opponents.count
+        opponents.seats.append(self)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         """A new game, up to the seat's first turn."""

@@ -2,6 +2,8 @@
 
 import warnings
 from collections import Counter
+from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -10,11 +12,13 @@ import pytest
 import torch
 from gymnasium import spaces
 from nim import Nim, best, best_of_seats
+from safetensors.torch import load_file
 
 import policygrad as pg
 from policygrad.control import make_environments
-from policygrad.control.seats import Opponents, Seat, random_player
+from policygrad.control.seats import Frozen, Opponents, Seat, Selves, random_player
 from policygrad.errors import Note, UserError
+from policygrad.train.checkpoints import load_policy
 
 
 def one(obs: Any, info: Any, space: Any, generator: Any) -> int:
@@ -154,6 +158,118 @@ def test_seats_of_different_spaces_are_one_line() -> None:
 
     with pytest.raises(UserError, match="action spaces differ") as error:
         make_environments(Unequal)
+    assert len(str(error.value)) <= 200
+
+
+# Self-play
+
+SELF: Any = {"num_envs": 4, "num_steps": 19, "iterations": 6, "opponent": "self", "freeze_every": 2}
+
+
+def frozen_of(training: Any) -> list[Frozen]:
+    return training.world.selves.frozen
+
+
+def test_selves_are_the_policy_as_it_was() -> None:
+    training, before = pg.Training("ppo", Nim, **SELF), {}
+    before[0] = deepcopy(training.run.policy.state_dict())
+    for k, _ in enumerate(training):
+        before[k + 1] = deepcopy(training.run.policy.state_dict())
+    assert [x.iteration for x in frozen_of(training)] == [0, 2, 4, 6]
+    assert frozen_of(training)[0].steps == 0
+    for x in frozen_of(training):
+        assert all(torch.equal(y, x.policy.state_dict()[name]) for name, y in before[x.iteration].items())
+
+
+def test_a_frozen_self_samples_its_policy_and_draws_from_the_generator_alone() -> None:
+    training = pg.Training("ppo", Nim, **SELF)
+    (one,), generator, before = frozen_of(training), np.random.default_rng(0), torch.get_rng_state()
+    obs = {"observation": np.array([5], np.float32), "action_mask": np.array([1, 1], np.int8)}
+    with torch.no_grad():
+        one.policy.network[-1].bias[:] = torch.tensor([1.0, 0.0])
+        chance = one.policy(torch.tensor([[[1.0, 1.0, 5.0]]])).probs[0, 0, 0]
+    drawn = [one(obs, {}, spaces.Discrete(2), generator) for _ in range(1000)]
+    assert 1 - np.mean(drawn) == pytest.approx(float(chance), abs=0.05)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [one(obs, {}, spaces.Discrete(2), np.random.default_rng(k)) for k in range(9)] == [
+        one(obs, {}, spaces.Discrete(2), np.random.default_rng(k)) for k in range(9)
+    ]
+    mask = {"observation": np.array([1], np.float32), "action_mask": np.array([1, 0], np.int8)}
+    assert {int(one(mask, {}, spaces.Discrete(2), generator)) for _ in range(50)} == {0}
+
+
+def test_half_of_the_games_are_against_the_newest() -> None:
+    selves, generator = Selves(), np.random.default_rng(0)
+    training = pg.Training("ppo", Nim, **SELF)
+    (one,) = frozen_of(training)
+    selves.frozen = [one, copy(one), copy(one), copy(one)]
+    drawn = Counter(selves.frozen.index(selves(generator, 3)) for _ in range(6000))  # type: ignore[arg-type]
+    assert set(drawn) == {0, 1, 2}  # the fourth is of later than that game
+    assert drawn[2] / 6000 == pytest.approx(0.5 + 0.5 / 3, abs=0.03)
+
+
+def test_a_game_that_has_begun_keeps_its_player() -> None:
+    training = pg.Training("ppo", Nim, **SELF | {"num_steps": 20, "iterations": 40})
+    environments = training.world.sample.stepping.environments.unwrapped  # type: ignore[attr-defined]
+    seats = [x.unwrapped for x in environments.envs]
+    for _ in range(3):
+        next(training)
+    players = [x.player for x in seats]
+    training.world.after(4)
+    assert [x.player for x in seats] == players
+    assert all(x.known == len(frozen_of(training)) for x in seats)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_self_play_goes_on_bit_for_bit(normalize: bool, tmp_path: Path) -> None:
+    how = SELF | {"normalize_observations": normalize, "checkpoint_every": 1, "progress": False}
+    whole = pg.train("ppo", "nim:Nim", out=tmp_path / "whole", **how)
+    pg.train("ppo", "nim:Nim", out=tmp_path / "run", **how | {"iterations": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        rest = pg.resume(tmp_path / "run", iterations=3, trust=True, progress=False)
+    for a, b in zip(whole.policy.parameters(), rest.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for k in (0, 2, 4, 6):
+        a, b = (load_file(tmp_path / x / "selves" / str(k) / "policy.safetensors") for x in ("whole", "run"))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(x, b[name]) for name, x in a.items())
+    _, normalizer = load_policy(tmp_path / "run" / "selves" / "4")
+    assert (normalizer is not None) == normalize
+
+
+def test_the_opponent_matters_and_evaluations_are_against_a_random_player() -> None:
+    own = pg.train("ppo", Nim, progress=False, **SELF)
+    other = pg.train(
+        "ppo", Nim, progress=False, **{x: y for x, y in SELF.items() if isinstance(y, int) and x != "freeze_every"}
+    )
+    often = pg.train("ppo", Nim, progress=False, **SELF | {"freeze_every": 1})
+    first = [torch.cat([p.flatten() for p in x.policy.parameters()]) for x in (own, other, often)]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+    with torch.no_grad():
+        for a, b in zip(own.policy.parameters(), other.policy.parameters(), strict=True):
+            a.copy_(b)
+    assert own.evaluate(20).returns == other.evaluate(20).returns
+
+
+def test_a_mask_from_the_info_reaches_the_selves() -> None:
+    run = pg.train("ppo", lambda: Nim(mask="info"), action_mask="info", progress=False, **SELF)
+    assert run.metrics[-1]["episodes"] > 20
+
+
+@pytest.mark.parametrize(
+    ("task", "how", "said"),
+    [
+        ("CartPole-v1", {}, "no game whose players take turns"),
+        (Nim, {"wrap": ("TimeLimit:9",)}, "leave wrap out"),
+        (Nim, {"vectorization": "async"}, "leave vectorization out"),
+        (Nim, {"overlap": True}, "leave overlap out"),
+    ],
+)
+def test_where_there_is_no_self_play(task: Any, how: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        pg.Training("ppo", task, preset="none", **SELF | {"num_steps": 32} | how)
     assert len(str(error.value)) <= 200
 
 
