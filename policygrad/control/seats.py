@@ -4,7 +4,7 @@ One seat of such a game is a Gymnasium environment. Its other seats are played b
 the environment's step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -188,3 +188,16 @@ class Seat(gymnasium.Env):
         obs, reward, terminated, truncated, info = game.last()
         reward = float(checked_number(reward))
         return obs, reward, checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated"), info or {}
+
+
+def play(seat: Seat, players: Sequence[Player], generator: np.random.Generator) -> list[float]:
+    """One game in which every seat has a player of its own. Returns the sum of each player's rewards."""
+    game, total = seat.game, dict.fromkeys(seat.agents, 0.0)
+    game.reset(seed=int(generator.integers(2**31)))
+    while game.agents:
+        now = game.agent_selection
+        obs, reward, terminated, truncated, info = game.last()
+        total[now] += float(checked_number(reward))
+        over = terminated or truncated
+        game.step(None if over else players[seat.agents.index(now)](obs, info or {}, seat.action_space, generator))
+    return [total[x] for x in seat.agents]

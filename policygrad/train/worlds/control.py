@@ -338,12 +338,16 @@ class ControlWorld(World):
         space = self.observation_space
         shape = None if isinstance(obs, dict | tuple) else shape_of(obs)
         if shape is None or space.shape not in (shape, shape[1:]):
-            if self.unflattened is None:
-                environments = self._made(1)
-                self.unflattened = unflattened(environments)
-                close(environments)
-            space = self.unflattened
+            space = self.seen_by_players()
         return act(self.policy, obs, space, self.action_space, greedy=greedy, normalizer=self.normalizer)
+
+    def seen_by_players(self) -> gymnasium.Space:
+        """The space of observations as the environment gives them."""
+        if self.unflattened is None:
+            environments = self._made(1)
+            self.unflattened = unflattened(environments)
+            close(environments)
+        return self.unflattened
 
     def evaluate(
         self,
