@@ -128,8 +128,8 @@ class Stepping:
         self.resetting = self._waiting()
         if self.whole_episodes and self.resetting.any():
             raise UserError(
-                "an agent is not there when its game begins, and a row here is an episode from its start: choose a "
-                "method that takes rows of a fixed length, such as ppo"
+                "an agent is not there when its game begins, and whole episodes are played here: train by "
+                "a method such as ppo, without evaluations, or let all agents begin"
             )
         self.episode_return[:] = 0.0
         self.episode_length[:] = 0
