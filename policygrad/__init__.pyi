@@ -70,6 +70,7 @@ from policygrad.train.checkpoints import load_policy as load_policy
 from policygrad.train.comparison import Comparison as Comparison, compare as compare
 from policygrad.train.page import report as report
 from policygrad.train.compose import Learner as Learner, assemble as assemble
+from policygrad.train.elo import Rating as Rating, elo as elo
 from policygrad.train.exporting import export as export
 from policygrad.train.keywords import Keywords as Keywords
 from policygrad.train.publishing import push as push

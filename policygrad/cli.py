@@ -53,6 +53,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad resume RUN [options]           go on with a run that was stopped, or killed, as if it had not been
   policygrad reproduce RUN [options]        train it again from its directory alone, and compare every bit
   policygrad eval RUN [options]             play whole episodes, or answer held-out prompts
+  policygrad elo RUN [options]              how strong the selves of self-play are, by games between them
   policygrad watch RUN [options]            a video of its episodes, or a transcript
   policygrad tune METHOD TASK [options]     search for better options, and write them down as a preset
   policygrad export RUN [options]           its policy as one graph, for ONNX or torch.export
@@ -170,6 +171,30 @@ class Export:
     """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
     environment: str | None = None
     """Environment, if it is of a module or file."""
+
+
+@dataclass
+class Elo:
+    """Let the frozen selves of a run of self-play, and a random player, play each other, and rate them.
+
+    The random player is 0; 400 points more are odds of 10 to 1. All sample their actions. A run directory is data, as
+    for eval.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Directory of a run with --opponent self, as written by train."""
+    games: int = 20
+    """Games of each pair, half of them in each seat."""
+    players: int = 12
+    """The most players to compare, evenly from the first to the last."""
+    seed: int = 1000
+    """Random seed of all games."""
+    trust: FlagCreatePairsOff[bool] = False
+    """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
+    environment: str | None = None
+    """Environment, if it is of a module or file."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object and nothing else."""
 
 
 @dataclass
@@ -366,6 +391,7 @@ def _dispatch(rest: list[str]) -> int:
         "reproduce": _reproduce,
         "reward-model": _reward_model,
         "eval": _eval,
+        "elo": _elo,
         "watch": _watch,
         "export": _export,
         "tune": _tune,
@@ -813,6 +839,20 @@ def _eval(rest: list[str]) -> int:
     print(f"{result.line()}; {run.standing()}")
     if hasattr(result, "rows"):
         samples_table(result.rows[:: result.completions], limit=4 if command.samples is None else command.samples)
+    return 0
+
+
+def _elo(rest: list[str]) -> int:
+    command = _parse(Elo, rest, "elo")
+    with _aside(command.json):
+        _quiet()
+        from policygrad.train.elo import elo, summary, table
+        from policygrad.train.run import Run
+
+        repeated = {} if command.environment is None else {"environment": command.environment}
+        run = Run.load(command.run, trust=command.trust, **repeated)
+        ratings = elo(run, games=command.games, players=command.players, seed=command.seed)
+    print(json.dumps(summary(ratings)) if command.json else table(ratings))
     return 0
 
 

@@ -516,6 +516,7 @@ def test_help_is_everywhere_and_imports_no_torch() -> None:
     commands += [["train", "ppo", task, "--help"] for task in (*TASKS.values(), "mine.py:Env", "module:Env-v0")]
     commands += [["train", "--seed", "1", "ppo", "CartPole-v1", "-h"], ["eval", "run", "--help"], ["list", "presets"]]
     commands += [["compare", "--help"], ["compare", "run", "--help"], ["watch", "--help"], ["watch", "run", "--help"]]
+    commands += [["elo", "--help"], ["elo", "run", "--help"]]
     commands += [["list", "environments", "--help"], ["verify", "--estimator", "mine.py:f", "--help"]]
     script = f"""
 import contextlib, io, sys
@@ -585,7 +586,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     (
         "long command",
         ("x" * 1000,),
-        "xxx...: there are train, clone, resume, reproduce, reward-model, eval, watch, export, tune, compare, report,",
+        "xxx...: there are train, clone, resume, reproduce, reward-model, eval, elo, watch, export, tune, compare,",
     ),
     ("null byte in a path", ("train", "ppo", "CartPole-v1", "--out", "a\0b"), f"'a\\x00b' {NOT_TEXT}"),
     ("null byte in a run", ("eval", "a\0b"), NOT_TEXT),

@@ -21,6 +21,7 @@ from policygrad.train.worlds.language import warm_model
 
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OF_PACKAGES = (("ALE/", "ale_py"), ("MiniGrid-", "minigrid"), ("mpe2/", "mpe2"), ("classic/", "pettingzoo"))
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -128,7 +129,7 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         task = rest[1] if name in ("train", "tune") and len(rest) > 1 else ""
         if task.endswith("-v5") and find_spec("mujoco") is None:
             continue
-        if any(task.startswith(x) and find_spec(y) is None for x, y in (("ALE/", "ale_py"), ("MiniGrid-", "minigrid"))):
+        if any(task.startswith(x) and find_spec(y) is None for x, y in OF_PACKAGES):
             continue
         if task == "arithmetic":
             rest += ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "2", "--held-out", "2"]

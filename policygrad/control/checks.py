@@ -69,6 +69,34 @@ def _is_outside(numbers: np.ndarray, space: spaces.Space) -> bool:
     return bool(((numbers < least) | (numbers > most)).any())
 
 
+def finite_numbers(info: Any) -> dict[str, float]:
+    """The finite numbers in an info, as floats. The other entries, and Gymnasium's own names, are left out."""
+    if not info:
+        return {}
+    if not isinstance(info, dict):
+        raise UserError(f"the environment's info is {shortened(info, 40)}: fix its step or reset to return a dict")
+    found = {}
+    for name, x in info.items():
+        named = isinstance(name, str) and not name.startswith(("_", "final_"))
+        if named and isinstance(x, (int, float, np.number, np.bool_)):
+            try:
+                number = float(x)
+            except (TypeError, OverflowError):  # complex, or an integer beyond floats
+                continue
+            if math.isfinite(number):
+                found[name] = number
+    return found
+
+
+def check_distinct(made: list[Any]) -> None:
+    """Raise UserError if one object serves as several environments."""
+    if len({id(x) for x in made}) < len(made):
+        raise UserError(
+            f"for {len(made)} environments the callable returned the same object more than once: "
+            "make a new environment in each call"
+        )
+
+
 def _changed(array: np.ndarray, dtype: np.dtype) -> str | None:
     """The first number that a cast to `dtype` would change by more than rounding; None if there is none."""
     if array.dtype.kind not in "biuf":

@@ -1,7 +1,6 @@
 """Vector environments from a Gymnasium id, an environment, or a callable that makes one, also by its name."""
 
 import difflib
-import math
 import re
 import sys
 import warnings
@@ -21,11 +20,13 @@ from gymnasium.wrappers import FlattenObservation
 from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
 from policygrad.control.atari import is_preprocessed, preprocessed
-from policygrad.control.checks import checked_flag, checked_member, checked_number
+from policygrad.control.checks import check_distinct, checked_flag, checked_member, checked_number, finite_numbers
 from policygrad.control.envpool import EnvPool
 from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
+from policygrad.control.players import Agents, GameFound, game, is_game, takes_turns
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
+from policygrad.control.seats import Opponents, Seat
 from policygrad.control.spaces import MASK, flat
 from policygrad.control.structured import StructuredActions, VectorStructuredActions, has_parts
 from policygrad.control.wrappers import Layers, Learned
@@ -64,6 +65,7 @@ def make_environments(
     restarts: int = 0,
     wrap: Sequence[str] = (),
     action_mask: str = "auto",
+    opponents: Opponents | None = None,
     env_options: Mapping[str, Any] | None = None,
 ) -> VectorEnv:
     """`num_envs` copies of an environment in one vector environment. Each resets on the step after its episode ends.
@@ -105,6 +107,8 @@ def make_environments(
 
         def made() -> Any:
             environment = make()
+            if takes_turns(environment):
+                environment = Seat(environment, opponents or Opponents())
             return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
 
         def prepared() -> gymnasium.Env:
@@ -118,10 +122,27 @@ def make_environments(
         _distinct(environments)
         environments.spec = spec
         return environments
+    except GameFound as found:
+        if vectorization == "async":
+            raise
+        return _flat(_games(found.environment, make, num_envs, wraps, restarts), action_mask)
     except UserError:
         raise
     except Exception as error:
         raise _not_made(name, error) from error
+
+
+def _games(first: Any, make: Callable[[], Any], count: int, wraps: Sequence[Any], restarts: int) -> Agents:
+    """`count` games of several agents. first: one of them, which is made."""
+    for option, given in (("wrap", wraps), ("restart_envs", restarts)):
+        if given:
+            raise UserError(
+                f"{option} is for Gymnasium's environments, and this one has several agents: leave {option} out, and "
+                "wrap it in a function that makes it"
+            )
+    made = [first, *(make() for _ in range(count - 1))]
+    check_distinct([getattr(x, "unwrapped", x) for x in made])
+    return Agents(made)
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
@@ -165,6 +186,8 @@ def _given(environment: Any, num_envs: int, vectorization: str, action_mask: str
 def _maker(environment: Any, options: dict[str, Any]) -> tuple[EnvSpec | None, Callable[[], Any]]:
     """The specification of an id, None for anything else, and what makes one copy."""
     if isinstance(environment, str):
+        if (of_game := game(environment, options)) is not None:
+            return None, of_game
         found = named(environment)
         if isinstance(found, EnvSpec):
             make = preprocessed if is_preprocessed(found) else gymnasium.make
@@ -335,7 +358,7 @@ class Checked(gymnasium.Wrapper):
             self.env.action_space.seed(int(of_actions))
             self.env.observation_space.seed(int(of_observations))
         obs, info = self.env.reset(**options)
-        _numbers(info)  # which is checked
+        finite_numbers(info)  # which is checked
         obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's reset returned")
         return obs, {MASK: 1.0} if self.action_mask == "auto" and MASK in (info or {}) else {}
 
@@ -344,7 +367,7 @@ class Checked(gymnasium.Wrapper):
         obs, reward, terminated, truncated, info = self.env.step(action)
         obs = self.recording.obs = checked_member(obs, self.observation_space, "the environment's step returned")
         terminated, truncated = checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated")
-        numbers = _numbers(info) if terminated or truncated or not isinstance(info, dict) else {}
+        numbers = finite_numbers(info) if terminated or truncated or not isinstance(info, dict) else {}
         reward = checked_number(reward)
         self.recording.ended, self.recording.total = terminated or truncated, self.recording.total + float(reward)
         return obs, reward, terminated, truncated, numbers
@@ -352,25 +375,6 @@ class Checked(gymnasium.Wrapper):
     def close(self) -> None:
         """As the environment's. An error becomes a note: what was learned is not lost for it."""
         close(self.env)
-
-
-def _numbers(info: Any) -> dict[str, float]:
-    """The finite numbers in an info, as floats. The other entries, and Gymnasium's own names, are left out."""
-    if not info:
-        return {}
-    if not isinstance(info, dict):
-        raise UserError(f"the environment's info is {shortened(info, 40)}: fix its step or reset to return a dict")
-    found = {}
-    for name, x in info.items():
-        named = isinstance(name, str) and not name.startswith(("_", "final_"))
-        if named and isinstance(x, (int, float, np.number, np.bool_)):
-            try:
-                number = float(x)
-            except (TypeError, OverflowError):  # complex, or an integer beyond floats
-                continue
-            if math.isfinite(number):
-                found[name] = number
-    return found
 
 
 def close(environments: gymnasium.Env | VectorEnv) -> None:
@@ -402,6 +406,8 @@ def _prepared(
     restarts: int = 0,
     action_mask: str = "auto",
 ) -> gymnasium.Env:
+    if is_game(environment):
+        raise GameFound(environment)
     if not isinstance(environment, gymnasium.Env):
         raise UserError(f"{name} made no environment: {_no_environment(environment)}")
     if type(environment).step is gymnasium.Env.step:
@@ -430,6 +436,8 @@ def _no_environment(thing: Any) -> str:
     if any(x.__module__.partition(".")[0] == "gym" for x in type(thing).__mro__):
         kind = type(thing).__name__
         return f"{kind} is of the old package gym: convert it with shimmy.GymV26CompatibilityV0(env={kind}(...))"
+    if is_game(thing):
+        return f"{type(thing).__name__} is a game of several agents, already made: hand in the function that makes it"
     if isinstance(thing, VectorEnv):
         return f"{type(thing).__name__} is a vector environment: hand in the object itself"
     if callable(getattr(thing, "step", None)):
@@ -439,12 +447,7 @@ def _no_environment(thing: Any) -> str:
 
 def _distinct(environments: VectorEnv) -> None:
     """Raise UserError if one object serves as several environments (in separate processes it would be copied)."""
-    made = [id(x.unwrapped) for x in getattr(environments.unwrapped, "envs", ()) if isinstance(x, gymnasium.Env)]
-    if len(set(made)) < len(made):
-        raise UserError(
-            f"for {len(made)} environments the callable returned the same object more than once: "
-            "make a new environment in each call"
-        )
+    check_distinct([x.unwrapped for x in getattr(environments.unwrapped, "envs", ()) if isinstance(x, gymnasium.Env)])
 
 
 def _flat(environments: VectorEnv, action_mask: str) -> VectorEnv:

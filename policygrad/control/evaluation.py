@@ -18,6 +18,7 @@ from policygrad.control.acting import Mode
 from policygrad.control.atari import judged
 from policygrad.control.environments import close, label, make_environments
 from policygrad.control.normalization import ObservationNormalizer
+from policygrad.control.players import agents_of
 from policygrad.control.policies import Policy
 from policygrad.control.processes import Processes
 from policygrad.control.sampler import Sampler
@@ -81,10 +82,10 @@ def evaluate(
 ) -> Evaluation:
     """Play `episodes` whole episodes, the same number in every copy of the environment, plus or minus one.
 
-    Taking the first episodes to finish would over-represent short ones. Actions are the mode of the policy's
-    distribution unless `stochastic`. environment, vectorization, wrap, action_mask and env_options: as
-    make_environments takes them; what was made here is closed. Environments and actions have random numbers of their
-    own, which follow from the seed and are not those of training.
+    Taking the first episodes to finish would over-represent short ones. Where rows are agents, these are games, with
+    an episode for each agent. Actions are the mode of the policy's distribution unless `stochastic`. environment,
+    vectorization, wrap, action_mask and env_options: as make_environments takes them; what was made here is closed.
+    Environments and actions have random numbers of their own, which follow from the seed and are not those of training.
 
     The normalizer's statistics are frozen, and so are those of wrappers in the environment: `learned` in training
     (`run.world.learned()`), or by default their own. The rewards of NormalizeReward are counted as they were before it,
@@ -114,6 +115,7 @@ def evaluate(
         if not isinstance(environment, gymnasium.Env | VectorEnv):
             stack.callback(close, environments)
         _check_spaces(policy, environments, label(environment))
+        episodes *= agents_of(environments)
         stack.enter_context(_own_arithmetic(seed, threads))
         limit = max_steps or time_limit(environments) or 100_000
         sample = Sampler(

@@ -132,12 +132,16 @@ class VectorMaskFromInfo(VectorWrapper):
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """As the environments', with the masks."""
         obs, info = self.env.reset(**options)
-        return self._joined(obs, info, np.ones(self.num_envs, bool)), info
+        return self._joined(obs, info, self._acting()), info
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """As the environments', with the masks."""
         obs, reward, terminated, truncated, info = self.env.step(actions)
-        return self._joined(obs, info, ~(terminated | truncated)), reward, terminated, truncated, info
+        return self._joined(obs, info, self._acting() & ~(terminated | truncated)), reward, terminated, truncated, info
+
+    def _acting(self) -> np.ndarray:
+        """The rows that act in the next step, [B]: not those of agents that wait (see players.py)."""
+        return ~np.broadcast_to(getattr(self.env.unwrapped, "waiting", False), self.num_envs)
 
     def _joined(self, obs: Any, info: dict[str, Any], needed: np.ndarray) -> dict[str, Any]:
         masks: Any = info.get(MASK, ())

@@ -85,7 +85,7 @@ class Recording:
     def reached(self) -> str:
         """A hash of the last observation, the sum of the rewards, and the state of the environment's generator."""
         found = hashlib.sha256(repr((self.total, copied(vars(self.layers[0]).get("_np_random")))).encode())
-        _digest(self.obs, found.update)
+        digest(self.obs, found.update)
         return found.hexdigest()
 
 
@@ -112,8 +112,7 @@ def restore(environments: VectorEnv, state: dict[str, Any]) -> bool:
     for layer, held in zip(_around(environments), state["around"], strict=True):
         fill(layer, held)
     if "own" in state:
-        base.load_state_dict(state["own"])  # type: ignore[attr-defined]
-        return True
+        return base.load_state_dict(state["own"]) is not False  # type: ignore[attr-defined]
     if "arrays" in state:
         fill(base, state["arrays"])
         return True
@@ -224,16 +223,16 @@ def _called(base: Any, name: str, *arguments: Any) -> tuple[Any, ...]:
     return base.call(name, *arguments)
 
 
-def _digest(x: Any, update: Callable[[bytes], Any]) -> None:
+def digest(x: Any, update: Callable[[bytes], Any]) -> None:
     """Feed an observation to a hash: its parts, their types, shapes and bytes."""
     if isinstance(x, Mapping):
         for name, one in x.items():
             update(repr(name).encode())
-            _digest(one, update)
+            digest(one, update)
     elif isinstance(x, list | tuple):
         update(str(len(x)).encode())
         for one in x:
-            _digest(one, update)
+            digest(one, update)
     elif isinstance(x, str):
         update(x.encode())
     else:

@@ -25,6 +25,7 @@ from policygrad.control.environments import autoreset_mode
 from policygrad.control.envpool import EnvPool
 from policygrad.control.masks import check_mask_space, check_masks
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
+from policygrad.control.players import Agents
 from policygrad.control.processes import RESTARTED, Processes
 from policygrad.control.spaces import MASK, Flat, describe, unsupported
 from policygrad.errors import NonFiniteError, Note, UserError, one_line, type_of
@@ -45,7 +46,8 @@ class Stepping:
 
     obs [B, ...]: the observations of the next decisions; None before the first reset. starting [B]: where they are the
     first of an episode. resetting [B]: environments without a decision, which the next step only resets; with
-    whole_episodes they wait for the next `reset`.
+    whole_episodes they wait for the next `reset`. Where rows are agents, those that have ended have no decision until
+    the game of the others is over, too.
     group_size: this many neighboring environments get the same seed at each reset. Raises UserError if the environments
     raise an error or return an invalid value (see checks.py).
     """
@@ -124,7 +126,12 @@ class Stepping:
                 stacklevel=2,
             )
         self.seeded, self.begun = False, True  # later resets continue the environments' own random streams
-        self.resetting[:], self.starting[:] = False, True
+        self.resetting, self.starting[:] = self._waiting(), True
+        if self.whole_episodes and self.resetting.any():
+            raise UserError(
+                "an agent is not there when its game begins, and whole episodes are played here: train by "
+                "a method such as ppo, without evaluations, or let all agents begin"
+            )
         self.episode_return[:] = 0.0
         self.episode_length[:] = 0
         self.ending = [{} for _ in self.ending]
@@ -174,12 +181,17 @@ class Stepping:
         if self.whole_episodes:
             self.resetting = self.resetting | ended | renewed
         else:
-            self.resetting = np.zeros_like(ended) if self.same_step else ended
+            self.resetting = np.zeros_like(ended) if self.same_step else ended | self._waiting()
         final = None
         if self.same_step:
             final = self._received(final_observations(obs, ended, info), np.zeros_like(ended))
         self.obs = self._received(obs, ~self.resetting)
         return Step(counts, reward, terminated, ended, final)
+
+    def _waiting(self) -> np.ndarray:
+        """Which rows are of agents that do not act in the next step, [B]."""
+        base = self.environments.unwrapped
+        return base.waiting.copy() if isinstance(base, Agents) else np.zeros_like(self.resetting)
 
     def _renewed(self, info: dict[str, Any]) -> np.ndarray:
         """Which environments failed in this step and were made anew, [B]; each is said in a note."""

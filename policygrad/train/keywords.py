@@ -37,6 +37,8 @@ class Keywords(TypedDict, total=False):
     step_time_limit: float | None
     wrap: str | Sequence[str]
     action_mask: Literal["auto", "info", "off"]
+    opponent: Literal["random", "self"]
+    freeze_every: int
     restart_envs: int
     overlap: bool
     env_options: str | dict[str, Any] | None

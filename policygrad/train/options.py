@@ -136,6 +136,11 @@ class Options:
     action_mask: Literal["auto", "info", "off"] = option("auto",
         "Where the mask of allowed actions is: auto, in the key action_mask of Dict observations; info, in the "
         "environment's info; off, nowhere.", **CONTROL)
+    opponent: Literal["random", "self"] = option("random",
+        "Who has the other seats of a game whose players take turns: a random player, or earlier selves, kept frozen "
+        "in RUN/selves. Evaluations are against a random player.", **CONTROL, **SAMPLED)
+    freeze_every: int = option(10,
+        "Iterations between the selves that are frozen as opponents.", COUNT, **CONTROL, opponent=("self",))
     restart_envs: int = option(0,
         "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
         "is cut.", NOT_NEGATIVE, **CONTROL, **SAMPLED)
@@ -612,6 +617,11 @@ def _conflicts(o: Any) -> Any:
             f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
             "off_policy_actor_critic, or a method with a ratio such as ppo",
         )
+    if getattr(o, "opponent", "random") == "self":
+        for name, given in (("overlap", o.overlap), ("wrap", o.wrap), ("vectorization", o.vectorization == "async")):
+            if given:
+                why = "between its rollouts, with the observations of the game itself, and in this process"
+                yield name, f"opponent self freezes and plays the policy {why}: leave {name} out"
     if getattr(o, "minibatch_size", None) == 1 and o.normalize_advantages == "minibatch":
         yield (
             "minibatch_size",

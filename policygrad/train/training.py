@@ -54,6 +54,9 @@ WRITTEN = (
     "best",
     "best/*",
     "best/model/*",
+    "selves",
+    "selves/*",
+    "selves/*/*",
 )
 ROWS = 1000  # maximum rows of metrics in a run
 
@@ -152,6 +155,7 @@ class Training:
                 in_checkpoint = checkpoint and not self._charged() and not self._frozen()
                 if getattr(options, "start", None) and not in_checkpoint:
                     self.world.begin_from(directory_of(options.start))
+                self.world.after(0)
                 self.start = "" if directory is None else digest(self._kept_from_the_start())
                 if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
                     options = replace(options, compile=checkpoint["compiled"])
@@ -380,6 +384,7 @@ class Training:
             if self.learner.guard.skip:
                 row["skipped_updates"] = float(self.dropped)
             row = self._checked(row, dropped)
+            self.world.after(self.iteration)
             seconds = time.perf_counter() - start
             self.done = self.world.solved(row) or self._share(row["steps"], self.iteration) >= 1
             self.run.stage = Stage(self.iteration, int(row["steps"]), "ended" if self.done else "unfinished")

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from policygrad.control.atari import judged
 from policygrad.control.environments import close, label, make_environments
 from policygrad.control.evaluation import Evaluation
+from policygrad.control.players import agents_of
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, write_bytes
 from policygrad.train.run import Run, arithmetic
@@ -148,6 +149,9 @@ def _filmed(run: Run, environment: Any, own: bool) -> Filmed:
             if "render_mode" in str(error):
                 raise _no_picture(name, "it takes no render_mode") from error
             raise
+        if agents_of(around) > 1:
+            close(around)
+            raise UserError(f"{name} is a game of several agents, which cannot be filmed yet: evaluate it, by eval")
         single = around.envs[0]  # type: ignore[attr-defined]
     if single.render_mode != "rgb_array":
         raise _no_picture(name, f"its render_mode is {shortened(single.render_mode, 20)}")

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,9 @@ from policygrad.control.environments import close, importable, label, unflattene
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import measured_memory, rows_of
 from policygrad.control.memoryless import refuse_memory
+from policygrad.control.players import agents_of
 from policygrad.control.replay import restore, state_of
+from policygrad.control.seats import Frozen, Selves
 from policygrad.control.spaces import describe, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
@@ -42,6 +45,8 @@ from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
 
+SELVES = "selves"  # the folder of a run's frozen selves, each of the number of its iteration
+
 
 class ControlWorld(World):
     """A Gymnasium id, an environment, a callable that makes one or its name, or a vector environment."""
@@ -55,6 +60,11 @@ class ControlWorld(World):
     action_space: gymnasium.Space
     trained_on = "an environment"  # its name, where it is all that is known
     unflattened: gymnasium.Space | None = None  # as the environment gives it
+    selves: Selves | None = None  # the opponents of self-play
+
+    def __init__(self, task: Any, options: Any) -> None:
+        super().__init__(task, options)
+        self.written: set[Path] = set()  # the directories of frozen selves
 
     @property
     def name(self) -> str:
@@ -89,7 +99,17 @@ class ControlWorld(World):
                 "restart_envs",
                 "restart_envs makes environments anew one by one: hand in a function that makes one, not with envpool",
             )
-        return self._made(options.num_envs, vectorization=vectorization, restarts=options.restart_envs, **limit)
+        how: dict[str, Any] = {"vectorization": vectorization, "restarts": options.restart_envs, **limit}
+        if options.opponent == "random":
+            return self._made(options.num_envs, **how)
+        self.selves = Selves()
+        environments = self._made(options.num_envs, opponents=self.selves, **how)
+        if not self.selves.seats:
+            close(environments)
+            raise OptionError(
+                "opponent", f"{one_line(self.name, 60)} is no game whose players take turns: leave opponent out"
+            )
+        return environments
 
     def build(self, own: Own, progress: bool) -> None:
         options, self.environments = self.options, self._environments()
@@ -182,6 +202,9 @@ class ControlWorld(World):
                 said = "sequence_length cuts rows of a policy with memory, and this one has none: leave it out"
                 raise OptionError("sequence_length", said)
             return
+        if getattr(options, "opponent", "random") == "self":
+            said = "opponent self is for policies without memory, since a frozen one keeps no state: leave one out"
+            raise OptionError("opponent", said)
         if getattr(options, "kl_ref", "none") != "none" and options.credit not in EPISODIC:
             raise OptionError(
                 "kl_ref",
@@ -233,6 +256,11 @@ class ControlWorld(World):
         groups: Any = None
         if options.credit == "group":
             groups = options.group_size or "all"
+            if options.group_size and agents_of(environments) > 1:
+                raise OptionError(
+                    "group_size",
+                    "group_size starts copies of one environment alike, and rows here are agents: leave it out",
+                )
         return Sampler(
             environments,
             steps,
@@ -295,8 +323,31 @@ class ControlWorld(World):
                     self.critic = critic.to(self.options.device)
         return Stage.of(saved.metadata, directory / "policy.safetensors")
 
+    def after(self, iteration: int) -> None:
+        """Freeze the policy as an opponent, if it is time."""
+        if self.selves is not None and iteration % self.options.freeze_every == 0:
+            self.selves.take(self._frozen(iteration, self.sample.steps))
+
+    def _frozen(self, iteration: int, steps: int) -> Frozen:
+        """The policy as it is now, as a player."""
+        assert self.unflattened is not None
+        policy, normalizer = deepcopy(self.policy), deepcopy(self.normalizer)
+        return Frozen(iteration, steps, policy, normalizer, self.unflattened, self.action_space)
+
+    def _write_selves(self, directory: Path) -> None:
+        """Write the selves that this process has not yet written there, each as a policy's directory."""
+        for one in () if self.selves is None else self.selves.frozen:
+            place = directory / SELVES / str(one.iteration)
+            if place not in self.written:
+                place.mkdir(parents=True, exist_ok=True)
+                stage = Stage(one.iteration, one.steps)
+                save_policy(place, one.policy, None, one.normalizer, stage, None, self.name)
+                self.written.add(place)
+
     def save(self, directory: Path, stage: Stage) -> None:
         self._settle()
+        if stage.run != "best":
+            self._write_selves(directory)
         save_policy(directory, self.policy, self.critic, self.normalizer, stage, self.learned(), self.name)
 
     def _settle(self) -> None:
@@ -334,13 +385,17 @@ class ControlWorld(World):
         space = self.observation_space
         shape = None if isinstance(obs, dict | tuple) else shape_of(obs)
         if shape is None or space.shape not in (shape, shape[1:]):
-            if self.unflattened is None:
-                environments = self._made(1)
-                self.unflattened = unflattened(environments)
-                close(environments)
-            space = self.unflattened
+            space = self.seen_by_players()
         how: dict[str, Any] = {"state": state, "greedy": greedy, "normalizer": self.normalizer}
         return act(self.policy, obs, space, self.action_space, **how)
+
+    def seen_by_players(self) -> gymnasium.Space:
+        """The space of observations as the environment gives them."""
+        if self.unflattened is None:
+            environments = self._made(1)
+            self.unflattened = unflattened(environments)
+            close(environments)
+        return self.unflattened
 
     def evaluate(
         self,
@@ -391,15 +446,38 @@ class ControlWorld(World):
         """The environments as they stand, and their spaces."""
         stepping = self.sample.stepping
         held = state_of(stepping.environments) if stepping.begun and stepping.obs is not None else None
-        return {"spaces": self._spaces(), "environments": held}
+        return {"spaces": self._spaces(), "environments": held, "selves": self._selves()}
+
+    def _selves(self) -> list[dict[str, Any]]:
+        """The frozen selves, for a checkpoint."""
+        found: list[dict[str, Any]] = []
+        for one in () if self.selves is None else self.selves.frozen:
+            statistics = {} if one.normalizer is None else one.normalizer.statistics.state_dict()
+            known = {"iteration": one.iteration, "steps": one.steps}
+            found.append({**known, "policy": one.policy.state_dict(), "observations": statistics})
+        return found
+
+    def _restore_selves(self, held: list[dict[str, Any]]) -> None:
+        assert self.selves is not None
+        self.selves.frozen.clear()
+        for x in held:
+            one = self._frozen(int(x["iteration"]), int(x["steps"]))
+            one.policy.load_state_dict(x["policy"])
+            if one.normalizer is not None:
+                one.normalizer.statistics.load_state_dict(x["observations"])
+            self.selves.take(one)
 
     def restore(self, surroundings: dict[str, Any]) -> str | None:
         for what, was, now in zip(("observation", "action"), surroundings["spaces"], self._spaces(), strict=True):
             if was != now:
                 said = f"the {what} space was {shortened(was, 50)}, and is {shortened(now, 50)}"
                 raise UserError(f"{said}: resume with the environment of training")
+        if self.selves is not None:
+            self._restore_selves(surroundings["selves"])
         stepping, held = self.sample.stepping, surroundings["environments"]
         stepping.begun = held is not None and restore(stepping.environments, held)
+        if self.selves is not None:
+            self.selves.tell()  # games that were played again drew from the selves of their time
         if stepping.begun:
             return None
         how = "has no state that can be saved" if held is None else "did not repeat its episode"

@@ -129,6 +129,10 @@ class World(ABC):
         """
         return None
 
+    def after(self, iteration: int) -> None:
+        """So many iterations are over."""
+        return
+
     def solved(self, row: Row) -> bool:
         """Whether training can stop early."""
         return False
