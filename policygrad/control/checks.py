@@ -267,7 +267,7 @@ def check_entropy(distribution: Any) -> None:
     except NotImplementedError as error:
         raise UserError(
             f"the policy's {type(distribution).__name__} has no entropy(): give it one in a class of your own; "
-            "squash=True is a Gaussian through tanh that has one"
+            'distribution="squashed" is a Gaussian through tanh that has one'
         ) from error
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
 from policygrad.control.checks import as_tensor, check_entropy, check_memory, stored_dtype
-from policygrad.control.distributions import ClippedNormal, JointActions, SquashedNormal
+from policygrad.control.distributions import ClippedNormal, JointActions, ScaledBeta, SquashedNormal
 from policygrad.control.memory import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import FlatActions, to_environment, units
@@ -289,9 +289,9 @@ def _group_metrics(score: Tensor, size: int, out: np.ndarray) -> dict[str, float
 def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> dict[str, float]:
     """How widely a policy explores a Box, by a distribution of its own and its actions [N, ...].
 
-    action_std: the mean standard deviation of a Gaussian, in units where the bounds are -1 and 1. bound_fraction: the
-    share of the numbers that reached the environment at a bound, or within a thousandth of the range of one; not of
-    integers, of which few may lie between. Of a Dict or Tuple, their means over its Boxes.
+    action_std: the mean standard deviation of a Gaussian or a Beta, in units where the bounds are -1 and 1.
+    bound_fraction: the share of the numbers that reached the environment at a bound, or within a thousandth of the
+    range of one; not of integers, of which few may lie between. Of a Dict or Tuple, their means over its Boxes.
     """
     if isinstance(distribution, JointActions):
         found = [
@@ -307,8 +307,8 @@ def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> di
     unit, metrics = units(space), {}
     inner = distribution.normal if isinstance(distribution, SquashedNormal) else distribution
     inner = inner.base_dist if isinstance(inner, Independent) else inner
-    if isinstance(inner, Normal):
-        own = isinstance(distribution, ClippedNormal | SquashedNormal)  # already in these units
+    if isinstance(inner, Normal | ScaledBeta):
+        own = isinstance(distribution, ClippedNormal | SquashedNormal | ScaledBeta)  # already in these units
         width = np.ones_like(unit.half_width) if own else unit.half_width
         std = inner.stddev.double().cpu().numpy().reshape(-1, len(width))
         metrics["action_std"] = float((std[:, width > 0] / width[width > 0]).mean())

@@ -30,6 +30,7 @@ from policygrad.control.distributions import (
     DiscreteActions,
     IndependentActions,
     JointActions,
+    ScaledBeta,
     SquashedNormal,
 )
 from policygrad.control.masks import random_masks
@@ -124,7 +125,7 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
         return torch.cat([x.reshape(-1, where.stop - where.start).double() for x, where in taken], 1)
     if hasattr(distribution, "to_environment") and kind not in (
         *(DiscreteActions, IndependentActions),
-        *(ClippedNormal, SquashedNormal),
+        *(ClippedNormal, SquashedNormal, ScaledBeta),
     ):
         raise UserError(f"{type_of(distribution)} maps its actions in a way of its own, outside of the graph")
     dtype = torch.from_numpy(np.zeros(0, space.dtype)).dtype
@@ -138,6 +139,8 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
         number = center + half_width * number
     elif kind is SquashedNormal:
         number = low + (number.tanh() + 1) / 2 * (high - low)
+    elif kind is ScaledBeta:
+        number = low + number.sigmoid() * (high - low)
     number = torch.minimum(torch.maximum(number, low), high)
     return (number if dtype.is_floating_point else number.round()).to(dtype)
 

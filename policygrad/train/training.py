@@ -646,7 +646,7 @@ def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> 
     """Raise UserError for an option of the default networks if the user's own modules replace them."""
     own_policy = policy is not None
     both = own_policy and (critic is not None or not has_critic(options))
-    unread = {"squash": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
+    unread = {"distribution": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
     unread |= dict.fromkeys(("encoder", "channels", "hidden", "activation", "orthogonal"), both)
     for name, ignored in unread.items():
         if ignored and getattr(options, name) != getattr(defaults, name):

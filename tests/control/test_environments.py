@@ -291,8 +291,10 @@ def test_an_error_in_another_process_is_one_line() -> None:
         environments.close()
 
 
-@pytest.mark.parametrize("squash", [False, True])
-def test_an_environment_never_sees_an_action_outside_its_box(squash: bool) -> None:
+@pytest.mark.parametrize(
+    "made", [{"initial_log_std": 1.0}, {"distribution": "squashed", "initial_log_std": 1.0}, {"distribution": "beta"}]
+)
+def test_an_environment_never_sees_an_action_outside_its_box(made: dict[str, Any]) -> None:
     seen = []
 
     class Seen(Known):
@@ -303,7 +305,7 @@ def test_an_environment_never_sees_an_action_outside_its_box(squash: bool) -> No
 
     environments = make_environments(limited(Seen, 8), 2)
     spaces_ = (environments.single_observation_space, environments.single_action_space)
-    Sampler(environments, 32)(Policy(*spaces_, squash=squash, initial_log_std=1.0))
+    Sampler(environments, 32)(Policy(*spaces_, **made))
     assert len(seen) > 50
 
 

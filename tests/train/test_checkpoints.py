@@ -39,7 +39,9 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"squash": True}, {"state_dependent_std": True, "activation": "gelu"}], ids=str
+    "options",
+    [{}, {"distribution": "squashed"}, {"distribution": "beta"}, {"state_dependent_std": True, "activation": "gelu"}],
+    ids=str,
 )
 def test_the_rebuilt_policy_does_what_the_saved_one_does(options: dict[str, Any], tmp_path: Path) -> None:
     run = pg.train("ppo", "probes:Known-v0", out=tmp_path, **SMALL, **options)
@@ -73,7 +75,7 @@ def test_a_policy_of_ones_own_is_filled(tmp_path: Path) -> None:
 
 def test_the_description_is_json_that_anything_can_read(saved: Path) -> None:
     description = json.loads((saved / "policy.json").read_text())
-    assert description["format"] == 3
+    assert description["format"] == 4
     assert description["policy"]["action_space"]["kind"] == "Box"
     assert description["policy"]["observation_space"]["low"] == [None], "one number stands for equal bounds"
 

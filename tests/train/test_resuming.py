@@ -112,7 +112,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum": ("actor_critic", {"optimizer": "sgd", "momentum": 0.9}),
     "muon": ("ppo", {"optimizer": "muon"}),
     "evaluations": ("ppo", {"evaluate_every": 2, "evaluation_episodes": 2}),
-    "squashed": ("ppo", {"squash": True, "state_dependent_std": True}),
+    "squashed": ("ppo", {"distribution": "squashed", "state_dependent_std": True}),
+    "beta": ("ppo", {"distribution": "beta"}),
     "options of the environment": ("ppo", {"env_options": {"max_episode_steps": 5}}),
     "infinite clip": ("ppo", {"clip_low": float("inf"), "clip_high": float("inf")}),
 }  # fmt: skip
