@@ -128,7 +128,8 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         task = rest[1] if name in ("train", "tune") and len(rest) > 1 else ""
         if task.endswith("-v5") and find_spec("mujoco") is None:
             continue
-        if any(task.startswith(x) and find_spec(y) is None for x, y in (("ALE/", "ale_py"), ("MiniGrid-", "minigrid"))):
+        packages = {"ALE/": "ale_py", "MiniGrid-": "minigrid", "phys2d/": "flax"}
+        if any(task.startswith(x) and find_spec(y) is None for x, y in packages.items()):
             continue
         if task == "arithmetic":
             rest += ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "2", "--held-out", "2"]

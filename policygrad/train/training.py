@@ -635,7 +635,7 @@ def _next(iterations: Iterator[Any], iteration: int) -> Any:
 def _check_count(task: Any, values: dict[str, Any]) -> None:
     """Set num_envs from the given environments. Raises OptionError if the option contradicts them."""
     if isinstance(task, gymnasium.Env | VectorEnv):
-        count = getattr(task, "num_envs", 1)
+        count = getattr(task.unwrapped, "num_envs", 1)
         if values.setdefault("num_envs", count) != count:
             raise OptionError(
                 "num_envs", f"num_envs is {values['num_envs']}, and the environment handed in is {count}: leave it out"

@@ -242,7 +242,7 @@ def test_networks_of_ones_own_are_exported_the_critic_apart(tmp_path: Path) -> N
     [
         (Noisy, "the graph of onnx is not the policy, and is not written: its action differs on"),
         (Branching, "a Branching cannot be exported to onnx"),
-        (OfItsOwn, "a ByItself maps its actions in a way of its own, outside of the graph"),
+        (OfItsOwn, "a ByItself maps its actions in a way of its own, outside of torch"),
     ],
 )
 def test_what_is_no_graph_is_refused(tmp_path: Path, policy: type[Own], said: str) -> None:
