@@ -70,6 +70,8 @@ class TensorEnvironments(VectorEnv):
         self.several = isinstance(environments, gymnasium.Env)
         if self.several:
             self.metadata["autoreset_mode"] = AutoresetMode.SAME_STEP
+        elif any(x.__module__ == "gymnasium.envs.functional_jax_env" for x in type(environments.unwrapped).__mro__):
+            self.metadata.setdefault("autoreset_mode", AutoresetMode.NEXT_STEP)  # some of them do not say so
         self.spec, self.render_mode = environments.spec, environments.render_mode
         limits = (getattr(base, name, None) for name in ("max_episode_steps", "max_episode_length", "time_limit"))
         self.max_episode_steps = next((int(x) for x in limits if x), None)

@@ -362,8 +362,10 @@ def test_a_jax_environment_is_the_same_by_dlpack_and_by_numpy(cartpole: str) -> 
     assert rollouts[0].metrics["episodes"] > 3
 
 
-def test_an_id_of_jax_trains_without_a_word(cartpole: str) -> None:
-    run = pg.train("ppo", cartpole, num_envs=4, num_steps=16, minibatch_size=32, iterations=2, progress=False)
+@pytest.mark.parametrize("task", ["phys2d/CartPole-v1", "phys2d/Pendulum-v0"])
+@pytest.mark.usefixtures("cartpole")
+def test_an_id_of_jax_trains_without_a_word(task: str) -> None:
+    run = pg.train("ppo", task, num_envs=4, num_steps=16, minibatch_size=32, iterations=2, progress=False)
     assert isinstance(run.world.environments.unwrapped, TensorEnvironments)  # type: ignore[union-attr]
     assert run.evaluate(2).length_mean > 5
 
