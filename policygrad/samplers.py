@@ -67,8 +67,8 @@ class Overlapped(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         if not self.sample.draws_its_own(policy):  # type: ignore[attr-defined]
             raise UserError(
-                "overlap needs a policygrad Policy of tanh or relu layers with Discrete or Box actions: others draw "
-                "from torch's generator, which two threads would share; leave overlap off"
+                "overlap needs a policygrad Policy of tanh or relu layers without memory, Discrete or Gaussian actions and "
+                "no tensors: others draw from torch's generator, which both threads use; leave overlap off"
             )
         lag = 0.0 if self.next is None else 1.0
         sampled = self.sample(policy) if self.next is None else self.next.result()
@@ -137,6 +137,65 @@ class KLCharged(Wrapper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.coefficient.load_state_dict(state["coefficient"])
+
+
+class RandomNetworkDistillation(Wrapper):
+    """Add c e(s') / scale to every decision's reward: e(s') = mean_k (predictor_k(s') - target_k(s'))^2, [B, T].
+
+    The predictor learns to be the target, a network that stays as it is, on the successors s' that were seen: where it
+    still errs is new (Burda et al. 2019, arXiv 1810.12894; one stream of rewards, and not their two). Both modules map
+    obs [B, T, ...] to features [B, T, K]; observations should be normalized. scale: the root mean square of all errors
+    so far, so that c is in units of reward. After the rewards, the optimizer takes one pass over the successors in
+    minibatches. Adds the metrics novelty (mean e) and intrinsic_reward (mean of what was added). Raises UserError if
+    the sampler does not say where its rows stop.
+    """
+
+    def __init__(
+        self,
+        sample: Sample,
+        target: nn.Module,
+        predictor: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        coefficient: float = 1.0,
+        minibatch_size: int = 256,
+    ) -> None:
+        super().__init__(sample)
+        self.target, self.predictor, self.optimizer = target.requires_grad_(False), predictor, optimizer
+        self.coefficient, self.minibatch_size = coefficient, minibatch_size
+        self.square, self.count = 0.0, 0  # the sum of e^2, and the number of its terms
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        rollout = self.sample(policy)
+        if rollout.final_obs is None:
+            raise UserError("random network distillation needs the observations where rows stop: give final_obs")
+        seen = torch.cat([rollout.obs[:, 1:], rollout.final_obs.unsqueeze(1)], 1)[rollout.mask].unsqueeze(1)
+        with torch.no_grad():
+            error = self._error(seen)
+        self.square, self.count = self.square + float(error.double().square().sum()), self.count + len(error)
+        scale = (self.square / max(self.count, 1)) ** 0.5
+        bonus = torch.zeros_like(rollout.reward)
+        bonus[rollout.mask] = self.coefficient * error / scale if scale else error
+        for part in torch.randperm(len(seen)).split(self.minibatch_size) if len(seen) else ():
+            self.optimizer.zero_grad()
+            self._error(seen[part.to(seen.device)]).mean().backward()
+            self.optimizer.step()
+        weight = per_token(rollout.mask)
+        metrics = {"novelty": error.mean(), "intrinsic_reward": average(bonus, weight)} if len(seen) else {}
+        return replace(rollout, reward=rollout.reward + bonus, metrics=rollout.metrics | metrics)
+
+    def _error(self, obs: Tensor) -> Tensor:
+        """e of obs [N, 1, ...], [N]."""
+        return (self.predictor(obs) - self.target(obs)).square().mean(-1).squeeze(-1)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {name: getattr(self, name).state_dict() for name in ("target", "predictor", "optimizer")}
+        return {**super().state_dict(), **own, "square": self.square, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name in ("target", "predictor", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.square, self.count = state["square"], state["count"]
 
 
 class Rescored(Wrapper):

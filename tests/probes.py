@@ -113,6 +113,17 @@ class ActionAndObservationMatter(ObservationReward):
         return (2.0 * action - 1.0) * self.x
 
 
+class Target(ObservationReward):
+    """One step, minus the squared distance of the action from 0.5 or 1.5, at the observations -1 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Box(0.0, 2.0, (1,), np.float32)
+
+    def reward(self, action: Any) -> float:
+        return -float((action[0] - 1.0 - 0.5 * self.x) ** 2)
+
+
 class Known(Probe):
     """Random observations, actions in a Box, a reward of any size, ends of both kinds: something of everything."""
 

@@ -22,7 +22,8 @@ MASKED = Flat(spaces.Dict({"action_mask": spaces.MultiBinary(4), "observation": 
 ACTIONS: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
     "discrete": (spaces.Discrete(4), {}),
     "gaussian": (spaces.Box(-2, 2, (2,)), {}),
-    "squashed": (spaces.Box(-2, 2, (2,)), {"squash": True, "state_dependent_std": True}),
+    "squashed": (spaces.Box(-2, 2, (2,)), {"distribution": "squashed", "state_dependent_std": True}),
+    "beta": (spaces.Box(-2, 2, (2,)), {"distribution": "beta"}),
     "many": (spaces.MultiDiscrete([2, 3]), {}),
     "binary": (spaces.MultiBinary(3), {}),
     "masked": (spaces.Discrete(4), {}),

@@ -276,9 +276,21 @@ def test_a_directory_that_holds_something_is_refused_and_left_alone(policygrad: 
 
 
 def test_every_flag_reaches_the_method(policygrad: Any, tmp_path: Path) -> None:
-    policygrad(*PPO, "--gamma", 0.9, "--clip-low", "inf", "--squash", "--activation", "relu", "--out", tmp_path / "run")
+    policygrad(
+        *PPO,
+        "--gamma",
+        0.9,
+        "--clip-low",
+        "inf",
+        "--distribution",
+        "squashed",
+        "--activation",
+        "relu",
+        "--out",
+        tmp_path / "run",
+    )
     options = strict((tmp_path / "run" / "config.json").read_text())["options"]
-    assert (options["gamma"], options["clip_low"], options["squash"]) == (0.9, "inf", True)
+    assert (options["gamma"], options["clip_low"], options["distribution"]) == (0.9, "inf", "squashed")
     assert options["activation"] == "relu"
     assert (options["num_envs"], options["hidden"], options["minibatch_size"]) == (4, [8], 16)
 
@@ -605,7 +617,11 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("long task", ("train", "ppo", "x" * 1000), "unknown environment"),
     ("escapes in a task", ("train", "ppo", "\x1b[31m\n\r"), "\\x1b[31m"),
     ("two tasks", ("train", "ppo", "CartPole-v1", "Acrobot-v1"), "'Acrobot-v1' belongs to no option"),
-    ("a misspelled switch before the task", ("train", "ppo", "--squahs", "CartPole-v1"), "did you mean --squash?"),
+    (
+        "a misspelled switch before the task",
+        ("train", "ppo", "--scale-reward", "CartPole-v1"),
+        "did you mean --scale-rewards?",
+    ),
     ("no value", ("train", "ppo", "CartPole-v1", "--seed", "--json"), "--seed has no value: it must be a whole number"),
     ("a value twice", ("verify", "--seed", "1", "--seed", "2"), "--seed is given more than once: give it once"),
     ("long value", ("train", "ppo", "CartPole-v1", "--steps", "9" * 5000), "--steps is '999"),
@@ -652,8 +668,8 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ),
     (
         "of another world, without a value",
-        ("train", "ppo", "exact:chain", "--squash"),
-        "ppo has no option 'squash' on exact: it is for control; leave it out",
+        ("train", "ppo", "exact:chain", "--scale-rewards"),
+        "ppo has no option 'scale_rewards' on exact: it is for control; leave it out",
     ),
     (
         "an option that another choice leaves unread",
@@ -678,7 +694,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("a seed below 0", ("train", "ppo", "CartPole-v1", "--seed", "-1"), "seed"),
     ("a seed too large", ("train", "ppo", "CartPole-v1", "--seed", "1" + "0" * 30), "seed"),
     ("a device that is not there", ("train", "ppo", "CartPole-v1", "--device", "abacus"), "abacus"),
-    ("squash without a Box", ("train", "ppo", "CartPole-v1", "--squash"), "squash is for Box"),
+    ("squash without a Box", ("train", "ppo", "CartPole-v1", "--distribution", "squashed"), "distribution is for Box"),
     ("normalized state numbers", ("train", "ppo", "CliffWalking-v1", "--normalize-observations"), "Discrete"),
     ("a missing package", ("train", "ppo", "probes:Missing-v0"), "not installed"),
     ("no time limit", ("train", "reinforce", "probes:Endless-v0"), "episode_steps"),
@@ -1145,7 +1161,7 @@ ONCE = [
     (["train", "ppo", "CartPole-v1", "--seed=1", "--steps", "8", "--seed", "1"], "--seed"),
     (["train", "ppo", "CartPole-v1", "--hidden", "8", "--num_envs", "2", "--hidden", "4"], "--hidden"),
     (["train", "ppo", "CartPole-v1", "--num_envs", "2", "--num-envs", "2"], "--num-envs"),
-    (["train", "ppo", "Pendulum-v1", "--squash", "--no-squash"], "--squash"),
+    (["train", "ppo", "Pendulum-v1", "--scale-rewards", "--no-scale-rewards"], "--scale-rewards"),
     (["train", "ppo", "CartPole-v1", "--out", "a", "--out", "b"], "--out"),
     (["train", "grpo", "arithmetic", "--model", "a", "--model", "b"], "--model"),
     (["train", "grpo", "exact:chain", "--steps", "1", "--steps", "2"], "--steps"),

@@ -21,7 +21,13 @@ from policygrad.train.worlds.language import warm_model
 
 ROOT = Path(policygrad.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OF_PACKAGES = (("ALE/", "ale_py"), ("MiniGrid-", "minigrid"), ("mpe2/", "mpe2"), ("classic/", "pettingzoo"))
+OF_PACKAGES = (
+    ("ALE/", "ale_py"),
+    ("MiniGrid-", "minigrid"),
+    ("mpe2/", "mpe2"),
+    ("classic/", "pettingzoo"),
+    ("phys2d/", "flax"),
+)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 

@@ -6,6 +6,7 @@ from policygrad.control.memoryless import has_memory, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.policies import Critic, Policy
 from policygrad.control.sampler import Sampler
+from policygrad.control.tensors import TensorEnvironments
 
 __all__ = [
     "Critic",
@@ -14,6 +15,7 @@ __all__ = [
     "Policy",
     "RewardScaler",
     "Sampler",
+    "TensorEnvironments",
     "evaluate",
     "has_memory",
     "label",

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from policygrad.control.acting import Mode
-from policygrad.control.checks import as_tensor, called, checked_distribution
+from policygrad.control.checks import Arrays, as_tensor, called, checked_distribution
 from policygrad.control.encoders import Flatten
 from policygrad.control.memory import Rows
 from policygrad.control.policies import CategoricalHead, NormalHead, Policy
@@ -31,7 +32,7 @@ class Actor(ABC):
     state: Tensor
 
     @abstractmethod
-    def __call__(self, obs: np.ndarray, counts: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, obs: Arrays, counts: Arrays, start: Arrays) -> tuple[Arrays, Arrays]:
         """The next actions [B, ...], as they are stored and as the environment takes them.
 
         obs: [B, ...]; counts: [B], False where the action will not be used; start: [B], where an episode starts. Raises
@@ -54,7 +55,7 @@ class DistributionActor(Actor):
         self.state = _empty(policy, rows)
         self.logp: list[Tensor] = []
 
-    def __call__(self, obs: np.ndarray, counts: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, obs: Arrays, counts: Arrays, start: Arrays) -> tuple[Arrays, Arrays]:
         given = as_tensor(obs, self.device).unsqueeze(1)
         if self.state.shape[1]:
             rows = Rows(
@@ -67,19 +68,23 @@ class DistributionActor(Actor):
         try:
             action = distribution.sample()
         except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
+            said = {"probability tensor contains": "probability", "all elements of std": "standard deviation"}
+            if not (name := next((said[x] for x in said if x in str(error)), "")):
                 raise
             shown = next((x for x in vars(distribution).values() if isinstance(x, Tensor)), given)
-            raise not_finite("probability", shown, torch.from_numpy(counts)) from error
+            raise not_finite(name, shown, torch.as_tensor(counts)) from error
         logp = distribution.log_prob(action)
         total = logp.sum() + action.sum() if action.is_floating_point() else logp.sum()
         if not math.isfinite(total):  # then look closely: only where it counts
             for name, x in (("action", action), ("log-probability", logp)):
-                if not x[torch.from_numpy(counts).to(x.device)].isfinite().all():
-                    raise not_finite(name, x, torch.from_numpy(counts))
+                if not x[torch.as_tensor(counts).to(x.device)].isfinite().all():
+                    raise not_finite(name, x, torch.as_tensor(counts))
         if self.keep:
             self.logp.append(logp[:, 0])
-        action = action[:, 0]
+        return self._returned(distribution, action[:, 0])
+
+    def _returned(self, distribution: Any, action: Tensor) -> tuple[Arrays, Arrays]:
+        """The actions [B, ...] as they are stored, and as the environment takes them."""
         owned = hasattr(distribution, "to_environment")
         taken = distribution.to_environment(action) if owned else to_environment(action.cpu().numpy(), self.space)
         return action.cpu().numpy(), taken

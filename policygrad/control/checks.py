@@ -14,6 +14,7 @@ from policygrad.control.spaces import FlatActions
 from policygrad.errors import NonFiniteError, UserError, one_line, shortened, type_of
 from policygrad.machine import free_memory
 
+Arrays = Any  # np.ndarray, or Tensor where the environments are of tensors
 _DEFAULT = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -191,13 +192,13 @@ def stored(obs: np.ndarray) -> np.ndarray:
     return obs.astype(dtype)
 
 
-def as_tensor(x: np.ndarray, device: torch.device) -> Tensor:
+def as_tensor(x: Arrays, device: torch.device) -> Tensor:
     """A copy in memory as torch lays it out: row by row, from a multiple of 64 bytes on.
 
     The last bit of a matrix product depends on that. Environments may hand out a transposed array, and the state of a
     run that is resumed is none: the first step after resuming would come to another bit.
     """
-    return torch.from_numpy(x).to(device, copy=True, memory_format=torch.contiguous_format)
+    return torch.as_tensor(x).to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def check_next_step(info: dict[str, Any]) -> None:
@@ -296,7 +297,7 @@ def check_entropy(distribution: Any) -> None:
     except NotImplementedError as error:
         raise UserError(
             f"the policy's {type(distribution).__name__} has no entropy(): give it one in a class of your own; "
-            "squash=True is a Gaussian through tanh that has one"
+            'distribution="squashed" is a Gaussian through tanh that has one'
         ) from error
 
 
@@ -306,7 +307,7 @@ def check_memory(size: int, what: str, advice: str) -> None:
         raise UserError(f"{what} would take {size / 2**30:,.3g} GiB, and {free / 2**30:,.3g} are free here: {advice}")
 
 
-def check_groups(obs: np.ndarray, size: int) -> None:
+def check_groups(obs: Arrays, size: int) -> None:
     """Raise UserError if the environments of a group start from different observations."""
     rows = obs.reshape(-1, size, *obs.shape[1:])
     if not (rows == rows[:, :1]).all():

@@ -8,8 +8,17 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
-from torch.nn.functional import softplus
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    kl_divergence,
+    register_kl,
+)
+from torch.nn.functional import logsigmoid, softplus
 
 from policygrad.control.spaces import FlatActions, Units, from_environment, in_box, to_environment, units
 
@@ -213,6 +222,69 @@ class SquashedNormal(ActionDistribution):
         return self.half_width.log() + 2 * (math.log(2) - u - softplus(-2 * u))
 
 
+class ScaledBeta(ActionDistribution):
+    """a = low + (high - low) x, x ~ Beta(alpha, beta) in each dimension (Chou et al. 2017, PMLR 70).
+
+    Actions are stored as u = log x - log(1 - x), of which every number has a finite log-probability: x rounds to 0 or 1
+    where its own is infinite. log_prob(u) is the log-density of a, at the a that u gives:
+
+        log p(a) = sum_d (alpha_d - 1) log x_d + (beta_d - 1) log(1 - x_d) - log B(alpha_d, beta_d) - log width_d
+
+    space: a bounded Box. alpha, beta: [..., D], at least 1. width: [D], high - low. batch_shape [...], event_shape [D].
+    Everything is computed in float64, since log B is a difference of large numbers, and returned in the type of alpha.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, space: spaces.Box, alpha: Tensor, beta: Tensor, width: Tensor) -> None:
+        self.space, self.alpha, self.beta, self.width = space, alpha, beta, width
+        self.of_x = Independent(Beta(alpha.double(), beta.double(), validate_args=False), 1, validate_args=False)
+        super().__init__(self.of_x.batch_shape, self.of_x.event_shape, validate_args=False)
+
+    def to_environment(self, action: Tensor) -> np.ndarray:
+        """a at u = action [B, D], in the space's shape and dtype."""
+        return squashed(action.detach().cpu().double().numpy() / 2, self.space)  # x = (1 + tanh(u / 2)) / 2
+
+    def from_environment(self, action: np.ndarray) -> np.ndarray:
+        """The u at which a = action. No u reaches a bound: a is moved to INSIDE of the way to it at most."""
+        return 2 * np.arctanh(in_units(action, self.space, units(self.space)).clip(-INSIDE, INSIDE))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """u, from two gamma variables: x is the share of the first in their sum."""
+        shape, least = (*sample_shape, *self.batch_shape, *self.event_shape), torch.finfo(torch.float64).tiny
+        with torch.no_grad():
+            drawn = (torch._standard_gamma(x.double().expand(shape)) for x in (self.alpha, self.beta))
+            first, second = (x.clamp(min=least).log() for x in drawn)
+            return (first - second).to(self.alpha.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(a) at value = u."""
+        u, alpha, beta = value.double(), self.alpha.double(), self.beta.double()
+        log_beta = alpha.lgamma() + beta.lgamma() - (alpha + beta).lgamma()
+        logp = (alpha - 1) * logsigmoid(u) + (beta - 1) * logsigmoid(-u) - log_beta - self.width.double().log()
+        return logp.sum(-1).to(self.alpha.dtype)
+
+    def entropy(self) -> Tensor:
+        """H(a) = H(x) + sum_d log width_d."""
+        return (self.of_x.entropy() + self.width.double().log().sum(-1)).to(self.alpha.dtype)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ScaledBeta":
+        """The same distribution, repeated over batch_shape."""
+        shape = (*batch_shape, *self.event_shape)
+        return ScaledBeta(self.space, self.alpha.expand(shape), self.beta.expand(shape), self.width)
+
+    @property
+    def stddev(self) -> Tensor:
+        """The standard deviation of a in half-ranges: twice that of x, [..., D]."""
+        return 2 * self.of_x.stddev
+
+    @property
+    def mode(self) -> Tensor:
+        """u at the x where the density of a is largest, (alpha - 1) / (alpha + beta - 2); 0 where it is uniform."""
+        first, second = ((x.double() - 1).clamp(min=1e-30).log() for x in (self.alpha, self.beta))
+        return (first - second).to(self.alpha.dtype)
+
+
 def in_units(action: np.ndarray, space: spaces.Box, units: Units) -> np.ndarray:
     """(a - center) / half_width of a = action [B, ...], [B, D]; 0 where the bounds are one number."""
     found = from_environment(action, space) - units.center
@@ -242,6 +314,11 @@ _QUADRATURE = (_nodes, _density / _density.sum())
 def _kl_squashed(p: SquashedNormal, q: SquashedNormal) -> Tensor:
     # A bijection, the same for both, changes no KL.
     return kl_divergence(p.normal, q.normal)
+
+
+@register_kl(ScaledBeta, ScaledBeta)
+def _kl_beta(p: ScaledBeta, q: ScaledBeta) -> Tensor:
+    return kl_divergence(p.of_x, q.of_x).to(p.alpha.dtype)
 
 
 @register_kl(JointActions, JointActions)

@@ -29,6 +29,7 @@ from policygrad.control.replay import Recording
 from policygrad.control.seats import Opponents, Seat
 from policygrad.control.spaces import MASK, flat
 from policygrad.control.structured import StructuredActions, VectorStructuredActions, has_parts
+from policygrad.control.tensors import TensorEnvironments, of_tensors
 from policygrad.control.wrappers import Layers, Learned
 from policygrad.control.wrapping import wrapped, wrapper
 from policygrad.errors import Note, UserError, ending, one_line, shortened
@@ -154,6 +155,10 @@ def _not_made(name: str, error: Exception) -> UserError:
     """Why an environment could not be made."""
     if isinstance(error, gymnasium.error.DependencyNotInstalled):
         return UserError(f"{name} needs a package that is not installed: {one_line(error)}")
+    if isinstance(error, ModuleNotFoundError):
+        extra = "jax" if name.startswith(("phys2d/", "tabular/")) else ""
+        how = f"pip install policygrad[{extra}]" if extra else "install its package"
+        return UserError(f"{name} needs {error.name or one_line(error, 60)}, which is not installed: {how}")
     hint = ": its arguments are env_options" if isinstance(error, TypeError) else ""
     said = f"the environment {name} could not be made: {type(error).__name__}: "
     return UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint)
@@ -165,7 +170,7 @@ def _given(environment: Any, num_envs: int, vectorization: str, action_mask: str
         raise UserError(
             f"the environment handed in is made already, and takes no {unread[0]}: hand in a callable that makes one"
         )
-    single = isinstance(environment, gymnasium.Env)
+    single = isinstance(environment, gymnasium.Env) and not of_tensors(environment)
     if vectorization in ("async", "envpool") or (vectorization == "sync" and not single):
         raise UserError(
             f"the environment handed in is made already: vectorization {vectorization} is for a callable that makes one"
@@ -393,6 +398,8 @@ def unflattened(environments: VectorEnv) -> spaces.Space:
         return environments.env.single_observation_space
     if isinstance(base, Processes):
         return base.call("unflattened")[0]
+    if isinstance(base, TensorEnvironments):
+        return base.unflattened
     inside = base.envs[0] if isinstance(base, SyncVectorEnv) else None
     if isinstance(inside, gymnasium.Wrapper) and inside.has_wrapper_attr("unflattened"):
         return inside.get_wrapper_attr("unflattened")
@@ -445,12 +452,19 @@ def _no_environment(thing: Any) -> str:
     return f"{said}: give an id, an environment, or a class or function that makes one"
 
 
-def _distinct(environments: VectorEnv) -> None:
+def _distinct(environments: gymnasium.Env | VectorEnv) -> None:
     """Raise UserError if one object serves as several environments (in separate processes it would be copied)."""
     check_distinct([x.unwrapped for x in getattr(environments.unwrapped, "envs", ()) if isinstance(x, gymnasium.Env)])
 
 
-def _flat(environments: VectorEnv, action_mask: str) -> VectorEnv:
+def _flat(environments: Any, action_mask: str) -> VectorEnv:
+    if of_tensors(environments):
+        if action_mask == "info":
+            raise UserError("environments of tensors have their mask in the key action_mask: set action_mask to auto")
+        environments = TensorEnvironments(environments, masked=action_mask != "off")
+    if isinstance(environments.unwrapped, TensorEnvironments):
+        autoreset_mode(environments)  # raises
+        return environments
     mode = autoreset_mode(environments)
     if has_parts(environments.single_action_space):
         environments = VectorStructuredActions(environments)

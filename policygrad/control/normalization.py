@@ -22,7 +22,11 @@ class RunningStatistics:
         if n == 0:
             return
         mean = x[0] + (x - x[0]).mean(0)  # exact if all are equal: then the variance is exactly 0
-        squares = ((x - mean) ** 2).sum(0) + (self.var * self.count if self.count else 0.0)
+        self.merge(n, mean, ((x - mean) ** 2).sum(0))
+
+    def merge(self, n: int, mean: Any, squares: Any) -> None:
+        """Merge in n numbers by their mean and the sum of their squared distances from it, [*shape]."""
+        squares = squares + (self.var * self.count if self.count else 0.0)
         delta = mean - self.mean
         total = self.count + n
         squares = squares + delta**2 * (self.count * n / total)

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal
+from torch.nn.functional import softplus
 
 from policygrad.control.acting import act
 from policygrad.control.distributions import (
@@ -18,6 +19,7 @@ from policygrad.control.distributions import (
     DiscreteActions,
     IndependentActions,
     JointActions,
+    ScaledBeta,
     SquashedNormal,
     clipped,
     squashed,
@@ -26,9 +28,10 @@ from policygrad.control.encoders import chosen, make_encoder
 from policygrad.control.masks import check_mask_space, choices, is_box
 from policygrad.control.memory import Rows, make_memory, rows_of
 from policygrad.control.spaces import Flat, FlatActions, describe, rebuild, to_environment, units
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, one_line, shortened
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
+DISTRIBUTIONS = ("normal", "squashed", "beta")  # of Box actions
 
 
 class Policy(nn.Module):
@@ -38,14 +41,14 @@ class Policy(nn.Module):
     say how it becomes features (make_encoder). Where it has an action mask the distribution is that of the allowed
     actions, and the network does not see the mask. memory: `gru`, `lstm` or `transformer` (over memory_window steps)
     after the encoder, of memory_size features; it then takes Rows, and observations alone are rows that start an
-    episode. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a
-    diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units); or FlatActions, a Dict or Tuple of
-    these. hidden: the layers after the encoder; () is none. `squash` maps the Gaussian onto the bounds by tanh; without
-    it the action is clipped at them on the way to the environment, and its log-probability is that of the unclipped
-    action. The standard deviation is a parameter, or a function of the observation with `state_dependent_std`; at first
-    its logarithm is initial_log_std, from -20 to 10. `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01
-    in the last layer. Raises UserError for any other space, and for a mask of another size than the actions have
-    choices.
+    episode. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a `distribution` of its own; or
+    FlatActions, a Dict or Tuple of these. hidden: the layers after the encoder; () is none. distribution: "normal" is a
+    diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units), whose action is clipped at them on the
+    way to the environment, and whose log-probability is that of the unclipped action; "squashed" maps it onto the
+    bounds by tanh; "beta" is a Beta distribution between them. The Gaussian's standard deviation is a parameter, or a
+    function of the observation with `state_dependent_std`; at first its logarithm is initial_log_std, from -20 to 10.
+    `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises UserError for any other
+    space, and for a mask of another size than the actions have choices.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Policy(nn.Module):
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         orthogonal: bool = True,
-        squash: bool = False,
+        distribution: str = "normal",
         state_dependent_std: bool = False,
         initial_log_std: float = 0.0,
     ) -> None:
@@ -82,7 +85,7 @@ class Policy(nn.Module):
                 "hidden": list(hidden),
                 "activation": activation,
                 "orthogonal": orthogonal,
-                "squash": squash,
+                "distribution": distribution,
                 "state_dependent_std": state_dependent_std,
                 "initial_log_std": initial_log_std,
             }
@@ -91,7 +94,7 @@ class Policy(nn.Module):
         self.observation_space, self.action_space = observation_space, action_space
         check_mask_space(observation_space, action_space)
         self.mask = observation_space.mask if isinstance(observation_space, Flat) else None
-        self.head = head(action_space, squash, state_dependent_std, initial_log_std)
+        self.head = head(action_space, distribution, state_dependent_std, initial_log_std)
         sizes = [_width(self.encode, self.memory), *hidden, self.head.size]
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
 
@@ -334,7 +337,7 @@ class NormalHead(nn.Module):
             raise UserError(f"initial_log_std is {initial_log_std}: it must be between -20 and 10")
         self.space, self.squash, self.units = space, squash, units(space)
         if squash:
-            _check_bounds(space)
+            _check_bounds(space, "squashed")
         dimensions = math.prod(space.shape)
         self.size = 2 * dimensions if state_dependent_std else dimensions
         self.initial_log_std = initial_log_std
@@ -372,15 +375,35 @@ class NormalHead(nn.Module):
         return mean.copy() if noise is None else mean + np.exp(self.initial_log_std + log_std.clip(-10, 10)) * noise
 
 
+class BetaHead(nn.Module):
+    """Box with bounds: a Beta distribution between them, alpha and beta = 1 + softplus(features).
+
+    Both are above 1, so that the density has one peak and is 0 at the bounds (Chou et al. 2017, section 4).
+    """
+
+    width: Tensor
+
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__()
+        _check_bounds(space, "beta")
+        self.space, self.size = space, 2 * math.prod(space.shape)
+        width = torch.as_tensor(2 * units(space).half_width, dtype=torch.get_default_dtype())
+        self.register_buffer("width", width, persistent=False)
+
+    def forward(self, features: Tensor) -> Distribution:
+        alpha, beta = (1 + softplus(features)).chunk(2, -1)
+        return ScaledBeta(self.space, alpha, beta, self.width)
+
+
 class JointHead(nn.Module):
     """A Dict or Tuple of actions: a head for each part."""
 
-    def __init__(self, space: FlatActions, **gaussian: Any) -> None:
+    def __init__(self, space: FlatActions, **of_boxes: Any) -> None:
         super().__init__()
         some_box = any(is_box(part) for part, _ in space.parts)
         self.space = space
         self.heads = nn.ModuleList(
-            head(part) if some_box and not is_box(part) else head(part, **gaussian) for part, _ in space.parts
+            head(part) if some_box and not is_box(part) else head(part, **of_boxes) for part, _ in space.parts
         )
         self.sizes: list[int] = [x.size for x in self.heads]  # type: ignore[misc]
         self.size = sum(self.sizes)
@@ -397,28 +420,42 @@ class JointHead(nn.Module):
         return torch.cat([one.masked(x, mask) if mask.shape[-1] else x for one, x, mask in pieces], -1)
 
 
-def _check_bounds(space: spaces.Box) -> None:
-    """Raise UserError where tanh has no interval to squash onto."""
+def _check_bounds(space: spaces.Box, distribution: str) -> None:
+    """Raise UserError where a distribution has no interval between the bounds."""
     single = space.low.reshape(-1)[space.low.reshape(-1) >= space.high.reshape(-1)]
     if single.size:
         raise UserError(
-            f"squash needs low < high in every dimension, and the action space has low = high = "
-            f"{single[0]:g}: leave squash off, or remove that dimension from the action space"
+            f"distribution {distribution} needs low < high in every dimension, and the action space has low = high = "
+            f"{single[0]:g}: choose normal, or remove that dimension from the action space"
         )
     if not units(space).bounded.all():
-        raise UserError("squash needs finite bounds, and the action space is a Box without them: leave squash off")
+        raise UserError(
+            f"distribution {distribution} needs finite bounds, and the action space is a Box without them: "
+            "choose normal"
+        )
 
 
 def head(
-    space: spaces.Space, squash: bool = False, state_dependent_std: bool = False, initial_log_std: float = 0.0
+    space: spaces.Space,
+    distribution: str = "normal",
+    state_dependent_std: bool = False,
+    initial_log_std: float = 0.0,
 ) -> Any:
     """The head of an action space. Raises UserError for a space it has none for, or options that do not apply."""
-    gaussian = {"squash": squash, "state_dependent_std": state_dependent_std, "initial_log_std": initial_log_std}
+    if distribution not in DISTRIBUTIONS:
+        said = " or ".join(DISTRIBUTIONS)
+        raise UserError(f"distribution is {shortened(distribution, 40)}: it must be {said}")
+    gaussian = {"state_dependent_std": state_dependent_std, "initial_log_std": initial_log_std}
     if isinstance(space, FlatActions):
-        return JointHead(space, **gaussian)
+        return JointHead(space, distribution=distribution, **gaussian)
+    for option, value in gaussian.items() if distribution == "beta" else ():
+        if value:
+            raise UserError(f"{option} is for a Gaussian, and distribution is beta: leave it out")
     if isinstance(space, spaces.Box):
-        return NormalHead(space, squash, state_dependent_std, initial_log_std)
-    for option, value in gaussian.items():
+        if distribution == "beta":
+            return BetaHead(space)
+        return NormalHead(space, distribution == "squashed", state_dependent_std, initial_log_std)
+    for option, value in {"distribution": distribution != "normal", **gaussian}.items():
         if value:
             raise UserError(f"{option} is for Box actions, and the action space is {one_line(space, 60)}: leave it out")
     if isinstance(space, spaces.Discrete):

@@ -14,13 +14,15 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
 from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
-from policygrad.control.checks import as_tensor, check_entropy, check_memory, stored_dtype
-from policygrad.control.distributions import ClippedNormal, JointActions, SquashedNormal
+from policygrad.control.checks import Arrays, as_tensor, check_entropy, check_memory, stored_dtype
+from policygrad.control.distributions import ClippedNormal, JointActions, ScaledBeta, SquashedNormal
 from policygrad.control.memory import Rows
 from policygrad.control.memoryless import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import FlatActions, to_environment, units
 from policygrad.control.stepping import Stepping
+from policygrad.control.tensor_sampling import TensorActor, TensorStepping
+from policygrad.control.tensors import TensorEnvironments
 from policygrad.errors import NonFiniteError, UserError, one_line
 from policygrad.rollout import Rollout, state_size
 
@@ -79,7 +81,8 @@ class Sampler:
         self.pieces, self.critic = steps // (sequence_length or steps), critic
         self.states: list[Tensor] | None = None  # memory after the last rollout, the policy's and the critic's
         self.busy = threading.RLock()
-        self._stepping = Stepping(
+        self.of_tensors = isinstance(environments.unwrapped, TensorEnvironments)
+        self._stepping = (TensorStepping if self.of_tensors else Stepping)(
             environments,
             seed=seed,
             whole_episodes=whole_episodes,
@@ -125,7 +128,7 @@ class Sampler:
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
         stepping.reset() if self.whole_episodes else stepping.go_on()
-        failed = np.zeros(stepping.environments.num_envs, dtype=bool)
+        failed: Any = False
         for t in range(self.length):
             obs, mask = stepping.now(), ~stepping.resetting
             if memories is not None:
@@ -141,7 +144,7 @@ class Sampler:
             columns.write(t, obs=obs, action=action, mask=counts, **step)
             if t and (cut := mask & ~counts).any():  # obs is where these episodes were cut, by their environments
                 columns.columns["ended"][cut, t - 1] = True
-            failed |= mask & ~counts
+            failed = failed | (mask & ~counts)
             if self.whole_episodes and stepping.resetting.all():
                 break
         if self.whole_episodes:
@@ -170,6 +173,7 @@ class Sampler:
         stepping.steps += int(found["mask"].sum())
         rows = torch.arange(len(found["mask"]), device=self.device)
         group = rows // self.group_size
+        failed = torch.as_tensor(failed).cpu().numpy()
         if self.whole_episodes and failed.any():  # the return of a part of an episode is none
             out = torch.from_numpy(failed).to(self.device)
             found["mask"] &= ~out.unsqueeze(1)
@@ -192,20 +196,21 @@ class Sampler:
         stepping, act, seen = self.stepping, self._actor(policy, keep=False), []
         may_remember = not isinstance(act, PerceptronActor) and not state_size(policy)
         stepping.reset()
-        total, length = np.zeros(len(stepping.resetting)), np.zeros(len(stepping.resetting), dtype=np.int64)
+        total: Any = 0.0
+        length: Any = 0
         for t in range(self.length):
-            length += ~stepping.resetting
+            length = length + ~torch.as_tensor(stepping.resetting)
             if may_remember and t < STEPS:
-                seen.append(torch.from_numpy(stepping.now()).to(self.device))
+                seen.append(torch.as_tensor(stepping.now()).to(self.device))
             _, taken = act(stepping.now(), ~stepping.resetting, stepping.starting)
-            reward = stepping.step(taken).reward
-            total += torch.from_numpy(reward).to(torch.get_default_dtype()).numpy()  # as a rollout stores it
+            reward = torch.as_tensor(stepping.step(taken).reward)
+            total = total + reward.to(torch.get_default_dtype()).double()  # as a rollout stores it
             if stepping.resetting.all():
                 break
         if may_remember:
             refuse_memory(policy, torch.stack(seen, 1))
         stepping.steps += int(length.sum())
-        return total, length, stepping.resetting.copy()
+        return tuple(torch.as_tensor(x).cpu().numpy().copy() for x in (total, length, stepping.resetting))  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes here, as tensors, numbers and strings. The environments' own state is not in it."""
@@ -221,6 +226,8 @@ class Sampler:
     def _actor(self, policy: nn.Module, *, keep: bool = True) -> Actor:
         environments = self.stepping.environments
         space, rows = environments.single_action_space, environments.num_envs
+        if self.of_tensors:
+            return TensorActor(policy, space, self.device, rows, keep=keep)
         return actor(policy, space, self.device, rows, self.length, self.noise, keep=keep)
 
 
@@ -285,9 +292,9 @@ class _Columns:
 
     def __init__(self, rows: int, length: int, capacity: int) -> None:
         self.rows, self.length, self.capacity, self.written = rows, length, min(capacity, length), 0
-        self.columns: dict[str, np.ndarray] = {}
+        self.columns: dict[str, Arrays] = {}
 
-    def write(self, t: int, **values: np.ndarray | None) -> None:
+    def write(self, t: int, **values: Arrays | None) -> None:
         """Store values [B, ...] at step t, the next one."""
         if t == self.capacity:
             self.capacity = min(2 * self.capacity, self.length)
@@ -303,12 +310,15 @@ class _Columns:
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The columns on the device."""
-        return {name: torch.from_numpy(x[:, : self.written]).to(device) for name, x in self.columns.items()}
+        return {name: torch.as_tensor(x[:, : self.written]).to(device) for name, x in self.columns.items()}
 
-    def _allocated(self, like: np.ndarray) -> np.ndarray:
+    def _allocated(self, like: Arrays) -> Arrays:
         """A column of zeros for values like these, [B, ...]."""
-        dtype = stored_dtype(like.dtype) if like.dtype == np.float64 else like.dtype
-        kind = torch.from_numpy(np.zeros(0, dtype)).dtype
+        if isinstance(like, Tensor):
+            dtype = torch.get_default_dtype() if like.dtype == torch.float64 else like.dtype
+            return like.new_zeros((self.rows, self.capacity, *like.shape[1:]), dtype=dtype)
+        kept = stored_dtype(like.dtype) if like.dtype == np.float64 else like.dtype
+        kind = torch.from_numpy(np.zeros(0, kept)).dtype
         return torch.zeros((self.rows, self.capacity, *like.shape[1:]), dtype=kind).numpy()  # as in as_tensor
 
 
@@ -373,9 +383,9 @@ def _group_metrics(score: Tensor, size: int, out: np.ndarray) -> dict[str, float
 def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> dict[str, float]:
     """How widely a policy explores a Box, by a distribution of its own and its actions [N, ...].
 
-    action_std: the mean standard deviation of a Gaussian, in units where the bounds are -1 and 1. bound_fraction: the
-    share of the numbers that reached the environment at a bound, or within a thousandth of the range of one; not of
-    integers, of which few may lie between. Of a Dict or Tuple, their means over its Boxes.
+    action_std: the mean standard deviation of a Gaussian or a Beta, in units where the bounds are -1 and 1.
+    bound_fraction: the share of the numbers that reached the environment at a bound, or within a thousandth of the
+    range of one; not of integers, of which few may lie between. Of a Dict or Tuple, their means over its Boxes.
     """
     if isinstance(distribution, JointActions):
         found = [
@@ -391,8 +401,8 @@ def action_metrics(distribution: Any, action: Tensor, space: spaces.Space) -> di
     unit, metrics = units(space), {}
     inner = distribution.normal if isinstance(distribution, SquashedNormal) else distribution
     inner = inner.base_dist if isinstance(inner, Independent) else inner
-    if isinstance(inner, Normal):
-        own = isinstance(distribution, ClippedNormal | SquashedNormal)  # already in these units
+    if isinstance(inner, Normal | ScaledBeta):
+        own = isinstance(distribution, ClippedNormal | SquashedNormal | ScaledBeta)  # already in these units
         width = np.ones_like(unit.half_width) if own else unit.half_width
         std = inner.stddev.double().cpu().numpy().reshape(-1, len(width))
         metrics["action_std"] = float((std[:, width > 0] / width[width > 0]).mean())

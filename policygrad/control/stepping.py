@@ -12,6 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from torch.utils._pytree import tree_map
 
 from policygrad.control.checks import (
+    Arrays,
     check_groups,
     check_next_step,
     checked_observations,
@@ -34,11 +35,11 @@ from policygrad.errors import NonFiniteError, Note, UserError, one_line, type_of
 class Step(NamedTuple):
     """One step of B environments. All is 0 or False for an environment that only reset."""
 
-    counts: np.ndarray  # [B], whether this was a decision: not of an environment that reset, or was made anew
-    reward: np.ndarray  # [B], scaled
-    terminated: np.ndarray  # [B]
-    ended: np.ndarray  # [B], terminated or truncated
-    final: np.ndarray | None  # [B, ...], with same-step resets: the observations before the resets
+    counts: Arrays  # [B], whether this was a decision: not of an environment that reset, or was made anew
+    reward: Arrays  # [B], scaled
+    terminated: Arrays  # [B]
+    ended: Arrays  # [B], terminated or truncated
+    final: Arrays | None  # [B, ...], with same-step resets: the observations before the resets
 
 
 class Stepping:
@@ -82,7 +83,7 @@ class Stepping:
         self.whole_episodes, self.group_size = whole_episodes, group_size
         self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
         self.seeded, self.generator = seed is not None, np.random.default_rng(seed)
-        self.obs: np.ndarray | None = None
+        self.obs: Arrays | None = None
         self.told = False  # whether a mask that is not read has been mentioned
         self.begun = False  # whether these environments have been reset
         self.resetting, self.starting = (np.zeros(environments.num_envs, dtype=bool) for _ in range(2))
@@ -94,7 +95,7 @@ class Stepping:
         self.reward_sum, self.reward_count = 0.0, 0  # of the decisions since the sampler set them to 0
         self.steps, self.episodes, self.restarts = 0, 0, 0
 
-    def now(self) -> np.ndarray:
+    def now(self) -> Arrays:
         """The observations of the next decisions, [B, ...]."""
         assert self.obs is not None
         return self.obs
@@ -140,9 +141,9 @@ class Stepping:
         self.obs = self._received(obs, ~self.resetting)
         check_groups(self.obs, self.group_size)
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: Arrays) -> Step:
         """Step the environments."""
-        if action.dtype.kind == "f" and not np.isfinite(action).all():
+        if not self._is_finite(action):
             raise NonFiniteError(
                 f"the policy's action is beyond {action.dtype}, the action space's type: bound its mean"
             )
@@ -156,11 +157,11 @@ class Stepping:
             error.evidence = {"obs": self.obs, "action": action, "reward": reward, "next_obs": obs}
             raise
 
-    def _taken(self, obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: Any) -> Step:
+    def _taken(self, obs: Any, reward: Any, terminated: Arrays, truncated: Arrays, info: Any) -> Step:
         """What the environments' step returned, checked and counted."""
         renewed = self._renewed(info) & ~self.resetting
         counts = ~self.resetting & ~renewed
-        reward = checked_reward(reward, counts)
+        reward = self._rewarded(reward, counts)
         terminated, ended = terminated & counts, (terminated | truncated) & counts
         if not self.same_step and info:
             check_next_step(info)
@@ -169,31 +170,29 @@ class Stepping:
         self.episode_return += reward
         self.episode_length += counts
         if ended.any():
-            numbers = info.get("final_info") if self.same_step else info
-            for i in np.flatnonzero(ended):
-                self.ending[i] = _numbers_of(numbers, int(i))
+            numbers = self._numbers(info.get("final_info") if self.same_step else info)
+            for i in self._where(ended):
+                self.ending[i] = _numbers_of(numbers, i)
         self.finish(ended)
         if renewed.any():  # their episodes were cut, and are none to report
             self.episode_return[renewed], self.episode_length[renewed] = 0.0, 0
         if self.reward_scaler is not None:
-            reward = self.reward_scaler(reward, ended | renewed, counts)
+            reward = self._scaled(reward, ended | renewed, counts)
         self.starting = self.resetting | renewed | (ended & self.same_step)
         if self.whole_episodes:
             self.resetting = self.resetting | ended | renewed
         else:
-            self.resetting = np.zeros_like(ended) if self.same_step else ended | self._waiting()
-        final = None
-        if self.same_step:
-            final = self._received(final_observations(obs, ended, info), np.zeros_like(ended))
+            self.resetting = (ended & (not self.same_step)) | self._waiting()
+        final = self._received(self._final(obs, ended, info), ended & False) if self.same_step else None
         self.obs = self._received(obs, ~self.resetting)
         return Step(counts, reward, terminated, ended, final)
 
-    def _waiting(self) -> np.ndarray:
+    def _waiting(self) -> Any:
         """Which rows are of agents that do not act in the next step, [B]."""
         base = self.environments.unwrapped
-        return base.waiting.copy() if isinstance(base, Agents) else np.zeros_like(self.resetting)
+        return base.waiting.copy() if isinstance(base, Agents) else self.resetting & False
 
-    def _renewed(self, info: dict[str, Any]) -> np.ndarray:
+    def _renewed(self, info: dict[str, Any]) -> Arrays:
         """Which environments failed in this step and were made anew, [B]; each is said in a note."""
         renewed = np.zeros_like(self.resetting)
         if RESTARTED in info:
@@ -204,13 +203,15 @@ class Stepping:
                 warnings.warn(f"{said}: it {one_line(info[RESTARTED][i], 100)}", Note, stacklevel=4)
         return renewed
 
-    def finish(self, ended: np.ndarray) -> None:
+    def finish(self, ended: Arrays) -> None:
         """Count the episodes of these environments as finished."""
-        for i in np.flatnonzero(ended):
-            self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
-            self.endings.append(self.ending[i])
-            self.episodes += 1
-            self.episode_return[i], self.episode_length[i] = 0.0, 0
+        if not (rows := self._where(ended)):
+            return
+        totals, lengths = self.episode_return[rows].tolist(), self.episode_length[rows].tolist()
+        self.finished += zip(totals, lengths, strict=True)
+        self.endings += [self.ending[i] for i in rows]
+        self.episodes += len(rows)
+        self.episode_return[rows], self.episode_length[rows] = 0.0, 0
 
     def metrics(self) -> dict[str, float]:
         """What the environments have to report.
@@ -255,7 +256,34 @@ class Stepping:
             self.reward_scaler.statistics.load_state_dict(state["rewards"])
             self.reward_scaler.returns = state["returns"]
 
-    def _received(self, obs: Any, counts: np.ndarray) -> np.ndarray:
+    # What is done in numpy, and in torch where the environments are of tensors (TensorStepping).
+
+    def _is_finite(self, action: Arrays) -> bool:
+        """Whether no number of an action is NaN or infinite."""
+        return action.dtype.kind != "f" or bool(np.isfinite(action).all())
+
+    def _where(self, chosen: Arrays) -> list[int]:
+        """The environments where chosen [B] is True."""
+        return np.flatnonzero(chosen).tolist()
+
+    def _numbers(self, info: Any) -> Any:
+        """An info with its numbers in arrays."""
+        return info
+
+    def _rewarded(self, reward: Any, counts: Arrays) -> Arrays:
+        """The rewards, checked; 0 where they do not count."""
+        return checked_reward(reward, counts)
+
+    def _scaled(self, reward: Arrays, ended: Arrays, counts: Arrays) -> Arrays:
+        """The rewards as the policy learns from them."""
+        assert self.reward_scaler is not None
+        return self.reward_scaler(reward, ended, counts)
+
+    def _final(self, obs: Any, ended: Arrays, info: Any) -> Arrays:
+        """The observations before the resets of this same step."""
+        return final_observations(obs, ended, info)
+
+    def _received(self, obs: Any, counts: Arrays) -> Arrays:
         """Observations as a rollout stores them: checked and normalized."""
         obs = checked_observations(obs, self.observation_space, self.environments.num_envs)
         if isinstance(self.observation_space, Flat) and self.observation_space.mask is not None:

@@ -25,15 +25,9 @@ import policygrad
 from policygrad.control import ObservationNormalizer
 from policygrad.control.acting import Mode
 from policygrad.control.checks import stored_dtype
-from policygrad.control.distributions import (
-    ClippedNormal,
-    DiscreteActions,
-    IndependentActions,
-    JointActions,
-    SquashedNormal,
-)
 from policygrad.control.masks import random_masks
 from policygrad.control.spaces import Flat, FlatActions
+from policygrad.control.tensors import normalized, to_environment
 from policygrad.errors import UserError, ending, one_line, shortened, type_of
 from policygrad.files import as_path, write_bytes
 from policygrad.rollout import state_size
@@ -103,46 +97,10 @@ class Acting(nn.Module):
             self.register_buffer("std", torch.from_numpy(normalizer.statistics.var).sqrt())
 
     def forward(self, observation: Tensor) -> Tensor:
-        obs = self.normalized(observation) if self.normalizes else observation
-        obs = obs if self.kept is None else torch.where(self.kept, observation.to(obs.dtype), obs)
+        obs = normalized(observation, self.mean, self.std, self.kept) if self.normalizes else observation
         obs = obs.to(torch.get_default_dtype()) if obs.is_floating_point() else obs
         certain = self.mode(obs.unsqueeze(1))
         return to_environment(certain.sample()[:, 0], certain.distribution, self.space)
-
-    def normalized(self, obs: Tensor) -> Tensor:
-        """clip((obs - mean) / std, -10, 10), and 0 where std is 0, in float64 as in training."""
-        varies = self.std > 0
-        return ((obs.double() - self.mean) / self.std.where(varies, 1.0)).where(varies, 0.0).clamp(-10, 10)
-
-
-def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
-    """The action [B, ...] as the environment receives it: the distribution's `to_environment`, in torch.
-
-    Raises UserError for a distribution that has a way of its own.
-    """
-    kind = type(distribution)
-    if kind is JointActions:
-        parts = zip(distribution.of_parts(action), distribution.parts, distribution.space.parts, strict=True)
-        taken = ((to_environment(x, part, one), where) for x, part, (one, where) in parts)
-        return torch.cat([x.reshape(-1, where.stop - where.start).double() for x, where in taken], 1)
-    if hasattr(distribution, "to_environment") and kind not in (
-        *(DiscreteActions, IndependentActions),
-        *(ClippedNormal, SquashedNormal),
-    ):
-        raise UserError(f"{type_of(distribution)} maps its actions in a way of its own, outside of the graph")
-    dtype = torch.from_numpy(np.zeros(0, space.dtype)).dtype
-    if not isinstance(space, spaces.Box):
-        start = torch.as_tensor(getattr(space, "start", 0))
-        return (action.reshape(-1, *space.shape).to(torch.int64) + start).to(dtype)
-    low, high = (torch.from_numpy(np.asarray(x, np.float64)) for x in (space.low, space.high))
-    number = action.double().reshape(-1, *space.shape)
-    if kind is ClippedNormal:
-        center, half_width = (torch.from_numpy(x.reshape(space.shape)) for x in distribution.units[:2])
-        number = center + half_width * number
-    elif kind is SquashedNormal:
-        number = low + (number.tanh() + 1) / 2 * (high - low)
-    number = torch.minimum(torch.maximum(number, low), high)
-    return (number if dtype.is_floating_point else number.round()).to(dtype)
 
 
 def _graph_in(format: Format, run: Run) -> bytes:

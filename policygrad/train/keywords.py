@@ -56,7 +56,7 @@ class Keywords(TypedDict, total=False):
     hidden: int | Sequence[int]
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"]
     orthogonal: bool
-    squash: bool
+    distribution: Literal["normal", "squashed", "beta"]
     state_dependent_std: bool
     initial_log_std: float
     demonstrations: Any

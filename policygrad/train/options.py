@@ -65,6 +65,7 @@ MINIBATCHES: When = {"objective": ("ppo", "grpo")}
 SAMPLED: When = {"objective": ("reinforce", "actor_critic", "surrogate", "ppo", "grpo")}  # from the policy itself
 CLONED: When = {"objective": ("clone",)}
 REMEMBERS = ("gru", "lstm", "transformer")  # a policy with memory
+GAUSSIAN: When = {"distribution": ("normal", "squashed")}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
@@ -184,12 +185,14 @@ class Options:
         "Activation function of the hidden layers.", **CONTROL)
     orthogonal: bool = option(True,
         "Use orthogonal initialization with a small last layer of the policy; else torch's default.", **CONTROL)
-    squash: bool = option(False, "Squash Box actions into their bounds with tanh; else clip them.", **CONTROL)
+    distribution: Literal["normal", "squashed", "beta"] = option("normal",
+        "Distribution of Box actions: a Gaussian clipped at the bounds, one squashed onto them by tanh, or a Beta "
+        "between them.", **CONTROL)
     state_dependent_std: bool = option(False,
-        "Compute the Gaussian's standard deviation by the network; else it is a parameter.", **CONTROL)
+        "Compute the Gaussian's standard deviation by the network; else it is a parameter.", **CONTROL, **GAUSSIAN)
     initial_log_std: float = option(0.0,
         "Initial log standard deviation of the Gaussian, in units where the bounds of the actions are -1 and 1.",
-        LOG_STD, **CONTROL)
+        LOG_STD, **CONTROL, **GAUSSIAN)
     demonstrations: str | None = option(None,
         "Transitions to clone: a JSONL or Parquet file with columns `observation` and `action`, or a data set of "
         "Minari, its directory or HDF5 file.", TEXT, **CONTROL, **CLONED)

@@ -33,7 +33,7 @@ CHARTS: list[tuple[str, dict[str, str]]] = [
         "reward_std": "standard deviation of the rewards",
     }),
     ("Policy", {
-        "entropy": "nats a decision", "action_std": "of a Gaussian, in half-ranges",
+        "entropy": "nats a decision", "action_std": "in half-ranges of the bounds",
         "kl_old": "KL(old, new) of an update",
         "kl_ref": "KL(policy, reference) a token", "clip_fraction": "ratios outside the clip range",
         "clip_fraction_low": "gradients clipped away, below", "clip_fraction_high": "gradients clipped away, above",

@@ -640,7 +640,7 @@ def _next(iterations: Iterator[Any], iteration: int) -> Any:
 def _check_count(task: Any, values: dict[str, Any]) -> None:
     """Set num_envs from the given environments. Raises OptionError if the option contradicts them."""
     if isinstance(task, gymnasium.Env | VectorEnv):
-        count = getattr(task, "num_envs", 1)
+        count = getattr(task.unwrapped, "num_envs", 1)
         if values.setdefault("num_envs", count) != count:
             raise OptionError(
                 "num_envs", f"num_envs is {values['num_envs']}, and the environment handed in is {count}: leave it out"
@@ -651,7 +651,7 @@ def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> 
     """Raise UserError for an option of the default networks if the user's own modules replace them."""
     own_policy = policy is not None
     both = own_policy and (critic is not None or not has_critic(options))
-    unread = {"squash": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
+    unread = {"distribution": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
     unread |= dict.fromkeys(("encoder", "channels", "hidden", "activation", "orthogonal"), both)
     for name, ignored in unread.items():
         if ignored and getattr(options, name) != getattr(defaults, name):

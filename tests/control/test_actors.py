@@ -22,7 +22,7 @@ BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS: list[tuple[spaces.Space, dict[str, Any]]] = [
     (spaces.Discrete(4, start=-1), {}),
     (spaces.Box(np.float32([-1, 0]), np.float32([1, 5])), {}),
-    (spaces.Box(np.float32([-1, 0]), np.float32([1, 5])), {"squash": True}),
+    (spaces.Box(np.float32([-1, 0]), np.float32([1, 5])), {"distribution": "squashed"}),
     (spaces.Box(-1, 1, (2,), np.float32), {"state_dependent_std": True, "initial_log_std": -1.0}),
     (spaces.Box(0, 9, (2, 1), np.int32), {}),
 ]

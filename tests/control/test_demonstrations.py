@@ -1,6 +1,7 @@
 """Transitions of a demonstrator: checked, split, scored, and their gradient that of the log-likelihood."""
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,21 @@ def gradient(value: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return torch.cat([x.flatten() for x in torch.autograd.grad(value, list(module.parameters()))])
 
 
-BOUNDED = [BOX, spaces.Box(-1.0, 3.0, (2, 2), np.float32)]  # what tanh can squash onto
+BOUNDED = [BOX, spaces.Box(-1.0, 3.0, (2, 2), np.float32)]  # what has an interval between its bounds
 
 
-@pytest.mark.parametrize(("space", "squash"), [*((x, False) for x in SPACES), *((x, True) for x in BOUNDED)], ids=str)
-def test_actions_come_back_from_where_the_distribution_sends_them(space: Any, squash: bool) -> None:
-    policy, action = Policy(OBS, space, squash=squash), drawn(space)
-    distribution = policy(torch.zeros(len(action), 1, 3))
-    u = torch.as_tensor(distribution.from_environment(action))
-    again = distribution.to_environment(u)
+@pytest.mark.parametrize(
+    ("space", "distribution"),
+    [*((x, "normal") for x in SPACES), *product(BOUNDED, ("squashed", "beta"))],
+    ids=str,
+)
+def test_actions_come_back_from_where_the_distribution_sends_them(space: Any, distribution: str) -> None:
+    policy, action = Policy(OBS, space, distribution=distribution), drawn(space)
+    made = policy(torch.zeros(len(action), 1, 3))
+    u = torch.as_tensor(made.from_environment(action))
+    again = made.to_environment(u)
     assert again.dtype == action.dtype
-    if squash:
+    if distribution != "normal":
         width = space.high - space.low
         assert (np.abs(again - action) <= (1 - INSIDE) / 2 * width + 1e-6 * width).all()
         inside = np.abs(2 * (action - space.low) / width - 1) < INSIDE
@@ -78,7 +83,7 @@ def test_actions_come_back_from_where_the_distribution_sends_them(space: Any, sq
 
 
 def test_an_action_at_a_bound_of_tanh_is_moved_a_thousandth_of_the_way_inside() -> None:
-    policy = Policy(OBS, BOX, squash=True)
+    policy = Policy(OBS, BOX, distribution="squashed")
     u = policy(torch.zeros(2, 1, 3)).from_environment(np.stack([BOX.low, BOX.high]))
     np.testing.assert_allclose(u, [[-math.atanh(0.999)] * 2, [math.atanh(0.999)] * 2])
 
@@ -97,7 +102,10 @@ def test_the_gradient_is_that_of_the_mean_negative_log_likelihood() -> None:
 @pytest.mark.parametrize("squash", [False, True])
 def test_so_it_is_for_a_gaussian(squash: bool) -> None:
     """By the densities of a, written out; the clipped one is in units where the bounds are -1 and 1."""
-    found, policy = transitions(columns(BOX), OBS, BOX), Policy(OBS, BOX, squash=squash)
+    found, policy = (
+        transitions(columns(BOX), OBS, BOX),
+        Policy(OBS, BOX, distribution="squashed" if squash else "normal"),
+    )
     objective, _ = ReinforceObjective(policy)(batch_of(policy, BOX, found))
     half, center = torch.tensor([2.0, 5.0]), torch.tensor([0.0, 5.0])
     x = (torch.as_tensor(found.action) - center) / half

@@ -1,6 +1,6 @@
 """Distributions of actions keep torch's numbers, and know their environment's actions. All in float64.
 
-The squashed Gaussian is compared with numerical integrals and with torch's own transformed distribution.
+The squashed Gaussian and the Beta are compared with numerical integrals and with torch's own transformed distributions.
 """
 
 import copy
@@ -11,9 +11,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import (
     Bernoulli,
+    Beta,
     Categorical,
     Distribution,
     Independent,
@@ -23,7 +24,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform, TanhTransform
 
-from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, SquashedNormal
+from policygrad.control.distributions import Coins, DiscreteActions, IndependentActions, ScaledBeta, SquashedNormal
 
 pytestmark = pytest.mark.usefixtures("float64")
 PARAMETERS = [(0.0, 1.0), (0.7, 0.3), (-1.5, 0.8), (2.5, 0.5)]
@@ -65,13 +66,14 @@ def test_samples_log_probability_entropy_and_divergence_are_torchs(name: str) ->
         assert torch.equal(kl_divergence(p, q), kl_divergence(torchs, torchs))
 
 
-@pytest.mark.parametrize("name", [*ACTIONS, "squashed"])
+@pytest.mark.parametrize("name", [*ACTIONS, "squashed", "beta"])
 def test_a_copy_and_an_expansion_act_in_the_same_space(name: str) -> None:
-    own: Distribution = (
-        ACTIONS[name][0]()
-        if name in ACTIONS
-        else SquashedNormal(spaces.Box(-1, 3, (4,)), logits(), logits().exp(), torch.full((4,), HALF_WIDTH))
-    )
+    box = spaces.Box(-1, 3, (4,))
+    own: Distribution = {
+        **{known: make for known, (make, _) in ACTIONS.items()},
+        "squashed": lambda: SquashedNormal(box, logits(), logits().exp(), torch.full((4,), HALF_WIDTH)),
+        "beta": lambda: ScaledBeta(box, 1 + logits().exp(), 2 + logits().exp(), torch.full((4,), 2 * HALF_WIDTH)),
+    }[name]()
     action, wide = own.sample()[:, 0], own.expand((5, 2, 3))
     expected = own.to_environment(action)  # type: ignore[attr-defined]
     for other in (copy.deepcopy(own), wide):
@@ -210,3 +212,85 @@ def test_the_mode_is_the_action_without_noise() -> None:
     p = squashed(0.7, 0.3)
     assert torch.equal(p.mode, torch.tensor([0.7]))
     assert torch.equal(p.mean, p.mode)
+
+
+SHAPES = [(1.0, 1.0), (1.7, 1.7), (1.0, 3.0), (2.5, 1.2), (80.0, 40.0), (5e4, 3e4)]  # alpha, beta
+
+
+def scaled(alpha: float, beta: float, dtype: torch.dtype = torch.float64) -> ScaledBeta:
+    numbers = (torch.tensor([x], dtype=dtype) for x in (alpha, beta, 2 * HALF_WIDTH))
+    return ScaledBeta(BOX, *numbers)
+
+
+def torchs(alpha: float, beta: float) -> TransformedDistribution:
+    return TransformedDistribution(Beta(alpha, beta), [AffineTransform(-1.0, 2 * HALF_WIDTH)])
+
+
+@pytest.mark.parametrize(("alpha", "beta"), SHAPES)
+def test_a_betas_density_is_torchs_and_its_integral_is_1(alpha: float, beta: float) -> None:
+    p, x = scaled(alpha, beta), torch.linspace(0, 1, 400_001)[1:-1]
+    density = p.log_prob((x.log() - (-x).log1p()).unsqueeze(-1))
+    torch.testing.assert_close(density, torchs(alpha, beta).log_prob(-1 + 2 * HALF_WIDTH * x), rtol=1e-9, atol=1e-9)
+    assert torch.trapezoid(density.exp(), 2 * HALF_WIDTH * x).item() == pytest.approx(1, abs=2e-5)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), SHAPES)
+def test_a_betas_entropy_and_divergence_are_integrals(alpha: float, beta: float) -> None:
+    p, q, x = scaled(alpha, beta), scaled(2.0, 3.0), torch.linspace(0, 1, 400_001)[1:-1]
+    u = (x.log() - (-x).log1p()).unsqueeze(-1)
+    logp, logq = p.log_prob(u), q.log_prob(u)
+    entropy = -torch.trapezoid(logp.exp() * logp, 2 * HALF_WIDTH * x)
+    divergence = torch.trapezoid(logp.exp() * (logp - logq), 2 * HALF_WIDTH * x)
+    assert p.entropy().item() == pytest.approx(entropy.item(), abs=1e-4)
+    assert kl_divergence(p, q).item() == pytest.approx(divergence.item(), abs=2e-4)
+    assert kl_divergence(p, p).item() == 0
+
+
+@pytest.mark.parametrize(("alpha", "beta"), SHAPES)
+def test_a_betas_samples_have_its_moments_and_stay_between_the_bounds(alpha: float, beta: float) -> None:
+    torch.manual_seed(0)
+    p, count = scaled(alpha, beta), 100_000
+    taken = p.to_environment(p.sample((count,)))[:, 0]
+    mean, std = 2 * HALF_WIDTH * alpha / (alpha + beta) - 1, p.stddev.item() * HALF_WIDTH
+    assert taken.mean() == pytest.approx(mean, abs=5 * std / count**0.5)
+    assert taken.std() == pytest.approx(std, rel=0.02)
+    assert std == pytest.approx(2 * HALF_WIDTH * Beta(alpha, beta).stddev.item())
+    assert ((taken >= -1) & (taken <= 3)).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 30.0, -40.0, 800.0, -1e4])
+def test_at_the_bounds_a_betas_numbers_are_exact_and_finite(u: float) -> None:
+    """From u = 40 on x rounds to 1, and log(1 - x) by x would be infinite; from -745 on x rounds to 0."""
+    p, point = scaled(2.5, 4.0), torch.tensor([u], requires_grad=True)
+    (slope,) = torch.autograd.grad(p.log_prob(point), point)
+    x = 1 / (1 + np.exp(-np.float64(u))) if u > -700 else 0.0
+    # d/du [(alpha - 1) log x + (beta - 1) log(1 - x)] = (alpha - 1)(1 - x) - (beta - 1) x
+    assert slope.item() == pytest.approx(1.5 * (1 - x) - 3 * x, rel=1e-12)
+    assert p.log_prob(point).isfinite()
+    assert -1 <= p.to_environment(point.unsqueeze(0)).item() <= 3
+
+
+def test_single_precision_keeps_the_digits_of_a_narrow_beta() -> None:
+    """log B(5e4, 3e4) is -53,000: in float32 alone it would be off by 0.01."""
+    single, double = scaled(5e4, 3e4, torch.float32), scaled(5e4, 3e4)
+    u = single.sample((1000,))
+    assert u.dtype == single.log_prob(u).dtype == single.entropy().dtype == torch.float32
+    torch.testing.assert_close(single.log_prob(u), double.log_prob(u).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_mode_of_a_beta_is_where_its_density_is_largest() -> None:
+    for alpha, beta in ((2.5, 1.2), (80.0, 40.0), (1.7, 1.7)):
+        p, x = scaled(alpha, beta), torch.linspace(0, 1, 100_001)[1:-1]
+        best = x[p.log_prob((x.log() - (-x).log1p()).unsqueeze(-1)).argmax()]
+        assert p.to_environment(p.mode.unsqueeze(0)).item() == pytest.approx(2 * HALF_WIDTH * best.item() - 1, abs=1e-4)
+    assert scaled(1.0, 1.0).mode.item() == 0, "uniform: the center"
+    assert scaled(1.0, 2.0).to_environment(scaled(1.0, 2.0).mode.unsqueeze(0)).item() == -1
+    assert scaled(1.0, 2.0).mode.isfinite()
+
+
+def test_the_gradients_of_a_beta_are_right() -> None:
+    alpha, beta = (torch.tensor([x], requires_grad=True) for x in (2.5, 1.3))
+    other, width, u = ScaledBeta(BOX, *torch.tensor([[2.0], [3.0], [4.0]])), torch.tensor([4.0]), torch.tensor([0.7])
+    for f in (ScaledBeta.entropy, lambda p: p.log_prob(u), lambda p: kl_divergence(p, other)):
+        assert gradcheck(lambda a, b, f=f: f(ScaledBeta(BOX, a, b, width)), (alpha, beta))
+        assert gradgradcheck(lambda a, b, f=f: f(ScaledBeta(BOX, a, b, width)), (alpha, beta))

@@ -155,6 +155,19 @@ def test_a_missing_package_is_named() -> None:
         make_environments("probes:Missing-v0", 2)
 
 
+def test_a_module_that_an_environment_imports_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.phys2d.cartpole", raising=False)
+    with pytest.raises(UserError, match=r"phys2d/CartPole-v1 needs \w+, which is not installed: pip install .*\[jax\]"):
+        make_environments("phys2d/CartPole-v1", 2)
+
+    def make() -> gymnasium.Env:
+        raise ModuleNotFoundError("No module named 'x'", name="x")
+
+    with pytest.raises(UserError, match="make needs x, which is not installed: install its package"):
+        make_environments(make, 2)
+
+
 def test_an_environment_that_cannot_be_made_is_one_line() -> None:
     def make() -> gymnasium.Env:
         raise OSError("no level\nfile")
@@ -291,8 +304,10 @@ def test_an_error_in_another_process_is_one_line() -> None:
         environments.close()
 
 
-@pytest.mark.parametrize("squash", [False, True])
-def test_an_environment_never_sees_an_action_outside_its_box(squash: bool) -> None:
+@pytest.mark.parametrize(
+    "made", [{"initial_log_std": 1.0}, {"distribution": "squashed", "initial_log_std": 1.0}, {"distribution": "beta"}]
+)
+def test_an_environment_never_sees_an_action_outside_its_box(made: dict[str, Any]) -> None:
     seen = []
 
     class Seen(Known):
@@ -303,7 +318,7 @@ def test_an_environment_never_sees_an_action_outside_its_box(squash: bool) -> No
 
     environments = make_environments(limited(Seen, 8), 2)
     spaces_ = (environments.single_observation_space, environments.single_action_space)
-    Sampler(environments, 32)(Policy(*spaces_, squash=squash, initial_log_std=1.0))
+    Sampler(environments, 32)(Policy(*spaces_, **made))
     assert len(seen) > 50
 
 

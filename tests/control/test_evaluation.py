@@ -233,7 +233,7 @@ def test_the_mode_of_a_squashed_policy_arrives_squashed() -> None:
 
     environments = make_environments(limited(Seen, 4), 1)
     space, actions = environments.single_observation_space, environments.single_action_space
-    policy = Policy(space, actions, squash=True)
+    policy = Policy(space, actions, distribution="squashed")
     with torch.no_grad():
         policy.network[-1].weight.zero_()  # type: ignore[operator, union-attr]
         policy.network[-1].bias.fill_(0.5)  # type: ignore[operator, union-attr]

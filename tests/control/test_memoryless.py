@@ -134,7 +134,8 @@ WITH = {
 WITHOUT = {
     "discrete": lambda: Policy(OBSERVATIONS, spaces.Discrete(3)),
     "clipped": lambda: Policy(OBSERVATIONS, BOX),
-    "squashed": lambda: Policy(OBSERVATIONS, BOX, squash=True, state_dependent_std=True),
+    "squashed": lambda: Policy(OBSERVATIONS, BOX, distribution="squashed", state_dependent_std=True),
+    "beta": lambda: Policy(OBSERVATIONS, BOX, distribution="beta"),
     "multi-discrete": lambda: Policy(OBSERVATIONS, spaces.MultiDiscrete([2, 3])),
     "multi-binary": lambda: Policy(OBSERVATIONS, spaces.MultiBinary(3)),
     "wrapped": lambda: Wrapped(Policy(OBSERVATIONS, spaces.Discrete(3))),

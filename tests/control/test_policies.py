@@ -32,8 +32,10 @@ POLICIES: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
     "clipped, unbounded": (spaces.Box(-np.inf, np.inf, (2,), np.float32), {}),
     "clipped, float64": (spaces.Box(0.0, 1.0, (1,), np.float64), {}),
     "clipped, state-dependent std": (BOX, {"state_dependent_std": True}),
-    "squashed": (BOX, {"squash": True}),
-    "squashed, state-dependent std": (BOX, {"squash": True, "state_dependent_std": True}),
+    "squashed": (BOX, {"distribution": "squashed"}),
+    "squashed, state-dependent std": (BOX, {"distribution": "squashed", "state_dependent_std": True}),
+    "beta": (BOX, {"distribution": "beta"}),
+    "beta, matrix": (spaces.Box(-0.1, 0.1, (2, 2), np.float32), {"distribution": "beta"}),
     "multi-discrete": (spaces.MultiDiscrete([2, 5, 3]), {}),
     "multi-discrete, nested, from a start": (NESTED, {}),
     "multi-binary": (spaces.MultiBinary(5), {}),
@@ -73,9 +75,10 @@ def test_what_the_environment_gets_is_in_its_space(name: str) -> None:
 @every_policy
 def test_every_action_of_a_finite_space_and_both_bounds_of_a_box_are_reached(name: str) -> None:
     space, options = POLICIES[name]
-    policy = Policy(
-        OBSERVATIONS, space, **(options | ({"initial_log_std": 2.0} if isinstance(space, spaces.Box) else {}))
-    )
+    wide = isinstance(space, spaces.Box) and options.get("distribution") != "beta"
+    policy = Policy(OBSERVATIONS, space, **(options | ({"initial_log_std": 2.0} if wide else {})))
+    if "beta" in name:
+        nn.init.constant_(policy.network[-1].bias, -9.0)  # type: ignore[arg-type]  # uniform
     distribution: Any = policy(torch.zeros(4000, 1, 3))
     action = distribution.to_environment(distribution.sample()[:, 0]).reshape(4000, -1)
     if isinstance(space, spaces.Box):
@@ -217,8 +220,8 @@ def test_several_choices_are_their_separate_categoricals(float64: None) -> None:
 
 def test_squashing_onto_a_single_number_is_refused() -> None:
     space = spaces.Box(np.array([-1.0, 0.5], np.float32), np.array([1.0, 0.5], np.float32))
-    with pytest.raises(UserError, match=r"squash needs low < high .* low = high = 0.5"):
-        Policy(OBSERVATIONS, space, squash=True)
+    with pytest.raises(UserError, match=r"distribution squashed needs low < high .* low = high = 0.5"):
+        Policy(OBSERVATIONS, space, distribution="squashed")
     clipped: Any = Policy(OBSERVATIONS, space)(torch.zeros(1, 1, 3))
     assert clipped.to_environment(torch.tensor([[0.0, 9.0]])).tolist() == [[0, 0.5]]
 
@@ -244,11 +247,15 @@ def test_the_standard_deviation_depends_on_the_state_where_it_is_asked_to() -> N
         (spaces.Text(5), {}, "Text"),
         (spaces.Graph(BOX, None), {}, "Graph"),
         (spaces.Sequence(BOX), {}, "Sequence"),
-        (spaces.Discrete(2), {"squash": True}, r"squash.*Discrete"),
+        (spaces.Discrete(2), {"distribution": "squashed"}, r"distribution.*Discrete"),
         (spaces.MultiBinary(2), {"state_dependent_std": True}, r"state_dependent_std.*MultiBinary"),
         (spaces.Discrete(2), {"initial_log_std": -1.0}, r"initial_log_std.*Discrete"),
-        (spaces.Box(-np.inf, np.inf, (2,)), {"squash": True}, r"squash.*Box"),
-        (spaces.Box(0, np.inf, (2,)), {"squash": True}, r"squash.*Box"),
+        (spaces.Box(-np.inf, np.inf, (2,)), {"distribution": "squashed"}, r"distribution squashed needs finite.*Box"),
+        (spaces.Box(0, np.inf, (2,)), {"distribution": "beta"}, r"distribution beta needs finite .* choose normal"),
+        (BOX, {"distribution": "beta", "initial_log_std": -1.0}, r"initial_log_std .* distribution is beta"),
+        (BOX, {"distribution": "beta", "state_dependent_std": True}, r"state_dependent_std .* distribution is beta"),
+        (BOX, {"distribution": "gamma"}, r"distribution is 'gamma'|distribution is gamma"),
+        (spaces.Box(0, np.inf, (2,)), {"distribution": "squashed"}, r"distribution squashed needs finite.*Box"),
     ],
     ids=lambda x: str(x)[:30],
 )
@@ -374,14 +381,14 @@ def test_between_minus_1_and_1_the_action_is_the_gaussians_own_bit_for_bit() -> 
     np.testing.assert_array_equal(distribution.to_environment(u), u.clamp(-1, 1).numpy())
 
 
-@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("distribution", ["normal", "squashed"])
 @pytest.mark.parametrize("log_std", [-20.0, -3.0, 3.0, 10.0])
-def test_the_initial_standard_deviation_is_effective_and_can_be_learned(log_std: float, squash: bool) -> None:
+def test_the_initial_standard_deviation_is_effective_and_can_be_learned(log_std: float, distribution: str) -> None:
     for state_dependent in (False, True):
-        options: dict[str, Any] = {"squash": squash, "state_dependent_std": state_dependent}
+        options: dict[str, Any] = {"distribution": distribution, "state_dependent_std": state_dependent}
         policy = Policy(OBSERVATIONS, BOX, hidden=(4,), initial_log_std=log_std, **options)
-        distribution: Any = policy(torch.randn(5, 1, 3))
-        base = distribution.normal if squash else distribution
+        made: Any = policy(torch.randn(5, 1, 3))
+        base = made.normal if distribution == "squashed" else made
         torch.testing.assert_close(base.stddev.log(), torch.full((5, 1, 2), log_std), atol=0.1, rtol=0)
         base.entropy().sum().backward()
         last: Any = policy.network[-1].bias
@@ -396,8 +403,8 @@ def test_a_standard_deviation_beyond_its_bounds_is_refused(log_std: float) -> No
 
 
 def test_squashing_onto_bounds_that_no_number_reaches_is_refused() -> None:
-    with pytest.raises(UserError, match="squash needs finite bounds"):
-        Policy(OBSERVATIONS, spaces.Box(-3.4e38, 3.4e38, (2,), np.float32), squash=True)
+    with pytest.raises(UserError, match="distribution squashed needs finite bounds"):
+        Policy(OBSERVATIONS, spaces.Box(-3.4e38, 3.4e38, (2,), np.float32), distribution="squashed")
 
 
 def rescaled(critic: Critic, *rewards: Tensor) -> Critic:

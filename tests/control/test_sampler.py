@@ -377,7 +377,8 @@ class Recording(Known):
 @pytest.mark.parametrize("wrap", [lambda x: x, Wrapped], ids=["policy", "wrapped"])
 def test_a_squashed_action_arrives_squashed_through_any_wrapper(wrap: Callable[[nn.Module], nn.Module]) -> None:
     environment = Recording(spaces.Box(-2.0, 2.0, (1,), np.float32))
-    policy = Policy(environment.observation_space, environment.action_space, squash=True, initial_log_std=-20.0)
+    of = (environment.observation_space, environment.action_space)
+    policy = Policy(*of, distribution="squashed", initial_log_std=-20.0)
     with torch.no_grad():
         policy.network[-1].weight.zero_()  # type: ignore[operator, union-attr]
         policy.network[-1].bias.fill_(0.5)  # type: ignore[operator, union-attr]
@@ -691,7 +692,7 @@ def test_the_layout_of_next_step_resets() -> None:
                 ),
                 1,
             ),
-            r"the policy's Independent has no entropy\(\): give it one .*squash=True",
+            r"the policy's Independent has no entropy\(\): give it one .*distribution=.squashed.",
         ),
         (
             lambda obs: nn.Linear(7, 2)(obs),
@@ -750,9 +751,17 @@ def test_how_widely_a_policy_explores_is_in_units_of_the_range() -> None:
     assert metrics["bound_fraction"] == pytest.approx(0.0455 / 2, abs=0.02), "two deviations in one of two dimensions"
     wide = sample(Policy(spaces.Box(-np.inf, np.inf, (3,)), space, initial_log_std=5.0)).metrics
     assert wide["bound_fraction"] > 0.98
-    squashed = sample(Policy(spaces.Box(-np.inf, np.inf, (3,)), space, squash=True, initial_log_std=5.0)).metrics
+    obs = spaces.Box(-np.inf, np.inf, (3,))
+    squashed = sample(Policy(obs, space, distribution="squashed", initial_log_std=5.0)).metrics
     assert squashed["bound_fraction"] > 0.9
     assert squashed["action_std"] == pytest.approx(np.exp(5))
+    beta = Policy(obs, space, distribution="beta", orthogonal=False)
+    for p in beta.parameters():
+        nn.init.constant_(p, 0.0)
+    nn.init.constant_(beta.network[-1].bias, np.log(np.expm1(3.0)))  # type: ignore[arg-type]
+    metrics = sample(beta).metrics
+    assert metrics["action_std"] == pytest.approx(2 * (4 * 4 / (8**2 * 9)) ** 0.5), "of Beta(4, 4), twice"
+    assert metrics["bound_fraction"] == 0
 
 
 def test_where_there_is_no_range_there_is_no_share_at_its_bounds() -> None:

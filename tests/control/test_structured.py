@@ -169,8 +169,8 @@ def test_a_policy_of_ones_own_may_act_on_the_vector() -> None:
 def test_options_of_a_gaussian_are_for_the_boxes() -> None:
     made = head(FlatActions(spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (3,))])), state_dependent_std=True)
     assert made.sizes == [2, 6]
-    with pytest.raises(UserError, match="squash is for Box actions"):
-        head(FlatActions(spaces.Tuple([spaces.Discrete(2), spaces.MultiBinary(2)])), squash=True)
+    with pytest.raises(UserError, match="distribution is for Box actions"):
+        head(FlatActions(spaces.Tuple([spaces.Discrete(2), spaces.MultiBinary(2)])), distribution="squashed")
 
 
 def test_a_part_that_no_policy_can_have_is_refused() -> None:

@@ -39,7 +39,9 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"squash": True}, {"state_dependent_std": True, "activation": "gelu"}], ids=str
+    "options",
+    [{}, {"distribution": "squashed"}, {"distribution": "beta"}, {"state_dependent_std": True, "activation": "gelu"}],
+    ids=str,
 )
 def test_the_rebuilt_policy_does_what_the_saved_one_does(options: dict[str, Any], tmp_path: Path) -> None:
     run = pg.train("ppo", "probes:Known-v0", out=tmp_path, **SMALL, **options)

@@ -85,11 +85,13 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "policy", [None, Dropped, "squash", "state_dependent_std"], ids=["clipped", "dropout", "squash", "state std"]
+    "policy",
+    [{}, Dropped, {"distribution": "squashed"}, {"distribution": "beta"}, {"state_dependent_std": True}],
+    ids=["clipped", "dropout", "squashed", "beta", "state std"],
 )
 def test_the_ratio_is_1_on_the_first_minibatch(policy: Any) -> None:
     """Nothing is clipped then; and a policy that hardly moves has KL(old, new) 0 and an effective sample size of 1."""
-    options: dict[str, Any] = {"learning_rate": 1e-30} | ({policy: True} if isinstance(policy, str) else {})
+    options: dict[str, Any] = {"learning_rate": 1e-30} | (policy if isinstance(policy, dict) else {})
     if policy is Dropped:
         options |= {"policy": Dropped()}
     run = pg.train("ppo", "probes:Known-v0", progress=False, **SMALL, steps=1, epochs=1, minibatch_size=24, **options)
@@ -163,10 +165,10 @@ class InUnits(Known):
         return super().step((2 * action - (self.low + self.high)) / (self.high - self.low))
 
 
-@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("distribution", ["normal", "squashed", "beta"])
 @pytest.mark.parametrize(("low", "high"), [(-512.0, 512.0), (0.0, 1024.0), (-(2.0**-20), 2.0**-20)])
-def test_the_unit_of_the_actions_makes_no_difference(low: float, high: float, squash: bool) -> None:
-    options = SMALL | {"progress": False, "squash": squash, "steps": 60, "epochs": 2, "minibatch_size": 8}
+def test_the_unit_of_the_actions_makes_no_difference(low: float, high: float, distribution: str) -> None:
+    options = SMALL | {"progress": False, "distribution": distribution, "steps": 60, "epochs": 2, "minibatch_size": 8}
     plain, other = (pg.train("ppo", limited(lambda x=x: InUnits(*x), 8), **options) for x in ((-1.0, 1.0), (low, high)))
     torch.testing.assert_close(parameters(plain), parameters(other), rtol=1e-4, atol=1e-5)
     assert other.metrics[-1]["return"] == pytest.approx(plain.metrics[-1]["return"], rel=1e-4)

@@ -69,13 +69,18 @@ SPACES: list[tuple[spaces.Space, spaces.Space, dict[str, Any]]] = [
     (spaces.Box(0, 255, (2, 36, 40), np.uint8), float_box(-np.inf, np.inf), {"hidden": ()}),
     (NUMBERS, spaces.Box(-5, 5, (2,), np.int8), {}),
     (NUMBERS, float_box(-1, np.inf, 0, 3, -np.inf, np.inf), {"state_dependent_std": True}),
-    (NUMBERS, float_box(-1, 2, 0, 3), {"squash": True, "normalize_observations": True}),
+    (NUMBERS, float_box(-1, 2, 0, 3), {"distribution": "squashed", "normalize_observations": True}),
+    (NUMBERS, float_box(-1, 2, 0, 3), {"distribution": "beta"}),
     (spaces.Box(-1, 1, (2,), np.float64), spaces.Box(-1, 1, (2, 2), np.float64), {}),
     (spaces.Dict(a=spaces.Discrete(3), b=NUMBERS), spaces.Discrete(2), {}),
     (spaces.Dict(action_mask=spaces.MultiBinary(4), b=NUMBERS), MASKED, {"normalize_observations": True}),
     (spaces.Dict(action_mask=spaces.MultiBinary(5), b=NUMBERS), spaces.MultiDiscrete([2, 3]), {}),
     (NUMBERS, spaces.Dict(a=CHOICES, b=spaces.Tuple([float_box(-1, 2, 0, 3), MASKED, spaces.MultiBinary(3)])), {}),
-    (NUMBERS, spaces.Tuple([float_box(-1, 2, 0, 3), MASKED]), {"squash": True, "state_dependent_std": True}),
+    (
+        NUMBERS,
+        spaces.Tuple([float_box(-1, 2, 0, 3), MASKED]),
+        {"distribution": "squashed", "state_dependent_std": True},
+    ),
     (spaces.Dict(action_mask=spaces.MultiBinary(6), b=NUMBERS), spaces.MultiBinary(3), {}),
 ]
 
@@ -237,7 +242,7 @@ def test_networks_of_ones_own_are_exported_the_critic_apart(tmp_path: Path) -> N
     [
         (Noisy, "the graph of onnx is not the policy, and is not written: its action differs on"),
         (Branching, "a Branching cannot be exported to onnx"),
-        (OfItsOwn, "a ByItself maps its actions in a way of its own, outside of the graph"),
+        (OfItsOwn, "a ByItself maps its actions in a way of its own, outside of torch"),
     ],
 )
 def test_what_is_no_graph_is_refused(tmp_path: Path, policy: type[Own], said: str) -> None:

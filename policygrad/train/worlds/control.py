@@ -119,14 +119,15 @@ class ControlWorld(World):
         observation_space = self.observation_space = self.environments.single_observation_space
         action_space = self.action_space = self.environments.single_action_space
         if own.policy is None:
-            gaussian = {name: getattr(options, name) for name in ("squash", "state_dependent_std", "initial_log_std")}
+            heads = ("distribution", "state_dependent_std", "initial_log_std")
+            of_boxes = {name: getattr(options, name) for name in heads}
             try:
                 self._check_networks(observation_space)
                 keys = options.policy_keys
-                how = self._shape() | self._memory() | gaussian
+                how = self._shape() | self._memory() | of_boxes
                 self.policy = Policy(observation_space, action_space, keys=keys, **how)
             except UserError as error:
-                named = ("encoder", "channels", *gaussian)
+                named = ("encoder", "channels", *heads)
                 name = next((x for x in named if str(error).startswith(x)), None)
                 if str(error).startswith("keys"):
                     raise OptionError("policy_keys", f"policy_{error}") from error

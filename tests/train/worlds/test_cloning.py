@@ -97,15 +97,15 @@ def test_the_most_likely_tabular_policy_has_the_demonstrators_frequencies() -> N
     assert run.metrics[-1]["objective"] == pytest.approx(best / len(rows), abs=1e-4)
 
 
-@pytest.mark.parametrize("squash", [False, True])
-def test_box_actions_are_cloned_in_the_environments_units(squash: bool) -> None:
+@pytest.mark.parametrize("distribution", ["normal", "squashed", "beta"])
+def test_box_actions_are_cloned_in_the_environments_units(distribution: str) -> None:
     """The bounds of Pendulum's torque are -2 and 2."""
 
     def rule(obs: np.ndarray, _: Any) -> np.ndarray:
         return np.clip(obs[2:] * 0.2, -1.8, 1.8).astype(np.float32)
 
     rows = collected("Pendulum-v1", rule, 4)
-    run = pg.clone("Pendulum-v1", rows, iterations=60, minibatch_size=32, squash=squash, progress=False)
+    run = pg.clone("Pendulum-v1", rows, iterations=60, minibatch_size=32, distribution=distribution, progress=False)
     for row in rows[::50]:
         assert run.act(np.array(row["observation"], dtype=np.float32))[0] == pytest.approx(row["action"][0], abs=0.15)
 
