@@ -39,6 +39,7 @@ class Rollout:
     group: Int[Tensor, " B"]  # rows with the same prompt or start state share a number
     final_obs: Any | None = None  # [B, ...] the state where each row stops; None if every row terminates
     memoryless: bool = False  # whether a step can stand alone, outside its row
+    pieces: int = 1  # equal parts that a row may be cut into, since obs has the policy's memory before each
     metrics: dict[str, Any] = field(default_factory=dict)  # the sampler's metrics, numbers or tensors: return, ...
     importance: Float[Tensor, "B T"] | None = None  # truncated pi_old / sampling policy; None: they agree
 
@@ -107,7 +108,7 @@ def decisions(
     engine's.
 
     A memoryless rollout's steps become rows of one step. Other rows stay whole, since a sequence model's step needs its
-    prefix.
+    prefix, or are cut into the pieces before which its memory is known.
     """
     zero = torch.zeros_like(advantage)
     if rollout.importance is not None:
@@ -115,7 +116,8 @@ def decisions(
     columns = [rollout.logp, weight, advantage, zero if target is None else target, zero if value is None else value]
     logp, weight, advantage, target, value = (torch.where(rollout.mask, x, 0.0) for x in columns)
     batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value)
-    return tree_map(lambda x: x.flatten(0, 1).unsqueeze(1), batch) if rollout.memoryless else batch
+    pieces = rollout.mask.shape[1] if rollout.memoryless else rollout.pieces
+    return tree_map(lambda x: x.unflatten(1, (pieces, -1)).flatten(0, 1), batch) if pieces > 1 else batch
 
 
 def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
@@ -173,6 +175,15 @@ def micro_batches(batch: Batch, rows: int | Sequence[Tensor]) -> Iterator[tuple[
             yield share, part._replace(weight=part.weight / share)
 
 
+def state_size(module: Any) -> int:
+    """The numbers of a policy's or critic's memory of one row; 0 if it has none.
+
+    A module with memory has two methods: initial(batch) -> the empty memory [batch, S], and unrolled(rows) -> what it
+    returns for Rows, and the state [B, S] after their last step.
+    """
+    return module.initial(1).shape[-1] if hasattr(module, "initial") else 0
+
+
 def at_last_decision(reward: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Each row's reward at its last decision, 0 elsewhere. A row without a decision loses its reward."""
     later = mask.flip(1).cumsum(1).flip(1)  # decisions from here on
@@ -206,7 +217,7 @@ def _lengthened(rollout: Rollout, length: int) -> Rollout:
 
 def _each(function: Callable[..., Tensor], *rollouts: Rollout) -> Rollout:
     """Apply the function to each column of the given rollouts."""
-    names = [f.name for f in fields(Rollout) if f.name not in ("memoryless", "metrics")]
+    names = [f.name for f in fields(Rollout) if f.name not in ("memoryless", "pieces", "metrics")]
     columns = {name: [getattr(x, name) for x in rollouts] for name in names}
     for name, found in columns.items():
         if len({x is None for x in found}) > 1:

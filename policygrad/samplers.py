@@ -40,10 +40,10 @@ class Wrapper(ABC):
 
 
 class WholeRows(Wrapper):
-    """Keep the rows of a memoryless policy whole, as a sequence ratio requires."""
+    """Keep rows whole, as a sequence ratio requires, where they could be cut."""
 
     def __call__(self, policy: nn.Module) -> Rollout:
-        return replace(self.sample(policy), memoryless=False)
+        return replace(self.sample(policy), memoryless=False, pieces=1)
 
 
 class Overlapped(Wrapper):

@@ -137,7 +137,7 @@ def numbered(sample: Sample, policy: nn.Module, **columns: object) -> Rollout:
 
 def flat(rollout: Rollout) -> list[Tensor]:
     """Every array, in one order."""
-    columns = (getattr(rollout, f.name) for f in fields(rollout) if f.name not in ("memoryless", "metrics"))
+    columns = (getattr(rollout, f.name) for f in fields(rollout) if f.name not in ("memoryless", "pieces", "metrics"))
     return [x for x in tree_leaves(tuple(columns)) if x is not None]
 
 
@@ -467,3 +467,22 @@ def test_what_is_computed_in_parts_comes_back_in_the_order_of_the_rows(parts: li
     split = tuple(torch.tensor(part) for part in parts)
     found = in_parts(lambda x, y: x + y, lambda obs: (split, {}), obs, action)
     assert found.tolist() == [[11.0], [22.0], [33.0]]
+
+
+def test_rows_are_cut_into_pieces_with_the_state_before_each(policy: nn.Module, sample: Sample) -> None:
+    """obs may have columns [B, P, ...] besides those of steps: one entry for each piece."""
+    rollout = sample(policy)
+    rows, steps = rollout.mask.shape
+    place = torch.arange(rows * steps).view(rows, steps)
+    whole = replace(rollout, obs={"place": place, "state": 10 * torch.arange(rows).unsqueeze(1)}, memoryless=False)
+    assert credited(whole).obs["place"].tolist() == place.tolist()
+    cut = replace(whole, obs={"place": place, "state": torch.arange(rows * steps).view(rows, steps)}, pieces=steps)
+    batch = credited(cut)
+    assert batch.obs["place"].tolist() == batch.obs["state"].tolist() == [[i] for i in range(rows * steps)]
+    columns = ("action", "logp", "reward", "terminated", "ended", "mask")
+    short = {name: getattr(cut, name)[:2, :4] for name in columns} | {"group": cut.group[:2]}
+    twice = replace(cut, obs={"place": place[:2, :4], "state": torch.tensor([[0, 2], [5, 7]])}, pieces=2, **short)
+    batch = credited(twice)
+    assert batch.obs["place"].tolist() == [[0, 1], [2, 3], [5, 6], [7, 8]]
+    assert batch.obs["state"].tolist() == [[0], [2], [5], [7]]
+    assert batch.logp.tolist() == twice.logp.reshape(4, 2).tolist()

@@ -2,7 +2,7 @@
 
 from policygrad.control.environments import label, make_environments
 from policygrad.control.evaluation import Evaluation, evaluate
-from policygrad.control.memory import has_memory, refuse_memory
+from policygrad.control.memoryless import has_memory, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.policies import Critic, Policy
 from policygrad.control.sampler import Sampler

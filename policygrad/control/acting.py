@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from policygrad.control.checks import as_tensor, called, checked_distribution, checked_member, stored
 from policygrad.control.masks import check_masks
+from policygrad.control.memory import Rows
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.spaces import FlatActions, to_environment
 from policygrad.errors import UserError, one_line, shortened
+from policygrad.rollout import state_size
 
 
 class Mode(nn.Module):
@@ -20,9 +22,16 @@ class Mode(nn.Module):
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.policy = policy
+        if state_size(policy):
+            self.initial = policy.initial
 
     def forward(self, obs: Any) -> "Certain":
         return Certain(called(self.policy, obs))
+
+    def unrolled(self, obs: Any) -> tuple["Certain", Tensor]:
+        """As a policy's with memory."""
+        distribution, state = self.policy.unrolled(obs)  # type: ignore[operator]
+        return Certain(distribution), state
 
 
 class Certain:
@@ -50,14 +59,18 @@ def act(
     observation_space: spaces.Space,
     action_space: spaces.Space,
     *,
+    state: Any = None,
     greedy: bool = True,
     normalizer: ObservationNormalizer | None = None,
 ) -> Any:
     """The environment's action for one observation, or the actions [B, ...] for a batch of them.
 
+    Of a policy with memory: (action, state). state: what the step before returned, [B, S]; None is the empty memory,
+    with which an episode starts.
+
     observation_space: of one observation. A Dict, a Tuple or another composite observation is flattened as in training.
     greedy: the mode of the policy's distribution, else a sample from torch's global generator. normalizer: its
-    statistics do not change. Raises UserError for an observation of another shape.
+    statistics do not change. Raises UserError for an observation or a state of another shape.
     """
     batch, single = _batch(obs, observation_space)
     if getattr(policy, "mask", None) is not None:
@@ -67,15 +80,36 @@ def act(
     device = next((x.device for x in policy.parameters()), torch.device("cpu"))
     if policy.training:
         policy.eval()
-    output = called(policy, as_tensor(stored(batch), device).unsqueeze(1))
+    given = as_tensor(stored(batch), device).unsqueeze(1)
+    remembers, after = state_size(policy) > 0, None
+    if remembers:
+        output, after = policy.unrolled(_with_state(given, state, policy.initial(len(batch))))  # type: ignore[operator]
+    elif state is not None:
+        raise UserError("act got a state, and the policy has no memory: leave it out")
+    else:
+        output = called(policy, given)
     distribution = Certain(output) if greedy else output
     checked_distribution(distribution, len(batch), action_space)
     action = distribution.sample()[:, 0]
     owned = hasattr(distribution, "to_environment")
     actions = distribution.to_environment(action) if owned else to_environment(action.cpu().numpy(), action_space)
+    taken = actions[0] if single else actions
     if isinstance(action_space, FlatActions):
-        return action_space.structured(actions[0] if single else actions)
-    return actions[0] if single else actions
+        taken = action_space.structured(taken)
+    return (taken, after) if remembers else taken
+
+
+def _with_state(obs: Tensor, state: Any, empty: Tensor) -> Rows:
+    """Rows of one step, with the state that act was given. Raises UserError for one of another shape."""
+    state = empty if state is None else state
+    if not isinstance(state, Tensor) or state.shape != empty.shape:
+        found = list(state.shape) if isinstance(state, Tensor) else shortened(state, 40)
+        raise UserError(
+            f"act got a state of {found}, and the memory is {list(empty.shape)}: give what the last act returned, or "
+            "None where an episode starts"
+        )
+    start = torch.zeros(obs.shape[:2], dtype=torch.bool, device=obs.device)
+    return Rows(obs, start, state.unsqueeze(1), state.unsqueeze(1)[..., :0])
 
 
 def _batch(obs: Any, space: spaces.Space) -> tuple[np.ndarray, bool]:

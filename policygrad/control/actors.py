@@ -13,23 +13,30 @@ from torch import Tensor, nn
 from policygrad.control.acting import Mode
 from policygrad.control.checks import Arrays, as_tensor, called, checked_distribution
 from policygrad.control.encoders import Flatten
+from policygrad.control.memory import Rows
 from policygrad.control.policies import CategoricalHead, NormalHead, Policy
 from policygrad.control.spaces import to_environment
 from policygrad.errors import NonFiniteError
+from policygrad.rollout import state_size
 
 BLOCK = 128  # the most steps whose noise and outputs are set aside at a time
 IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
 
 
 class Actor(ABC):
-    """A policy that acts step by step, as it is when the actor is made."""
+    """A policy that acts step by step, as it is when the actor is made.
+
+    state: [B, S], what it remembers, S = 0 without memory; it changes with each step.
+    """
+
+    state: Tensor
 
     @abstractmethod
-    def __call__(self, obs: Arrays, counts: Arrays) -> tuple[Arrays, Arrays]:
+    def __call__(self, obs: Arrays, counts: Arrays, start: Arrays) -> tuple[Arrays, Arrays]:
         """The next actions [B, ...], as they are stored and as the environment takes them.
 
-        obs: [B, ...]; counts: [B], False where the action will not be used. Raises UserError where a number of the
-        policy's is not finite.
+        obs: [B, ...]; counts: [B], False where the action will not be used; start: [B], where an episode starts. Raises
+        UserError where a number of the policy's is not finite.
         """
 
     @abstractmethod
@@ -43,13 +50,21 @@ class DistributionActor(Actor):
     Raises UserError where the policy returns no distribution of the space's actions.
     """
 
-    def __init__(self, policy: nn.Module, space: spaces.Space, device: torch.device, *, keep: bool) -> None:
+    def __init__(self, policy: nn.Module, space: spaces.Space, device: torch.device, rows: int, *, keep: bool) -> None:
         self.policy, self.space, self.device, self.keep = policy, space, device, keep
+        self.state = _empty(policy, rows)
         self.logp: list[Tensor] = []
 
-    def __call__(self, obs: Arrays, counts: Arrays) -> tuple[Arrays, Arrays]:
+    def __call__(self, obs: Arrays, counts: Arrays, start: Arrays) -> tuple[Arrays, Arrays]:
         given = as_tensor(obs, self.device).unsqueeze(1)
-        distribution = checked_distribution(called(self.policy, given), len(obs), self.space)
+        if self.state.shape[1]:
+            rows = Rows(
+                given, as_tensor(start, self.device).unsqueeze(1), self.state.unsqueeze(1), self.state[:, None, :0]
+            )
+            found, self.state = self.policy.unrolled(rows)  # type: ignore[operator]
+        else:
+            found = called(self.policy, given)
+        distribution = checked_distribution(found, len(obs), self.space)
         try:
             action = distribution.sample()
         except RuntimeError as error:
@@ -97,7 +112,7 @@ class PerceptronActor(Actor):
         keep: bool,
     ) -> None:
         self.policy, self.device, self.rows, self.generator, self.keep = policy, device, rows, generator, keep
-        self.block = min(BLOCK, steps)
+        self.block, self.state = min(BLOCK, steps), _empty(policy, rows)
         linear = [x for x in policy.network if isinstance(x, nn.Linear)]
         activations = [IN_PLACE[type(x)] for x in policy.network if not isinstance(x, nn.Linear)]
         layers = [(x.bias.detach(), x.weight.detach().t()) for x in linear]
@@ -110,7 +125,7 @@ class PerceptronActor(Actor):
         self.outputs: list[Tensor] = []  # blocks [block, B, F]
         self.t = 0
 
-    def __call__(self, obs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, obs: np.ndarray, counts: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k = self.t % self.block
         if k == 0:
             self._next_block()
@@ -118,6 +133,10 @@ class PerceptronActor(Actor):
         allowed = None if self.policy.mask is None else x[:, self.policy.mask] != 0
         plain = isinstance(self.policy.encode, Flatten) and x.is_floating_point()
         x = x.reshape(self.rows, -1) if plain else self.policy.encode(x.unsqueeze(1)).squeeze(1)
+        if self.policy.memory is not None:
+            begins = as_tensor(start, self.device).unsqueeze(1)
+            x, self.state = self.policy.memory(x.unsqueeze(1), begins, self.state)
+            x = x.squeeze(1)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))
         torch.addmm(self.last[0], x, self.last[1], out=self.outputs[-1][k])
@@ -160,7 +179,11 @@ def actor(
     own = policy.policy if isinstance(policy, Mode) else policy
     if _is_plain(own):
         return PerceptronActor(own, device, rows, steps, generator if own is policy else None, keep=keep)  # type: ignore[arg-type]
-    return DistributionActor(policy, space, device, keep=keep)
+    return DistributionActor(policy, space, device, rows, keep=keep)
+
+
+def _empty(policy: nn.Module, rows: int) -> Tensor:
+    return policy.initial(rows) if state_size(policy) else torch.zeros(rows, 0)  # type: ignore[operator]
 
 
 def _is_plain(policy: nn.Module) -> bool:

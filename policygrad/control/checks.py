@@ -249,7 +249,7 @@ def _is_discrete(distribution: torch.distributions.Distribution) -> bool | None:
         return None
 
 
-def called(module: torch.nn.Module, obs: Tensor, name: str = "policy") -> Any:
+def called(module: torch.nn.Module, obs: Any, name: str = "policy") -> Any:
     """What a policy or a critic returns. Raises UserError for an error of the user's own, with the shape of obs."""
     try:
         return module(obs)
@@ -257,7 +257,8 @@ def called(module: torch.nn.Module, obs: Tensor, name: str = "policy") -> Any:
         own = not type(module).__module__.startswith("policygrad.")
         if not own or re.search(r"\bnan\b", str(error), re.IGNORECASE):  # of training, and not of the module's code
             raise
-        said = f"the {name} raised {type(error).__name__} for obs {list(obs.shape)} of {obs.dtype}: "
+        seen = getattr(obs, "obs", obs)  # that of Rows
+        said = f"the {name} raised {type(error).__name__} for obs {list(seen.shape)} of {seen.dtype}: "
         raise UserError(said + one_line(error, 197 - len(said))) from error
 
 

@@ -42,6 +42,8 @@ gymnasium.register(
     vector_entry_point="policygrad.control.catch:CatchVector",
 )
 
+gymnasium.register("policygrad/TMaze-v0", entry_point="policygrad.control.tmaze:TMaze")
+
 # Ids of other packages: how they begin, what to install, and the module whose import registers them.
 PACKAGES = (
     (r"ALE/", "ale-py", "ale_py"),

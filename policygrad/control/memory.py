@@ -1,72 +1,216 @@
-"""Whether a policy or a critic has memory: does its output at a step depend on the rest of the row?"""
+"""Memory: what a policy carries from step to step. GRU, LSTM, and a small transformer over a window.
 
-from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary
+A policy with memory is asked about rows of steps, with what it remembered before them:
+
+    policy(Rows(obs, start, state, ...)) -> the distribution at each step
+
+A row may hold parts of several episodes. Where one starts, the memory is empty.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.functional import relu
 
-from policygrad.errors import UserError
+from policygrad.errors import UserError, one_line
 
-ROWS, STEPS = 8, 16  # how much of a rollout the comparison reads
-
-_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+LAYERS = 2  # blocks of the transformer
 
 
-def refuse_memory(module: nn.Module, obs: Tensor, name: str = "policy") -> None:
-    """Raise UserError if the module has memory: acting step by step would lose it."""
-    if has_memory(module, obs):
-        raise UserError(
-            f"memory is not supported yet, and the {name}'s output at a step depends on other steps of its row: "
-            f"use a {name} of the current observation (stack past observations into it)"
-        )
+class Rows(NamedTuple):
+    """Observations of rows of steps, with what their memory needs.
 
-
-@torch.no_grad()
-def has_memory(module: nn.Module, obs: Tensor) -> bool:
-    """Whether a policy or a critic gives other numbers for rows [B, T] than for the same steps alone, [B T, 1].
-
-    obs: [B, T, ...], where the observations of a row differ. Rows of one step, or of equal observations, may not show
-    memory; any other answer is remembered for as long as the module lives.
-
-    The module is compared in evaluation mode as it is, and with larger parameters, because a layer that starts at 0
-    hides everything before it. Its parameters, its mode and torch's random generators do not change.
+    A row may be cut into P equal pieces, each with the state before it. The states are those of the policy that
+    sampled: learning takes them as they are, and no gradient flows to an earlier piece.
     """
-    if module in _found:
-        return _found[module]
-    obs = obs[:ROWS, :STEPS]
-    if obs.shape[1] < 2:
-        return False
-    training = [x for x in module.modules() if x.training]
-    module.eval()
-    try:
-        with torch.random.fork_rng([obs.device] if obs.is_cuda else []):
-            module_alone = getattr(module, "_orig_mod", module)  # other shapes would compile it again
-            found = _differs(module_alone, obs) or _differs_if_larger(module_alone, obs)
-    finally:
-        for x in training:
-            x.training = True
-    if found or bool((obs != obs[:, :1]).any()):
-        _found[module] = found
-    return found
+
+    obs: Tensor  # [B, T, ...]
+    start: Tensor  # [B, T], whether an episode starts at this step
+    state: Tensor  # [B, P, S], the policy's memory before each piece
+    critic_state: Tensor  # [B, P, S'], that of a critic with memory of its own; S' = 0 for others
+
+    @staticmethod
+    def join(rows: Sequence["Rows"]) -> "Rows":
+        """The rows of several, one after the other, each with the state before it alone."""
+        whole = [x._replace(state=x.state[:, :1], critic_state=x.critic_state[:, :1]) for x in rows]
+        return Rows(*(torch.cat(columns) for columns in zip(*whole, strict=True)))
 
 
-def _differs(forward: Callable[[Tensor], Any], obs: Tensor) -> bool:
-    """Whether rows and single steps differ by more than rounding: by sqrt(eps) of the dtype, relatively."""
-    rows, steps = forward(obs), forward(obs.flatten(0, 1).unsqueeze(1))
-    if not isinstance(rows, Tensor):  # distributions: compare log pi of the same actions
-        action = rows.sample()
-        rows, steps = rows.log_prob(action), steps.log_prob(action.flatten(0, 1).unsqueeze(1))
-    tolerance = torch.finfo(rows.dtype).eps ** 0.5 * (1 + rows.abs())
-    return bool(((rows - steps.view_as(rows)).abs() > tolerance).any())  # False for NaN
+class Memory(nn.Module, ABC):
+    """Features [B, T, F] -> features [B, T, size] that depend on the steps before, back to the start of the episode.
+
+    `state` [B, state_size] is what is carried from one call to the next; zeros are the empty memory.
+    """
+
+    size: int
+    state_size: int
+
+    @abstractmethod
+    def forward(
+        self, features: Float[Tensor, "B T F"], start: Bool[Tensor, "B T"], state: Float[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B T size"], Float[Tensor, "B S"]]:
+        """The features, and the state after the last step."""
 
 
-def _differs_if_larger(module: nn.Module, obs: Tensor) -> bool:
-    """The same with 0 to 0.1 added to every parameter; False where the module cannot be computed that way."""
-    larger = {name: x + 0.1 * torch.rand_like(x) for name, x in module.named_parameters() if x.is_floating_point()}
-    try:
-        return _differs(lambda obs: functional_call(module, larger, (obs,)), obs)
-    except (RuntimeError, ValueError):  # compiled by TorchScript, or a distribution refuses its parameters
-        return False
+class Recurrent(Memory):
+    """A cell of torch's, step by step. Its inputs are projected for all steps at once.
+
+    orthogonal: orthogonal weights and biases of 0; else torch's own.
+    """
+
+    cell: nn.RNNCellBase
+
+    def __init__(self, cell: nn.RNNCellBase, states: int, orthogonal: bool) -> None:
+        super().__init__()
+        self.cell, self.size, self.state_size = cell, cell.hidden_size, states * cell.hidden_size
+        if orthogonal:
+            for name, p in cell.named_parameters():
+                nn.init.orthogonal_(p) if name.startswith("weight") else nn.init.zeros_(p)
+
+    def forward(self, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        projected = nn.functional.linear(features, self.cell.weight_ih, self.cell.bias_ih)
+        kept = (~start).to(features.dtype).unsqueeze(-1)
+        found = []
+        for x, keep in zip(projected.unbind(1), kept.unbind(1), strict=True):
+            state = self.step(x, keep * state)
+            found.append(state[:, : self.size])
+        return torch.stack(found, 1), state
+
+    @abstractmethod
+    def step(self, x: Tensor, state: Tensor) -> Tensor:
+        """The state after a step with the projected input x [B, gates size]. Its first `size` numbers are h."""
+
+
+class GRU(Recurrent):
+    """h' = (1 - z) n + z h, n = tanh(W x + r (U h)), with gates r and z (Cho et al. 2014, arXiv 1406.1078)."""
+
+    def __init__(self, inputs: int, size: int, orthogonal: bool = True) -> None:
+        super().__init__(nn.GRUCell(inputs, size), 1, orthogonal)
+
+    def step(self, x: Tensor, state: Tensor) -> Tensor:
+        recurrent = nn.functional.linear(state, self.cell.weight_hh, self.cell.bias_hh)
+        gates = 2 * self.size
+        r, z = (x[:, :gates] + recurrent[:, :gates]).sigmoid().chunk(2, -1)
+        n = torch.addcmul(x[:, gates:], r, recurrent[:, gates:]).tanh()
+        return torch.lerp(n, state, z)
+
+
+class LSTM(Recurrent):
+    """c' = f c + i g, h' = o tanh(c'), with gates i, f and o (Hochreiter & Schmidhuber 1997; Gers et al. 2000)."""
+
+    def __init__(self, inputs: int, size: int, orthogonal: bool = True) -> None:
+        super().__init__(nn.LSTMCell(inputs, size), 2, orthogonal)
+
+    def step(self, x: Tensor, state: Tensor) -> Tensor:
+        h, c = state.chunk(2, -1)
+        i, f, g, o = (x + nn.functional.linear(h, self.cell.weight_hh, self.cell.bias_hh)).chunk(4, -1)
+        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+        return torch.cat([o.sigmoid() * c.tanh(), c], -1)
+
+
+class Transformer(Memory):
+    """Two blocks of attention over the last `window` steps of the episode, this one included.
+
+    A block is x + attention(norm(x)), then x + perceptron(norm(x)) (Vaswani et al. 2017, with the norms before, as in
+    Parisotto et al. 2019, arXiv 1910.06764). A bias for each head and distance says how long ago a step was. The state
+    is what each block was given in the last window - 1 steps (Dai et al. 2019, arXiv 1901.02860), and which of them are
+    of this episode. Two blocks thus reach back 2 (window - 1) steps.
+    """
+
+    def __init__(self, inputs: int, size: int, window: int) -> None:
+        super().__init__()
+        if window < 2:
+            raise UserError(f"memory_window is {window}: a window holds at least 2 steps")
+        self.size, self.past = size, window - 1
+        self.state_size = self.past * (LAYERS * size + 1)
+        self.embed = nn.Linear(inputs, size)
+        self.blocks = nn.ModuleList(Block(size, window) for _ in range(LAYERS))
+
+    def forward(self, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x, steps = self.embed(features), features.shape[1]
+        held, known = state.split([self.past * LAYERS * self.size, self.past], -1)
+        before = held.unflatten(-1, (LAYERS, self.past, self.size)).unbind(1)
+        # Episodes in the row are numbered from 0, that of the state; -1 is none.
+        episode = start.long().cumsum(1)
+        of_key = torch.cat([torch.where(known > 0, 0, -1), episode], 1)
+        distance = (
+            self.past
+            + torch.arange(steps, device=x.device).unsqueeze(1)
+            - torch.arange(self.past + steps, device=x.device)
+        )
+        allowed = (of_key.unsqueeze(1) == episode.unsqueeze(2)) & (distance >= 0) & (distance <= self.past)
+        remains = of_key[:, -self.past :] == episode[:, -1:]
+        after = []
+        for block, cached in zip(self.blocks, before, strict=True):
+            context = torch.cat([cached, x], 1)
+            after.append(context[:, -self.past :].where(remains.unsqueeze(-1), 0.0).flatten(1))
+            x = block(x, context, allowed, distance.clamp(0, self.past))
+        return x, torch.cat([*after, remains.to(x.dtype)], -1)
+
+
+class Block(nn.Module):
+    """Attention of steps [B, T, size] to a context [B, K, size], then a perceptron."""
+
+    def __init__(self, size: int, window: int) -> None:
+        super().__init__()
+        self.heads = next(n for n in (4, 2, 1) if size % n == 0)
+        self.norm, self.norm_after = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.query, self.keys, self.out = nn.Linear(size, size), nn.Linear(size, 2 * size), nn.Linear(size, size)
+        self.bias = nn.Parameter(torch.zeros(self.heads, window))
+        self.wide, self.narrow = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+
+    def forward(self, x: Tensor, context: Tensor, allowed: Tensor, distance: Tensor) -> Tensor:
+        """allowed: [B, T, K], which steps of the context each step sees; distance: [T, K], how long ago they were."""
+        q = self._by_head(self.query(self.norm(x)))
+        k, v = map(self._by_head, self.keys(self.norm(context)).chunk(2, -1))
+        # Written out: torch's fused attention has no second derivative, which a Fisher-vector product takes.
+        logits = q @ k.mT / q.shape[-1] ** 0.5 + self.bias[:, distance]
+        share = logits.masked_fill(~allowed.unsqueeze(1), -torch.inf).softmax(-1)
+        x = x + self.out((share @ v).transpose(1, 2).flatten(2))
+        return x + self.narrow(relu(self.wide(self.norm_after(x))))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def make_memory(kind: str, inputs: int, size: int, window: int = 16, orthogonal: bool = True) -> Memory | None:
+    """The memory of a name: `gru`, `lstm`, or `transformer` over a window; None for `none`.
+
+    Raises UserError for another name.
+    """
+    match kind:
+        case "none":
+            return None
+        case "gru":
+            return GRU(inputs, size, orthogonal)
+        case "lstm":
+            return LSTM(inputs, size, orthogonal)
+        case "transformer":
+            return Transformer(inputs, size, window)
+    raise UserError(f"memory is {one_line(kind, 40)}: choose none, gru, lstm or transformer")
+
+
+def measured_memory(
+    inputs: int, memory: str = "none", memory_size: int = 64, memory_window: int = 16
+) -> tuple[int, int]:
+    """The parameters of make_memory's, and its features, before memory is taken for it."""
+    with torch.device("meta"):
+        made = make_memory(memory, inputs, memory_size, memory_window, orthogonal=False)
+    return (0, inputs) if made is None else (sum(p.numel() for p in made.parameters()), made.size)
+
+
+def rows_of(obs: Any, size: int) -> Rows:
+    """Rows as they are; observations [B, T, ...] alone are rows that start an episode with an empty memory.
+
+    size: of the state.
+    """
+    if isinstance(obs, Rows):
+        return obs
+    start = torch.zeros(obs.shape[:2], dtype=torch.bool, device=obs.device)
+    start[:, 0] = True
+    state = torch.zeros(len(obs), 1, size, device=obs.device)
+    return Rows(obs, start, state, state)

@@ -26,6 +26,7 @@ from policygrad.control.distributions import (
 )
 from policygrad.control.encoders import chosen, make_encoder
 from policygrad.control.masks import check_mask_space, choices, is_box
+from policygrad.control.memory import Rows, make_memory, rows_of
 from policygrad.control.spaces import Flat, FlatActions, describe, rebuild, to_environment, units
 from policygrad.errors import UserError, one_line, shortened
 
@@ -38,7 +39,9 @@ class Policy(nn.Module):
 
     observation_space: Box of any rank or Discrete, or Flat, a Dict or Tuple as one vector; encoder, channels and keys
     say how it becomes features (make_encoder). Where it has an action mask the distribution is that of the allowed
-    actions, and the network does not see the mask. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a
+    actions, and the network does not see the mask. memory: `gru`, `lstm` or `transformer` (over memory_window steps)
+    after the encoder, of memory_size features; it then takes Rows, and observations alone are rows that start an
+    episode. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a
     `distribution` of its own; or FlatActions, a Dict or Tuple of these. hidden: the layers after the encoder; () is
     none. distribution: "normal" is a diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units), whose
     action is clipped at them on the way to the environment, and whose log-probability is that of the unclipped action;
@@ -56,6 +59,9 @@ class Policy(nn.Module):
         encoder: str | nn.Module = "auto",
         channels: str = "auto",
         keys: Sequence[str] = (),
+        memory: str = "none",
+        memory_size: int = 64,
+        memory_window: int = 16,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         orthogonal: bool = True,
@@ -73,6 +79,9 @@ class Policy(nn.Module):
                 "encoder": encoder,
                 "channels": channels,
                 "keys": list(keys),
+                "memory": memory,
+                "memory_size": memory_size,
+                "memory_window": memory_window,
                 "hidden": list(hidden),
                 "activation": activation,
                 "orthogonal": orthogonal,
@@ -81,24 +90,41 @@ class Policy(nn.Module):
                 "initial_log_std": initial_log_std,
             }
         self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
+        self.memory = make_memory(memory, self.encode.size, memory_size, memory_window, orthogonal)
         self.observation_space, self.action_space = observation_space, action_space
         check_mask_space(observation_space, action_space)
         self.mask = observation_space.mask if isinstance(observation_space, Flat) else None
         self.head = head(action_space, distribution, state_dependent_std, initial_log_std)
-        sizes = [self.encode.size, *hidden, self.head.size]
+        sizes = [_width(self.encode, self.memory), *hidden, self.head.size]
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
 
-    def forward(self, obs: Tensor) -> Distribution:
-        output = self.network(self.encode(obs))
+    def forward(self, obs: Any) -> Distribution:
+        return self._distribution(obs, self.encode(obs)) if self.memory is None else self.unrolled(obs)[0]
+
+    def initial(self, batch: int) -> Tensor:
+        """The empty memory [batch, S]; S = 0 without one."""
+        return _empty(self, batch)
+
+    def unrolled(self, obs: Any) -> tuple[Distribution, Tensor]:
+        """The distribution at each step of Rows, and the memory [B, S] after the last."""
+        rows = rows_of(obs, self.initial(1).shape[-1])
+        features, state = self.encode(rows.obs), rows.state[:, 0]
+        if self.memory is not None:
+            features, state = self.memory(features, rows.start, state)
+        return self._distribution(rows.obs, features), state
+
+    def _distribution(self, obs: Tensor, features: Tensor) -> Distribution:
+        output = self.network(features)
         return self.head(output if self.mask is None else self.head.masked(output, obs[..., self.mask] != 0))
 
-    def act(self, obs: Any, *, greedy: bool = True) -> Any:
+    def act(self, obs: Any, state: Any = None, *, greedy: bool = True) -> Any:
         """The environment's action for one observation, or actions [B, ...] for a batch, as numpy has them.
 
-        greedy: the mode of the distribution, else a sample. The observations are those that the policy was trained on;
-        `run.act` normalizes the environment's own.
+        greedy: the mode of the distribution, else a sample. With memory: (action, state), to be handed in again at the
+        next step; None is the empty memory. The observations are those that the policy was trained on; `run.act`
+        normalizes the environment's own.
         """
-        return act(self, obs, self.observation_space, self.action_space, greedy=greedy)
+        return act(self, obs, self.observation_space, self.action_space, state=state, greedy=greedy)
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "Policy":
@@ -109,6 +135,8 @@ class Policy(nn.Module):
 
 class Critic(nn.Module):
     """obs [B, T, ...] -> V(s) = scale network(s), [B, T]. The arguments are Policy's.
+
+    of: a policy whose encoder and memory it shares, in place of its own. A critic without memory takes Rows, too.
 
     The scale is the root mean square of the rewards, so that the network learns the same numbers in any unit of reward
     (as PopArt, van Hasselt et al. 2016, arXiv 1602.07714, which takes the size of the targets instead). A step of the
@@ -127,19 +155,44 @@ class Critic(nn.Module):
         encoder: str | nn.Module = "auto",
         channels: str = "auto",
         keys: Sequence[str] = (),
+        memory: str = "none",
+        memory_size: int = 64,
+        memory_window: int = 16,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
         orthogonal: bool = True,
+        of: Policy | None = None,
     ) -> None:
         super().__init__()
-        self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
-        self.network = perceptron([self.encode.size, *hidden, 1], activation, last_gain=1.0 if orthogonal else None)
+        self.shares = of is not None
+        if of is None:
+            self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
+            self.memory = make_memory(memory, self.encode.size, memory_size, memory_window, orthogonal)
+        else:
+            self.encode, self.memory = of.encode, of.memory
+        sizes = [_width(self.encode, self.memory), *hidden, 1]
+        self.network = perceptron(sizes, activation, last_gain=1.0 if orthogonal else None)
         self.register_buffer("square", torch.ones(()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("rescaled", torch.zeros((), dtype=torch.long))  # how often
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.scale * self.network(self.encode(obs)).squeeze(-1)
+    def forward(self, obs: Any) -> Tensor:
+        if self.memory is None:
+            features = self.encode(obs.obs if isinstance(obs, Rows) else obs)
+            return self.scale * self.network(features).squeeze(-1)
+        return self.unrolled(obs)[0]
+
+    def initial(self, batch: int) -> Tensor:
+        """The empty memory [batch, S] of its own; S = 0 without one, and where it shares the policy's."""
+        return _empty(self, batch)[:, : 0 if self.shares else None]
+
+    def unrolled(self, obs: Any) -> tuple[Tensor, Tensor]:
+        """V(s) at each step of Rows, and the memory [B, S] after the last."""
+        assert self.memory is not None
+        rows = rows_of(obs, self.memory.state_size)
+        state = (rows.state if self.shares else rows.critic_state)[:, 0]
+        features, state = self.memory(self.encode(rows.obs), rows.start, state)
+        return self.scale * self.network(features).squeeze(-1), state
 
     @torch.no_grad()
     def rescale(self, square: Tensor) -> None:
@@ -157,6 +210,17 @@ class Critic(nn.Module):
             last: Any = self.network[-1]
             for p in last.parameters():
                 p.mul_(before / self.scale)
+
+
+def _width(encode: Any, memory: Any) -> int:
+    """The number of features that reach the hidden layers."""
+    return encode.size if memory is None else memory.size
+
+
+def _empty(module: Any, batch: int) -> Tensor:
+    """The empty memory of a policy or critic, [batch, S]."""
+    p = next(module.network.parameters())
+    return torch.zeros(batch, 0 if module.memory is None else module.memory.state_size, dtype=p.dtype, device=p.device)
 
 
 def perceptron(sizes: Sequence[int], activation: str, last_gain: float | None) -> nn.Sequential:

@@ -11,18 +11,20 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
 
 from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
 from policygrad.control.checks import Arrays, as_tensor, check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, JointActions, ScaledBeta, SquashedNormal
-from policygrad.control.memory import STEPS, refuse_memory
+from policygrad.control.memory import Rows
+from policygrad.control.memoryless import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.control.spaces import FlatActions, to_environment, units
 from policygrad.control.stepping import Stepping
 from policygrad.control.tensor_sampling import TensorActor, TensorStepping
 from policygrad.control.tensors import TensorEnvironments
 from policygrad.errors import NonFiniteError, UserError, one_line
-from policygrad.rollout import Rollout
+from policygrad.rollout import Rollout, state_size
 
 CAPACITY = 128  # steps that rows of whole episodes have room for at first
 
@@ -41,11 +43,14 @@ class Sampler:
     and reward_scaler: running statistics, part of the state. The policy is put in evaluation mode: with dropout the
     scored policy would differ from the sampled one.
 
+    Of a policy with memory, observations are Rows. sequence_length: rows may be cut into pieces of so many steps, each
+    with the memory before it; None: they stay whole. critic: one with memory of its own, which Rows then have too.
+
     Rollout.metrics: steps (decisions so far); over the last 100 episodes return and length, unscaled, and the numbers
     in their infos; reward_per_step of this rollout, unscaled; where groups have several rows, group_std and flat_groups
     of the rows' total rewards; for a Box, those of action_metrics. Raises UserError if the environment raises or
     returns an invalid value, if the policy returns no distribution of actions, if one or its log-probability is not
-    finite, and if the policy has memory.
+    finite, and if the policy's output depends on other steps of its row, but it has no `initial` (memory.state_size).
     """
 
     def __init__(
@@ -58,16 +63,23 @@ class Sampler:
         groups: int | str | None = None,
         observation_normalizer: ObservationNormalizer | None = None,
         reward_scaler: RewardScaler | None = None,
+        sequence_length: int | None = None,
+        critic: nn.Module | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if steps < 1:
             raise UserError(f"steps is {steps}: a rollout needs at least one")
+        if sequence_length is not None and (whole_episodes or steps % sequence_length):
+            rows = "whole episodes" if whole_episodes else f"{steps} steps"
+            raise UserError(f"sequence_length is {sequence_length}, which does not divide rows of {rows}")
         if not isinstance(environments, VectorEnv):
             given = one_line(environments, 40)
             raise UserError(f"{given} is no vector environment: make one of it, with make_environments")
         count, space = environments.num_envs, environments.single_observation_space
         self.group_size = _group_size(groups, count, whole_episodes)
         self.length, self.whole_episodes, self.device = steps, whole_episodes, torch.device(device)
+        self.pieces, self.critic = steps // (sequence_length or steps), critic
+        self.states: list[Tensor] | None = None  # memory after the last rollout, the policy's and the critic's
         self.busy = threading.RLock()
         self.of_tensors = isinstance(environments.unwrapped, TensorEnvironments)
         self._stepping = (TensorStepping if self.of_tensors else Stepping)(
@@ -94,7 +106,7 @@ class Sampler:
 
     def draws_its_own(self, policy: nn.Module) -> bool:
         """Whether sampling from a policy leaves torch's global generator alone."""
-        return isinstance(self._actor(policy), PerceptronActor)
+        return isinstance(self._actor(policy), PerceptronActor) and not state_size(policy)
 
     @property
     def steps(self) -> int:
@@ -110,6 +122,7 @@ class Sampler:
     def _sampled(self, policy: nn.Module) -> Rollout:
         policy.eval()
         stepping, act = self.stepping, self._actor(policy)
+        memories = _Memories(self, policy, act) if state_size(policy) else None
         stepping.reward_sum, stepping.reward_count = 0.0, 0
         columns = _Columns(
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
@@ -118,8 +131,11 @@ class Sampler:
         failed: Any = False
         for t in range(self.length):
             obs, mask = stepping.now(), ~stepping.resetting
+            if memories is not None:
+                memories.before(t)
+                columns.write(t, start=stepping.starting)
             try:
-                action, taken = act(obs, mask)
+                action, taken = act(obs, mask, stepping.starting)
             except NonFiniteError as error:
                 error.evidence = {"obs": obs, "mask": mask}
                 raise
@@ -134,8 +150,9 @@ class Sampler:
         if self.whole_episodes:
             stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
         if t + 1 < self.length:
-            columns.write(t + 1, obs=stepping.now())  # where the episodes that ended last stopped
-        found = columns.tensors(self.device)
+            last = {} if memories is None else {"start": stepping.starting}
+            columns.write(t + 1, obs=stepping.now(), **last)  # where the episodes that ended last stopped
+        found: dict[str, Any] = columns.tensors(self.device)
         final_obs = as_tensor(stepping.now(), self.device)
         logp = act.log_probabilities(found["action"][:, : t + 1])
         found["logp"] = pad(logp, (0, columns.written - t - 1))
@@ -143,13 +160,18 @@ class Sampler:
             unsound = not_finite("log-probability", found["logp"], found["mask"])
             unsound.evidence = {name: found[name] for name in ("obs", "action", "logp", "mask")}
             raise unsound
-        if not isinstance(act, PerceptronActor):  # which has none; the check draws from torch's generator
+        if memories is None and not isinstance(act, PerceptronActor):  # the check draws from torch's generator
             refuse_memory(policy, found["obs"][:, : t + 1])
         found["ended"] |= ~found["mask"]
+        if memories is not None:
+            memories.finish(found, t + 1, as_tensor(stepping.starting, self.device))
         if stepping.same_step:
             found, final_obs = next_step_layout(found, found.pop("final"), final_obs)
+        stop: Any = final_obs
+        if memories is not None:
+            found["obs"], stop = memories.rows(found["obs"], found.pop("start"), final_obs)
         stepping.steps += int(found["mask"].sum())
-        rows = torch.arange(len(final_obs), device=self.device)
+        rows = torch.arange(len(found["mask"]), device=self.device)
         group = rows // self.group_size
         failed = torch.as_tensor(failed).cpu().numpy()
         if self.whole_episodes and failed.any():  # the return of a part of an episode is none
@@ -158,10 +180,13 @@ class Sampler:
             group = torch.where(out, len(rows) + rows, group)
         metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size, failed)
         space = stepping.environments.single_action_space
-        distribution = policy(found["obs"][:, :1])
+        distribution = policy(tree_map(lambda x: x[:, :1], found["obs"]))
         check_entropy(distribution)
         metrics |= action_metrics(distribution, found["action"][found["mask"]], space)
-        return Rollout(**found, group=group, final_obs=final_obs, memoryless=True, metrics=metrics)
+        pieces = 1 if memories is None else self.pieces
+        return Rollout(
+            **found, group=group, final_obs=stop, memoryless=memories is None, pieces=pieces, metrics=metrics
+        )
 
     @torch.no_grad()
     def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,7 +194,7 @@ class Sampler:
         assert self.whole_episodes
         policy.eval()
         stepping, act, seen = self.stepping, self._actor(policy, keep=False), []
-        may_remember = not isinstance(act, PerceptronActor)
+        may_remember = not isinstance(act, PerceptronActor) and not state_size(policy)
         stepping.reset()
         total: Any = 0.0
         length: Any = 0
@@ -177,7 +202,7 @@ class Sampler:
             length = length + ~torch.as_tensor(stepping.resetting)
             if may_remember and t < STEPS:
                 seen.append(torch.as_tensor(stepping.now()).to(self.device))
-            _, taken = act(stepping.now(), ~stepping.resetting)
+            _, taken = act(stepping.now(), ~stepping.resetting, stepping.starting)
             reward = torch.as_tensor(stepping.step(taken).reward)
             total = total + reward.to(torch.get_default_dtype()).double()  # as a rollout stores it
             if stepping.resetting.all():
@@ -189,19 +214,73 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes here, as tensors, numbers and strings. The environments' own state is not in it."""
-        return {**self.stepping.state_dict(), "noise": self.noise.bit_generator.state}
+        state = {**self.stepping.state_dict(), "noise": self.noise.bit_generator.state}
+        return state if self.states is None else {**state, "states": list(self.states)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state_dict."""
         self.stepping.load_state_dict(state)
         self.noise.bit_generator.state = state["noise"]
+        self.states = [x.to(self.device) for x in state["states"]] if "states" in state else None
 
     def _actor(self, policy: nn.Module, *, keep: bool = True) -> Actor:
         environments = self.stepping.environments
         space, rows = environments.single_action_space, environments.num_envs
         if self.of_tensors:
-            return TensorActor(policy, space, self.device, keep=keep)
+            return TensorActor(policy, space, self.device, rows, keep=keep)
         return actor(policy, space, self.device, rows, self.length, self.noise, keep=keep)
+
+
+class _Memories:
+    """What policy and critic remember before each piece of a rollout, and after the last.
+
+    The critic's is computed afterwards, by one pass over all steps. Where environments reset in the same step, a row's
+    steps move (next_step_layout), and a piece may begin before any of them: then the memory before every step is kept.
+    """
+
+    def __init__(self, sampler: Sampler, policy: nn.Module, act: Actor) -> None:
+        self.sampler, self.act, self.critic = sampler, act, sampler.critic
+        self.same_step, self.pieces = sampler.stepping.same_step, sampler.pieces
+        none = act.state[:, :0]
+        first = [act.state, none if self.critic is None else self.critic.initial(len(none))]  # type: ignore[operator]
+        if sampler.states is not None and [x.shape for x in sampler.states] == [x.shape for x in first]:
+            first = sampler.states
+        act.state, self.of_critic = first
+        self.every = 1 if self.same_step else sampler.length // self.pieces
+        self.held: list[list[Tensor]] = [[], []]
+
+    def before(self, t: int) -> None:
+        """Step t of the policy comes next."""
+        if t % self.every == 0:
+            self.held[0].append(self.act.state)
+
+    def finish(self, columns: dict[str, Tensor], steps: int, starting: Tensor) -> None:
+        """All steps are taken. columns: [B, T, ...], as they were sampled; starting: [B], of what comes next."""
+        self.ended = columns["ended"]
+        self.start = torch.cat([columns["start"][:, :steps], starting.unsqueeze(1)], 1)
+        for t in range(0, steps, self.every):
+            self.held[1].append(self.of_critic)
+            if self.critic is not None:
+                obs, start = (columns[name][:, t : min(t + self.every, steps)] for name in ("obs", "start"))
+                state = self.of_critic.unsqueeze(1)
+                _, self.of_critic = self.critic.unrolled(Rows(obs, start, state[..., :0], state))  # type: ignore[operator]
+        self.sampler.states = [self.act.state, self.of_critic]
+        for held, last in zip(self.held, self.sampler.states, strict=True):
+            held.append(last)
+
+    def rows(self, obs: Tensor, start: Tensor, final_obs: Tensor) -> tuple[Rows, Rows]:
+        """The rows [B, T, ...] in next-step layout, and where each stops."""
+        rows, bounds = torch.arange(len(obs), device=obs.device), torch.arange(self.pieces + 1, device=obs.device)
+        index, last = bounds.expand(len(obs), -1), torch.full_like(rows, self.start.shape[1] - 1)
+        going_on = torch.ones_like(start[:, 0])
+        if self.same_step:
+            slot = _slots(self.ended).unsqueeze(-1)
+            index = (slot < bounds * (obs.shape[1] // self.pieces)).sum(1).clamp(max=self.start.shape[1] - 1)
+            last = index[:, -1]
+            going_on = ~self.ended[rows, (last - 1).clamp(min=0)]
+        states = [torch.stack(held, 1)[rows.unsqueeze(1), index] for held in self.held]
+        final = Rows(final_obs, self.start[rows, last] & going_on, *(x[:, -1] for x in states))
+        return Rows(obs, start, *(x[:, :-1] for x in states)), final
 
 
 class _Columns:
@@ -252,7 +331,7 @@ def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) ->
     """
     ended, device = columns["ended"], last.device
     length = ended.shape[1]
-    slot = torch.arange(length, device=device) + ended.cumsum(1) - ended.long()  # later by one for every earlier end
+    slot = _slots(ended)
     rows, steps = (slot < length).nonzero(as_tuple=True)
     result = {name: torch.zeros_like(column) for name, column in columns.items()}
     for name, column in columns.items():
@@ -264,6 +343,11 @@ def next_step_layout(columns: dict[str, Tensor], final: Tensor, last: Tensor) ->
     following = torch.cat([columns["obs"], last.unsqueeze(1)], 1)[rows, kept + 1]
     stopped = ended[rows, kept].reshape(-1, *[1] * (last.ndim - 1))
     return result, torch.where(stopped, final[rows, kept], following)
+
+
+def _slots(ended: Tensor) -> Tensor:
+    """Where each step [B, T] is in next-step layout: later by one for every earlier end."""
+    return torch.arange(ended.shape[1], device=ended.device) + ended.cumsum(1) - ended.long()
 
 
 def _of_actions(seed: int | np.random.SeedSequence) -> np.random.SeedSequence:

@@ -44,8 +44,9 @@ class Step(NamedTuple):
 class Stepping:
     """A vector environment with its running statistics.
 
-    obs [B, ...]: the observations of the next decisions; None before the first reset. resetting [B]: environments
-    without a decision, which the next step only resets; with whole_episodes they wait for the next `reset`.
+    obs [B, ...]: the observations of the next decisions; None before the first reset. starting [B]: where they are the
+    first of an episode. resetting [B]: environments without a decision, which the next step only resets; with
+    whole_episodes they wait for the next `reset`.
     group_size: this many neighboring environments get the same seed at each reset. Raises UserError if the environments
     raise an error or return an invalid value (see checks.py).
     """
@@ -83,7 +84,7 @@ class Stepping:
         self.obs: Arrays | None = None
         self.told = False  # whether a mask that is not read has been mentioned
         self.begun = False  # whether these environments have been reset
-        self.resetting = np.zeros(environments.num_envs, dtype=bool)
+        self.resetting, self.starting = (np.zeros(environments.num_envs, dtype=bool) for _ in range(2))
         self.episode_return = np.zeros(environments.num_envs)
         self.episode_length = np.zeros(environments.num_envs, dtype=np.int64)
         self.finished: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
@@ -124,7 +125,7 @@ class Stepping:
                 stacklevel=2,
             )
         self.seeded, self.begun = False, True  # later resets continue the environments' own random streams
-        self.resetting[:] = False
+        self.resetting[:], self.starting[:] = False, True
         self.episode_return[:] = 0.0
         self.episode_length[:] = 0
         self.ending = [{} for _ in self.ending]
@@ -170,6 +171,7 @@ class Stepping:
             self.episode_return[renewed], self.episode_length[renewed] = 0.0, 0
         if self.reward_scaler is not None:
             reward = self._scaled(reward, ended | renewed, counts)
+        self.starting = self.resetting | renewed | (ended & self.same_step)
         if self.whole_episodes:
             self.resetting = self.resetting | ended | renewed
         else:
@@ -279,7 +281,7 @@ class Stepping:
         return stored(obs)
 
 
-_STATE = ("seeded", "obs", "resetting", "episode_return", "episode_length", "steps", "episodes", "restarts")
+_STATE = ("seeded", "obs", "resetting", "starting", "episode_return", "episode_length", "steps", "episodes", "restarts")
 
 
 def _numbers_of(info: Any, i: int) -> dict[str, float]:

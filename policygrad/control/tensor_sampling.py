@@ -16,7 +16,7 @@ from policygrad.control.stepping import Stepping
 from policygrad.control.tensors import normalized, tensor, to_environment
 from policygrad.errors import UserError
 
-ARRAYS = ("resetting", "episode_return", "episode_length")  # of Stepping, [B]
+ARRAYS = ("resetting", "starting", "episode_return", "episode_length")  # of Stepping, [B]
 
 
 class TensorStepping(Stepping):

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.encoders import measured
+from policygrad.control.memory import measured_memory
 from policygrad.control.spaces import kept_of, rebuild
 from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
 from policygrad.train.hub import directory_of
 
-# 2: actions in the units of their bounds; critics with a scale. 3: encoders, and the parts of a Dict. 4: distribution
+# 2: actions in the units of their bounds; critics with a scale. 3: encoders, and the parts of a Dict.
+# 4: memory, and the distribution of Box actions
 FORMAT = 4
 ENDINGS = {
     "unfinished": "has not ended",
@@ -170,7 +172,9 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
         try:
             own = description["policy"]
             layers = [*own["hidden"], feature_count(own["action_space"])]
-            check_size(own["observation_space"], own["encoder"], own["channels"], own["keys"], layers, tensors)
+            encoded = own["observation_space"], own["encoder"], own["channels"], own["keys"]
+            memory = {name: own[name] for name in ("memory", "memory_size", "memory_window")}
+            check_size(*encoded, memory, layers, tensors)
             policy = Policy.from_description(description["policy"])
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
@@ -227,12 +231,13 @@ def check_size(
     encoder: str,
     channels: str,
     keys: Sequence[str],
+    memory: dict[str, Any],
     layers: Sequence[int],
     tensors: dict[str, Tensor],
 ) -> None:
     """Raise ValueError if a network is larger than the saved tensors, before memory is allocated for it.
 
-    space: a described one, of observations. layers: the sizes after the encoder.
+    space: a described one, of observations. memory: the options of one. layers: the sizes after both.
     """
     saved = sum(x.numel() for x in tensors.values())
     if feature_count(space) // 64 > saved:
@@ -240,6 +245,9 @@ def check_size(
     weights, features = measured(rebuild(space), encoder, channels, keys)
     if weights > saved:
         raise ValueError(f"its encoder has {weights:,} weights, and policy.safetensors {saved:,} in all")
+    weights, features = measured_memory(features, **memory)
+    if weights > saved:
+        raise ValueError(f"its memory has {weights:,} weights, and policy.safetensors {saved:,} in all")
     sizes = [features, *layers]
     if any(inputs * outputs > saved for inputs, outputs in pairwise([1, *sizes])):
         raise ValueError(f"layers have {sizes} units, and policy.safetensors has {saved:,} numbers in all")

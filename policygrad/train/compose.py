@@ -40,7 +40,7 @@ from policygrad.errors import UserError
 from policygrad.guards import Guard
 from policygrad.noise import NoiseMeter
 from policygrad.objectives import clipped_surrogate, clipped_weight
-from policygrad.rollout import Batch, Split
+from policygrad.rollout import Batch, Split, state_size
 from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
@@ -144,7 +144,8 @@ def compose(
         own = optimizers_of(options, [(critic, critic_rate(options))])
         optimizers += own
         fit = fit_critic(
-            critic, own, epochs=options.critic_epochs, minibatch_size=options.critic_minibatch_size,
+            critic, own, epochs=options.critic_epochs,
+            minibatch_size=rows_in(sample, policy, options.critic_minibatch_size),
             micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
     return Learner(
@@ -152,7 +153,7 @@ def compose(
         credit_of(options, policy, critic),
         objective,
         guard(update),
-        loop_of(options, fit, diagnosis(options, objective, due), getattr(sample, "length", None)),
+        loop_of(options, fit, diagnosis(options, objective, due), sample, policy),
         optimizers,
         coefficients,
         guard,
@@ -290,16 +291,13 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
 
 
 def loop_of(
-    options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics], limit: int | None = None
+    options: Any, fit: Fit, diagnose: Callable[[Objective, Batch], Metrics], sample: Sample, policy: nn.Module
 ) -> Callable[..., Iterator[Any]]:
-    """The method's loop, a partial that still takes sample, credit, objective and update.
-
-    limit: the most decisions that a row may have, if the sampler's rows can be shorter.
-    """
+    """The method's loop, a partial that still takes sample, credit, objective and update."""
     named = KNOWN[options.method].objective
     average: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
     if options.weights == "budget":
-        average = partial(weights.per_budget, limit=limit)
+        average = partial(weights.per_budget, limit=getattr(sample, "length", None))
     loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
     if named == "clone":
         return partial(loop, epochs=1, minibatch_size=options.minibatch_size, normalize=unnormalized)
@@ -311,10 +309,17 @@ def loop_of(
     return partial(
         loop,
         epochs=options.epochs,
-        minibatch_size=options.minibatch_size,
+        minibatch_size=rows_in(sample, policy, options.minibatch_size),
         target_kl=options.target_kl,
         normalize=normalize,
     )
+
+
+def rows_in(sample: Any, policy: nn.Module, size: Any) -> Any:
+    """The rows of a minibatch of `size` decisions, where rows are segments of a policy with memory; else `size`."""
+    if size is None or not state_size(policy) or getattr(sample, "whole_episodes", True):
+        return size
+    return max(1, size // (sample.length // sample.pieces))
 
 
 def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Callable[[Objective, Batch], Metrics]:
@@ -366,6 +371,8 @@ def compiles(options: Any) -> bool:
     if wanted != "auto":
         return wanted == "on"
     if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known
+        return False
+    if getattr(options, "memory", "none") != "none":  # a graph of every step of a row takes minutes to make
         return False
     steps = math.inf if options.steps is None else options.steps
     rollout = options.num_envs * (math.inf if options.credit in EPISODIC else getattr(options, "num_steps", math.inf))

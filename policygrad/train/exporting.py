@@ -30,6 +30,7 @@ from policygrad.control.spaces import Flat, FlatActions
 from policygrad.control.tensors import normalized, to_environment
 from policygrad.errors import UserError, ending, one_line, shortened, type_of
 from policygrad.files import as_path, write_bytes
+from policygrad.rollout import state_size
 from policygrad.train.run import Run, arithmetic
 
 Format = Literal["onnx", "torch-export"]
@@ -57,6 +58,8 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
     if run.world.kind == "language":
         where = "RUN/model" if run.directory is None else f"{ending(str(run.directory), 60)}/model"
         raise UserError(f"a language model needs no export: {where} is in Hugging Face's layout already")
+    if run.world.kind == "control" and state_size(run.policy):
+        raise UserError("export is of policies without memory, and this one has a state: use policygrad.load and act")
     if run.world.kind != "control":
         raise UserError(f"export is for control, and this run is on {run.world.name}: its policy is a table")
     if out is None and run.directory is None:

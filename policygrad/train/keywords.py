@@ -46,6 +46,11 @@ class Keywords(TypedDict, total=False):
     channels: Literal["auto", "first", "last"]
     policy_keys: str | Sequence[str]
     critic_keys: str | Sequence[str]
+    memory: Literal["none", "gru", "lstm", "transformer"]
+    memory_size: int
+    memory_window: int
+    critic_memory: Literal["own", "shared", "none"]
+    sequence_length: int | None
     hidden: int | Sequence[int]
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"]
     orthogonal: bool

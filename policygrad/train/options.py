@@ -65,6 +65,7 @@ MINIBATCHES: When = {"objective": ("ppo", "grpo")}
 SAMPLED: When = {"objective": ("reinforce", "actor_critic", "surrogate", "ppo", "grpo")}  # from the policy itself
 CLONED: When = {"objective": ("clone",)}
 GAUSSIAN: When = {"distribution": ("normal", "squashed")}
+REMEMBERS = ("gru", "lstm", "transformer")  # a policy with memory
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
@@ -160,6 +161,19 @@ class Options:
     critic_keys: tuple[str, ...] = option((),
         "Part of Dict observations that the critic sees, such as what only a simulator knows. Repeatable; by default "
         "all.", TEXTS, **CONTROL, **SAMPLED)
+    memory: Literal["none", "gru", "lstm", "transformer"] = option("none",
+        "Memory of the policy, after the encoder: none, a GRU, an LSTM, or a small transformer over a window.",
+        **CONTROL, **SAMPLED)
+    memory_size: int = option(64, "Features of the memory.", COUNT, **CONTROL, **SAMPLED, memory=REMEMBERS)
+    memory_window: int = option(16,
+        "Steps that each of the transformer's two blocks looks at, the newest included.", TWO, **CONTROL, **SAMPLED,
+        memory=("transformer",))
+    critic_memory: Literal["own", "shared", "none"] = option("own",
+        "Memory of the critic: one like the policy's, the policy's own (with its encoder), or none.",
+        **CONTROL, **SAMPLED, memory=REMEMBERS)
+    sequence_length: int | None = option(None,
+        "Learn from pieces of this many steps of the rows of a policy with memory, which divides num_steps; None: from "
+        "whole rows.", COUNT, **CONTROL, credit=BOOTSTRAPPED)
     hidden: tuple[int, ...] = option((64, 64),
         "Sizes of the hidden layers of both policy and critic.", SIZES, **CONTROL)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh",
@@ -344,7 +358,8 @@ class Options:
         "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.",
         COUNT, **ASCEND, **SAMPLED)
     minibatch_size: int | None = option(64,
-        "Decisions in a gradient step, or rows (completions) if the policy has memory. None: the whole rollout.",
+        "Decisions in a gradient step, whole rows with at most so many if the policy has memory; or rows, if they are "
+        "completions or its whole episodes. None: the whole rollout.",
         COUNT, objective=("ppo", "grpo", "clone"))
     micro_batch: int | None = option(None,
         "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
@@ -550,7 +565,7 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "evaluation_split", "evaluation_split is of evaluation_dataset: set that too, or leave it out"
         )
-    critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate"}
+    critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate", "critic_memory"}
     if KNOWN[options.method].update != "ascend":  # then the optimizer is the critic's alone
         critics |= {"optimizer", "weight_decay", "momentum", "adam_epsilon", "learning_rate_schedule", "warmup"}
     if f.name in critics and not has_critic(options):
@@ -578,6 +593,20 @@ def _conflicts(o: Any) -> Any:
         return
     if method.objective not in ("ppo", "grpo") and o.normalize_advantages == "minibatch":
         yield "normalize_advantages", f"normalize_advantages is minibatch, and {o.method} has none: use batch or none"
+    if getattr(o, "overlap", False) and getattr(o, "memory", "none") != "none":
+        yield "overlap", "overlap is for policies without memory: leave overlap or memory out"
+    length = getattr(o, "sequence_length", None)
+    if length is not None and o.credit not in EPISODIC and o.num_steps % length:
+        yield "sequence_length", f"sequence_length is {length}, which does not divide num_steps, {o.num_steps}"
+    if (
+        getattr(o, "critic_memory", "") == "shared"
+        and method.objective not in ("ppo", "actor_critic")
+        and has_critic(o)
+    ):
+        yield (
+            "critic_memory",
+            f"critic_memory is shared, and {o.method} fits its critic alone, which would move the policy: use own",
+        )
     if getattr(o, "overlap", False) and o.profile:
         yield "profile", "profile follows one thread, and overlap samples in another: leave one of the two out"
     if getattr(o, "overlap", False) and method.objective in ("reinforce", "actor_critic") and o.credit != "vtrace":

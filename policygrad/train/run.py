@@ -63,15 +63,17 @@ class Run:
         """A block whose time is of this name, if times are measured."""
         return nullcontext() if self.profile is None else self.profile.span(name)
 
-    def act(self, obs: Any, *, greedy: bool = True) -> Any:
+    def act(self, obs: Any, state: Any = None, *, greedy: bool = True) -> Any:
         """The action for one observation, or the actions for a batch, as the environment gives and takes them.
 
-        For control. The run's own normalization is applied. greedy: the mode of the distribution, else a sample.
+        For control. The run's own normalization is applied. greedy: the mode of the distribution, else a sample. A
+        policy with memory returns (action, state): hand the state in at the next step, and None where an episode
+        starts.
         """
         if self.world.kind != "control":
             raise UserError(f"act is for control, and this run is on {self.world.name}: call its policy instead")
         with arithmetic(self.world, self.options.threads):
-            return self.world.act(obs, greedy=greedy)  # type: ignore[attr-defined]
+            return self.world.act(obs, state, greedy=greedy)  # type: ignore[attr-defined]
 
     def evaluate(
         self,

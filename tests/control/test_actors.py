@@ -16,6 +16,7 @@ from policygrad.control.policies import Policy
 from policygrad.errors import UserError
 
 ROWS = 6
+BEGINS = np.zeros(ROWS, dtype=bool)  # where an episode starts; of a policy with memory alone
 CPU = torch.device("cpu")
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS: list[tuple[spaces.Space, dict[str, Any]]] = [
@@ -54,7 +55,7 @@ def test_log_probabilities_and_actions_are_those_of_the_policys_distributions(
     act = actor(policy, case[0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))
     assert isinstance(act, PerceptronActor)
     with torch.no_grad():
-        pairs = [act(obs, np.ones(ROWS, dtype=bool)) for obs in seen]
+        pairs = [act(obs, np.ones(ROWS, dtype=bool), BEGINS) for obs in seen]
         stored = torch.from_numpy(np.stack([x for x, _ in pairs], 1))
         obs = torch.from_numpy(seen).transpose(0, 1)
         distribution = policy(obs)
@@ -74,7 +75,7 @@ def test_without_noise_the_action_is_the_mode(case: tuple[spaces.Space, dict[str
     act = actor(Mode(policy), case[0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))
     assert isinstance(act, PerceptronActor)
     with torch.no_grad():
-        action, _ = act(obs, np.ones(ROWS, dtype=bool))
+        action, _ = act(obs, np.ones(ROWS, dtype=bool), BEGINS)
         expected = policy(torch.from_numpy(obs).unsqueeze(1)).mode[:, 0]
     torch.testing.assert_close(torch.from_numpy(action), expected)
 
@@ -104,9 +105,9 @@ def test_an_output_that_is_not_finite_is_told_where_it_counts() -> None:
     obs[2] = np.nan
     with torch.no_grad():
         with pytest.raises(UserError, match=f"output is not finite for environment 2 of {ROWS}:"):
-            actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts)
+            actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts, BEGINS)
         counts[2] = False
-        actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts)
+        actor(policy, spaces.Discrete(3), CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, counts, BEGINS)
 
 
 def test_a_policy_that_does_more_than_its_layers_is_called() -> None:
@@ -134,7 +135,7 @@ def test_a_policy_that_does_more_than_its_layers_is_called() -> None:
             act = actor(played, space, CPU, ROWS, BLOCK + 3, np.random.default_rng(0))  # type: ignore[arg-type]
             assert isinstance(act, DistributionActor)
             with torch.no_grad():
-                action, taken = act(observations(BOX, 1)[0], np.ones(ROWS, dtype=bool))
+                action, taken = act(observations(BOX, 1)[0], np.ones(ROWS, dtype=bool), BEGINS)
                 assert act.log_probabilities(torch.from_numpy(action).unsqueeze(1)).shape == (ROWS, 1)
             assert taken.shape == (ROWS, *space.shape)  # type: ignore[misc]
 
@@ -145,7 +146,9 @@ def test_an_actor_reads_the_parameters_as_they_are() -> None:
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.3)
-        action, _ = actor(Mode(policy), ACTIONS[1][0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(obs, everywhere)
+        action, _ = actor(Mode(policy), ACTIONS[1][0], CPU, ROWS, BLOCK + 3, np.random.default_rng(0))(
+            obs, everywhere, BEGINS
+        )
         expected = policy(torch.from_numpy(obs).unsqueeze(1)).mode[:, 0]
     torch.testing.assert_close(torch.from_numpy(action), expected)
 
@@ -161,7 +164,7 @@ def test_the_layout_of_the_observations_changes_no_bit(seed: int) -> None:
     for given in (obs, np.asfortranarray(obs)):
         act = actor(policy, spaces.Discrete(2), CPU, 3, 1, np.random.default_rng(0))
         with torch.no_grad():
-            action, _ = act(given, counts)
+            action, _ = act(given, counts, ~counts)
             found.append(act.log_probabilities(torch.from_numpy(action).unsqueeze(1)))
     assert torch.equal(*found)
 

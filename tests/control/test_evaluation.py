@@ -253,7 +253,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_policy_with_memory_is_refused(stochastic: bool) -> None:
     environments = make_environments(limited(lambda: Known(spaces.MultiBinary(4)), 8), 1)
-    with pytest.raises(UserError, match=r"^memory is not supported yet"):
+    with pytest.raises(UserError, match=r"^the policy's output at a step depends on other steps of its row"):
         evaluate(Recurrent(), environments, 1, stochastic=stochastic)
 
 

@@ -1,237 +1,419 @@
-"""Memory is found wherever it is, and looking for it changes nothing."""
+"""Memory: cells by their definition, rows as steps one by one, resets, the states that rollouts keep, and gradients."""
 
-import copy
-import gc
+import itertools
+import math
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from probes import Counting
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
-from torch.nn.functional import scaled_dot_product_attention
+from torch.distributions import Categorical
 
-from policygrad.control import Critic, Policy, memory
-from policygrad.control.memory import has_memory, refuse_memory
+import policygrad as pg
+from policygrad.algorithms.ppo import PPOObjective
+from policygrad.algorithms.trpo import SurrogateObjective
+from policygrad.control import Critic, Policy, Sampler
+from policygrad.control.acting import Mode
+from policygrad.control.memory import GRU, LSTM, Memory, Rows, Transformer, make_memory, measured_memory, rows_of
+from policygrad.credit import bootstrapped
+from policygrad.critics import bootstrap_values
 from policygrad.errors import UserError
+from policygrad.linalg import fisher_vector_product, flat_gradient
+from policygrad.rollout import Batch, Rollout, decisions, minibatches, state_size
 
-OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-BOX = spaces.Box(-1, 1, (2,), np.float32)
-
-
-class Features(nn.Module):
-    """features [B, T, 8] -> a distribution; the base of policies with and without memory."""
-
-    def __init__(self, zero: bool = False) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 4)
-        if zero:
-            nn.init.zeros_(self.head.weight)
-
-    def features(self, obs: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, obs: Tensor) -> Any:
-        return Categorical(logits=self.head(self.features(obs)))
+KINDS = ["gru", "lstm", "transformer"]
+MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_mode = pytest.mark.parametrize("mode", MODES)
+HOW: dict[str, Any] = {"memory_size": 4, "memory_window": 3, "hidden": (5,)}
+BOX, TWO = spaces.Box(-np.inf, np.inf, (2,), np.float32), spaces.Discrete(2)
 
 
-class Recurrent(Features):
-    def __init__(self, kind: Any = nn.LSTM, zero: bool = False) -> None:
-        super().__init__(zero)
-        self.cell = kind(3, 8, batch_first=True)
-
-    def features(self, obs: Tensor) -> Tensor:
-        return self.cell(obs)[0]
-
-
-class Attention(Features):
-    """Causal self-attention; with `gate` its output starts at 0."""
-
-    def __init__(self, zero: bool = False, gate: float = 1.0) -> None:
-        super().__init__(zero)
-        self.qkv, self.gate = nn.Linear(3, 24), nn.Parameter(torch.tensor(gate))
-
-    def features(self, obs: Tensor) -> Tensor:
-        q, k, v = self.qkv(obs).chunk(3, -1)
-        return v + self.gate * scaled_dot_product_attention(q, k, v, is_causal=True)
+def larger(module: nn.Module) -> Any:
+    """The module with parameters at which everything matters: a small last layer would hide the memory."""
+    generator = torch.Generator().manual_seed(3)
+    for p in module.parameters():
+        p.data = torch.empty_like(p).normal_(generator=generator)
+    return module.eval()
 
 
-class Position(Features):
-    """Knows how many steps came before."""
+def policy_of(kind: str, **options: Any) -> Policy:
+    return larger(Policy(BOX, TWO, memory=kind, **HOW, **options))
+
+
+def critic_of(kind: str, **options: Any) -> Critic:
+    return larger(Critic(BOX, memory=kind, **HOW, **options))
+
+
+def counting(mode: AutoresetMode = AutoresetMode.NEXT_STEP, count: int = 2) -> VectorEnv:
+    lengths = [(2, 3), (4,), (1, 1, 5)]
+    makers = [partial(Counting, lengths[i % 3]) for i in range(count)]
+    return SyncVectorEnv(makers, autoreset_mode=mode)
+
+
+# The memories themselves
+
+
+def cell_by_cell(cell: Any, features: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's own cell, which begins with zeros where an episode starts."""
+    pairs, found = isinstance(cell, nn.LSTMCell), []
+    for t in range(features.shape[1]):
+        state = state.where(~start[:, t : t + 1], 0.0)
+        after = cell(features[:, t], state.chunk(2, -1) if pairs else state)
+        state = torch.cat(after, -1) if pairs else after
+        found.append(after[0] if pairs else after)
+    return torch.stack(found, 1), state
+
+
+@pytest.mark.parametrize("make", [GRU, LSTM])
+def test_a_cell_is_that_of_torch(make: Callable[..., Any], float64: None) -> None:
+    memory = larger(make(3, 4))
+    features, start = torch.randn(5, 7, 3), torch.rand(5, 7) < 0.3
+    state = torch.randn(5, memory.state_size)
+    for x, y in zip(memory(features, start, state), cell_by_cell(memory.cell, features, start, state), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+
+
+def test_a_window_is_attention_to_the_last_steps_of_the_episode(float64: None) -> None:
+    """The definition written out: two blocks, each over the last steps of the episode, in loops."""
+    memory, steps = larger(Transformer(3, 4, window=3)), 9
+    features, start = torch.randn(1, steps, 3), torch.zeros(1, steps, dtype=torch.bool)
+    start[0, [0, 5]] = True
+    x = memory.embed(features)[0]
+    for block in memory.blocks:
+        after = []
+        for t in range(steps):
+            first = max(t - 2, 5 if t >= 5 else 0)
+            seen = block.norm(x[first : t + 1])
+            q = block.query(block.norm(x[t])).view(block.heads, -1)
+            k, v = (y.reshape(len(seen), block.heads, -1) for y in block.keys(seen).chunk(2, -1))
+            heads = []
+            for h in range(block.heads):
+                ago = [t - i for i in range(first, t + 1)]
+                share = (k[:, h] @ q[h] / math.sqrt(q.shape[1]) + block.bias[h, ago]).softmax(0)
+                heads.append(share @ v[:, h])
+            y = x[t] + block.out(torch.cat(heads))
+            after.append(y + block.narrow(block.wide(block.norm_after(y)).relu()))
+        x = torch.stack(after)
+    found, _ = memory(features, start, torch.zeros(1, memory.state_size))
+    torch.testing.assert_close(found[0], x, rtol=0, atol=1e-12)
+
+
+def memories() -> dict[str, Memory]:
+    return {kind: larger(make_memory(kind, 3, 4, 3)) for kind in KINDS}
+
+
+@each_kind
+def test_a_row_is_its_steps_one_by_one_or_in_pieces(kind: str, float64: None) -> None:
+    memory = memories()[kind]
+    features, start = torch.randn(5, 8, 3), torch.rand(5, 8) < 0.3
+    state = memory(torch.randn(5, 6, 3), torch.zeros(5, 6, dtype=torch.bool), torch.zeros(5, memory.state_size))[1]
+    whole, last = memory(features, start, state)
+    for size in (1, 3, 4):
+        parts, now = [], state
+        for x, begins in zip(features.split(size, 1), start.split(size, 1), strict=True):
+            found, now = memory(x, begins, now)
+            parts.append(found)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+        torch.testing.assert_close(now, last, rtol=0, atol=1e-12)
+    assert not torch.allclose(
+        memory(features, start, torch.zeros_like(state))[0][~start[:, 0], 0], whole[~start[:, 0], 0]
+    )
+
+
+@each_kind
+def test_nothing_passes_a_start_to_the_bit(kind: str) -> None:
+    """Whatever came before, in the row or in its state: from a start on, every bit is the same, and so is the end."""
+    memory = memories()[kind]
+    features, start = torch.randn(4, 9, 3), torch.zeros(4, 9, dtype=torch.bool)
+    start[:, 4] = True
+    other = torch.cat([torch.randn(4, 4, 3), features[:, 4:]], 1)
+    found, last = memory(features, start, torch.zeros(4, memory.state_size))
+    changed, last_changed = memory(other, start, torch.rand(4, memory.state_size))
+    assert torch.equal(found[:, 4:], changed[:, 4:])
+    assert not torch.equal(found[:, :4], changed[:, :4])
+    assert torch.equal(found[:, -1], changed[:, -1])
+    assert torch.equal(last, last_changed)
+
+
+def test_a_window_forgets_and_torchs_cells_do_not() -> None:
+    steps = 12
+    for kind, memory in memories().items():
+        features, start = torch.randn(1, steps, 3), torch.zeros(1, steps, dtype=torch.bool)
+        features.requires_grad_(True)
+        found, _ = memory(features, start, torch.zeros(1, memory.state_size))
+        (gradient,) = torch.autograd.grad(found[0, -1].sum(), features)
+        reach = gradient[0].abs().sum(-1) > 0
+        assert not reach[: steps - 5].any() if kind == "transformer" else reach.all()
+        assert reach[steps - 5 :].all()
+
+
+# Policies and critics
+
+
+@each_kind
+def test_observations_alone_are_rows_that_start_an_episode(kind: str) -> None:
+    policy, critic, obs = policy_of(kind), critic_of(kind), torch.randn(3, 5, 2)
+    start = torch.zeros(3, 5, dtype=torch.bool)
+    start[:, 0] = True
+    garbage = [torch.rand(3, 1, state_size(module)) for module in (policy, critic)]
+    rows = Rows(obs, start, *garbage)
+    torch.testing.assert_close(policy(obs).logits, policy(rows).logits)
+    torch.testing.assert_close(critic(obs), critic(rows))
+
+
+def test_a_critic_has_memory_of_its_own_or_the_policys_or_none() -> None:
+    policy = policy_of("gru")
+    own, shared, none = critic_of("lstm"), larger(Critic(BOX, of=policy, hidden=(5,))), critic_of("none")
+    assert [state_size(x) for x in (own, shared, none)] == [8, 0, 0]
+    assert shared.memory is policy.memory
+    assert shared.encode is policy.encode
+    rows = rows_of(torch.randn(3, 5, 2), 4)._replace(start=torch.zeros(3, 5, dtype=torch.bool))
+    states = [torch.rand(3, 1, 4), torch.rand(3, 1, 8)]
+    for critic, changes in ((own, [False, True]), (shared, [True, False]), (none, [False, False])):
+        value = critic(rows._replace(state=0 * states[0], critic_state=0 * states[1]))
+        for i, name in enumerate(("state", "critic_state")):
+            other = rows._replace(state=0 * states[0], critic_state=0 * states[1])._replace(**{name: states[i]})
+            assert torch.equal(critic(other), value) != changes[i]
+
+
+# What a rollout keeps
+
+
+def relived(rollouts: list[Rollout], module: Any, of: str) -> Tensor:
+    """What a module says of rollouts that follow each other, in one pass over all of their steps."""
+    obs, start = (torch.cat([getattr(x.obs, name) for x in rollouts], 1) for name in ("obs", "start"))
+    rows = Rows(obs, start, *(torch.zeros(len(obs), 1, state_size(module)) for _ in range(2)))
+    found = module(rows)
+    return found if of == "value" else found.log_prob(torch.cat([x.action for x in rollouts], 1))
+
+
+@each_mode
+@each_kind
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_segments_go_on_with_the_memory_of_before(kind: str, mode: AutoresetMode, pieces: int) -> None:
+    """Log-probabilities of whole rows, of pieces, and of two rollouts in one go are those of acting; so are values."""
+    policy, critic = policy_of(kind), critic_of(kind)
+    sampler = Sampler(counting(mode, 3), 6, seed=0, sequence_length=6 // pieces, critic=critic)
+    rollouts = [sampler(policy) for _ in range(3)]
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-4)
+    for rollout in rollouts:
+        assert rollout.obs.state.shape == (3, pieces, policy.memory.state_size)
+        close(policy(rollout.obs).log_prob(rollout.action).where(rollout.mask, 0.0), rollout.logp)
+        batch = decisions(rollout, torch.ones_like(rollout.logp), critic(rollout.obs))
+        assert batch.mask.shape == (3 * pieces, 6 // pieces)
+        close(policy(batch.obs).log_prob(batch.action).where(batch.mask, 0.0), batch.logp)
+        close(critic(batch.obs).where(batch.mask, 0.0), batch.advantage)
+    if mode is AutoresetMode.NEXT_STEP:  # no steps are dropped between rollouts
+        logp = torch.cat([x.logp for x in rollouts], 1)
+        mask = torch.cat([x.mask for x in rollouts], 1)
+        close(relived(rollouts, policy, "logp").where(mask, 0.0), logp)
+        values = [bootstrap_values(critic, x) for x in rollouts]
+        close(relived(rollouts, critic, "value"), torch.cat([x[:, :-1] for x in values], 1))
+        for one, other in pairwise(values):  # where a row stops, the next one goes on
+            close(one[:, -1], other[:, 0])
+
+
+@each_kind
+def test_both_ways_of_resetting_give_the_same_rows(kind: str) -> None:
+    """Same steps, states and values, as far as the rows of the first rollout reach; and what comes after them."""
+    found = []
+    for mode in MODES:
+        policy, critic = policy_of(kind), critic_of(kind)
+        sampler = Sampler(counting(mode, 3), 12, sequence_length=4, critic=critic, seed=1)
+        rollout = sampler(policy.requires_grad_(False))
+        found.append((rollout, bootstrap_values(critic, rollout)))
+    (one, values), (other, other_values) = found
+    assert torch.equal(one.obs.obs, other.obs.obs)
+    assert torch.equal(one.obs.start, other.obs.start)
+    assert torch.equal(one.mask, other.mask)
+    read = torch.cat([torch.ones_like(one.mask), one.mask[:, -1:]], 1)  # after a step that only resets, V is not read
+    torch.testing.assert_close(values[read], other_values[read], rtol=0, atol=1e-4)
+    starts = one.obs.start[:, ::4]
+    for name in ("state", "critic_state"):
+        x, y = (getattr(r.obs, name)[~starts] for r in (one, other))
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+
+
+def test_an_end_is_valued_with_the_memory_of_its_episode() -> None:
+    """The masked step after an end goes on with the episode's memory, and the step after that starts anew."""
+    policy, critic = policy_of("gru"), critic_of("gru")
+    rollout = Sampler(SyncVectorEnv([partial(Counting, (3,), (True,))]), 8, critic=critic, seed=0)(policy)
+    assert rollout.obs.start[0].tolist() == [True, False, False, False, True, False, False, False]
+    assert rollout.mask[0].tolist() == [True, True, True, False, True, True, True, False]
+    alone = rows_of(rollout.obs.obs[:, :4], 4)
+    torch.testing.assert_close(critic(rollout.obs)[:, :4], critic(alone))
+    assert rollout.final_obs.start.tolist() == [True]
+
+
+@each_kind
+def test_whole_episodes_start_with_an_empty_memory(kind: str) -> None:
+    policy = policy_of(kind)
+    sampler = Sampler(counting(count=3), 7, whole_episodes=True, seed=0)
+    for _ in range(2):
+        rollout = sampler(policy)
+        assert rollout.obs.start[:, 0].all()
+        alone = policy(rollout.obs.obs).log_prob(rollout.action)
+        for i, n in enumerate(rollout.mask.sum(1).tolist()):
+            torch.testing.assert_close(alone[i, :n], rollout.logp[i, :n], rtol=0, atol=1e-4)
+    joined = Rollout.join([sampler(policy), sampler(policy)])
+    assert joined.obs.state.shape == (6, 1, policy.memory.state_size)
+    torch.testing.assert_close(
+        policy(joined.obs).log_prob(joined.action).where(joined.mask, 0.0), joined.logp, rtol=0, atol=1e-4
+    )
+
+
+def test_the_state_of_a_sampler_has_the_memory() -> None:
+    policy, critic = policy_of("lstm"), critic_of("gru")
+    sampler = Sampler(counting(), 3, critic=critic, seed=0)
+    sampler(policy)
+    state = sampler.state_dict()
+    assert [x.shape[1] for x in state["states"]] == [8, 4]
+    following = sampler(policy).obs
+    sampler.load_state_dict(state)
+    sampler.stepping.begun = True
+    assert torch.equal(sampler.states[0].unsqueeze(1), following.state)
+    assert torch.equal(sampler.states[1].unsqueeze(1), following.critic_state)
+
+
+# Gradients
+
+
+def test_the_gradient_is_that_of_the_expected_return_of_a_task_that_needs_memory(float64: None) -> None:
+    """A sign, then nothing, then a choice: J by all rows that can be, and PPO's gradient as their expectation."""
+    for kind in KINDS:
+        policy = larger(Policy(spaces.Box(-1, 1, (2,)), TWO, memory=kind, **HOW)).train()
+        signs, steps = torch.tensor([1.0, -1.0]), 3
+        actions = torch.tensor(list(itertools.product(range(2), repeat=steps))).repeat(2, 1)
+        sign = signs.repeat_interleave(2**steps)
+        obs = torch.zeros(len(sign), steps, 2)
+        obs[:, 0, 0], obs[:, :, 1] = sign, torch.arange(float(steps))
+        right = (actions[:, -1] == (sign > 0)).double() + 0.5 * (actions[:, 0] == 1).double()
+        logp = policy(obs).log_prob(actions)
+        exact = (logp.sum(1).exp() * right / 2).sum()
+        gradient = flat_gradient(exact, list(policy.parameters()))
+        weight = (logp.sum(1).exp() / 2).detach().unsqueeze(1).expand(-1, steps)
+        advantage = right.unsqueeze(1).expand(-1, steps)
+        mask = torch.ones_like(actions, dtype=torch.bool)
+        nothing = torch.zeros_like(weight)
+        batch = Batch(
+            rows_of(obs, state_size(policy)), actions, logp.detach(), mask, weight, advantage, nothing, nothing
+        )
+        found, _ = PPOObjective(policy, None)(batch)
+        estimate = flat_gradient(found, list(policy.parameters()))
+        torch.testing.assert_close(estimate, gradient, rtol=0, atol=1e-12)
+        assert gradient.norm() > 1e-3
+
+
+@each_kind
+def test_a_fisher_vector_product_goes_through_time(kind: str, float64: None) -> None:
+    """That of all actions' scores, written out: F v = E sum_a p(a) grad log p(a) (grad log p(a) . v)."""
+    policy = larger(Policy(BOX, TWO, memory=kind, **HOW))
+    parameters = list(policy.parameters())
+    obs = rows_of(torch.randn(2, 4, 2), state_size(policy))
+    obs.start[:, 2] = True
+    weight = torch.full((2, 4), 1 / 8)
+    nothing, ones = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    batch = Batch(obs, torch.zeros(2, 4), nothing, ones, weight, nothing, nothing, nothing)
+    product = fisher_vector_product(SurrogateObjective(policy).divergence(batch), parameters)
+    v = torch.randn(sum(p.numel() for p in parameters))
+    logp = policy(obs).logits.flatten(0, 1)  # log-probabilities
+    expected = torch.zeros_like(v)
+    for row in logp:
+        for one in row:
+            score = flat_gradient(one, parameters, retain_graph=True)
+            expected += one.exp().detach() * score * (score @ v) / 8
+    torch.testing.assert_close(product(v), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_minibatches_are_whole_rows_or_pieces() -> None:
+    policy, critic = policy_of("gru"), critic_of("gru")
+    sampler = Sampler(counting(count=3), 6, sequence_length=2, critic=critic, seed=0)
+    rollout = sampler(policy)
+    batch = decisions(rollout, torch.ones_like(rollout.logp), *bootstrapped(critic, torch_gae)(rollout))
+    for part in minibatches(batch, 4):
+        assert part.mask.shape == (4, 2)
+        assert part.obs.state.shape == (4, 1, 4)
+        close = policy(part.obs).log_prob(part.action).where(part.mask, 0.0)
+        torch.testing.assert_close(close, part.logp.where(part.mask, 0.0), rtol=0, atol=1e-4)
+
+
+def torch_gae(reward: Tensor, value: Tensor, terminated: Tensor, ended: Tensor) -> Tensor:
+    return reward + value[:, 1:] - value[:, :-1]
+
+
+# Acting
+
+
+@each_kind
+@pytest.mark.parametrize("greedy", [True, False])
+def test_act_hands_the_memory_on(kind: str, greedy: bool) -> None:
+    policy = policy_of(kind)
+    rollout = Sampler(counting(), 6, whole_episodes=True, seed=0)(Mode(policy))
+    state = None
+    for t in range(int(rollout.mask[0].sum())):
+        action, state = policy.act(rollout.obs.obs[0, t].numpy(), state, greedy=greedy)
+        if greedy:
+            assert action == rollout.action[0, t]
+    assert state.shape == (1, policy.memory.state_size)
+    batch, states = policy.act(rollout.obs.obs[:, 0].numpy())
+    assert batch.shape == (2,)
+    assert states.shape == (2, policy.memory.state_size)
+
+
+def test_act_refuses_another_state() -> None:
+    obs = np.zeros(2, np.float32)
+    with pytest.raises(UserError, match=r"act got a state of \[2, 4\], and the memory is \[1, 4\]"):
+        policy_of("gru").act(obs, torch.zeros(2, 4))
+    with pytest.raises(UserError, match=r"act got a state of 3, and the memory is \[1, 4\]"):
+        policy_of("gru").act(obs, 3)
+    with pytest.raises(UserError, match="the policy has no memory"):
+        policy_of("none").act(obs, torch.zeros(1, 4))
+
+
+class Remembering(nn.Module):
+    """A policy of one's own: it remembers the sum of all observations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.place = nn.Linear(3, 8), nn.Embedding(64, 8)
+        self.logits = nn.Linear(2, 2)
 
-    def features(self, obs: Tensor) -> Tensor:
-        return self.first(obs) + self.place.weight[: obs.shape[1]]
+    def initial(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 2)
 
+    def unrolled(self, rows: Any) -> tuple[Categorical, Tensor]:
+        rows, state, sums = rows_of(rows, 2), None, []
+        state = rows.state[:, 0]
+        for t in range(rows.obs.shape[1]):
+            state = state.where(~rows.start[:, t : t + 1], 0.0) + rows.obs[:, t]
+            sums.append(state)
+        return Categorical(logits=self.logits(torch.stack(sums, 1))), state
 
-class Lookahead(Features):
-    """The action depends on later observations only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 8)
-
-    def features(self, obs: Tensor) -> Tensor:
-        return self.first(obs.flip(1).cumsum(1).flip(1))
-
-
-class Wrapped(nn.Module):
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, obs: Tensor) -> Any:
-        return self.policy(obs)
+    def forward(self, rows: Any) -> Categorical:
+        return self.unrolled(rows)[0]
 
 
-class MemoryCritic(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.GRU(3, 1, batch_first=True)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.cell(obs)[0].squeeze(-1)
-
-
-class Sharp(nn.Module):
-    """Nearly deterministic: rounding in its mean is large in its log-probability."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 2))
-
-    def forward(self, obs: Tensor) -> Independent:
-        return Independent(Normal(self.net(obs), 1e-6), 1)
+def test_a_policy_of_ones_own_may_remember() -> None:
+    policy, sampler = Remembering(), Sampler(counting(), 5, seed=0)
+    for _ in range(2):
+        rollout = sampler(policy)
+        logp = policy(rollout.obs).log_prob(rollout.action)
+        torch.testing.assert_close(logp.where(rollout.mask, 0.0), rollout.logp)
+    run = pg.train("reinforce", Counting, policy=Remembering(), steps=20, num_envs=2, episode_steps=5, progress=False)
+    assert run.metrics
 
 
-class Dropout(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
-
-    def forward(self, obs: Tensor) -> Categorical:
-        return Categorical(logits=self.net(obs))
-
-
-WITH = {
-    "LSTM": Recurrent,
-    "GRU": lambda: Recurrent(nn.GRU),
-    "causal attention": Attention,
-    "position": Position,
-    "lookahead": Lookahead,
-    "LSTM before a layer of zeros": lambda: Recurrent(zero=True),
-    "attention before a layer of zeros": lambda: Attention(zero=True),
-    "attention behind a closed gate": lambda: Attention(gate=0.0),
-    "wrapped LSTM": lambda: Wrapped(Recurrent()),
-    "critic": MemoryCritic,
-    "float64": lambda: Recurrent().double(),
-}
-WITHOUT = {
-    "discrete": lambda: Policy(OBSERVATIONS, spaces.Discrete(3)),
-    "clipped": lambda: Policy(OBSERVATIONS, BOX),
-    "squashed": lambda: Policy(OBSERVATIONS, BOX, distribution="squashed", state_dependent_std=True),
-    "beta": lambda: Policy(OBSERVATIONS, BOX, distribution="beta"),
-    "multi-discrete": lambda: Policy(OBSERVATIONS, spaces.MultiDiscrete([2, 3])),
-    "multi-binary": lambda: Policy(OBSERVATIONS, spaces.MultiBinary(3)),
-    "wrapped": lambda: Wrapped(Policy(OBSERVATIONS, spaces.Discrete(3))),
-    "wide": lambda: Policy(OBSERVATIONS, BOX, hidden=(512, 512)),
-    "critic": lambda: Critic(OBSERVATIONS),
-    "sharp": Sharp,
-    "dropout": Dropout,
-    "float64": lambda: Policy(OBSERVATIONS, BOX).double(),
-    "compiled": lambda: torch.compile(Policy(OBSERVATIONS, BOX), backend="eager"),
-}
-
-
-def obs_for(module: nn.Module) -> Tensor:
-    return torch.randn(4, 6, 3, dtype=next(module.parameters()).dtype)
-
-
-@pytest.mark.parametrize("name", WITH)
-def test_memory_is_found(name: str) -> None:
-    module = WITH[name]()
-    assert has_memory(module, obs_for(module))
-
-
-@pytest.mark.parametrize("name", WITH)
-def test_memory_is_found_where_observations_hardly_differ(name: str) -> None:
-    module = WITH[name]()
-    assert has_memory(module, 1 + 0.1 * obs_for(module))
-
-
-@pytest.mark.parametrize("name", WITHOUT)
-def test_no_memory_is_found_where_there_is_none(name: str) -> None:
-    module = WITHOUT[name]()
-    assert not has_memory(module, obs_for(module))
-
-
-@pytest.mark.parametrize("make", [Recurrent, Dropout, lambda: Policy(OBSERVATIONS, BOX)])
-@pytest.mark.parametrize("training", [True, False])
-def test_nothing_changes(make: Callable[[], nn.Module], training: bool) -> None:
-    module = make().train(training)
-    next(iter(module.children())).eval()
-    before, modes = copy.deepcopy(module.state_dict()), [x.training for x in module.modules()]
-    obs, random = obs_for(module), torch.get_rng_state()
-    has_memory(module, obs)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert [x.training for x in module.modules()] == modes
-    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
-    assert all(p.grad is None for p in module.parameters())
-
-
-def test_the_answer_is_remembered_without_keeping_the_module_alive() -> None:
-    calls = []
-
-    class Counted(Recurrent):
-        def forward(self, obs: Tensor) -> Any:
-            calls.append(obs.shape)
-            return super().forward(obs)
-
-    module = Counted()
-    obs, before = obs_for(module), len(memory._found)
-    has_memory(module, obs)
-    count = len(calls)
-    assert has_memory(module, obs)
-    assert len(calls) == count
-    assert len(memory._found) == before + 1
-    del module
-    gc.collect()
-    assert len(memory._found) == before
-
-
-@pytest.mark.parametrize("obs", [torch.randn(4, 1, 3), torch.ones(4, 6, 3)], ids=["one step", "equal observations"])
-def test_no_answer_is_remembered_from_observations_that_cannot_show_memory(obs: Tensor) -> None:
-    module = Attention()
-    assert not has_memory(module, obs)
-    assert has_memory(module, obs_for(module))
-
-
-def test_a_large_rollout_is_read_in_part() -> None:
-    shapes = []
-
-    class Seen(Recurrent):
-        def forward(self, obs: Tensor) -> Any:
-            shapes.append(tuple(obs.shape[:2]))
-            return super().forward(obs)
-
-    has_memory(Seen(), torch.randn(100, 1000, 3))
-    assert set(shapes) <= {(8, 16), (128, 1)}
-
-
-@pytest.mark.parametrize(("module", "name"), [(Recurrent(), "policy"), (MemoryCritic(), "critic")])
-def test_a_module_with_memory_is_refused_in_one_line(module: nn.Module, name: str) -> None:
-    with pytest.raises(UserError, match=f"^memory is not supported yet, and the {name}") as raised:
-        refuse_memory(module, obs_for(module), name)
-    assert len(str(raised.value)) <= 200
-    assert "\n" not in str(raised.value)
-
-
-def test_a_declaration_is_not_believed() -> None:
-    module = Recurrent()
-    module.memoryless = True
-    assert has_memory(module, obs_for(module))
+def test_a_memory_is_measured_before_it_is_made() -> None:
+    for kind, memory in memories().items():
+        weights = sum(p.numel() for p in memory.parameters())
+        assert measured_memory(3, kind, 4, 3) == (weights, 4)
+    assert measured_memory(3) == (0, 3)
+    with pytest.raises(UserError, match="memory is nothing: choose none, gru, lstm or transformer"):
+        make_memory("nothing", 3, 4)

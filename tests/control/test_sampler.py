@@ -478,7 +478,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_policy_with_memory_is_refused(whole: bool, count: int) -> None:
-    with pytest.raises(UserError, match=r"^memory is not supported yet"):
+    with pytest.raises(UserError, match=r"^the policy's output at a step depends on other steps of its row"):
         Sampler(vector(*[Counting] * count), 6, whole_episodes=whole)(Recurrent(2))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -21,12 +21,14 @@ from policygrad.control.checks import called, check_memory
 from policygrad.control.encoders import chosen, measured
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
-from policygrad.control.memory import refuse_memory
+from policygrad.control.memory import measured_memory, rows_of
+from policygrad.control.memoryless import refuse_memory
 from policygrad.control.replay import restore, state_of
 from policygrad.control.spaces import describe, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
 from policygrad.files import damaged, read_tensors
+from policygrad.rollout import state_size
 from policygrad.train.checkpoints import (
     Stage,
     check_size,
@@ -102,7 +104,8 @@ class ControlWorld(World):
             try:
                 self._check_networks(observation_space)
                 keys = options.policy_keys
-                self.policy = Policy(observation_space, action_space, keys=keys, **self._shape(), **of_boxes)
+                how = self._shape() | self._memory() | of_boxes
+                self.policy = Policy(observation_space, action_space, keys=keys, **how)
             except UserError as error:
                 named = ("encoder", "channels", *heads)
                 name = next((x for x in named if str(error).startswith(x)), None)
@@ -112,8 +115,11 @@ class ControlWorld(World):
                     raise
                 raise OptionError(name, str(error)) from error
         else:
+            if self._memory():
+                raise OptionError("memory", "memory is of the policy made here, and one is handed in: leave memory out")
             self.policy = own_module("policy", own.policy, observation_space, action_space)
         self.policy.to(options.device)
+        self._check_memory()
         if not has_critic(options):
             if getattr(options, "critic_keys", ()):
                 said = f"critic_keys is for a critic, and credit {options.credit} has none: leave it out"
@@ -124,7 +130,7 @@ class ControlWorld(World):
             return
         if own.critic is None:
             try:
-                self.critic = Critic(observation_space, keys=options.critic_keys, **self._shape())
+                self.critic = self._critic(observation_space)
             except UserError as error:
                 raise OptionError("critic_keys", f"critic_{error}") from error
         else:
@@ -134,11 +140,14 @@ class ControlWorld(World):
         self.critic.to(options.device)
         if own.critic is not None:
             obs = observations(observation_space).to(options.device)
+            given: Any = rows_of(obs, state_size(self.policy)) if state_size(self.policy) else obs
             with torch.no_grad(), torch.random.fork_rng():
-                value = called(self.critic, obs, "critic")
+                value = called(self.critic, given, "critic")
             if not isinstance(value, Tensor):
                 raise UserError(f"the critic returned {type_of(value)}: return a tensor of values [B, T]")
-            refuse_memory(self.critic, obs, "critic")
+            if not state_size(self.policy):
+                refuse_memory(self.critic, obs, "critic")
+        self.sample.critic = self.critic if state_size(self.critic) else None
 
     def _made(self, num_envs: int, **how: Any) -> VectorEnv:
         """The task's environments, with the options of the environment."""
@@ -160,6 +169,39 @@ class ControlWorld(World):
             how |= {"vectorization": "envpool"} if options.vectorization == "envpool" else {}
         return how
 
+    def _memory(self) -> dict[str, Any]:
+        """The options of the memory, those that are read."""
+        if getattr(self.options, "memory", "none") == "none":
+            return {}
+        return {name: getattr(self.options, name) for name in ("memory", "memory_size", "memory_window")}
+
+    def _check_memory(self) -> None:
+        """Raise UserError for options that do not fit the policy's memory, or need one that it has not."""
+        options = self.options
+        if not state_size(self.policy):
+            if getattr(options, "sequence_length", None) is not None:
+                said = "sequence_length cuts rows of a policy with memory, and this one has none: leave it out"
+                raise OptionError("sequence_length", said)
+            return
+        if getattr(options, "kl_ref", "none") != "none" and options.credit not in EPISODIC:
+            raise OptionError(
+                "kl_ref",
+                "kl_ref is to a policy with a memory of its own, unknown in the midst of episodes: take credit group, "
+                "whose rows are whole episodes",
+            )
+
+    def _critic(self, space: gymnasium.Space) -> Critic:
+        """A critic as the options say."""
+        how = self._memory()
+        kind = self.options.critic_memory if how else "none"
+        if kind == "shared":
+            if self.options.critic_keys:
+                raise UserError("keys is of an encoder of the critic's own, and critic_memory is shared: leave one out")
+            how, of = {}, cast(Policy, self.policy)
+        else:
+            how, of = how if kind == "own" else {}, None
+        return Critic(space, keys=self.options.critic_keys, of=of, **self._shape(), **how)
+
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
         shared = ("encoder", "channels", "hidden", "activation", "orthogonal")
@@ -174,7 +216,8 @@ class ControlWorld(World):
                 "normalize_observations", "the encoder scales images to [0, 1]: leave normalize_observations out"
             )
         weights, features = measured(space, encoder, channels, options.policy_keys)
-        sizes = [features, *options.hidden]
+        more, features = measured_memory(features, **self._memory())
+        weights, sizes = weights + more, [features, *options.hidden]
         weights += sum(inputs * outputs for inputs, outputs in pairwise(sizes))
         said = f"networks with hidden {one_line(list(options.hidden), 40)}"
         check_memory(4 * 2 * 4 * weights, said, "lower hidden")  # with gradient and Adam's
@@ -199,6 +242,7 @@ class ControlWorld(World):
             groups=groups,
             observation_normalizer=self.normalizer,
             reward_scaler=RewardScaler(environments.num_envs, options.gamma) if options.scale_rewards else None,
+            sequence_length=None if whole else options.sequence_length,
             device=options.device,
         )
 
@@ -244,9 +288,9 @@ class ControlWorld(World):
             space: Any = describe(self.observation_space)
             with suppress(ValueError):  # it is of the user's own class, which is larger or smaller
                 encoded = chosen(self.observation_space, self.options.encoder, self.options.channels)
-                keys = self.options.critic_keys
-                check_size(space, *encoded, keys, [*self.options.hidden, 1], saved.critic)
-                critic = Critic(rebuild(space), keys=keys, **self._shape())
+                how = self._memory() if getattr(self.options, "critic_memory", "none") == "own" else {}
+                check_size(space, *encoded, self.options.critic_keys, how, [*self.options.hidden, 1], saved.critic)
+                critic = self._critic(rebuild(space))
                 if fits(critic, saved.critic):
                     critic.load_state_dict(saved.critic)
                     self.critic = critic.to(self.options.device)
@@ -286,8 +330,8 @@ class ControlWorld(World):
                     raise
         return self.statistics
 
-    def act(self, obs: Any, *, greedy: bool = True) -> Any:
-        """The action for one observation or a batch, as the environment gives and takes them."""
+    def act(self, obs: Any, state: Any = None, *, greedy: bool = True) -> Any:
+        """The action for one observation or a batch, as the environment gives and takes them; see acting.act."""
         space = self.observation_space
         shape = None if isinstance(obs, dict | tuple) else shape_of(obs)
         if shape is None or space.shape not in (shape, shape[1:]):
@@ -296,7 +340,8 @@ class ControlWorld(World):
                 self.unflattened = unflattened(environments)
                 close(environments)
             space = self.unflattened
-        return act(self.policy, obs, space, self.action_space, greedy=greedy, normalizer=self.normalizer)
+        how: dict[str, Any] = {"state": state, "greedy": greedy, "normalizer": self.normalizer}
+        return act(self.policy, obs, space, self.action_space, **how)
 
     def evaluate(
         self,
