@@ -67,8 +67,8 @@ class Overlapped(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         if not self.sample.draws_its_own(policy):  # type: ignore[attr-defined]
             raise UserError(
-                "overlap needs a policygrad Policy of tanh or relu layers without memory, Discrete or Gaussian actions and "
-                "no tensors: others draw from torch's generator, which both threads use; leave overlap off"
+                "overlap needs a policygrad Policy of tanh or relu layers without memory, with Discrete or Gaussian "
+                "actions, and no tensors: others draw from torch's generator in both threads; leave overlap off"
             )
         lag = 0.0 if self.next is None else 1.0
         sampled = self.sample(policy) if self.next is None else self.next.result()

@@ -21,8 +21,8 @@ from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_tensors, write_bytes, write_json
 from policygrad.train.hub import directory_of
 
-# 2: actions in the units of their bounds; critics with a scale. 3: encoders, and the parts of a Dict. 4: memory,
-# distribution
+# 2: actions in the units of their bounds; critics with a scale. 3: encoders, and the parts of a Dict.
+# 4: memory, and the distribution of Box actions
 FORMAT = 4
 ENDINGS = {
     "unfinished": "has not ended",

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from gymnasium.vector.utils import batch_space
 from probes import Counting, Known, limited
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import policygrad as pg
 from policygrad.control import ObservationNormalizer, Policy, RewardScaler, Sampler, evaluate, make_environments
@@ -181,6 +181,27 @@ def test_rollouts_are_those_of_arrays(kind: str, options: str, device: str) -> N
     assert tensors.stepping.endings == plain.stepping.endings
     assert (tensors.steps, tensors.stepping.episodes) == (plain.steps, plain.stepping.episodes)
     assert tensors.stepping.episodes > 5
+
+
+class Remembering(Policy):
+    """Of another class, so that it acts by its distribution in every sampler."""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", [NEXT, SAME])
+def test_so_are_those_of_a_policy_with_memory(mode: AutoresetMode, device: str) -> None:
+    plain, tensors = samplers("box", mode, device)
+    torch.manual_seed(0)
+    spaces_ = (KINDS["box"]().observation_space, KINDS["box"]().action_space)
+    policy = Remembering(*spaces_, hidden=(8,), memory="gru", memory_size=4).to(device)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = plain(policy)
+        torch.manual_seed(seed)
+        found = tensors(policy)
+        for name in ("obs", "action", "logp", "reward", "ended", "mask", "final_obs"):
+            leaves = zip(tree_leaves(getattr(found, name)), tree_leaves(getattr(expected, name)), strict=True)
+            assert all(torch.equal(x, y) for x, y in leaves), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
