@@ -258,5 +258,6 @@ def rows_of(obs: Any, size: int) -> Rows:
         return obs
     start = torch.zeros(obs.shape[:2], dtype=torch.bool, device=obs.device)
     start[:, 0] = True
-    state = torch.zeros(len(obs), 1, size, device=obs.device)
+    dtype = obs.dtype if obs.is_floating_point() else torch.get_default_dtype()
+    state = torch.zeros(len(obs), 1, size, dtype=dtype, device=obs.device)
     return Rows(obs, start, state, state)

@@ -198,7 +198,11 @@ class Critic(nn.Module):
         return self._value(features), state
 
     def _state(self, rows: Rows) -> Tensor:
-        return (rows.state if self.shares else rows.critic_state)[:, 0]
+        state = (rows.state if self.shares else rows.critic_state)[:, 0]
+        if self.memory is not None and state.shape[-1] != self.memory.state_size:
+            whose = "the policy's memory" if self.shares else "this critic's memory: make it with critic=critic"
+            raise UserError(f"the sampler's rows do not have {whose}")
+        return state
 
     def _value(self, features: Tensor) -> Tensor:
         return self.scale * self.network(features).squeeze(-1)

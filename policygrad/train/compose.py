@@ -118,6 +118,10 @@ def compose(
     reference: makes the frozen starting policy, if KL to it is charged. due: whether the metrics of the next iteration
     will be read; if not, metrics that cost extra are skipped.
     """
+    if critic is not None and state_size(critic) and not state_size(policy):
+        raise UserError(
+            "the critic has memory, and rows of a policy without one keep none: give memory to both, or neither"
+        )
     coefficients: dict[str, AdaptiveCoefficient] = {}
     anchor, anchored = None, None
     if getattr(options, "kl_ref", "none") != "none":

@@ -193,6 +193,24 @@ def test_what_does_not_fit_is_one_clear_line(method: str, values: dict[str, Any]
     assert len(str(raised.value)) <= 200
 
 
+def test_a_critic_remembers_only_beside_a_policy_that_does() -> None:
+    said = "the critic has memory, and rows of a policy without one keep none"
+    with pytest.raises(UserError, match=said):
+        pg.train("ppo", Sign, critic=lambda space: pg.Critic(space, memory="gru"), steps=64, progress=False)
+    environments = pg.make_environments(Sign, 2)
+    spaces_ = environments.single_observation_space, environments.single_action_space
+    critic = pg.Critic(spaces_[0], memory="gru")
+    with pytest.raises(UserError, match=said):
+        pg.assemble("ppo", pg.Policy(*spaces_), pg.Sampler(environments, 8), critic=critic)
+    policy = pg.Policy(*spaces_, memory="lstm")
+    with pytest.raises(
+        UserError, match="the sampler's rows do not have this critic's memory: make it with critic=critic"
+    ):
+        next(iter(pg.assemble("ppo", policy, pg.Sampler(environments, 8), critic=critic)))
+    learner = pg.assemble("ppo", policy, pg.Sampler(environments, 8, critic=critic), critic=critic, minibatch_size=8)
+    assert np.isfinite(float(next(iter(learner))["value_loss"]))
+
+
 def test_export_says_that_a_memory_does_not_fit(tmp_path: Any) -> None:
     run = pg.train(
         "ppo", "CartPole-v1", steps=64, num_steps=16, num_envs=2, minibatch_size=16, memory="gru", progress=False

@@ -165,7 +165,7 @@ class ControlWorld(World):
                 value = called(self.critic, given, "critic")
             if not isinstance(value, Tensor):
                 raise UserError(f"the critic returned {type_of(value)}: return a tensor of values [B, T]")
-            if not state_size(self.policy):
+            if not state_size(self.policy) and not state_size(self.critic):
                 refuse_memory(self.critic, obs, "critic")
         self.sample.critic = self.critic if state_size(self.critic) else None
 
