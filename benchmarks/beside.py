@@ -10,7 +10,8 @@ actions of which 60 are forbidden at a time). PEERS sees this library by PYTHONP
 
 Each run is a process of its own, in alternation, with torch on one thread. Speed is decisions per second of the whole
 training, median of the repetitions; the return is that of the last 100 training episodes, a mean over the repetitions'
-seeds. Prints a table for docs/learning.md.
+seeds. Results are kept in benchmarks/beside.json, and `python benchmarks/learning.py --table` writes them to
+docs/learning.md.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "beside.json"
 SHARED = {"envs": 16, "steps": 128, "epochs": 4, "batch": 512, "rate": 1e-3, "units": 64}
 WAYS = {
     "memory": {
@@ -136,13 +138,21 @@ def main() -> None:
             answer = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": path}, text=True)
             found[way].append(json.loads(answer.splitlines()[-1]))
             print(f"{way} {seed}: {found[way][-1]}", file=sys.stderr)
-    peer = next(way for way, options in WAYS[arguments.task].items() if options is None)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**kept, arguments.task: found}, indent=1) + "\n")
+    print("\n".join(table(arguments.task, found)))
+
+
+def table(task: str, found: dict[str, list[dict[str, float]]]) -> list[str]:
+    """The lines of a table, with speeds as ratios to the peer's."""
+    peer = next(way for way, options in WAYS[task].items() if options is None)
     base = statistics.median(x["speed"] for x in found[peer])
-    print("| | decisions a second | ratio | return |\n|---|---|---|---|")
+    lines = [f"| {STEPS[task]:,} decisions | a second | ratio | return, each seed |", "|---|---|---|---|"]
     for way, runs in found.items():
         speed = statistics.median(x["speed"] for x in runs)
         score = ", ".join(f"{x['return']:.2f}" for x in runs)
-        print(f"| {way} | {speed:,.0f} | {speed / base:.2f} | {score} |")
+        lines.append(f"| {way} | {speed:,.0f} | {speed / base:.2f} | {score} |")
+    return lines
 
 
 if __name__ == "__main__":

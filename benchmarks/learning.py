@@ -18,6 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import beside
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "learning.json"
 TABLE = HERE.parent / "docs" / "learning.md"
@@ -91,7 +93,31 @@ def write_table(results: list[dict]) -> None:
             f"{', '.join(f'{x:,.{each}f}' for x in scores)} | {seconds:,.0f} |"
         )
     lines += ["", "The seconds were taken with two to four runs at a time on two cores: allow at most that long."]
+    lines += beside_others()
     TABLE.write_text("\n".join(lines) + "\n")
+
+
+def beside_others() -> list[str]:
+    """Memory and masks beside sb3-contrib, as benchmarks/beside.py measured them last."""
+    found = json.loads(beside.RESULTS.read_text()) if beside.RESULTS.exists() else {}
+    lines = []
+    for task, said in (
+        ("memory", "Memory: popgym's RepeatPreviousEasy, beside RecurrentPPO"),
+        ("masks", "Masks: sb3-contrib's InvalidActionEnvDiscrete (80 actions, 60 forbidden), beside MaskablePPO"),
+    ):
+        if task in found:
+            lines += [
+                "",
+                f"## {said}",
+                "",
+                f"`python benchmarks/beside.py {task}`: the same networks, batches and epochs,",
+            ]
+            lines += [
+                "torch on one thread, processes in alternation. The return is of the last 100 training episodes.",
+                "",
+            ]
+            lines += beside.table(task, found[task])
+    return lines
 
 
 def main() -> None:

@@ -59,7 +59,9 @@ def made(**options: Any) -> CompletionSampler:
 
 def columns(rollout: Rollout) -> list[Tensor]:
     """Everything that a rollout holds."""
-    found = [getattr(rollout, f.name) for f in fields(Rollout) if f.name not in ("obs", "metrics", "memoryless")]
+    found = [
+        getattr(rollout, f.name) for f in fields(Rollout) if f.name not in ("obs", "metrics", "memoryless", "pieces")
+    ]
     return [x for x in [*rollout.obs, *found] if x is not None]
 
 
