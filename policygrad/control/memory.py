@@ -86,7 +86,9 @@ class Recurrent(Memory):
         if torch.compiler.is_compiling() or _is_mapped(features, *self.layer.parameters()):
             return self.unrolled(features, start, state)[0]
         rows, steps = start.shape
-        begins = start.index_fill(1, torch.zeros(1, dtype=torch.long, device=start.device), True).flatten()
+        begins = start.clone()
+        begins[:, 0] = True
+        begins = begins.flatten()
         if int(begins.sum()) == rows:
             return self.sequences(features, state * ~start[:, :1])
         first = begins.nonzero().squeeze(1)
