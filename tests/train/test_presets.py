@@ -32,6 +32,7 @@ PROMISED = {
     "ALE/Pong-v5",
     "ALE/Breakout-v5",
     "policygrad/Catch-v0",
+    "policygrad/TMaze-v0",
 }
 
 
