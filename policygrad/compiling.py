@@ -38,6 +38,8 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
     assert isinstance(function, FunctionType)
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # else the call says that torch.autograd.grad has no graph
         torch._dynamo.config.trace_autograd_ops = True
+    if hasattr(torch._dynamo.config, "allow_rnn"):  # their parameters are read, and their kernels never called
+        torch._dynamo.config.allow_rnn = True
     own = FunctionType(
         function.__code__.replace(),
         function.__globals__,

@@ -168,7 +168,8 @@ class RandomNetworkDistillation(Wrapper):
         rollout = self.sample(policy)
         if rollout.final_obs is None:
             raise UserError("random network distillation needs the observations where rows stop: give final_obs")
-        seen = torch.cat([rollout.obs[:, 1:], rollout.final_obs.unsqueeze(1)], 1)[rollout.mask].unsqueeze(1)
+        obs, final = (getattr(x, "obs", x) for x in (rollout.obs, rollout.final_obs))  # of a policy with memory, too
+        seen = torch.cat([obs[:, 1:], final.unsqueeze(1)], 1)[rollout.mask].unsqueeze(1)
         with torch.no_grad():
             error = self._error(seen)
         self.square, self.count = self.square + float(error.double().square().sum()), self.count + len(error)

@@ -106,20 +106,12 @@ def make_environments(
             how: Any = {"vectorization_mode": "vector_entry_point", **(env_options or {})}
             return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)
 
-        def made() -> Any:
-            environment = make()
-            if takes_turns(environment):
-                environment = Seat(environment, opponents or Opponents())
-            return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
-
-        def prepared() -> gymnasium.Env:
-            return _prepared(made(), name, made if restarts else None, restarts, action_mask)
-
+        copies = [_one(make, name, wraps, opponents or Opponents(), restarts, action_mask)] * num_envs
         environments: VectorEnv
         if vectorization == "async":
-            environments = Processes([prepared] * num_envs, step_time_limit, restarts=restarts)
+            environments = Processes(copies, step_time_limit, restarts=restarts)
         else:
-            environments = SyncVectorEnv([prepared] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+            environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
         _distinct(environments)
         environments.spec = spec
         return environments
@@ -131,6 +123,20 @@ def make_environments(
         raise
     except Exception as error:
         raise _not_made(name, error) from error
+
+
+def _one(
+    make: Callable[[], Any], name: str, wraps: Sequence[Any], opponents: Opponents, restarts: int, action_mask: str
+) -> Callable[[], gymnasium.Env]:
+    """What makes one copy as a vector environment takes it: of a game with turns one seat, wrapped, and checked."""
+
+    def made() -> Any:
+        environment = make()
+        if takes_turns(environment):
+            environment = Seat(environment, opponents)
+        return wrapped(environment, wraps) if isinstance(environment, gymnasium.Env) else environment
+
+    return lambda: _prepared(made(), name, made if restarts else None, restarts, action_mask)
 
 
 def _games(first: Any, make: Callable[[], Any], count: int, wraps: Sequence[Any], restarts: int) -> Agents:

@@ -225,7 +225,7 @@ def _is_mapped(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
 
 
-def make_memory(kind: str, inputs: int, size: int, window: int = 16, orthogonal: bool = True) -> Memory | None:
+def make_memory(kind: str, inputs: int, size: int, window: int, orthogonal: bool) -> Memory | None:
     """The memory of a name: `gru`, `lstm`, or `transformer` over a window; None for `none`.
 
     Raises UserError for another name.
@@ -242,12 +242,12 @@ def make_memory(kind: str, inputs: int, size: int, window: int = 16, orthogonal:
     raise UserError(f"memory is {one_line(kind, 40)}: choose none, gru, lstm or transformer")
 
 
-def measured_memory(
-    inputs: int, memory: str = "none", memory_size: int = 64, memory_window: int = 16
-) -> tuple[int, int]:
-    """The parameters of make_memory's, and its features, before memory is taken for it."""
+def measured_memory(inputs: int, options: dict[str, Any]) -> tuple[int, int]:
+    """The parameters of a memory, and its features, before memory is taken for it. options: the policy's; {}: none."""
+    if not options:
+        return 0, inputs
     with torch.device("meta"):
-        made = make_memory(memory, inputs, memory_size, memory_window, orthogonal=False)
+        made = make_memory(options["memory"], inputs, options["memory_size"], options["memory_window"], False)
     return (0, inputs) if made is None else (sum(p.numel() for p in made.parameters()), made.size)
 
 

@@ -245,7 +245,7 @@ def check_size(
     weights, features = measured(rebuild(space), encoder, channels, keys)
     if weights > saved:
         raise ValueError(f"its encoder has {weights:,} weights, and policy.safetensors {saved:,} in all")
-    weights, features = measured_memory(features, **memory)
+    weights, features = measured_memory(features, memory)
     if weights > saved:
         raise ValueError(f"its memory has {weights:,} weights, and policy.safetensors {saved:,} in all")
     sizes = [features, *layers]

@@ -44,7 +44,7 @@ from policygrad.rollout import Batch, Split, state_size
 from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
-from policygrad.train.options import EPISODIC, has_critic, options_of, validate, with_rate, with_values
+from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
 from policygrad.updates import (
     MasterWeightsAdam,
     MasterWeightsAdamW,
@@ -121,6 +121,12 @@ def compose(
     if critic is not None and state_size(critic) and not state_size(policy):
         raise UserError(
             "the critic has memory, and rows of a policy without one keep none: give memory to both, or neither"
+        )
+    if getattr(options, "kl_ref", "none") != "none" and state_size(policy) and options.credit not in EPISODIC:
+        raise OptionError(
+            "kl_ref",
+            "kl_ref is to a policy with a memory of its own, unknown in the midst of episodes: take credit group, "
+            "whose rows are whole episodes",
         )
     coefficients: dict[str, AdaptiveCoefficient] = {}
     anchor, anchored = None, None

@@ -598,33 +598,8 @@ def _conflicts(o: Any) -> Any:
         return
     if method.objective not in ("ppo", "grpo") and o.normalize_advantages == "minibatch":
         yield "normalize_advantages", f"normalize_advantages is minibatch, and {o.method} has none: use batch or none"
-    if getattr(o, "overlap", False) and getattr(o, "memory", "none") != "none":
-        yield "overlap", "overlap is for policies without memory: leave overlap or memory out"
-    length = getattr(o, "sequence_length", None)
-    if length is not None and o.credit not in EPISODIC and o.num_steps % length:
-        yield "sequence_length", f"sequence_length is {length}, which does not divide num_steps, {o.num_steps}"
-    if (
-        getattr(o, "critic_memory", "") == "shared"
-        and method.objective not in ("ppo", "actor_critic")
-        and has_critic(o)
-    ):
-        yield (
-            "critic_memory",
-            f"critic_memory is shared, and {o.method} fits its critic alone, which would move the policy: use own",
-        )
-    if getattr(o, "overlap", False) and o.profile:
-        yield "profile", "profile follows one thread, and overlap samples in another: leave one of the two out"
-    if getattr(o, "overlap", False) and method.objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
-        yield (
-            "overlap",
-            f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
-            "off_policy_actor_critic, or a method with a ratio such as ppo",
-        )
-    if getattr(o, "opponent", "random") == "self":
-        for name, given in (("overlap", o.overlap), ("wrap", o.wrap), ("vectorization", o.vectorization == "async")):
-            if given:
-                why = "between its rollouts, with the observations of the game itself, and in this process"
-                yield name, f"opponent self freezes and plays the policy {why}: leave {name} out"
+    if world == "control":
+        yield from _sampling_conflicts(o)
     if getattr(o, "minibatch_size", None) == 1 and o.normalize_advantages == "minibatch":
         yield (
             "minibatch_size",
@@ -659,6 +634,36 @@ def _conflicts(o: Any) -> Any:
         if group is not None and rows % group:
             yield "group_size", f"group_size is {group}, which does not divide num_envs, {rows}"
         yield from _sizes(o)
+
+
+def _sampling_conflicts(o: Any) -> Any:
+    """Conflicts of memory, self-play, and a rollout that is sampled beside."""
+    method = KNOWN[o.method]
+    if o.overlap and o.memory != "none":
+        yield "overlap", "overlap is for policies without memory: leave overlap or memory out"
+    if o.sequence_length is not None and o.credit not in EPISODIC and o.num_steps % o.sequence_length:
+        yield (
+            "sequence_length",
+            f"sequence_length is {o.sequence_length}, which does not divide num_steps, {o.num_steps}",
+        )
+    if o.critic_memory == "shared" and method.objective not in ("ppo", "actor_critic") and has_critic(o):
+        yield (
+            "critic_memory",
+            f"critic_memory is shared, and {o.method} fits its critic alone, which would move the policy: use own",
+        )
+    if o.overlap and o.profile:
+        yield "profile", "profile follows one thread, and overlap samples in another: leave one of the two out"
+    if o.overlap and method.objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
+        yield (
+            "overlap",
+            f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
+            "off_policy_actor_critic, or a method with a ratio such as ppo",
+        )
+    if o.opponent == "self":
+        for name, given in (("overlap", o.overlap), ("wrap", o.wrap), ("vectorization", o.vectorization == "async")):
+            if given:
+                why = "between its rollouts, with the observations of the game itself, and in this process"
+                yield name, f"opponent self freezes and plays the policy {why}: leave {name} out"
 
 
 def _language_conflicts(o: Any) -> Any:

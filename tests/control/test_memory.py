@@ -129,7 +129,7 @@ def test_a_window_is_attention_to_the_last_steps_of_the_episode(float64: None) -
 
 
 def memories() -> dict[str, Memory]:
-    return {kind: larger(make_memory(kind, 3, 4, 3)) for kind in KINDS}
+    return {kind: larger(make_memory(kind, 3, 4, 3, True)) for kind in KINDS}
 
 
 @each_kind
@@ -148,6 +148,21 @@ def test_a_row_is_its_steps_one_by_one_or_in_pieces(kind: str, float64: None) ->
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
         torch.testing.assert_close(now, last, rtol=0, atol=1e-12)
     assert not torch.allclose(memory(features, start, torch.zeros_like(state))[~start[:, 0], 0], whole[~start[:, 0], 0])
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_row_with_resets_is_its_steps_to_the_bit(kind: str) -> None:
+    """Where the inputs' projection is exact, in eighths, all else is the same operations on the same shapes."""
+    memory = memories()[kind]
+    for p in (memory.layer.weight_ih_l0, memory.layer.bias_ih_l0):
+        p.data = (8 * p.data).round() / 8
+    features, start = torch.randint(-8, 9, (5, 9, 3)) / 8, torch.rand(5, 9) < 0.3
+    state = torch.rand(5, memory.state_size)
+    whole, last = memory.unrolled(features, start, state)
+    for t in range(9):
+        found, state = memory.unrolled(features[:, t : t + 1], start[:, t : t + 1], state)
+        assert torch.equal(found[:, 0], whole[:, t])
+    assert torch.equal(state, last)
 
 
 @each_kind
@@ -448,7 +463,7 @@ def test_a_policy_of_ones_own_may_remember() -> None:
 def test_a_memory_is_measured_before_it_is_made() -> None:
     for kind, memory in memories().items():
         weights = sum(p.numel() for p in memory.parameters())
-        assert measured_memory(3, kind, 4, 3) == (weights, 4)
-    assert measured_memory(3) == (0, 3)
+        assert measured_memory(3, {"memory": kind, "memory_size": 4, "memory_window": 3}) == (weights, 4)
+    assert measured_memory(3, {}) == (0, 3)
     with pytest.raises(UserError, match="memory is nothing: choose none, gru, lstm or transformer"):
-        make_memory("nothing", 3, 4)
+        make_memory("nothing", 3, 4, 3, True)

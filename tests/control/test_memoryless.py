@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from modules import Wrapped
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.nn.functional import scaled_dot_product_attention
@@ -78,15 +79,6 @@ class Lookahead(Features):
 
     def features(self, obs: Tensor) -> Tensor:
         return self.first(obs.flip(1).cumsum(1).flip(1))
-
-
-class Wrapped(nn.Module):
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, obs: Tensor) -> Any:
-        return self.policy(obs)
 
 
 class MemoryCritic(nn.Module):

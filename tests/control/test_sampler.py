@@ -12,6 +12,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from modules import Wrapped
 from probes import GAMMA, Counting, Known, Potential, limited
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal
@@ -349,17 +350,6 @@ def test_a_policy_may_be_nan_where_nothing_counts() -> None:
 def test_a_rollout_has_at_least_one_step(steps: int) -> None:
     with pytest.raises(UserError, match="steps"):
         Sampler(vector(Counting), steps)
-
-
-class Wrapped(nn.Module):
-    """A module of the user's own around a policy."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, obs: Tensor) -> Any:
-        return self.policy(obs)
 
 
 class Recording(Known):

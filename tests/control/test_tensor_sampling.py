@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
+from modules import Wrapped
 from probes import Counting, Known, limited
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -26,17 +27,6 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
 ]
-
-
-class Wrapped(nn.Module):
-    """A policy that acts by its distribution in every sampler, with noise of torch's global generator."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, obs: Tensor) -> Any:
-        return self.policy(obs)
 
 
 class Copies(VectorEnv):
@@ -162,8 +152,18 @@ def acting(sample: Sampler) -> Wrapped:
 def assert_same(found: Any, expected: Any) -> None:
     """The same, and numbers that sums in another order make to their last digits."""
     for name in ("obs", "action", "logp", "reward", "terminated", "ended", "mask", "group", "final_obs"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0, msg=name)
+        for x, y in zip(*(tree_leaves(getattr(rollout, name)) for rollout in (found, expected)), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, msg=name)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-6)
+
+
+def assert_agree(tensors: Sampler, plain: Sampler, policy: nn.Module, rollouts: int) -> None:
+    """So many rollouts of both, each with the same noise."""
+    for seed in range(rollouts):
+        torch.manual_seed(seed)
+        expected = plain(policy)
+        torch.manual_seed(seed)
+        assert_same(tensors(policy), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -171,12 +171,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rollouts_are_those_of_arrays(kind: str, options: str, device: str) -> None:
     plain, tensors = samplers(kind, NEXT, device, **OPTIONS[options])
-    policy = acting(plain)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        expected = plain(policy)
-        torch.manual_seed(seed)
-        assert_same(tensors(policy), expected)
+    assert_agree(tensors, plain, acting(plain), 3)
     assert tensors.stepping.finished == plain.stepping.finished
     assert tensors.stepping.endings == plain.stepping.endings
     assert (tensors.steps, tensors.stepping.episodes) == (plain.steps, plain.stepping.episodes)
@@ -194,14 +189,7 @@ def test_so_are_those_of_a_policy_with_memory(mode: AutoresetMode, device: str) 
     torch.manual_seed(0)
     spaces_ = (KINDS["box"]().observation_space, KINDS["box"]().action_space)
     policy = Remembering(*spaces_, hidden=(8,), memory="gru", memory_size=4).to(device)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        expected = plain(policy)
-        torch.manual_seed(seed)
-        found = tensors(policy)
-        for name in ("obs", "action", "logp", "reward", "ended", "mask", "final_obs"):
-            leaves = zip(tree_leaves(getattr(found, name)), tree_leaves(getattr(expected, name)), strict=True)
-            assert all(torch.equal(x, y) for x, y in leaves), name
+    assert_agree(tensors, plain, policy, 2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -209,12 +197,7 @@ def test_so_are_those_of_a_policy_with_memory(mode: AutoresetMode, device: str) 
 @pytest.mark.parametrize("kind", ["box", "pixels", "double"])
 def test_so_they_are_with_resets_in_the_same_step(kind: str, whole: bool, device: str) -> None:
     plain, tensors = samplers(kind, SAME, device, whole_episodes=whole)
-    policy = acting(plain)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        expected = plain(policy)
-        torch.manual_seed(seed)
-        assert_same(tensors(policy), expected)
+    assert_agree(tensors, plain, acting(plain), 2)
 
 
 @pytest.mark.parametrize("device", DEVICES)

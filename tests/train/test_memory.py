@@ -1,5 +1,6 @@
 """Training with memory: every method, every memory, every head, what needs it is learned, and what does not fit."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import nn
 import policygrad as pg
 from policygrad import compiling
 from policygrad.control.memory import GRU
-from policygrad.errors import UserError
+from policygrad.errors import Note, UserError
 from policygrad.rollout import state_size
+from policygrad.samplers import RandomNetworkDistillation
 from policygrad.train.methods import METHODS
 from policygrad.train.options import EPISODIC, options_of
 
@@ -159,7 +161,8 @@ def test_a_compiled_step_is_the_plain_one(kind: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # the graph, without the minutes in which code is made
     values: dict[str, Any] = {"num_envs": 4, "num_steps": 8, "sequence_length": 4, "minibatch_size": 16, "seed": 2}
     values |= {"memory": kind, "memory_size": 4, "hidden": (4,), "steps": 96, "epochs": 2, "progress": False}
-    plain, compiled = (pg.train("ppo", Sign, compile=how, **values) for how in ("off", "on"))
+    with warnings.catch_warnings(action="error", category=Note):  # a Note says that there is no graph
+        plain, compiled = (pg.train("ppo", Sign, compile=how, **values) for how in ("off", "on"))
     for p, q in zip(plain.policy.parameters(), compiled.policy.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
@@ -209,6 +212,25 @@ def test_a_critic_remembers_only_beside_a_policy_that_does() -> None:
         next(iter(pg.assemble("ppo", policy, pg.Sampler(environments, 8), critic=critic)))
     learner = pg.assemble("ppo", policy, pg.Sampler(environments, 8, critic=critic), critic=critic, minibatch_size=8)
     assert np.isfinite(float(next(iter(learner))["value_loss"]))
+
+
+def test_a_penalty_to_a_policy_with_memory_needs_whole_episodes_in_python_too() -> None:
+    environments = pg.make_environments(Sign, 2)
+    policy = pg.Policy(environments.single_observation_space, environments.single_action_space, memory="gru")
+    with pytest.raises(UserError, match="kl_ref is to a policy with a memory of its own"):
+        pg.assemble(
+            "ppo", policy, pg.Sampler(environments, 8), critic=pg.Critic(policy.observation_space), kl_ref="reward"
+        )
+
+
+def test_what_is_new_is_paid_for_beside_a_memory() -> None:
+    environments = pg.make_environments(Sign, 2)
+    policy = pg.Policy(environments.single_observation_space, environments.single_action_space, memory="gru")
+    target, predictor = nn.Linear(2, 4), nn.Linear(2, 4)
+    optimizer = torch.optim.SGD(predictor.parameters(), 0.1)
+    rollout = RandomNetworkDistillation(pg.Sampler(environments, 8), target, predictor, optimizer)(policy)
+    assert rollout.metrics["novelty"] > 0
+    assert (rollout.reward[rollout.mask] > 0).all()
 
 
 def test_export_says_that_a_memory_does_not_fit(tmp_path: Any) -> None:

@@ -660,7 +660,12 @@ def test_what_does_not_fit_is_refused_or_said(tmp_path: Path) -> None:
     pg.train("grpo", "CartPole-v1", out=tmp_path / "grpo", **known("grpo", episode_steps=9))
     start = {"start": str(tmp_path / "ppo")}
     for values, said in (
-        (known("actor_critic", hidden=(9,), **start), "has weights that do not fit the policy"),
+        (known("actor_critic", hidden=(9,), **start), r"hidden \[8\], and this one \[9\]: set hidden to \[8\]"),
+        (
+            known("actor_critic", activation="relu", **start),
+            "activation tanh, and this one relu: set activation to tanh",
+        ),
+        (known("actor_critic", memory="gru", **start), "memory none, and this one gru: set memory to none"),
         (known("actor_critic", normalize_observations=True, **start), "set normalize_observations to False"),
         (known("actor_critic", start=str(tmp_path)), "holds no policy to begin from"),
     ):

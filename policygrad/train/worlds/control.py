@@ -30,7 +30,7 @@ from policygrad.control.seats import Frozen, Selves
 from policygrad.control.spaces import describe, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
-from policygrad.files import damaged, read_tensors
+from policygrad.files import damaged, read_json, read_tensors
 from policygrad.rollout import state_size
 from policygrad.train.checkpoints import (
     Stage,
@@ -45,6 +45,11 @@ from policygrad.train.options import EPISODIC, OptionError, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
 
+# What a policy is rebuilt with, but its spaces and what weights begin with.
+AS_SAVED = {
+    *("encoder", "channels", "keys", "memory", "memory_size", "memory_window"),
+    *("hidden", "activation", "distribution", "state_dependent_std"),
+}
 SELVES = "selves"  # the folder of a run's frozen selves, each of the number of its iteration
 
 
@@ -206,12 +211,6 @@ class ControlWorld(World):
         if getattr(options, "opponent", "random") == "self":
             said = "opponent self is for policies without memory, since a frozen one keeps no state: leave one out"
             raise OptionError("opponent", said)
-        if getattr(options, "kl_ref", "none") != "none" and options.credit not in EPISODIC:
-            raise OptionError(
-                "kl_ref",
-                "kl_ref is to a policy with a memory of its own, unknown in the midst of episodes: take credit group, "
-                "whose rows are whole episodes",
-            )
 
     def _critic(self, space: gymnasium.Space) -> Critic:
         """A critic as the options say."""
@@ -239,7 +238,7 @@ class ControlWorld(World):
                 "normalize_observations", "the encoder scales images to [0, 1]: leave normalize_observations out"
             )
         weights, features = measured(space, encoder, channels, options.policy_keys)
-        more, features = measured_memory(features, **self._memory())
+        more, features = measured_memory(features, self._memory())
         weights, sizes = weights + more, [features, *options.hidden]
         weights += sum(inputs * outputs for inputs, outputs in pairwise(sizes))
         said = f"networks with hidden {one_line(list(options.hidden), 40)}"
@@ -280,7 +279,11 @@ class ControlWorld(World):
         return ObservationNormalizer(space.shape or (), kept_of(space))
 
     def begin_from(self, directory: Path) -> None:
-        """As the base class, with the statistics that normalize observations, and those of wrappers in reach."""
+        """As the base class, with the statistics that normalize observations, and those of wrappers in reach.
+
+        Raises OptionError where the policy there is of another architecture, also if its weights would fit.
+        """
+        self._check_beginning(directory)
         super().begin_from(directory)
         path = directory / "policy.safetensors"
         tensors, _ = read_tensors(path)
@@ -297,6 +300,20 @@ class ControlWorld(World):
         learned = {name: x.numpy() for name, x in part_of(tensors, "wrappers.").items()}
         if learned and self.wrappers is not None and not self.wrappers.take(learned):
             warnings.warn("the wrappers of the environment learn in processes: theirs begin anew", Note, stacklevel=2)
+
+    def _check_beginning(self, directory: Path) -> None:
+        """Raise OptionError for an option that made the policy in a directory another one than this one."""
+        path = directory / "policy.json"
+        description = read_json(path) if path.exists() else None
+        saved = description.get("policy") if isinstance(description, dict) else None
+        if not isinstance(saved, dict) or not isinstance(self.policy, Policy) or self.policy.description is None:
+            return
+        for name, x in self.policy.description.items():
+            if name in AS_SAVED and name in saved and saved[name] != x:
+                option = {"keys": "policy_keys"}.get(name, name)
+                was, now = (one_line(y, 40) for y in (saved[name], x))
+                said = f"the run to begin from has {option} {was}, and this one {now}: set {option} to {was}"
+                raise OptionError(option, said)
 
     def load(self, directory: Path, policy: Any = None) -> Stage:
         if policy is not None:
