@@ -27,7 +27,7 @@ from policygrad.control.encoders import (
     nature,
     small,
 )
-from policygrad.errors import Note, UserError
+from policygrad.errors import UserError
 
 
 def image(*shape: int, high: int = 255) -> spaces.Box:
@@ -278,7 +278,6 @@ def test_a_policy_plays_the_images_that_it_was_trained_on() -> None:
 
 def compare_compiled() -> None:
     """Steps as one graph on images are the plain ones. Run where shapes are not checked."""
-    warnings.simplefilter("error", Note)  # a step that is not compiled says so
     compiling.BACKEND = "eager"  # the graph, without the minute in which code is made of convolutions
     torch.manual_seed(0)
     for encoder in ("small",):
