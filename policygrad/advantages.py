@@ -47,6 +47,18 @@ def optimal_constant_baseline(
     return torch.where(squares > 0, _sum(others, returns_score) / squares, 0.0)
 
 
+def length_weighted_mean(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """b = sum_j |y_j| R_j / sum_j |y_j| over the rows of the group, the own one too (OPO, arXiv 2505.23585).
+
+    The constant of least variance, if the squared score of a row is as large as the row is long. With
+    returns.trajectory_return.
+    """
+    same = (rollout.group.unsqueeze(1) == rollout.group.unsqueeze(0)).to(returns.dtype)
+    length = rollout.mask.sum(1).to(returns.dtype)
+    total = same @ returns.where(rollout.mask, 0.0).sum(1)  # a row has its return at each of its |y| decisions
+    return (total / (same @ length).clamp(min=1)).unsqueeze(1).expand_as(returns)
+
+
 def gae(
     reward: Float[Tensor, "B T"],
     value: Float[Tensor, "B T+1"],
@@ -100,6 +112,18 @@ def leave_one_out(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Flo
     return mean.where(others > 0, 0.0)
 
 
+def other_best(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """R_i - (max_j R_j - max_{j != i} R_j): what is left is how much the group's best return owes to row i.
+
+    Minus this baseline, the expected gradient is that of E[max_j R_j], pass@k for k completions that succeed or fail
+    (Tang et al. 2025, arXiv 2503.19595). A group of one owes its return to its row.
+    """
+    same = group.unsqueeze(1) == group.unsqueeze(0)
+    own = torch.eye(len(returns), dtype=torch.bool, device=returns.device)
+    best, others = (returns.where(rows, -torch.inf).amax(1) for rows in (same, same & ~own))
+    return returns - (best - others.where(others > -torch.inf, 0.0))
+
+
 def group_std(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Sample standard deviation (n - 1) of each row's group, in two passes.
 
@@ -120,6 +144,25 @@ def group_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float
     """
     std = group_std(returns, group)
     return std.where(std != 0, torch.inf)
+
+
+def mean_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """MaxRL's divisor, the group's mean (Tajwar et al. 2026, arXiv 2602.02710).
+
+    For rewards of 0 and 1, n to a group, (R - mean) / mean has the expectation sum_{k < n - 1} (1 - p)^k grad p: it
+    nears grad log p, the gradient of maximum likelihood, as n grows. Infinity where the mean is 0 or less, so that the
+    advantage is 0: the rewards must not be negative.
+    """
+    mean = group_mean(returns, group)
+    return mean.where(~(mean <= 0), torch.inf)
+
+
+def batch_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The sample standard deviation of all returns, of all groups (Lite PPO, arXiv 2508.08221).
+
+    Infinity where it is 0, so that the advantage is 0.
+    """
+    return group_scale(returns, torch.zeros_like(group))
 
 
 def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

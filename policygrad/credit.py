@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from policygrad.advantages import group_mean, group_scale, no_baseline, standardize
@@ -17,7 +17,7 @@ from policygrad.critics import bootstrap_values, no_fit
 from policygrad.errors import UserError
 from policygrad.returns import discount, reward_to_go
 from policygrad.returns import vtrace as vtrace_returns
-from policygrad.rollout import Rollout, Split, holes_last
+from policygrad.rollout import Rollout, Split, holes_last, in_parts
 from policygrad.score import log_probabilities, token_ratio
 
 
@@ -49,7 +49,7 @@ def baselined(
         return Credit(target - value, target, value)
 
     assign.whole_episodes = True  # type: ignore[attr-defined]
-    return _reading(assign, **getattr(baseline, "keywords", {}))
+    return _reading(assign, **_modules_in(baseline))
 
 
 def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: Split = None) -> Assign:
@@ -149,6 +149,31 @@ def discounted(assign: Assign, gamma: float) -> Assign:
     return _like(assign, weighed)
 
 
+def selected(assign: Assign, keep: Callable[[Rollout], Tensor]) -> Assign:
+    """The same credit, with an advantage of 0 where `keep` [B, T] is False: nothing is learned from those decisions."""
+
+    def chosen(rollout: Rollout) -> Credit:
+        credit = assign(rollout)
+        return credit._replace(advantage=credit.advantage.where(keep(rollout), 0.0))
+
+    return _like(assign, chosen)
+
+
+@torch.no_grad()
+def high_entropy(
+    rollout: Rollout, *, policy: nn.Module, share: float, micro_batch: Split = None
+) -> Bool[Tensor, "B T"]:
+    """Where H(pi(.|s)) is among the largest `share` of the rollout's decisions (Wang et al. 2025, arXiv 2506.01939).
+
+    The paper finds that the forks of a chain of thought, the fifth of its tokens with the most entropy, teach it all.
+    The number is rounded up; of equal entropies all are kept.
+    """
+    entropy = in_parts(lambda obs: policy(obs).entropy(), micro_batch, rollout.obs)
+    ranked = entropy.where(rollout.mask, -torch.inf).flatten().sort(descending=True).values
+    count = (share * rollout.mask.sum()).ceil().long().clamp(min=1)
+    return (entropy >= ranked.gather(0, (count - 1).reshape(1))) & rollout.mask
+
+
 def modules_of(assign: Assign) -> dict[str, nn.Module]:
     """The policy and the critic that the credit reads, by these names, as far as it was made here."""
     return getattr(assign, "modules", {})
@@ -189,6 +214,11 @@ def _reading(assign: Assign, **modules: nn.Module) -> Assign:
     """The same credit, which says what modules it reads."""
     assign.modules = modules  # type: ignore[attr-defined]
     return assign
+
+
+def _modules_in(baseline: Callable[..., Tensor]) -> dict[str, nn.Module]:
+    """The modules that a partial holds by their names."""
+    return {name: x for name, x in getattr(baseline, "keywords", {}).items() if isinstance(x, nn.Module)}
 
 
 class _Decisions:

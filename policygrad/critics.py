@@ -1,6 +1,7 @@
 """Critics: bootstrap values, fitting a critic to targets, and baselines that need a policy or a critic."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from policygrad.diagnostics import explained_variance, mean_metrics
 from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
-from policygrad.rollout import Batch, Rollout, Split, in_parts, minibatches
+from policygrad.rollout import Batch, Rollout, Split, holes_last, in_parts, minibatches
 from policygrad.updates import Metrics, Objective, Update, ascend
 from policygrad.weights import average, normalized
 
@@ -120,6 +121,34 @@ def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy:
     """b_i = the constant that minimizes the variance of the gradient, estimated from the other rows."""
     returns_score, score_score = score_products(policy, rollout.obs, rollout.action, returns, rollout.mask)
     return optimal_constant_baseline(returns_score, score_score).unsqueeze(1).expand_as(returns)
+
+
+def optimal_token_baseline(
+    rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module, micro_batch: Split = None
+) -> Float[Tensor, "B T"]:
+    """b_t = sum_j W_jt G_jt / sum_j W_jt over the rows of the group (OTB, arXiv 2602.07078), 0 beyond all other rows.
+
+    W_jt = sum_{u <= t} (1 - 2 pi(a_u|s_u) + sum_a pi(a|s_u)^2) is the squared norm of the row's score so far, in the
+    logits: rows that went through uncertain decisions say more of the baseline of least variance. The own row is among
+    them. Raises UserError if the policy's actions have no probabilities.
+    """
+    order = holes_last(rollout.mask, rollout.ended)
+
+    @torch.no_grad()
+    def energy(obs: Any, action: Tensor) -> Tensor:
+        distribution = policy(obs)
+        if not hasattr(distribution, "probs"):
+            raise UserError("the token baseline needs the probabilities of all actions: use another baseline")
+        squares = distribution.probs.square().sum(-1)
+        return 1 - 2 * distribution.log_prob(action).exp() + squares
+
+    mask = rollout.mask.gather(1, order)
+    each = in_parts(energy, micro_batch, rollout.obs, rollout.action).gather(1, order).where(mask, 0.0)
+    weight = each.cumsum(1) * mask
+    same = (rollout.group.unsqueeze(1) == rollout.group.unsqueeze(0)).to(returns.dtype)
+    mean = same @ (weight * returns.gather(1, order).where(mask, 0.0)) / (same @ weight).clamp(min=1e-12)
+    others = same @ mask.to(returns.dtype) > 1  # another row has a step there
+    return torch.zeros_like(returns).scatter(1, order, mean.where(others & mask, 0.0))
 
 
 def _of_every_step(value: Tensor, rollout: Rollout) -> Float[Tensor, "B T"]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -44,6 +44,51 @@ def straight_through(logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"])
     """sg(k3) + k2 - sg(k2): the value of k3 and the gradient of k2, which on-policy is the gradient of KL(p, q)."""
     square = k2(logp, logp_ref)
     return k3(logp, logp_ref).detach() + square - square.detach()
+
+
+def squared_row(
+    logp: Float[Tensor, "B T"], logp_ref: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B 1"]:
+    """(log W)^2 / (2 |y|) at each of a row's |y| decisions, W = p(y|x) / q(y|x): k2 of whole rows, in equal shares.
+
+    Summed over the row it is (log W)^2 / 2, the regularizer of online policy mirror descent (Kimi k1.5, arXiv
+    2501.12599, section 2.3.2; DRO, arXiv 2405.19107).
+    """
+    total = (logp - logp_ref).where(mask, 0.0).sum(1, keepdim=True)
+    return total**2 / 2 / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+# How far a policy pi is from pi_old at each decision of a batch: (distribution of pi, batch, log pi(a|s)) -> [B, T].
+
+
+def binary_total_variation(distribution: Any, batch: Batch, logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """|pi(a|s) - pi_old(a|s)|: the total variation of `a was drawn` (DPPO, arXiv 2602.04879).
+
+    A lower bound of the total variation over all actions. For discrete actions, whose log pi is a probability's.
+    """
+    return (logp.exp() - batch.logp.exp()).abs()
+
+
+def binary_kl(distribution: Any, batch: Batch, logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """KL(pi_old, pi) of `a was drawn`: q log(q/p) + (1 - q) log((1 - q)/(1 - p)), q = pi_old(a|s), p = pi(a|s).
+
+    A lower bound of the KL over all actions (DPPO, arXiv 2602.04879).
+    """
+    tiny = torch.finfo(logp.dtype).tiny
+    other, other_old = ((-torch.expm1(x)).clamp(min=tiny) for x in (logp, batch.logp))
+    return batch.logp.exp() * (batch.logp - logp) + other_old * (other_old / other).log()
+
+
+def total_variation(distribution: Any, batch: Batch, logp: Float[Tensor, "B T"], *, old: Any) -> Float[Tensor, "B T"]:
+    """sum_a |pi(a|s) - pi_old(a|s)| / 2 over all actions, with `old` the policy that sampled (samplers.Following)."""
+    with torch.no_grad():
+        return (distribution.probs - old(batch.obs).probs).abs().sum(-1) / 2
+
+
+def kl_from_old(distribution: Any, batch: Batch, logp: Float[Tensor, "B T"], *, old: Any) -> Float[Tensor, "B T"]:
+    """KL(pi_old, pi) over all actions, with `old` the policy that sampled (samplers.Following)."""
+    with torch.no_grad():
+        return kl(old(batch.obs), distribution)
 
 
 # KL(p, q) at each decision of a batch sampled by `p` or by an older policy:
@@ -141,4 +186,35 @@ class AdaptiveCoefficient:
         return {"value": self.value.item()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value.fill_(state["value"])
+
+
+class AdaptiveEntropy:
+    """The coefficient of an entropy bonus that keeps the entropy at a target (Skywork-OR1, arXiv 2505.22312).
+
+    After an update whose mean entropy is at most the target, c rises by `step`; else it falls by `step`, to no less
+    than 0. `value` is c after the former and 0 after the latter: there is a bonus only while the entropy is too small.
+    It is a tensor that changes in place. Raises ValueError unless target and step are positive.
+    """
+
+    def __init__(self, target: float, step: float, start: float = 0.0) -> None:
+        if not (target > 0 and step > 0 and start >= 0):
+            raise ValueError(f"target and step of an entropy are above 0, not {target} and {step}")
+        self.target, self.step, self.raised = target, step, start
+        self.value = torch.tensor(float(start))
+
+    def adapt(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Update from the metric `entropy`, and return the coefficient that was used, as a metric."""
+        used = {"entropy_coefficient": self.value.clone()}
+        if "entropy" in metrics:
+            low = float(metrics["entropy"]) <= self.target
+            self.raised = max(0.0, self.raised + (self.step if low else -self.step))
+            self.value.fill_(self.raised if low else 0.0)
+        return used
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"raised": self.raised, "value": self.value.item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.raised = state["raised"]
         self.value.fill_(state["value"])

@@ -93,6 +93,18 @@ class Overlapped(Wrapper):
             self.next.set_result(Rollout(**state["next"]))
 
 
+class Following(Wrapper):
+    """Give a copy of the policy its parameters before each rollout: `old` is then the policy that sampled."""
+
+    def __init__(self, sample: Sample, old: nn.Module) -> None:
+        super().__init__(sample)
+        self.old = old
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        self.old.load_state_dict(policy.state_dict())
+        return self.sample(policy)
+
+
 class InUnits(Wrapper):
     """Give the critic its unit, the root mean square of the rewards, before it is asked for the values of a rollout.
 

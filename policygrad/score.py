@@ -1,4 +1,4 @@
-"""log pi: the score term, the ratios by token and by sequence, and log pi of a rollout in micro-batches."""
+"""log pi: the score term, the ratios by token, sequence and product, and log pi of a rollout in micro-batches."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,6 +40,36 @@ def sequence_ratio(
     """s = (pi(y|x) / pi_old(y|x))^(1/|y|), at most e^20: one ratio for each row (GSPO, arXiv 2507.18071, eq. 7)."""
     total = (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=20).exp()
+
+
+def sequence_token_ratio(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """sg(s) pi / sg(pi): the value of the sequence ratio s and the gradient s grad log pi of each token.
+
+    GSPO-token (arXiv 2507.18071, section 4.3): s is what is clipped, and each token has an advantage of its own. With
+    one advantage for the row, averaged by row, it is GSPO.
+    """
+    return sequence_ratio(logp, logp_old, mask).detach() * (logp - logp.detach()).where(mask, 0.0).exp()
+
+
+def product_ratio(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B 1"]:
+    """W = pi(y|x) / pi_old(y|x), at most e^20: the ratio of whole rows, for which importance sampling is unbiased."""
+    return (logp - logp_old).where(mask, 0.0).sum(1, keepdim=True).clamp(max=20).exp()
+
+
+def bounded(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bound: float
+) -> Float[Tensor, "B T"]:
+    """log pi, stopped where log(pi / pi_old) is further than `bound` in the direction that the advantage favors.
+
+    It clips tokens before their ratios are averaged. The sequence ratio of it, unclipped, is geometric-mean policy
+    optimization (GMPO, arXiv 2507.20673). bound = inf changes nothing.
+    """
+    up, down = (logp_old + bound).minimum(logp), (logp_old - bound).maximum(logp)
+    return torch.where(advantage > 0, up, torch.where(advantage < 0, down, logp))
 
 
 @torch.no_grad()

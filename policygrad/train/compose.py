@@ -17,31 +17,65 @@ from torch.optim import Optimizer
 from policygrad import advantages, returns, score, weights
 from policygrad.advantages import standardize, unnormalized
 from policygrad.algorithms.actor_critic import ActorCriticObjective, actor_critic
-from policygrad.algorithms.grpo import Anchor, GRPOObjective, grpo, measured_in_steps
+from policygrad.algorithms.grpo import Anchor, Gain, GRPOObjective, Penalty, grpo, measured_in_steps
 from policygrad.algorithms.ppo import PPOObjective, ppo
 from policygrad.algorithms.reinforce import ReinforceObjective, reinforce
 from policygrad.algorithms.trpo import SurrogateObjective, trpo
 from policygrad.compiling import graph
-from policygrad.credit import Assign, baselined, bootstrapped, demonstrated, discounted, grouped, standardized, vtrace
-from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, value_baseline
+from policygrad.credit import (
+    Assign,
+    baselined,
+    bootstrapped,
+    demonstrated,
+    discounted,
+    grouped,
+    high_entropy,
+    selected,
+    standardized,
+    vtrace,
+)
+from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, optimal_token_baseline, value_baseline
 from policygrad.diagnostics import after_update
 from policygrad.divergences import (
     AdaptiveCoefficient,
+    AdaptiveEntropy,
     Divergence,
     at_action,
+    binary_kl,
+    binary_total_variation,
     k1,
     k2,
     k3,
+    kl_from_old,
     over_actions,
     reweighted,
+    squared_row,
     to_reference,
+    total_variation,
 )
 from policygrad.errors import UserError
 from policygrad.guards import Guard
 from policygrad.noise import NoiseMeter
-from policygrad.objectives import clipped_surrogate, clipped_weight
+from policygrad.objectives import (
+    Filter,
+    clipped_surrogate,
+    clipped_weight,
+    gamma_weight,
+    sigmoid_gate,
+    within_divergence,
+    without_drifted,
+)
 from policygrad.rollout import Batch, Split, state_size
-from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
+from policygrad.samplers import (
+    Following,
+    InUnits,
+    KLCharged,
+    Overlapped,
+    Rescored,
+    Sample,
+    WholeRows,
+    WithoutFlatGroups,
+)
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
@@ -64,16 +98,32 @@ COMPILE_PAYS = 30_000  # gradient steps: twice as many as save the time that a g
 WEIGHTS = {
     "token": weights.per_token, "row": weights.per_row, "episode": weights.per_episode, "budget": weights.per_budget,
 }  # fmt: skip
-RATIOS = {"token": score.token_ratio, "sequence": score.sequence_ratio}
-GAINS = {"surrogate": clipped_surrogate, "weight": clipped_weight}
+RATIOS = {
+    "token": score.token_ratio, "sequence": score.sequence_ratio, "sequence_token": score.sequence_token_ratio,
+    "product": score.product_ratio,
+}  # fmt: skip
+GAINS: dict[str, Callable[..., Tensor]] = {
+    "surrogate": clipped_surrogate, "weight": clipped_weight, "sigmoid": sigmoid_gate, "gamma": gamma_weight,
+    "score": score.score,
+}  # fmt: skip
 RETURNS = {"reward_to_go": returns.reward_to_go, "trajectory_return": returns.trajectory_return}
 BASELINES = {
     "none": advantages.no_baseline,
     "mean": advantages.mean_baseline,
     "time_mean": advantages.time_mean_baseline,
+    "length_weighted": advantages.length_weighted_mean,
 }
-GROUP_BASELINES = {"mean": advantages.group_mean, "leave_one_out": advantages.leave_one_out}
-GROUP_SCALES = {"std": advantages.group_scale, "none": advantages.unit_scale}
+GROUP_BASELINES = {
+    "mean": advantages.group_mean, "leave_one_out": advantages.leave_one_out, "other_best": advantages.other_best,
+}  # fmt: skip
+GROUP_SCALES = {
+    "std": advantages.group_scale, "none": advantages.unit_scale, "mean": advantages.mean_scale,
+    "batch": advantages.batch_scale,
+}  # fmt: skip
+PENALTIES: dict[str, Penalty] = {"k3": lambda logp, logp_old, mask: k3(logp_old, logp), "squared_row": squared_row}
+FROM_OLD: dict[str, Callable[..., Tensor]] = {
+    "binary_tv": binary_total_variation, "binary_kl": binary_kl, "tv": total_variation, "kl": kl_from_old,
+}  # fmt: skip
 DIVERGENCES: dict[str, Divergence] = {
     "straight_through": reweighted,
     "k1": partial(at_action, estimate=k1),
@@ -81,6 +131,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "k3": partial(at_action, estimate=k3),
     "exact": over_actions,
 }
+OVER_ACTIONS = ("tv", "kl")  # divergences over all actions, for which a copy of the old policy is kept
 LOOPS: dict[str, Callable[..., Iterator[Any]]] = {
     "reinforce": reinforce, "actor_critic": actor_critic, "surrogate": trpo, "ppo": ppo, "grpo": grpo,
     "clone": ppo,
@@ -97,7 +148,7 @@ class Learner:
     update: Update
     loop: Callable[..., Iterator[dict[str, Tensor | float]]]  # takes the four pieces above
     optimizers: list[Optimizer]
-    coefficients: dict[str, AdaptiveCoefficient]
+    coefficients: dict[str, AdaptiveCoefficient | AdaptiveEntropy]
     guard: Guard
     meter: NoiseMeter | None
 
@@ -128,7 +179,7 @@ def compose(
             "kl_ref is to a policy with a memory of its own, unknown in the midst of episodes: take credit group, "
             "whose rows are whole episodes",
         )
-    coefficients: dict[str, AdaptiveCoefficient] = {}
+    coefficients: dict[str, Any] = {}
     anchor, anchored = None, None
     if getattr(options, "kl_ref", "none") != "none":
         assert reference is not None
@@ -138,7 +189,11 @@ def compose(
             anchor = partial(to_reference, reference=anchored, divergence=DIVERGENCES[options.kl_ref_estimate])
     if getattr(options, "kl_old_coefficient", 0):
         coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient, options.kl_old_target)
-    objective = objective_of(options, policy, critic, coefficients, anchor)
+    if getattr(options, "entropy_target", None) is not None:
+        rule = AdaptiveEntropy(options.entropy_target, options.entropy_step, options.entropy_coefficient)
+        coefficients["entropy"] = rule
+    old = deepcopy(policy).requires_grad_(False) if getattr(options, "divergence_mask", "") in OVER_ACTIONS else None
+    objective = objective_of(options, policy, critic, coefficients, anchor, old)
     update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
     guard = Guard(skip=options.on_nonfinite == "skip")
     meter = NoiseMeter(due) if getattr(options, "gradient_noise", "off") == "exact" else None
@@ -159,7 +214,7 @@ def compose(
             micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
     return Learner(
-        wrapped(options, policy, sample, critic, anchored, coefficients),
+        wrapped(options, policy, sample if old is None else Following(sample, old), critic, anchored, coefficients),
         credit_of(options, policy, critic),
         objective,
         guard(update),
@@ -211,6 +266,7 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
         baselines: dict[str, Any] = {
             **BASELINES,
             "optimal": partial(optimal_baseline, policy=policy),
+            "token": partial(optimal_token_baseline, policy=policy, micro_batch=micro_batch),
             "value": partial(value_baseline, critic=critic),  # type: ignore[arg-type]
         }
         credit = baselined(partial(RETURNS[options.credit], gamma=gamma), baselines[options.baseline])
@@ -228,6 +284,9 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
         credit = bootstrapped(critic, estimates[options.credit], micro_batch=micro_batch)
     if options.normalize_advantages == "batch":
         credit = standardized(credit)
+    if getattr(options, "learn_from", "all") == "high_entropy":
+        share = options.learn_from_share
+        credit = selected(credit, partial(high_entropy, policy=policy, share=share, micro_batch=micro_batch))
     return discounted(credit, gamma) if options.discounted else credit
 
 
@@ -235,10 +294,11 @@ def objective_of(
     options: Any,
     policy: nn.Module,
     critic: nn.Module | None,
-    coefficients: dict[str, AdaptiveCoefficient] | None = None,
+    coefficients: dict[str, Any] | None = None,
     anchor: Anchor | None = None,
+    old: nn.Module | None = None,
 ) -> Objective:
-    """The objective from the options."""
+    """The objective from the options. old: see filters_of."""
     coefficients = coefficients or {}
     critic = critic if has_critic(options) else None
     match KNOWN[options.method].objective:
@@ -268,12 +328,42 @@ def objective_of(
             return GRPOObjective(
                 policy,
                 ratio=RATIOS[options.ratio],
-                gain=GAINS[options.gain],
-                clip=(options.clip_low, options.clip_high),
+                gain=gain_of(options),
+                clip=(options.clip_low, options.clip_high) if options.gain in ("surrogate", "weight") else None,
+                token_clip=options.token_clip,
+                dual_clip=options.dual_clip,
+                filters=filters_of(options, old),
                 anchor=anchor,
                 coefficient=None if anchor is None else coefficients["kl_ref"],
+                penalty=PENALTIES[options.kl_old_estimate] if "kl_old" in coefficients else None,
+                penalty_coefficient=coefficients.get("kl_old"),
                 entropy_coefficient=options.entropy_coefficient,
+                entropy_bonus=coefficients.get("entropy"),
             )
+
+
+def gain_of(options: Any) -> Gain:
+    """The gain of GRPO's objective, with the constants that are its own."""
+    gain = GAINS[options.gain]
+    if options.gain == "sigmoid":
+        return partial(gain, positive=options.sigmoid_positive, negative=options.sigmoid_negative)
+    if options.gain == "gamma":
+        positive = options.gamma_power_positive, options.gamma_rate_positive
+        return partial(gain, positive=positive, negative=(options.gamma_power_negative, options.gamma_rate_negative))
+    return gain
+
+
+def filters_of(options: Any, old: nn.Module | None) -> list[Filter]:
+    """Which decisions GRPO's objective learns from. old: a copy of the policy that sampled, if all actions count."""
+    filters: list[Filter] = []
+    if options.divergence_mask != "none":
+        divergence = FROM_OLD[options.divergence_mask]
+        if options.divergence_mask in OVER_ACTIONS:
+            divergence = partial(divergence, old=old)
+        filters.append(partial(within_divergence, divergence=divergence, bound=options.divergence_bound))
+    if options.drift_bound < math.inf:
+        filters.append(partial(without_drifted, bound=options.drift_bound))
+    return filters
 
 
 def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Optimizer]]:
@@ -335,11 +425,11 @@ def rows_in(sample: Any, policy: nn.Module, size: Any) -> Any:
 def diagnosis(options: Any, objective: Objective, due: Callable[[], bool]) -> Callable[[Objective, Batch], Metrics]:
     """The function that measures an update, for metrics and for an adaptive penalty."""
     named = KNOWN[options.method].objective
-    if (named == "grpo" and options.world == "language") or named == "clone":
-        return measured_in_steps  # another forward pass of a large model is expensive
-    report = partial(after_update, micro_batch=split_of(options, objective.policy))
     penalty = getattr(objective, "penalty", None)
     reads = penalty is not None and penalty.adapts
+    if (named == "grpo" and options.world == "language" and not reads) or named == "clone":
+        return measured_in_steps  # another forward pass of a large model is expensive
+    report = partial(after_update, micro_batch=split_of(options, objective.policy))
     return lambda objective, batch: report(objective, batch) if reads or due() else {}
 
 
@@ -349,13 +439,13 @@ def wrapped(
     sample: Sample,
     critic: nn.Module | None,
     reference: nn.Module | None,
-    coefficients: dict[str, AdaptiveCoefficient],
+    coefficients: dict[str, Any],
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = split_of(options, policy)
     if getattr(options, "overlap", False):
         sample = Overlapped(sample)
-    if getattr(options, "ratio", "token") == "sequence":
+    if reads_rows(options):
         sample = WholeRows(sample)
     if getattr(options, "credit", None) == "group" and options.sampling_rounds > 1:
         sample = WithoutFlatGroups(sample, options.sampling_rounds)
@@ -366,6 +456,12 @@ def wrapped(
     if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):
         sample = InUnits(sample, critic)
     return sample
+
+
+def reads_rows(options: Any) -> bool:
+    """Whether the objective looks at whole rows."""
+    of_rows = getattr(options, "ratio", "token") != "token" or getattr(options, "drift_bound", math.inf) < math.inf
+    return of_rows or getattr(options, "kl_old_estimate", "k3") == "squared_row"
 
 
 def split_of(options: Any, policy: nn.Module) -> Split:

@@ -104,22 +104,37 @@ class Keywords(TypedDict, total=False):
     n: int
     rho_bar: float
     c_bar: float
-    baseline: Literal["none", "mean", "time_mean", "optimal", "value"]
+    baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"]
     discounted: bool
-    group_baseline: Literal["mean", "leave_one_out"]
-    group_scale: Literal["std", "none"]
+    group_baseline: Literal["mean", "leave_one_out", "other_best"]
+    group_scale: Literal["std", "none", "mean", "batch"]
+    learn_from: Literal["all", "high_entropy"]
+    learn_from_share: float
     normalize_advantages: Literal["none", "batch", "minibatch"]
     weights: Literal["token", "row", "episode", "budget"]
     entropy_coefficient: float
+    entropy_target: float | None
+    entropy_step: float
     value_coefficient: float
     value_clip: float
-    ratio: Literal["token", "sequence"]
-    gain: Literal["surrogate", "weight"]
+    ratio: Literal["token", "sequence", "sequence_token", "product"]
+    gain: Literal["surrogate", "weight", "sigmoid", "gamma", "score"]
     clip_low: float
     clip_high: float
+    sigmoid_positive: float
+    sigmoid_negative: float
+    gamma_power_positive: float
+    gamma_power_negative: float
+    gamma_rate_positive: float
+    gamma_rate_negative: float
+    token_clip: float
     dual_clip: float
+    divergence_mask: Literal["none", "binary_tv", "binary_kl", "tv", "kl"]
+    divergence_bound: float
+    drift_bound: float
     kl_old_coefficient: float
     kl_old_target: float
+    kl_old_estimate: Literal["k3", "squared_row"]
     target_kl: float
     kl_ref: Literal["none", "reward", "loss"]
     kl_ref_coefficient: float

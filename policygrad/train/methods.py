@@ -30,6 +30,7 @@ _NATURAL: dict[str, Any] = {"normalize_advantages": "batch", "lam": 0.95}
 _A2C: dict[str, Any] = {"learning_rate": 7e-4, "max_grad_norm": 0.5, "num_steps": 16, "lam": 1.0}
 _GROUP: dict[str, Any] = {"credit": "group", "minibatch_size": None, "max_grad_norm": 1.0}
 _GRPO: dict[str, Any] = {**_GROUP, "weights": "row"}
+_UNCLIPPED: dict[str, Any] = {"clip_low": math.inf, "clip_high": math.inf}
 _RLHF: dict[str, Any] = {
     "completions": 1, "prompts_per_rollout": 128, "epochs": 4, "minibatch_size": 32, "kl_ref": "reward",
     "normalize_advantages": "batch", "max_grad_norm": 1.0,
@@ -95,6 +96,78 @@ TABLE = (
         "rloo", "REINFORCE with the mean of the group's other returns as the baseline; KL in the reward.",
         "grpo", defaults={**_GROUP, "group_baseline": "leave_one_out", "group_scale": "none", "weights": "episode"},
         on={"language": {"kl_ref": "reward"}},
+    ),
+    Method(
+        "dppo", "Divergence PPO: a token is left out where its probability, not its ratio, has moved too far.",
+        "grpo", defaults={**_GROUP, **_UNCLIPPED, "gain": "weight", "clip_high": 19.0, "divergence_mask": "binary_tv",
+                          "group_scale": "none", "weights": "budget"},
+    ),
+    Method(
+        "sapo", "Soft adaptive policy optimization: a sigmoid of the ratio in place of its clip.",
+        "grpo", defaults={**_GRPO, "gain": "sigmoid"},
+    ),
+    Method(
+        "gmpo", "Geometric-mean policy optimization: tokens are clipped, then their ratios averaged geometrically.",
+        "grpo", defaults={**_GRPO, **_UNCLIPPED, "ratio": "sequence", "token_clip": 0.4},
+    ),
+    Method(
+        "gspo_token", "GSPO with an advantage for each token: the ratio of the sequence, the gradient of the token.",
+        "grpo", defaults={**_GRPO, "ratio": "sequence_token", "clip_low": 3e-4, "clip_high": 4e-4},
+    ),
+    Method(
+        "luspo", "GSPO with each completion weighed by its length, so that long ones are not learned from less.",
+        "grpo", defaults={**_GROUP, "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "weights": "episode"},
+    ),
+    Method(
+        "vespo", "Variational sequence-level soft optimization: a smooth weight of the ratio of whole completions.",
+        "grpo", defaults={**_GROUP, "ratio": "product", "gain": "gamma", "group_scale": "none", "weights": "episode"},
+    ),
+    Method(
+        "maxrl", "Maximum likelihood RL: the group's advantages over its mean reward, which favors hard prompts.",
+        "grpo", defaults={**_GROUP, **_UNCLIPPED, "group_scale": "mean", "weights": "token"},
+    ),
+    Method(
+        "pass_at_k", "The gradient of the group's best reward: only a completion that others don't match is credited.",
+        "grpo", defaults={**_GROUP, "group_baseline": "other_best", "group_scale": "none", "weights": "episode"},
+    ),
+    Method(
+        "lite_ppo", "Lite PPO: the group's mean, the batch's standard deviation, and the loss by token.",
+        "grpo", defaults={**_GROUP, "group_scale": "batch", "weights": "token"},
+    ),
+    Method(
+        "opo", "On-policy optimization with the baseline of least variance: the group's mean weighted by length.",
+        "grpo", defaults={**_GROUP, **_UNCLIPPED, "credit": "trajectory_return", "baseline": "length_weighted",
+                          "weights": "token"},
+    ),
+    Method(
+        "otb", "REINFORCE with the optimal token baseline: at each token, the group's returns by the score so far.",
+        "grpo", defaults={**_GROUP, **_UNCLIPPED, "credit": "reward_to_go", "baseline": "token", "weights": "token"},
+    ),
+    Method(
+        "two_sided_grpo", "GRPO with a bound of the ratio for negative advantages too (INTELLECT-2).",
+        "grpo", defaults={**_GRPO, "dual_clip": 4.0},
+    ),
+    Method(
+        "masked_grpo", "GRPO without bad completions that the policy has moved away from (DeepSeek-V3.2).",
+        "grpo", defaults={**_GRPO, "drift_bound": 0.5}, on={"language": {"kl_ref": "loss"}},
+    ),
+    Method(
+        "forking_tokens", "DAPO's loss on the fifth of the tokens where the policy is least certain.",
+        "grpo", defaults={**_GROUP, "clip_high": 0.28, "weights": "token", "learn_from": "high_entropy"},
+    ),
+    Method(
+        "skywork_or1", "GRPO by token, with an entropy bonus that adapts to a target (Skywork-OR1).",
+        "grpo", defaults={**_GROUP, "weights": "token", "entropy_target": 0.2},
+    ),
+    Method(
+        "opmd", "Online policy mirror descent: log pi (R - mean) minus the squared log-ratio of whole completions.",
+        "grpo", defaults={**_GROUP, "gain": "score", "group_scale": "none", "weights": "episode",
+                          "kl_old_coefficient": 0.1, "kl_old_estimate": "squared_row"},
+    ),
+    Method(
+        "reinforce_plus_plus_baseline", "REINFORCE++ with the group's mean as baseline, standardized over the batch.",
+        "grpo", defaults={**_GROUP, "group_scale": "none", "normalize_advantages": "batch", "weights": "token"},
+        on={"language": {"kl_ref": "loss", "kl_ref_estimate": "k2"}},
     ),
     Method(
         "reinforce_plus_plus", "REINFORCE++: the batch as the baseline; KL in the reward.",

@@ -65,9 +65,11 @@ MINIBATCHES: When = {"objective": ("ppo", "grpo")}
 SAMPLED: When = {"objective": ("reinforce", "actor_critic", "surrogate", "ppo", "grpo")}  # from the policy itself
 CLONED: When = {"objective": ("clone",)}
 REMEMBERS = ("gru", "lstm", "transformer")  # a policy with memory
+CLIPPED: When = {"gain": ("surrogate", "weight")}
 GAUSSIAN: When = {"distribution": ("normal", "squashed")}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
+OF_GROUPS = ("length_weighted", "token")  # baselines of a return that compare the rows of a group
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
 
 
@@ -290,16 +292,24 @@ class Options:
         "Bound of the ratio in V-trace's TD error; it sets the policy whose value is learned.",
         POSITIVE, credit=("vtrace",))
     c_bar: float = option(1.0, "Bound of the ratio in V-trace's traces.", POSITIVE, credit=("vtrace",))
-    baseline: Literal["none", "mean", "time_mean", "optimal", "value"] = option("value",
+    baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"] = option("value",
         "Baseline of the return: none, the other episodes' mean, their mean at the same step, the constant of least "
-        "variance, or a learned value.", **RETURNS)
+        "variance; of a group, the mean weighted by length, or the best number for each token; or a learned value.",
+        **RETURNS)
     discounted: bool = option(False,
         "Multiply the advantage at step t by gamma^t, for the true gradient of the discounted return.",
         credit=("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "group"))
-    group_baseline: Literal["mean", "leave_one_out"] = option("mean",
-        "Baseline of a group: the mean of all its returns, or of the other returns.", credit=("group",))
-    group_scale: Literal["std", "none"] = option("std",
-        "Divisor of a group's advantages: its standard deviation, or none.", credit=("group",))
+    group_baseline: Literal["mean", "leave_one_out", "other_best"] = option("mean",
+        "Baseline of a group: the mean of all its returns, or of the other returns; other_best leaves what the group's "
+        "best return owes to the row.", credit=("group",))
+    group_scale: Literal["std", "none", "mean", "batch"] = option("std",
+        "Divisor of a group's advantages: its standard deviation, none, its mean return (for rewards that are not "
+        "negative), or the standard deviation of all returns.", credit=("group",))
+    learn_from: Literal["all", "high_entropy"] = option("all",
+        "Decisions that are learned from: all, or those where the policy's entropy is largest (learn_from_share).",
+        objective=("grpo",))
+    learn_from_share: float = option(0.2, "The share of such decisions.", FRACTION, objective=("grpo",),
+        learn_from=("high_entropy",))
     normalize_advantages: Literal["none", "batch", "minibatch"] = option("none",
         "Standardize advantages over the batch or over each minibatch.", **SAMPLED)
     weights: Literal["token", "row", "episode", "budget"] = option("token",
@@ -309,26 +319,62 @@ class Options:
     entropy_coefficient: float = option(0.0,
         "Coefficient of the entropy in the objective.",
         NOT_NEGATIVE, objective=("reinforce", "actor_critic", "ppo", "grpo", "clone"))
+    entropy_target: float | None = option(None,
+        "Entropy below which the bonus grows by entropy_step an iteration, and above which it is off and shrinks; "
+        "None: it is constant.", RATE, objective=("grpo",))
+    entropy_step: float = option(0.005, "That step.", RATE, objective=("grpo",))
     value_coefficient: float = option(0.5,
         "Coefficient of the critic's squared error in the objective.",
         NOT_NEGATIVE, objective=("actor_critic", "ppo"), credit=BOOTSTRAPPED)
     value_clip: float = option(math.inf,
         "Clip the change of the critic's value to this, in the critic's unit of value; inf: no clipping.",
         POSITIVE, objective=("ppo",), credit=BOOTSTRAPPED)
-    ratio: Literal["token", "sequence"] = option("token",
-        "Ratio of the new policy to the old, by token or by whole sequence.", objective=("grpo", "surrogate"))
-    gain: Literal["surrogate", "weight"] = option("surrogate",
-        "Clip the surrogate (as PPO), or only the importance weight, which keeps every gradient.", objective=("grpo",))
+    ratio: Literal["token", "sequence", "sequence_token", "product"] = option("token",
+        "Ratio of the new policy to the old: by token; of the whole sequence, its geometric mean; that value with each "
+        "token's own gradient; or the product over the sequence.", objective=("grpo", "surrogate"))
+    gain: Literal["surrogate", "weight", "sigmoid", "gamma", "score"] = option("surrogate",
+        "Clip the surrogate (as PPO), or only the importance weight, which keeps every gradient; a soft clip by a "
+        "sigmoid, or a weight like a gamma density; or log pi A without a ratio.", objective=("grpo",))
     clip_low: float = option(0.2,
-        "Clip the ratio to [1 - clip_low, 1 + clip_high]; inf: no clipping.", POSITIVE, **MINIBATCHES)
-    clip_high: float = option(0.2, "Clip the ratio to at most 1 + clip_high; see clip_low.", POSITIVE, **MINIBATCHES)
+        "Clip the ratio to [1 - clip_low, 1 + clip_high]; inf: no clipping.", POSITIVE, **MINIBATCHES, **CLIPPED)
+    clip_high: float = option(0.2,
+        "Clip the ratio to at most 1 + clip_high; see clip_low.", POSITIVE, **MINIBATCHES, **CLIPPED)
+    sigmoid_positive: float = option(1.0,
+        "Temperature of the sigmoid where the advantage is positive: larger is a narrower trust region.",
+        RATE, objective=("grpo",), gain=("sigmoid",))
+    sigmoid_negative: float = option(1.05,
+        "The same where the advantage is negative.", RATE, objective=("grpo",), gain=("sigmoid",))
+    gamma_power_positive: float = option(2.0,
+        "Power k of the weight W^k exp(c (1 - W)) where the advantage is positive.",
+        RATE, objective=("grpo",), gain=("gamma",))
+    gamma_power_negative: float = option(3.0,
+        "The same where the advantage is negative.", RATE, objective=("grpo",), gain=("gamma",))
+    gamma_rate_positive: float = option(3.0,
+        "Rate c of that weight where the advantage is positive.", RATE, objective=("grpo",), gain=("gamma",))
+    gamma_rate_negative: float = option(2.0,
+        "The same where the advantage is negative.", RATE, objective=("grpo",), gain=("gamma",))
+    token_clip: float = option(math.inf,
+        "Clip the log-ratio of each token to this, where the advantage favors it, before ratios are averaged; inf: "
+        "no such clipping.", POSITIVE, objective=("grpo",))
     dual_clip: float = option(math.inf,
         "Floor of the objective for negative advantages, as a multiple of the advantage; inf: none.",
-        ABOVE_1, objective=("ppo",))
+        ABOVE_1, objective=("ppo", "grpo"))
+    divergence_mask: Literal["none", "binary_tv", "binary_kl", "tv", "kl"] = option("none",
+        "Leave out decisions whose divergence from the old policy exceeds divergence_bound in the direction that the "
+        "advantage favors: total variation or KL, of the action taken (binary) or of all actions.",
+        objective=("grpo",))
+    divergence_bound: float = option(0.15,
+        "Bound of that divergence.", POSITIVE, objective=("grpo",),
+        divergence_mask=("binary_tv", "binary_kl", "tv", "kl"))
+    drift_bound: float = option(math.inf,
+        "Leave out rows of negative advantage whose mean log(pi_old / pi) exceeds this; inf: none.",
+        POSITIVE, objective=("grpo",))
     kl_old_coefficient: float = option(0.0,
-        "Initial beta of the penalty beta KL(old, new); 0: no penalty.", NOT_NEGATIVE, objective=("ppo",))
+        "Initial beta of the penalty beta KL(old, new); 0: no penalty.", NOT_NEGATIVE, **MINIBATCHES)
     kl_old_target: float = option(math.inf,
-        "Target KL(old, new) of an update, to which beta adapts; inf: beta is constant.", POSITIVE, objective=("ppo",))
+        "Target KL(old, new) of an update, to which beta adapts; inf: beta is constant.", POSITIVE, **MINIBATCHES)
+    kl_old_estimate: Literal["k3", "squared_row"] = option("k3",
+        "Estimate of that KL: k3 of each decision, or half the squared log-ratio of whole rows.", objective=("grpo",))
     target_kl: float = option(math.inf,
         "End the epochs early if a minibatch's KL(old, new) exceeds 1.5 times this value.", POSITIVE, **MINIBATCHES)
     kl_ref: Literal["none", "reward", "loss"] = option("none",
@@ -423,6 +469,12 @@ def has_critic(options: Any) -> bool:
     if not hasattr(options, "credit"):  # that of demonstrations
         return False
     return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline == "value")
+
+
+def compares_groups(options: Any) -> bool:
+    """Whether the credit compares the rows of a group."""
+    credit = getattr(options, "credit", None)
+    return credit == "group" or (credit in RETURNS["credit"] and options.baseline in OF_GROUPS)
 
 
 @cache
@@ -561,6 +613,8 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
         )
+    if f.name == "entropy_step" and options.entropy_target is None:
+        raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
         raise OptionError(f.name, f"{f.name} is of evaluate_every, which is 0: set that too, or leave it out")
     evaluation = bool(getattr(options, "evaluation_dataset", ()))
@@ -607,6 +661,8 @@ def _conflicts(o: Any) -> Any:
         )
     if getattr(o, "kl_old_coefficient", None) == 0 and math.isfinite(o.kl_old_target):
         yield "kl_old_target", "kl_old_target adapts kl_old_coefficient, which is 0: set that too"
+    if getattr(o, "kl_old_coefficient", None) == 0 and getattr(o, "kl_old_estimate", "k3") != "k3":
+        yield "kl_old_estimate", "kl_old_estimate is of kl_old_coefficient, which is 0: set that too"
     if o.kl_ref == "loss" and method.objective != "grpo":
         yield (
             "kl_ref",
@@ -628,7 +684,7 @@ def _conflicts(o: Any) -> Any:
                 "episode_steps",
                 f"episode_steps is for whole episodes, and credit {o.credit} takes segments: set num_steps",
             )
-        if o.credit == "group" and rows < 2:
+        if compares_groups(o) and rows < 2:
             yield "num_envs", f"num_envs is {rows}: {o.method} compares episodes; give at least 2"
         group = getattr(o, "group_size", None)
         if group is not None and rows % group:
@@ -651,6 +707,11 @@ def _sampling_conflicts(o: Any) -> Any:
             "critic_memory",
             f"critic_memory is shared, and {o.method} fits its critic alone, which would move the policy: use own",
         )
+    if o.overlap and getattr(o, "divergence_mask", "none") in ("tv", "kl"):
+        yield (
+            "overlap",
+            "overlap samples while the copy of the old policy is read: leave it out, or use a binary divergence_mask",
+        )
     if o.overlap and o.profile:
         yield "profile", "profile follows one thread, and overlap samples in another: leave one of the two out"
     if o.overlap and method.objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
@@ -667,7 +728,7 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
-    if getattr(o, "credit", None) == "group" and o.completions < 2:
+    if compares_groups(o) and o.completions < 2:
         yield "completions", f"completions is 1: {o.method} compares the completions of a prompt; give at least 2"
     each = getattr(o, "completions", 1)
     rows = o.prompts_per_rollout * each

@@ -16,7 +16,7 @@ from policygrad.exact.policies import SoftmaxPolicy
 from policygrad.rollout import Rollout
 from policygrad.train.compose import WEIGHTS, Learner, compose
 from policygrad.train.methods import METHODS
-from policygrad.train.options import options_of
+from policygrad.train.options import OF_GROUPS, compares_groups, options_of
 from policygrad.updates import ascend
 from policygrad.verify.settings import GROUP, Setting, of_size
 from policygrad.verify.statistics import Experience, Moments, Row, Section
@@ -30,7 +30,7 @@ def method_section(at: Setting) -> Section:
     rows = []
     for name in METHODS:
         options = options_at(name, at)
-        if options.credit != "group" or at.tokens is not None:
+        if not compares_groups(options) or at.tokens is not None:
             rows += method_rows(at, options)
     return Section(f"{at.name}, methods", rows, at.on_policy, at.gradient)
 
@@ -66,7 +66,7 @@ def as_it_runs(at: Setting, options: Any) -> Row:
 
     Each batch is weighted by its probability, so that the step is the expected step. The update is plain `ascend`.
     """
-    size, off = (2 if options.credit == "group" else 1), options.credit == "vtrace"
+    size, off = (2 if compares_groups(options) else 1), options.credit == "vtrace"
     experience = at.off_policy if off else at.on_policy
     index, probability = experience.batches(size)
     group = torch.arange(len(index)).repeat_interleave(size)
@@ -104,7 +104,7 @@ def _expecting(row: Row, options: Any, at: Setting, experience: Experience, off:
 
 def _size(options: Any) -> int:
     """Rows of a batch: the fewest in which the method's credit means something."""
-    if options.credit == "group":
+    if compares_groups(options):
         return GROUP
     others = options.credit in ("reward_to_go", "trajectory_return") and options.baseline not in ("none", "value")
     return 2 if others or options.normalize_advantages == "batch" else 1
@@ -112,7 +112,10 @@ def _size(options: Any) -> int:
 
 def _bounds(options: Any) -> tuple[str, ...]:
     """The options that bound the method's ratios."""
-    return ("rho_bar",) if options.credit == "vtrace" else ("clip_low", "clip_high")
+    if options.credit == "vtrace":
+        return ("rho_bar",)
+    clipped = getattr(options, "gain", "surrogate") in ("surrogate", "weight")
+    return ("token_clip", "dual_clip", *(("clip_low", "clip_high") if clipped else ()))
 
 
 # Why a method does not expect grad J: what is true of its options.
@@ -121,15 +124,28 @@ _REASONS: dict[str, Callable[[Any, bool, bool], bool]] = {
         o.gamma < 1 and o.credit != "trajectory_return" and not getattr(o, "discounted", False)
     ),
     "wrong V": lambda o, off, together: o.credit in ("n_step", "gae", "vtrace") and getattr(o, "lam", 0.0) < 1,
-    "own return in b": lambda o, off, together: o.credit == "group" and o.group_baseline == "mean",
+    "own return in b": lambda o, off, together: (
+        (o.credit == "group" and o.group_baseline == "mean") or getattr(o, "baseline", "none") in OF_GROUPS
+    ),
+    "of the best": lambda o, off, together: o.credit == "group" and o.group_baseline == "other_best",
     "1/std": lambda o, off, together: (
         o.normalize_advantages == "batch"
         or (together and o.normalize_advantages == "minibatch")
-        or (o.credit == "group" and o.group_scale == "std")
+        or (o.credit == "group" and o.group_scale in ("std", "batch"))
     ),
+    "1/mean": lambda o, off, together: o.credit == "group" and o.group_scale == "mean",
+    "few tokens": lambda o, off, together: getattr(o, "learn_from", "all") != "all",
     "by token": lambda o, off, together: o.weights == "token",
-    "1/|y|": lambda o, off, together: o.weights == "row" or getattr(o, "ratio", "token") == "sequence",
+    "1/|y|": lambda o, off, together: (
+        o.weights == "row" or (o.weights != "episode" and getattr(o, "ratio", "token") == "sequence")
+    ),
     "1/T": lambda o, off, together: o.weights == "budget",
     "old states": lambda o, off, together: off,
+    "no ratio": lambda o, off, together: off and getattr(o, "gain", "surrogate") == "score",
     "clipped": lambda o, off, together: off and any(getattr(o, name, torch.inf) < torch.inf for name in _bounds(o)),
+    "soft clip": lambda o, off, together: off and getattr(o, "gain", "surrogate") in ("sigmoid", "gamma"),
+    "masked": lambda o, off, together: (
+        off and (getattr(o, "divergence_mask", "none") != "none" or getattr(o, "drift_bound", torch.inf) < torch.inf)
+    ),
+    "KL to the old": lambda o, off, together: off and getattr(o, "kl_old_coefficient", 0.0) > 0,
 }

@@ -19,7 +19,7 @@ from policygrad.exact.tokens import OnPrefixes, TokenWorld, completions, groups,
 from policygrad.exact.worlds import World, bandit, chain, cliff, garnet, with_clock
 from policygrad.rollout import Rollout
 from policygrad.train.compose import WEIGHTS, credit_of, objective_of
-from policygrad.train.options import options_of
+from policygrad.train.options import compares_groups, options_of
 from policygrad.verify.statistics import BATCH, Experience, Row, enumerated, unordered
 
 NAMES = ("random", "chain", "bandit", "cliff")  # of control
@@ -125,7 +125,7 @@ def row_of(
 def of_size(at: Setting, options: Any, off_policy: bool, size: int) -> Experience:
     """What was sampled, in batches of completions of one prompt only where the credit compares them."""
     experience = at.off_policy if off_policy else at.on_policy
-    if at.tokens is None or options.credit == "group" or size == 1:
+    if at.tokens is None or compares_groups(options) or size == 1:
         return experience
     return enumerated(experience.rollout, experience.batches(1)[1])
 

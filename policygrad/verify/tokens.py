@@ -15,12 +15,12 @@ from policygrad.divergences import AdaptiveCoefficient, Divergence, at_action, s
 from policygrad.exact.closed_form import visitation, weighted_gradient
 from policygrad.exact.policies import probabilities
 from policygrad.exact.tokens import expected_reward, log_likelihood, sequence_kl
-from policygrad.rollout import Rollout
+from policygrad.rollout import Rollout, at_last_decision
 from policygrad.samplers import KLCharged
 from policygrad.train.compose import DIVERGENCES
 from policygrad.verify.control import LEANS, no_credit
 from policygrad.verify.settings import GROUP, Setting, of_size, options_for, row_of
-from policygrad.verify.statistics import Row, Section
+from policygrad.verify.statistics import Experience, Row, Section
 from policygrad.verify.written_out import expectation
 from policygrad.weights import per_episode
 
@@ -36,6 +36,36 @@ def exact_reward_gradient(at: Setting) -> Tensor:
     """grad J, through the list of completions."""
     rollout = at.on_policy.rollout
     return _gradient(at, lambda log_p: expected_reward(log_p, _prompt(at), rollout.reward.sum(1)))
+
+
+def exact_best_gradient(at: Setting) -> Tensor:
+    """grad E[max_i R_i] of GROUP independent completions of a prompt, through the list of all such groups."""
+    assert at.tokens is not None
+    reward, (index, probability) = at.on_policy.rollout.reward.sum(1), at.on_policy.batches(GROUP)
+
+    def value(log_p: Tensor) -> Tensor:
+        likelihood = (log_p - log_p.detach())[index].sum(1).exp()  # 1, with the group's gradient
+        return (probability * likelihood * reward[index].amax(1)).sum()
+
+    return _gradient(at, value)
+
+
+def exact_success_gradient(at: Setting, order: int) -> Tensor:
+    """sum_{k <= order} grad pass@k / k, with pass@k = 1 - (1 - p)^k and p a prompt's probability of a reward of 1.
+
+    The mean over prompts. As the order grows it is the gradient of log p (MaxRL, arXiv 2602.02710).
+    """
+    rollout = at.on_policy.rollout
+
+    def value(log_p: Tensor) -> Tensor:
+        succeeded = log_p.exp() * rollout.reward.sum(1)
+        total = torch.zeros(())
+        for prompt in rollout.group.unique():
+            p = succeeded[rollout.group == prompt].sum()
+            total = total + sum((1 - (1 - p) ** k) / k for k in range(1, order + 1))
+        return total / len(rollout.group.unique())
+
+    return _gradient(at, value)
 
 
 def exact_kl_gradient(at: Setting) -> Tensor:
@@ -81,13 +111,15 @@ def group_rows(at: Setting) -> list[Row]:
         size: int = GROUP,
         off_policy: bool = False,
         critic: Tensor = nothing,
+        exact: Tensor | None = None,
+        of: str = "grad J",
         **values: Any,
     ) -> Row:
         options = options_for(at, method, **values)
         experience = of_size(at, options, off_policy, size)
         expected = expectation(options, at, experience, size, critic, off_policy=off_policy)
         made = row_of(at, name, method, critic, expected=expected, reason=reason, size=size, **values)
-        return replace(made, experience=experience)
+        return replace(made, experience=experience, exact=exact, of=of)
 
     std: dict[str, Any] = {"group_baseline": "mean", "group_scale": "std"}
     mean: dict[str, Any] = {"group_baseline": "mean"}
@@ -96,6 +128,7 @@ def group_rows(at: Setting) -> list[Row]:
     sequence: dict[str, Any] = {"method": "gspo", "group_baseline": "leave_one_out", "group_scale": "none",
                                 "weights": "row", **unclipped}  # fmt: skip
     off: dict[str, Any] = {"off_policy": True}
+    best = exact_best_gradient(at) / GROUP
     return [
         row("REINFORCE, no baseline", method="reinforce", size=1, baseline="none"),
         row("leave-one-out (RLOO)"),
@@ -113,6 +146,9 @@ def group_rows(at: Setting) -> list[Row]:
         row("clipped weight, away from the old policy (CISPO)", "old prefixes, weight clipped", gain="weight",
             clip_low=INF, clip_high=HIGH, **off),
         row("sequence ratio, away from the old policy", "old completions, 1/|y| power (GSPO)", **sequence, **off),
+        row("product ratio, away from the old policy", ratio="product", weights="row", **unclipped, **off),
+        row("best of the group, less the best of the others (pass@k)", exact=best, of="grad E[max R] / n",
+            group_baseline="other_best"),
         row("standardized over the batch (REINFORCE++)", "1/std and the mean of all prompts", "reinforce_plus_plus", 2,
             weights="token"),
         row("GAE(0.95) by token, exact critic", LEANS, "ppo", 1, critic=at.value),
@@ -228,9 +264,35 @@ def _charged(at: Setting, downhill: Tensor) -> Row:
     return replace(row, exact=exact, of="grad J - beta KL", experience=replace(at.on_policy, rollout=charged))
 
 
+def success_rows(at: Setting) -> list[Row]:
+    """MaxRL on rewards of 0 and 1: groups of n follow likelihood to the order n - 1, and two are REINFORCE."""
+    at = _succeeding(at)
+    values: dict[str, Any] = {"group_baseline": "mean", "group_scale": "mean"}
+    return [
+        replace(
+            row_of(at, f"over the mean, groups of {size} (MaxRL)", "rloo", size=size, **values),
+            experience=at.on_policy,
+            exact=exact_success_gradient(at, size - 1),
+            of=f"grad log p, order {size - 1}",
+        )
+        for size in (2, GROUP)
+    ]
+
+
+def _succeeding(at: Setting) -> Setting:
+    """The same completions, of which those with more than the mean reward succeed."""
+
+    def judged(experience: Experience) -> Experience:
+        rollout = experience.rollout
+        success = (rollout.reward.sum(1) > at.on_policy.rollout.reward.sum(1).mean()).to(rollout.reward.dtype)
+        return replace(experience, rollout=replace(rollout, reward=at_last_decision(success, rollout.mask)))
+
+    return replace(at, on_policy=judged(at.on_policy), off_policy=judged(at.off_policy))
+
+
 def token_rows(at: Setting) -> list[Row]:
     """Every estimator of language."""
-    return [*group_rows(at), *kl_rows(at)]
+    return [*group_rows(at), *success_rows(at), *kl_rows(at)]
 
 
 def token_section(at: Setting) -> Section:

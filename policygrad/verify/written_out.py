@@ -41,33 +41,44 @@ def expectation(
     sampled = at.probs_old if off_policy else at.probs
     ratio = (at.probs / sampled)[states, rollout.action].where(mask, 1.0)
     at_states = value[states].where(mask, 0.0)
-    advantage = _advantage(options, rollout.reward, mask, ratio, at_states, index, together)
+    advantage = _advantage(options, rollout.reward, mask, ratio, at_states, index, together, _energy(at, rollout))
     if options.normalize_advantages == "batch":
         advantage = _standardized(advantage, mask[index], together)
+    if getattr(options, "learn_from", "all") != "all":
+        advantage = advantage.where(_uncertain(options, at.probs[states][index], mask[index], together), 0.0)
     if getattr(options, "discounted", False):
         advantage = advantage * options.gamma ** torch.arange(mask.shape[1])
     if options.normalize_advantages == "minibatch" and together:  # the loop's part
         advantage = _standardized(advantage, mask[index], together)
-    slope = _slope(options, advantage, ratio[index], mask[index], _weight(options, mask[index]))
+    new, old = at.probs[states][index], sampled[states][index]
+    kept = _kept(options, advantage, ratio[index], mask[index], new, old, rollout.action[index])
+    slope = _slope(options, advantage, ratio[index], mask[index], _weight(options, mask[index]), kept)
     taken = (probability[:, None, None] * slope).where(mask[index], 0.0).flatten(0, 1)
     each = torch.zeros_like(rollout.reward).index_add(0, index.flatten(), taken)
     return torch.einsum("bt,btn->n", each, at.scores[states, rollout.action])
 
 
 def _advantage(
-    o: Any, reward: Tensor, mask: Tensor, ratio: Tensor, value: Tensor, index: Tensor, together: bool
+    o: Any,
+    reward: Tensor,
+    mask: Tensor,
+    ratio: Tensor,
+    value: Tensor,
+    index: Tensor,
+    together: bool,
+    energy: Tensor,
 ) -> Tensor:
     """[K, size, T]."""
     after = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)  # nothing is left at the end
     delta = (reward + o.gamma * after - value).where(mask, 0.0)
     match o.credit:
         case "group":
-            return _grouped(o, reward.sum(1)[index]).unsqueeze(-1).expand(*index.shape, reward.shape[1])
+            return _grouped(o, reward.sum(1)[index], together).unsqueeze(-1).expand(*index.shape, reward.shape[1])
         case "reward_to_go" | "trajectory_return":
             returns = _onward(reward, o.gamma)
             returns = returns[:, :1].expand_as(reward) if o.credit == "trajectory_return" else returns
             seen = returns[index].where(mask[index], 0.0)
-            return returns[index] - _baseline(o, seen, mask[index], value[index], together)
+            return returns[index] - _baseline(o, seen, mask[index], value[index], together, energy[index])
         case "gae":
             return _onward(delta, o.gamma * o.lam)[index]
         case "monte_carlo":
@@ -92,17 +103,71 @@ def _onward(x: Tensor, decay: float, most: int | None = None) -> Tensor:
     return x @ (decay ** ahead.clamp(min=0).to(x.dtype)).where(kept, 0.0).T
 
 
-def _grouped(o: Any, returns: Tensor) -> Tensor:
+def _grouped(o: Any, returns: Tensor, together: bool) -> Tensor:
     total, n = returns.sum(1, keepdim=True), returns.shape[1]
-    if o.group_baseline not in ("mean", "leave_one_out") or o.group_scale not in ("std", "none"):
-        raise NoClosedForm
-    centered = returns - (total / n if o.group_baseline == "mean" else (total - returns) / (n - 1))
-    spread = (returns - total / n).square().sum(1, keepdim=True).div(n - 1).sqrt()
-    return (centered / spread).where(spread > 1e-12, 0.0) if o.group_scale == "std" else centered
+    match o.group_baseline:
+        case "mean":
+            centered = returns - total / n
+        case "leave_one_out":
+            centered = returns - (total - returns) / (n - 1)
+        case "other_best":
+            rest = torch.stack([returns[:, [j for j in range(n) if j != i]].amax(1) for i in range(n)], 1)
+            centered = returns.amax(1, keepdim=True) - rest
+        case _:
+            raise NoClosedForm
+    match o.group_scale:
+        case "none":
+            return centered
+        case "std":
+            scale = (returns - total / n).square().sum(1, keepdim=True).div(n - 1).sqrt()
+        case "mean":
+            scale = total / n
+        case "batch":
+            scale = returns.std() if together else returns.std(1, keepdim=True)
+        case _:
+            raise NoClosedForm
+    return (centered / scale).where(scale > 1e-12, 0.0)
 
 
-def _baseline(o: Any, returns: Tensor, mask: Tensor, value: Tensor, together: bool) -> Tensor:
-    """The means are over the other rows of the batch, or of all batches together."""
+def _energy(at: Setting, rollout: Any) -> Tensor:
+    """|grad log pi(a|s)|^2 in the logits, e_a - pi, summed over the row so far."""
+    probs = at.probs[at.states(rollout)]
+    chosen = torch.nn.functional.one_hot(rollout.action, probs.shape[-1])
+    return (chosen - probs).square().sum(-1).where(rollout.mask, 0.0).cumsum(1)
+
+
+def _uncertain(o: Any, probs: Tensor, mask: Tensor, together: bool) -> Tensor:
+    """Whether at most share - 1 of the batch's decisions (or of all) have more entropy."""
+    entropy = -(probs * probs.log()).sum(-1)
+    flat, counted = (x.reshape(1, -1) if together else x.flatten(1) for x in (entropy, mask))
+    above = torch.stack(
+        [((e.unsqueeze(0) > e.unsqueeze(1) + 1e-12) & m).sum(1) for e, m in zip(flat, counted, strict=True)]
+    )
+    return (above < o.learn_from_share * counted.sum(1, keepdim=True)).view(mask.shape) & mask
+
+
+def _kept(o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, new: Tensor, old: Tensor, action: Tensor) -> Tensor:
+    """Which decisions the objective learns from; new, old: the probabilities of all actions."""
+    kept = torch.ones_like(mask)
+    p, q = (x.gather(-1, action.unsqueeze(-1)).squeeze(-1) for x in (new, old))
+    match getattr(o, "divergence_mask", "none"):
+        case "binary_tv":
+            far = (p - q).abs()
+        case "binary_kl":
+            far = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+        case "tv":
+            far = (new - old).abs().sum(-1) / 2
+        case "kl":
+            far = (old * (old / new).log()).sum(-1)
+        case _:
+            far = torch.zeros_like(p)
+    kept &= ~((far > getattr(o, "divergence_bound", torch.inf)) & (advantage * (p - q) > 0))
+    drift = -ratio.log().sum(2, keepdim=True) / mask.sum(2, keepdim=True)
+    return kept & ~((advantage < 0) & (drift > getattr(o, "drift_bound", torch.inf)))
+
+
+def _baseline(o: Any, returns: Tensor, mask: Tensor, value: Tensor, together: bool, energy: Tensor) -> Tensor:
+    """The means are over the other rows of the batch, or of all batches together; or over the rows of the group."""
 
     def others(x: Tensor) -> Tensor:
         return x.sum((0, 1) if together else 1, keepdim=True) - x
@@ -116,6 +181,12 @@ def _baseline(o: Any, returns: Tensor, mask: Tensor, value: Tensor, together: bo
             return others(returns.sum(2, keepdim=True)) / others(mask.sum(2, keepdim=True))
         case "time_mean":
             return others(returns) / others(mask.long()).clamp(min=1)
+        case "length_weighted":
+            return (returns.sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)).expand_as(returns)
+        case "token":
+            weight = energy.where(mask, 0.0)
+            mean = (weight * returns).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            return mean.where(mask.sum(1, keepdim=True) > 1, 0.0).expand_as(returns)
     raise NoClosedForm
 
 
@@ -142,24 +213,53 @@ def _weight(o: Any, mask: Tensor) -> Tensor:
     raise NoClosedForm
 
 
-def _slope(o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+def _slope(o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     """The objective's derivative in each decision's log-probability."""
     if o.kl_ref != "none" or getattr(o, "entropy_coefficient", 0):
         raise NoClosedForm
-    named, gain, by = METHODS[o.method].objective, getattr(o, "gain", "surrogate"), getattr(o, "ratio", "token")
+    named = METHODS[o.method].objective
     if named in ("reinforce", "actor_critic"):
         return weight * advantage
-    if gain not in ("surrogate", "weight") or by not in ("token", "sequence"):
-        raise NoClosedForm
     length = mask.sum(2, keepdim=True)
-    r = ratio if by == "token" else ratio.prod(2, keepdim=True) ** (1 / length)
+    log_ratio, bound = ratio.log(), getattr(o, "token_clip", torch.inf)
+    beyond = advantage.sign() * log_ratio > bound  # tokens that are stopped before ratios are averaged
+    total = log_ratio.where(~beyond, advantage.sign() * bound if bound < torch.inf else 0.0).sum(2, keepdim=True)
+    by = getattr(o, "ratio", "token")
+    if by not in ("token", "sequence", "sequence_token", "product"):
+        raise NoClosedForm
+    r = {"token": ratio, "product": total.exp()}.get(by, (total / length).exp())
+    own, through = _derivative(o, named, r, advantage)
+    found, reached = weight * (own * kept), weight * (through * kept)
+    if by in ("sequence", "product"):
+        reached = (reached.sum(2, keepdim=True) / (length if by == "sequence" else 1)).expand_as(weight)
+    found = found + reached.where(~beyond, 0.0)
+    beta = getattr(o, "kl_old_coefficient", 0.0)
+    if getattr(o, "kl_old_estimate", "k3") == "squared_row":
+        return found - beta * weight.sum(2, keepdim=True) * log_ratio.sum(2, keepdim=True) / length
+    return found - beta * weight * (ratio - 1)
+
+
+def _derivative(o: Any, named: str, r: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain's derivatives in log pi itself, and in the logarithm of the ratio."""
+    gain, none = getattr(o, "gain", "surrogate"), torch.zeros_like(advantage)
     low, high = (1 - o.clip_low, 1 + o.clip_high) if named in ("ppo", "grpo") else (-torch.inf, torch.inf)
-    if gain == "weight":
-        return weight * r.clamp(low, high) * advantage
-    stopped = ((advantage > 0) & (r > high)) | (
-        (advantage < 0) & ((r < low) | (r > getattr(o, "dual_clip", torch.inf)))
-    )
-    found = weight * (r * advantage).where(~stopped, 0.0)
-    if by == "sequence":
-        found = (found.sum(2, keepdim=True) / length).expand_as(weight)
-    return found - getattr(o, "kl_old_coefficient", 0.0) * weight * (ratio - 1)
+    floor = getattr(o, "dual_clip", torch.inf)
+    if gain != "surrogate" and floor < torch.inf:
+        raise NoClosedForm
+    match gain:
+        case "surrogate":
+            stopped = ((advantage > 0) & (r > high)) | ((advantage < 0) & ((r < low) | (r > floor)))
+            return none, (r * advantage).where(~stopped, 0.0)
+        case "weight":
+            return r.clamp(low, high) * advantage, none
+        case "sigmoid":
+            tau = torch.where(advantage > 0, o.sigmoid_positive, o.sigmoid_negative)
+            return none, r * advantage / (tau * (r - 1) / 2).cosh() ** 2
+        case "gamma":
+            good = advantage > 0
+            power = torch.where(good, o.gamma_power_positive, o.gamma_power_negative)
+            rate = torch.where(good, o.gamma_rate_positive, o.gamma_rate_negative)
+            return r**power * (rate - rate * r).exp() * advantage, none
+        case "score":
+            return advantage, none
+    raise NoClosedForm
