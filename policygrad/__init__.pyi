@@ -109,5 +109,22 @@ gspo: _Assembled
 cispo: _Assembled
 rloo: _Assembled
 reinforce_plus_plus: _Assembled
+dppo: _Assembled
+sapo: _Assembled
+gmpo: _Assembled
+gspo_token: _Assembled
+luspo: _Assembled
+vespo: _Assembled
+maxrl: _Assembled
+pass_at_k: _Assembled
+lite_ppo: _Assembled
+opo: _Assembled
+otb: _Assembled
+two_sided_grpo: _Assembled
+masked_grpo: _Assembled
+forking_tokens: _Assembled
+skywork_or1: _Assembled
+opmd: _Assembled
+reinforce_plus_plus_baseline: _Assembled
 
 __version__: str

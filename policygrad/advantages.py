@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from policygrad.errors import UserError
 from policygrad.returns import lambda_return, n_step
 from policygrad.rollout import Rollout, holes_last
 
@@ -53,10 +54,11 @@ def length_weighted_mean(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Flo
     The constant of least variance, if the squared score of a row is as large as the row is long. With
     returns.trajectory_return.
     """
-    same = (rollout.group.unsqueeze(1) == rollout.group.unsqueeze(0)).to(returns.dtype)
     length = rollout.mask.sum(1).to(returns.dtype)
-    total = same @ returns.where(rollout.mask, 0.0).sum(1)  # a row has its return at each of its |y| decisions
-    return (total / (same @ length).clamp(min=1)).unsqueeze(1).expand_as(returns)
+    total = returns.gather(1, rollout.mask.int().argmax(1, keepdim=True)).squeeze(1)  # as at all of the row's decisions
+    same, origin = _same(total, rollout.group)
+    mean = origin + _sum(same, length * (total - origin)) / _sum(same, length).clamp(min=1)
+    return mean.unsqueeze(1).expand_as(returns)
 
 
 def gae(
@@ -150,11 +152,16 @@ def mean_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
     """MaxRL's divisor, the group's mean (Tajwar et al. 2026, arXiv 2602.02710).
 
     For rewards of 0 and 1, n to a group, (R - mean) / mean has the expectation sum_{k < n - 1} (1 - p)^k grad p: it
-    nears grad log p, the gradient of maximum likelihood, as n grows. Infinity where the mean is 0 or less, so that the
-    advantage is 0: the rewards must not be negative.
+    nears grad log p, the gradient of maximum likelihood, as n grows. Infinity where the mean is 0, so that the
+    advantage is 0. Raises UserError if a return is negative.
     """
+    if not torch._C._functorch.is_functorch_wrapped_tensor(returns) and bool((returns < 0).any()):
+        raise UserError(
+            "the mean return divides a group's advantages, and a return is negative: use rewards of 0 or more, or "
+            "group_scale std or none"
+        )
     mean = group_mean(returns, group)
-    return mean.where(~(mean <= 0), torch.inf)
+    return mean.where(mean != 0, torch.inf)
 
 
 def batch_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

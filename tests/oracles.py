@@ -51,7 +51,18 @@ def composed(
     """A line of the table. If nothing else is said there is no discount, and a gradient is as long as it is."""
     kind = options_of(name, "exact")
     free = {"gamma": 1.0} | ({"max_grad_norm": inf} if METHODS[name].update == "ascend" else {})
-    return compose(kind(**(free | values)), policy, critic, sample, None if reference is None else lambda: reference)
+    paid = positive(sample) if kind(**values).credit == "group" and kind(**values).group_scale == "mean" else sample
+    return compose(kind(**(free | values)), policy, critic, paid, None if reference is None else lambda: reference)
+
+
+def positive(sample: Sample) -> Sample:
+    """The same with the size of each reward, for a credit that none may be negative for."""
+
+    def sampled(policy: nn.Module) -> Rollout:
+        rollout = sample(policy)
+        return replace(rollout, reward=rollout.reward.abs())
+
+    return sampled
 
 
 def line(name: str) -> Method:

@@ -10,9 +10,9 @@ from gymnasium import spaces
 from policygrad.control import Critic, Policy
 from policygrad.control.masks import random_masks
 from policygrad.control.spaces import Flat, FlatActions
-from policygrad.divergences import AdaptiveCoefficient, to_reference
+from policygrad.divergences import AdaptiveCoefficient, AdaptiveEntropy, to_reference
 from policygrad.rollout import Batch, Rollout, decisions
-from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of
+from policygrad.train.compose import DIVERGENCES, WEIGHTS, credit_of, objective_of, reads_rows
 from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
 from policygrad.updates import Objective
@@ -44,6 +44,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 # Each equation with all its branches; the other settings leave some of them out.
 TRACED = ["reinforce", "actor_critic", "ppo", "ppo with all", "trpo of whole rows"]
 TRACED += [name for name in SETTINGS if "reference" in name]
+TRACED += ["dppo", "sapo", "gmpo", "gspo_token", "vespo", "masked_grpo", "skywork_or1", "opmd"]
+
+
+def kinds(name: str) -> list[str]:
+    """The kinds of action that the method is for."""
+    return ["discrete", "masked"] if SETTINGS[name][0] == "otb" else list(ACTIONS)
 
 
 def problem(name: str, kind: str) -> tuple[Objective, Batch]:
@@ -57,20 +63,21 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
     policy, critic = Policy(seen, space, hidden=(8,), **made), Critic(seen, hidden=(8,))
     with torch.no_grad():
         action = policy(obs).sample()
-        distance = 1e-4 if method == "gspo" else 0.1  # a whole row's ratio is clipped near 1
+        near = getattr(options, "clip_high", 1.0) < 1e-3  # as the ratios of whole rows are clipped
+        distance = 1e-4 if near else 0.1
         logp = policy(obs).log_prob(action) + distance * torch.randn(4, 6)
     never = torch.zeros(4, 6, dtype=torch.bool)
     rollout = Rollout(
         obs,
         action,
         logp,
-        torch.randn(4, 6),
+        torch.randn(4, 6).abs() if method == "maxrl" else torch.randn(4, 6),
         never,
         never,
         ~never.index_fill(1, torch.tensor(2), True),
         torch.arange(4) // 2,
         torch.randn_like(obs[:, 0]),
-        memoryless=getattr(options, "ratio", "token") == "token",
+        memoryless=not reads_rows(options),
     )
     coefficients, anchor = {}, None
     if options.kl_ref == "loss":
@@ -82,6 +89,8 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
         anchor = partial(to_reference, reference=reference, divergence=DIVERGENCES[options.kl_ref_estimate])
     if getattr(options, "kl_old_coefficient", 0):
         coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient)
+    if getattr(options, "entropy_target", None) is not None:
+        coefficients["entropy"] = AdaptiveEntropy(options.entropy_target, options.entropy_step, start=0.1)
     credit = credit_of(options, policy, critic)(rollout)
     batch = decisions(rollout, WEIGHTS[options.weights](rollout.mask), *credit)
     return objective_of(options, policy, critic, coefficients, anchor), batch

@@ -653,7 +653,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     (
         "an option of another method",
         ("train", "trpo", "CartPole-v1", "--clip-low", "0.2"),
-        "trpo has no option 'clip_low': it is for ppo, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_plus_plus;",
+        "trpo has no option 'clip_low': it is for ppo, grpo, dr_grpo, dapo, gspo, cispo",
     ),
     ("of the other update", ("train", "ppo", "exact:chain", "--delta=0.1"), "ppo has no option 'delta': it is for npg"),
     (

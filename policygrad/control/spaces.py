@@ -46,6 +46,13 @@ class Flat(spaces.Box):
         return {name: obs[..., part] for name, part in self.slices.items()}
 
 
+def has_densities(space: spaces.Space) -> bool:
+    """Whether a distribution over the space, or over a part of it, has a density and not probabilities."""
+    parts = space.spaces if isinstance(space, spaces.Dict | spaces.Tuple) else ()
+    inner = parts.values() if isinstance(parts, dict) else parts
+    return isinstance(space, spaces.Box) or any(has_densities(part) for part in inner)
+
+
 def is_image(space: spaces.Space) -> bool:
     """Whether observations in a space are images: uint8, of three dimensions."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3

@@ -98,6 +98,12 @@ TABLE = (
         on={"language": {"kl_ref": "reward"}},
     ),
     Method(
+        "reinforce_plus_plus", "REINFORCE++: the batch as the baseline; KL in the reward.",
+        "grpo", defaults={"credit": "reward_to_go", "baseline": "none", "normalize_advantages": "batch",
+                          "weights": "token", "minibatch_size": None, "max_grad_norm": 1.0},
+        on={"language": {"kl_ref": "reward", "completions": 1, "prompts_per_rollout": 128}},
+    ),
+    Method(
         "dppo", "Divergence PPO: a token is left out where its probability, not its ratio, has moved too far.",
         "grpo", defaults={**_GROUP, **_UNCLIPPED, "gain": "weight", "clip_high": 19.0, "divergence_mask": "binary_tv",
                           "group_scale": "none", "weights": "budget"},
@@ -168,12 +174,6 @@ TABLE = (
         "reinforce_plus_plus_baseline", "REINFORCE++ with the group's mean as baseline, standardized over the batch.",
         "grpo", defaults={**_GROUP, "group_scale": "none", "normalize_advantages": "batch", "weights": "token"},
         on={"language": {"kl_ref": "loss", "kl_ref_estimate": "k2"}},
-    ),
-    Method(
-        "reinforce_plus_plus", "REINFORCE++: the batch as the baseline; KL in the reward.",
-        "grpo", defaults={"credit": "reward_to_go", "baseline": "none", "normalize_advantages": "batch",
-                          "weights": "token", "minibatch_size": None, "max_grad_norm": 1.0},
-        on={"language": {"kl_ref": "reward", "completions": 1, "prompts_per_rollout": 128}},
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in TABLE}

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 from tyro.conf import UseAppendAction, arg
 
-from policygrad.errors import UserError, shortened
+from policygrad.errors import UserError, listed, shortened
 from policygrad.train.methods import KNOWN, Method, nearest
 
 
@@ -126,7 +126,7 @@ class Options:
         "Maximum episode length if rows are whole episodes; None: the task's time limit.", COUNT, **EPISODES, **SAMPLED)
     group_size: int | None = option(None,
         "Episodes in a group, all from the same start; None: the whole rollout is one group.",
-        TWO, **CONTROL, credit=("group",))
+        TWO, **CONTROL, **SAMPLED)
     vectorization: Literal["auto", "sync", "async", "envpool"] = option("auto",
         "auto: the environment's own vectorized version, else sync; async: a process per core; envpool: "
         "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
@@ -322,7 +322,7 @@ class Options:
     entropy_target: float | None = option(None,
         "Entropy below which the bonus grows by entropy_step an iteration, and above which it is off and shrinks; "
         "None: it is constant.", RATE, objective=("grpo",))
-    entropy_step: float = option(0.005, "That step.", RATE, objective=("grpo",))
+    entropy_step: float = option(0.005, "The step of entropy_target.", RATE, objective=("grpo",))
     value_coefficient: float = option(0.5,
         "Coefficient of the critic's squared error in the objective.",
         NOT_NEGATIVE, objective=("actor_critic", "ppo"), credit=BOOTSTRAPPED)
@@ -613,6 +613,10 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
         )
+    if f.name == "group_size" and not compares_groups(options):
+        raise OptionError(
+            "group_size", "group_size is read only where credit is group, or the baseline of a group's: leave it out"
+        )
     if f.name == "entropy_step" and options.entropy_target is None:
         raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
@@ -783,7 +787,7 @@ def _why_not(name: str, options: Any, known: Mapping[str, Any]) -> str:
             if "world" in when and options.world not in when["world"]:
                 return f" on {options.world}: it is for {' and '.join(when['world'])}; leave it out"
             users = [m.name for m in KNOWN.values() if _applies(f, m, options.world)]
-            return f": it is for {', '.join(users)}; leave it out"
+            return f": it is for {listed(users, 80)}; leave it out"
     return f": {nearest(name, sorted(known))}"
 
 

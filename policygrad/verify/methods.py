@@ -20,6 +20,7 @@ from policygrad.train.options import OF_GROUPS, compares_groups, options_of
 from policygrad.updates import ascend
 from policygrad.verify.settings import GROUP, Setting, of_size
 from policygrad.verify.statistics import Experience, Moments, Row, Section
+from policygrad.verify.tokens import exact_reward_gradient, succeeding
 from policygrad.verify.written_out import NoClosedForm, expectation
 
 ONE_STEP = {"epochs": 1, "minibatch_size": None, "sampling_rounds": 1}  # on the whole rollout, as it was sampled
@@ -44,6 +45,10 @@ def options_at(name: str, at: Setting) -> Any:
 
 def method_rows(at: Setting, options: Any) -> list[Row]:
     """On policy; off policy, if the method reads the ratio; and as it runs. The critic is wrong."""
+    exact = None
+    if options.credit == "group" and options.group_scale == "mean":  # which is for rewards that are not negative
+        at = succeeding(at)
+        exact = exact_reward_gradient(at)
     reads_ratio = options.credit == "vtrace" or METHODS[options.method].objective not in ("reinforce", "actor_critic")
     size, rows = _size(options), []
     for off in (False, True) if reads_ratio else (False,):
@@ -58,7 +63,7 @@ def method_rows(at: Setting, options: Any) -> list[Row]:
             experience=replace(experience, rollout=learner.sample(learner.objective.policy)),
         )
         rows.append(_expecting(row, options, at, experience, off))
-    return [*rows, as_it_runs(at, options)]
+    return [replace(row, exact=exact) for row in (*rows, as_it_runs(at, options))]
 
 
 def as_it_runs(at: Setting, options: Any) -> Row:

@@ -266,7 +266,7 @@ def _charged(at: Setting, downhill: Tensor) -> Row:
 
 def success_rows(at: Setting) -> list[Row]:
     """MaxRL on rewards of 0 and 1: groups of n follow likelihood to the order n - 1, and two are REINFORCE."""
-    at = _succeeding(at)
+    at = succeeding(at)
     values: dict[str, Any] = {"group_baseline": "mean", "group_scale": "mean"}
     return [
         replace(
@@ -279,7 +279,7 @@ def success_rows(at: Setting) -> list[Row]:
     ]
 
 
-def _succeeding(at: Setting) -> Setting:
+def succeeding(at: Setting) -> Setting:
     """The same completions, of which those with more than the mean reward succeed."""
 
     def judged(experience: Experience) -> Experience:

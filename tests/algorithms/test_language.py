@@ -52,6 +52,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cispo": ("cispo", {"epochs": 2}),
     "dr_grpo": ("dr_grpo", {}),
     "reinforce++": ("reinforce_plus_plus", {}),
+    "dppo": ("dppo", {"epochs": 2, "divergence_bound": 0.01}),
+    "dppo, over the vocabulary": ("dppo", {"epochs": 2, "divergence_mask": "tv", "divergence_bound": 0.01}),
+    "sapo": ("sapo", {"epochs": 2}),
+    "gmpo": ("gmpo", {"epochs": 2, "token_clip": 0.01}),
+    "gspo-token": ("gspo_token", {"epochs": 2, "clip_low": 0.2, "clip_high": 0.2}),
+    "luspo": ("luspo", {"epochs": 2, "clip_low": 0.2, "clip_high": 0.2}),
+    "vespo": ("vespo", {"epochs": 2}),
+    "maxrl": ("maxrl", {}),
+    "pass@k": ("pass_at_k", {}),
+    "lite ppo": ("lite_ppo", {"epochs": 2}),
+    "opo": ("opo", {}),
+    "otb": ("otb", {}),
+    "two-sided grpo": ("two_sided_grpo", {"epochs": 2, "dual_clip": 1.1}),
+    "masked grpo": ("masked_grpo", {"epochs": 2, "drift_bound": 0.01, "kl_ref": "none"}),
+    "forking tokens": ("forking_tokens", {"micro_batch": 3}),
+    "adaptive entropy": ("skywork_or1", {"entropy_target": 100.0}),
+    "opmd": ("opmd", {"epochs": 2}),
+    "reinforce++ baseline": ("reinforce_plus_plus_baseline", {"kl_ref": "none"}),
     "reinforce": ("reinforce", {"baseline": "value", "normalize_advantages": "batch", **FITTED}),
     "actor-critic": ("actor_critic", {"lam": 0.95, "normalize_advantages": "batch"}),
     "off-policy actor-critic": ("off_policy_actor_critic", {"epochs": 2, "normalize_advantages": "batch"}),
@@ -191,9 +209,9 @@ def test_the_ratio_is_1_on_the_first_minibatch(method: str, adapter: bool) -> No
         found = numbers(metrics)
         assert found["kl_old"] < 1e-12
         assert found["effective_sample_size"] == pytest.approx(1, abs=1e-6)
-        assert found["clip_fraction_low"] == found["clip_fraction_high"] == 0
+        assert found.get("clip_fraction_low", 0) == found.get("clip_fraction_high", 0) == 0
         assert abs(found["mismatch_kl"]) < 1e-9
-        assert found["gradient_norm"] > 0
+        assert found["gradient_norm"] > 0 or method == "pass_at_k", "of two that are best none is owed anything"
 
 
 def test_the_ratio_is_1_to_the_bit_when_the_rows_keep_their_order() -> None:
@@ -204,7 +222,7 @@ def test_the_ratio_is_1_to_the_bit_when_the_rows_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize(("epochs", "passes"), [(1, 1), (3, 3)])
-@pytest.mark.parametrize("method", of_groups)
+@pytest.mark.parametrize("method", [x for x in of_groups if x not in ("otb", "forking_tokens")])  # who ask it once more
 def test_a_step_is_one_forward_pass_as_the_sampler_has_scored_its_tokens(method: str, epochs: int, passes: int) -> None:
     policy = made_policy()
     seen: list[bool] = []
@@ -270,6 +288,12 @@ UNBIASED: dict[str, dict[str, Any]] = {
     "trpo": {"lam": 1.0, "normalize_advantages": "none"},
     "ppo": {"lam": 1.0, "normalize_advantages": "none"},
     "reinforce_plus_plus": {"normalize_advantages": "none"},
+    "opo": {},
+    "otb": {},
+    "pass_at_k": {"group_baseline": "mean"},
+    "maxrl": {"group_scale": "none"},
+    "forking_tokens": {"group_scale": "none", "learn_from": "all"},
+    "reinforce_plus_plus_baseline": {"normalize_advantages": "none"},
 }
 
 

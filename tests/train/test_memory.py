@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from outcomes import WHOLE
 from torch import nn
 
 import policygrad as pg
@@ -17,7 +18,6 @@ from policygrad.control.memory import GRU
 from policygrad.errors import Note, UserError
 from policygrad.rollout import state_size
 from policygrad.samplers import RandomNetworkDistillation
-from policygrad.train.methods import METHODS
 from policygrad.train.options import EPISODIC, options_of
 
 TWO = spaces.Discrete(2)
@@ -50,7 +50,7 @@ class Sign(gymnasium.Env):
         return np.array([0, self.t], np.float32), float(last and chosen == bool(self.sign)), last, False, {}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_every_method_trains_with_memory(method: str, tmp_path: Any) -> None:
     values: dict[str, Any] = {"num_envs": 4, "memory": "gru", "memory_size": 4, "hidden": (), "progress": False}
     options = options_of(method, "control")()

@@ -22,6 +22,7 @@ from policygrad.train.options import (
     EPISODIC,
     OptionError,
     Options,
+    compares_groups,
     defaults_of,
     for_command_line,
     has_critic,
@@ -128,26 +129,53 @@ VALUES: dict[str, Any] = {
     "state_dependent_std": True,
     "initial_log_std": -0.5,
     "sampling_rounds": {1: 3, 4: 1},
-    "credit": {"gae": "group", "vtrace": "group", "reward_to_go": "group", "group": "reward_to_go"},
+    "credit": {
+        "gae": "group",
+        "vtrace": "group",
+        "reward_to_go": "group",
+        "group": "reward_to_go",
+        "trajectory_return": "group",
+    },
     "gamma": 0.5,
     "lam": 0.3,
     "n": 2,
     "rho_bar": 0.5,
     "c_bar": 0.5,
-    "baseline": "time_mean",
+    "baseline": {"value": "time_mean", "none": "time_mean", "length_weighted": "time_mean", "token": "time_mean"},
     "discounted": True,
-    "group_baseline": {"mean": "leave_one_out", "leave_one_out": "mean"},
-    "group_scale": {"std": "none", "none": "std"},
+    "group_baseline": {"mean": "leave_one_out", "leave_one_out": "mean", "other_best": "mean"},
+    "group_scale": {"std": "none", "none": "std", "mean": "std", "batch": ("std", {"group_size": 2})},
+    "learn_from": {"all": "high_entropy", "high_entropy": "all"},
+    "learn_from_share": 0.5,
     "normalize_advantages": {"none": "batch", "batch": "none", "minibatch": "none"},
     "weights": {"token": "row", "row": "token", "episode": "row", "budget": "row"},
     "entropy_coefficient": 0.5,
     "value_coefficient": 5.0,
     "value_clip": 1e-3,
-    "ratio": {"token": "sequence", "sequence": "token"},
-    "gain": {"surrogate": "weight", "weight": "surrogate"},
+    "ratio": {"token": "sequence", "sequence": "token", "sequence_token": "token", "product": "token"},
+    "gain": {
+        "surrogate": "weight",
+        "weight": "surrogate",
+        "sigmoid": "surrogate",
+        "gamma": "surrogate",
+        "score": "surrogate",
+    },
     "clip_low": 0.01,
     "clip_high": 0.01,
+    "sigmoid_positive": 5.0,
+    "sigmoid_negative": 5.0,
+    "gamma_power_positive": 0.5,
+    "gamma_power_negative": 0.5,
+    "gamma_rate_positive": 0.5,
+    "gamma_rate_negative": 0.5,
+    "token_clip": {math.inf: 0.01, 0.4: 0.01},
     "dual_clip": 1.01,
+    "divergence_mask": {"none": "binary_tv", "binary_tv": "none"},
+    "divergence_bound": 1e-3,
+    "drift_bound": (1e-3, {"ratio": "sequence"}),
+    "kl_old_estimate": {"k3": ("squared_row", {"kl_old_coefficient": 1.0}), "squared_row": "k3"},
+    "entropy_target": {None: 10.0, 0.2: None},
+    "entropy_step": (0.5, {"entropy_target": 10.0}),
     "kl_old_coefficient": 1.0,
     "kl_old_target": (1e-6, {"kl_old_coefficient": 1.0}),
     "target_kl": 1e-6,
@@ -190,6 +218,9 @@ ELSEWHERE |= {"policy_keys", "critic_keys", "opponent", "freeze_every"}
 UNREAD = {("clone", "env_options"), ("clone", "weights")}
 UNREACHED: dict[str, set[str]] = {"control": set(), "exact": {"backtracks", "shrink"}}
 TASKS = {"control": "probes:Known-v0", "exact": "exact:chain"}
+# They are, or these methods, for actions with probabilities, or for rewards that are not negative.
+OF_PROBABILITIES = {"divergence_mask", "divergence_bound", "learn_from", "learn_from_share"}
+OF_CARTPOLE = {"dppo", "otb", "maxrl"}
 # Where groups are sometimes flat.
 FLAT: dict[str, Any] = {"control": limited(ConstantReward, 8), "exact": "exact:tokens"}
 OF_CLONE = np.random.default_rng(0).uniform(-1, 1, (20, 5))  # transitions: three numbers seen, and two done
@@ -210,10 +241,10 @@ def another(method: str, world: str, option: str) -> tuple[Any, dict[str, Any]]:
     """Another value of an option, and what must be set for it to be read, by its own conditions."""
     defaults = options_of(method, world)(**small(method, world))
     value, context = VALUES[option], {}
-    if isinstance(value, tuple) and isinstance(value[-1], dict):
-        value, context = value
     if isinstance(value, dict):
         value = value[getattr(defaults, option)]
+    if isinstance(value, tuple) and isinstance(value[-1], dict):
+        value, context = value
     field = next(f for f in dataclasses.fields(Options) if f.name == option)
     for other, values in field.metadata["when"].items():
         if hasattr(defaults, other) and other not in ("world", "method") and getattr(defaults, other) not in values:
@@ -227,10 +258,14 @@ def another(method: str, world: str, option: str) -> tuple[Any, dict[str, Any]]:
         context |= {"baseline": "value"}
     if option == "episode_steps" and world == "control" and credit not in EPISODIC:
         context |= {"credit": "group"}
+    if option == "group_size" and not compares_groups(defaults):
+        context |= {"credit": "group"}
     if option == "gamma" and credit == "group":
         context |= {"discounted": True}
     if option == "weights" and world == "exact":
         context |= {"task": "exact:tokens"}  # rows of several lengths
+    if option in OF_PROBABILITIES:
+        context |= {"task": "CartPole-v1"}
     if option == "sampling_rounds":
         context |= {"task": FLAT[world]}
     return value, context
@@ -248,7 +283,8 @@ def outcome(method: str, world: str, task: Any = None, **options: Any) -> Any:
         images = {"observation": PIXELS, "action": np.arange(20) % 3}
         numbers = {"observation": OF_CLONE[:, :3], "action": OF_CLONE[:, 3:]}
         values = {"demonstrations": numbers if task is None else images} | values
-    run = pg.train(method, task or TASKS[world], progress=False, **values)
+    usual = "CartPole-v1" if world == "control" and method in OF_CARTPOLE else TASKS[world]
+    run = pg.train(method, task or usual, progress=False, **values)
     return parameters(run).tolist(), untimed(run.metrics)
 
 
@@ -465,7 +501,7 @@ UNREAD: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"critic_epochs": 2}, "critic_epochs is a critic's, and credit group has none"),
     ("grpo", {"kl_ref_coefficient": 0.1}, "kl_ref_coefficient is read only where kl_ref is reward or loss"),
     ("ppo", {"episode_steps": 9}, "episode_steps is for whole episodes, and credit gae takes segments"),
-    ("ppo", {"group_size": 2}, "group_size is read only where credit is group, and credit is gae"),
+    ("ppo", {"group_size": 2}, "group_size is read only where credit is group"),
     ("ppo", {"sampling_rounds": 2}, "sampling_rounds is read only where credit is group"),
 ]
 

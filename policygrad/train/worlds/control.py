@@ -13,6 +13,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from policygrad.control.memoryless import refuse_memory
 from policygrad.control.players import agents_of
 from policygrad.control.replay import restore, state_of
 from policygrad.control.seats import Frozen, Selves
-from policygrad.control.spaces import describe, is_image, kept_of, rebuild
+from policygrad.control.spaces import describe, has_densities, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
 from policygrad.files import damaged, read_json, read_tensors
@@ -41,7 +42,7 @@ from policygrad.train.checkpoints import (
     read_policy,
     save_policy,
 )
-from policygrad.train.options import EPISODIC, OptionError, has_critic
+from policygrad.train.options import EPISODIC, OptionError, compares_groups, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import Own, World
 
@@ -145,6 +146,7 @@ class ControlWorld(World):
             self.policy = own_module("policy", own.policy, observation_space, action_space)
         self.policy.to(options.device)
         self._check_memory()
+        self._check_probabilities()
         if not has_critic(options):
             if getattr(options, "critic_keys", ()):
                 said = f"critic_keys is for a critic, and credit {options.credit} has none: leave it out"
@@ -212,6 +214,19 @@ class ControlWorld(World):
             said = "opponent self is for policies without memory, since a frozen one keeps no state: leave one out"
             raise OptionError("opponent", said)
 
+    def _check_probabilities(self) -> None:
+        """Raise OptionError for options that read probabilities, where actions have densities or are several."""
+        options, space = self.options, self.action_space
+        mask = getattr(options, "divergence_mask", "none")
+        if mask in ("binary_tv", "binary_kl") and has_densities(space):
+            said = f"divergence_mask {mask} is of actions that have probabilities, and these have densities: use kl"
+            raise OptionError("divergence_mask", said)
+        single = isinstance(space, spaces.Discrete)
+        if mask == "tv" and not single:
+            raise OptionError("divergence_mask", "divergence_mask tv is of one Discrete action: use kl")
+        if compares_groups(options) and getattr(options, "baseline", "") == "token" and not single:
+            raise OptionError("baseline", "baseline token is of one Discrete action: use length_weighted or mean")
+
     def _critic(self, space: gymnasium.Space) -> Critic:
         """A critic as the options say."""
         how = self._memory()
@@ -254,7 +269,7 @@ class ControlWorld(World):
             )
         self.normalizer = self._normalizer(space) if options.normalize_observations else None
         groups: Any = None
-        if options.credit == "group":
+        if compares_groups(options):
             groups = options.group_size or "all"
             if options.group_size and agents_of(environments) > 1:
                 raise OptionError(

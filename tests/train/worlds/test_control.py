@@ -14,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import NormalizeObservation, TimeLimit
-from outcomes import parameters, untimed
+from outcomes import WHOLE, parameters, untimed
 from probes import Counting, Known, Potential, limited
 from torch import nn
 
@@ -29,13 +29,11 @@ from policygrad.train.worlds.control import observations, own_module
 SMALL: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "iterations": 2, "progress": False, "preset": "none"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_every_method_trains_on_an_environment(method: str) -> None:
     run = pg.train(method, "CartPole-v1", **SMALL)
     assert len(run.metrics) == 2
-    assert (run.critic is None) == (
-        options_of(method, "control")().credit in ("group",) or method == "reinforce_plus_plus"
-    )
+    assert (run.critic is None) == (METHODS[method].objective == "grpo")
     assert run.evaluate(2).episodes == 2
 
 

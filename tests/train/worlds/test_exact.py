@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import WHOLE
 
 import policygrad as pg
 from policygrad.errors import UserError
 from policygrad.exact.closed_form import expected_return, optimal_probs
 from policygrad.exact.policies import probabilities
-from policygrad.train.methods import METHODS
 
 NAMES = ("chain", "bandit", "cliff", "garnet", "two_states", "tokens")
 
 
 @pytest.mark.parametrize("task", ["exact:chain", "exact:tokens"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_every_method_trains_and_is_judged(method: str, task: str) -> None:
     run = pg.train(method, task, iterations=2, num_envs=8, progress=False)
     found = [row["expected_return"] for row in run.metrics]
