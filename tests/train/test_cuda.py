@@ -56,7 +56,24 @@ def test_a_kind_of_world_trains_there(method: str, task: str) -> None:
     assert parameters(run).isfinite().all()
 
 
-NAMES = ["reinforce", "actor_critic", "ppo with all", "grpo to a reference"]
+@pytest.mark.parametrize("memory", ["gru", "lstm", "transformer"])
+@pytest.mark.parametrize("method", ["ppo", "trpo"])
+def test_a_memory_learns_there_and_the_seed_decides(method: str, memory: str) -> None:
+    first, second = (short(method, "policygrad/TMaze-v0", memory=memory, memory_size=4) for _ in range(2))
+    assert {p.device.type for p in first.policy.parameters()} == {"cuda"}
+    assert torch.equal(parameters(first), parameters(second))
+    assert first.evaluate(3) == second.evaluate(3)
+
+
+@pytest.mark.parametrize("encoder", ["small", "impala"])
+def test_images_are_learned_from_there(encoder: str) -> None:
+    run = short("ppo", "policygrad/Catch-v0", encoder=encoder)
+    assert {p.device.type for p in run.policy.parameters()} == {"cuda"}
+    assert parameters(run).isfinite().all()
+    assert run.evaluate(2).episodes == 2
+
+
+NAMES = ["reinforce", "actor_critic", "ppo with all", "grpo to a reference", "dppo", "sapo", "vespo", "opmd"]
 
 
 def compare(name: str, compiled: bool) -> None:
