@@ -6,7 +6,7 @@ An update is (objective, batch) -> metrics, and changes the objective's paramete
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -310,7 +310,8 @@ class _Natural:
         self.value = value.detach()
         self.gradient = flat_gradient(value, self.parameters)
         _check_finite({"the objective": self.value, "the gradient's norm": self.gradient.norm()})
-        product = fisher_vector_product(self.divergence, self.parameters, damping)
+        with _twice_differentiable(objective):
+            product = fisher_vector_product(self.divergence, self.parameters, damping)
         self.direction = conjugate_gradient(product, self.gradient, cg_iters)
         self.slope = self.gradient @ self.direction
 
@@ -329,6 +330,13 @@ class _Natural:
         """Make the parameters what they were."""
         for p, p_old in zip(self.parameters, old, strict=True):
             p.copy_(p_old)
+
+
+def _twice_differentiable(module: nn.Module) -> AbstractContextManager[Any]:
+    """A block whose results have second derivatives: cuDNN's recurrent kernels have none, and torch's own have."""
+    if any(isinstance(x, nn.RNNBase) for x in module.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
 
 
 def _norms(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -201,10 +201,13 @@ class Captured(Decoding):
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self.rows.device.index or 0]
+        spare = generator.clone_state()
         try:
             with torch.cuda.graph(graph):
                 self.advance()
         except RuntimeError as error:  # it waits for the GPU somewhere
+            generator.graphsafe_set_state(spare)  # its own still counts draws of the capture, and would draw no more
             self.captures = False
             warnings.warn(f"decoding is not captured as a CUDA graph ({one_line(error, 100)})", Note, stacklevel=2)
         else:

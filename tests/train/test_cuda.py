@@ -164,16 +164,19 @@ def test_a_captured_step_draws_what_a_step_by_itself_draws(
 def test_a_model_that_waits_for_the_gpu_is_not_captured_and_says_so() -> None:
     torch.manual_seed(0)
     prompt, mask = (x.cuda() for x in prompts(2, 6, 1, 4))
-    done = []
+    done, drawn = [], []
     for waits in (False, True):
         model = tiny().cuda()
         if waits:
             model.model.layers[1].register_forward_hook(lambda module, given, out: out * float(out.isfinite().all()))
         generator = torch.Generator("cuda").manual_seed(0)
+        torch.cuda.manual_seed(1)
         with pytest.warns(Note, match="not captured") if waits else nullcontext():
             done.append(generate(LanguagePolicy(model), prompt, mask, Request(4, 20, (END,), PAD), generator))
         assert torch.ones(3, device="cuda").sum().item() == 3, "the device goes on to work"
+        drawn.append(torch.rand(3, device="cuda"))
     assert torch.equal(done[0].tokens, done[1].tokens)
+    assert torch.equal(*drawn), "and so does its generator, from where it was"
 
 
 def test_modules_of_ones_own_learn_there(sample: Any) -> None:
