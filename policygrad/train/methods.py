@@ -21,6 +21,7 @@ class Method:
     summary: str
     objective: Literal["reinforce", "actor_critic", "surrogate", "ppo", "grpo", "clone"]
     update: Literal["ascend", "natural", "trust_region"] = "ascend"
+    source: str = ""  # the paper
     defaults: dict[str, Any] = field(default_factory=dict)
     on: dict[str, dict[str, Any]] = field(default_factory=dict)  # world -> defaults there
 
@@ -49,131 +50,161 @@ TABLE = (
                   "critic_minibatch_size": 256},
         on={"language": {**_STEPPED["language"], "baseline": "mean", "learning_rate": None, "max_grad_norm": 1.0},
             "exact": {**_STEPPED["exact"], **_TABULAR}},
+        source="Williams 1992",
     ),
     Method(
         "actor_critic", "Advantage actor-critic (A2C): log pi A with a bootstrapped advantage, one step a rollout.",
         "actor_critic", defaults=_A2C, on=_ONE_STEP,
+        source="Mnih et al. 2016",
     ),
     Method(
         "off_policy_actor_critic", "Actor-critic that uses a rollout several times, corrected by V-trace (IMPALA).",
         "actor_critic", defaults={**_A2C, "credit": "vtrace", "epochs": 4}, on=_ONE_STEP,
+        source="Espeholt et al. 2018",
     ),
     Method(
         "npg", "Natural policy gradient: theta + alpha F^-1 g, without a line search.",
         "surrogate", "natural", defaults={**_NATURAL, **_FITTED}, on=_STEPPED,
+        source="Kakade 2001",
     ),
     Method(
         "trpo", "Trust-region policy optimization: the natural step inside KL(old, new) <= delta, with a line search.",
         "surrogate", "trust_region", defaults={**_NATURAL, **_FITTED}, on=_STEPPED,
+        source="Schulman et al. 2015",
     ),
     Method(
         "ppo", "Proximal policy optimization: the clipped surrogate, epochs of minibatches; or a KL penalty; or both.",
         "ppo", defaults={"epochs": 10, "normalize_advantages": "minibatch", "max_grad_norm": 0.5},
         on={"language": _RLHF, "exact": {"minibatch_size": 512}},
+        source="Schulman et al. 2017",
     ),
     Method(
         "grpo", "Group-relative policy optimization: (return - group mean) / group std, clipped, and no critic.",
         "grpo", defaults=_GRPO, on={"language": {"kl_ref": "loss"}},
+        source="arXiv 2402.03300",
     ),
     Method(
         "dr_grpo", "GRPO without its two biases: no division by the group's std or the row's length.",
         "grpo", defaults={**_GROUP, "group_scale": "none", "weights": "budget"},
+        source="arXiv 2503.20783",
     ),
     Method(
         "dapo", "GRPO with clip-higher, the loss by token, dynamic sampling and a soft penalty of overlong answers.",
         "grpo", defaults={**_GROUP, "clip_high": 0.28, "weights": "token", "sampling_rounds": 4},
         on={"language": {"overlong_fraction": 0.2}},
+        source="arXiv 2503.14476",
     ),
     Method(
         "gspo", "GRPO with the ratio of whole completions.",
         "grpo", defaults={**_GRPO, "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+        source="arXiv 2507.18071",
     ),
     Method(
         "cispo", "GRPO that clips the importance weight and keeps every token's gradient.",
         "grpo", defaults={**_GROUP, "gain": "weight", "clip_low": math.inf, "clip_high": 0.28, "weights": "token"},
+        source="arXiv 2506.13585",
     ),
     Method(
         "rloo", "REINFORCE with the mean of the group's other returns as the baseline; KL in the reward.",
         "grpo", defaults={**_GROUP, "group_baseline": "leave_one_out", "group_scale": "none", "weights": "episode"},
         on={"language": {"kl_ref": "reward"}},
+        source="arXiv 2402.14740",
     ),
     Method(
         "reinforce_plus_plus", "REINFORCE++: the batch as the baseline; KL in the reward.",
         "grpo", defaults={"credit": "reward_to_go", "baseline": "none", "normalize_advantages": "batch",
                           "weights": "token", "minibatch_size": None, "max_grad_norm": 1.0},
         on={"language": {"kl_ref": "reward", "completions": 1, "prompts_per_rollout": 128}},
+        source="arXiv 2501.03262",
     ),
     Method(
         "dppo", "Divergence PPO: a token is left out where its probability, not its ratio, has moved too far.",
         "grpo", defaults={**_GROUP, **_UNCLIPPED, "gain": "weight", "clip_high": 19.0, "divergence_mask": "binary_tv",
                           "group_scale": "none", "weights": "budget"},
+        source="arXiv 2602.04879",
     ),
     Method(
         "sapo", "Soft adaptive policy optimization: a sigmoid of the ratio in place of its clip.",
         "grpo", defaults={**_GRPO, "gain": "sigmoid"},
+        source="arXiv 2511.20347",
     ),
     Method(
         "gmpo", "Geometric-mean policy optimization: tokens are clipped, then their ratios averaged geometrically.",
         "grpo", defaults={**_GRPO, **_UNCLIPPED, "ratio": "sequence", "token_clip": 0.4},
+        source="arXiv 2507.20673",
     ),
     Method(
         "gspo_token", "GSPO with an advantage for each token: the ratio of the sequence, the gradient of the token.",
         "grpo", defaults={**_GRPO, "ratio": "sequence_token", "clip_low": 3e-4, "clip_high": 4e-4},
+        source="arXiv 2507.18071",
     ),
     Method(
         "luspo", "GSPO with each completion weighed by its length, so that long ones are not learned from less.",
         "grpo", defaults={**_GROUP, "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "weights": "episode"},
+        source="arXiv 2602.05261",
     ),
     Method(
         "vespo", "Variational sequence-level soft optimization: a smooth weight of the ratio of whole completions.",
         "grpo", defaults={**_GROUP, "ratio": "product", "gain": "gamma", "group_scale": "none", "weights": "episode"},
+        source="arXiv 2602.10693",
     ),
     Method(
         "maxrl", "Maximum likelihood RL: the group's advantages over its mean reward, which favors hard prompts.",
         "grpo", defaults={**_GROUP, **_UNCLIPPED, "group_scale": "mean", "weights": "token"},
+        source="arXiv 2602.02710",
     ),
     Method(
         "pass_at_k", "The gradient of the group's best reward: only a completion that others don't match is credited.",
         "grpo", defaults={**_GROUP, "group_baseline": "other_best", "group_scale": "none", "weights": "episode"},
+        source="arXiv 2503.19595",
     ),
     Method(
         "lite_ppo", "Lite PPO: the group's mean, the batch's standard deviation, and the loss by token.",
         "grpo", defaults={**_GROUP, "group_scale": "batch", "weights": "token"},
+        source="arXiv 2508.08221",
     ),
     Method(
         "opo", "On-policy optimization with the baseline of least variance: the group's mean weighted by length.",
         "grpo", defaults={**_GROUP, **_UNCLIPPED, "credit": "trajectory_return", "baseline": "length_weighted",
                           "weights": "token"},
+        source="arXiv 2505.23585",
     ),
     Method(
         "otb", "REINFORCE with the optimal token baseline: at each token, the group's returns by the score so far.",
         "grpo", defaults={**_GROUP, **_UNCLIPPED, "credit": "reward_to_go", "baseline": "token", "weights": "token"},
+        source="arXiv 2602.07078",
     ),
     Method(
         "two_sided_grpo", "GRPO with a bound of the ratio for negative advantages too (INTELLECT-2).",
         "grpo", defaults={**_GRPO, "dual_clip": 4.0},
+        source="arXiv 2505.07291",
     ),
     Method(
         "masked_grpo", "GRPO without bad completions that the policy has moved away from (DeepSeek-V3.2).",
         "grpo", defaults={**_GRPO, "drift_bound": 0.5}, on={"language": {"kl_ref": "loss"}},
+        source="arXiv 2512.02556",
     ),
     Method(
         "forking_tokens", "DAPO's loss on the fifth of the tokens where the policy is least certain.",
         "grpo", defaults={**_GROUP, "clip_high": 0.28, "weights": "token", "learn_from": "high_entropy"},
+        source="arXiv 2506.01939",
     ),
     Method(
         "skywork_or1", "GRPO by token, with an entropy bonus that adapts to a target (Skywork-OR1).",
         "grpo", defaults={**_GROUP, "weights": "token", "entropy_target": 0.2},
+        source="arXiv 2505.22312",
     ),
     Method(
         "opmd", "Online policy mirror descent: log pi (R - mean) minus the squared log-ratio of whole completions.",
         "grpo", defaults={**_GROUP, "gain": "score", "group_scale": "none", "weights": "episode",
                           "kl_old_coefficient": 0.1, "kl_old_estimate": "squared_row"},
+        source="arXiv 2501.12599",
     ),
     Method(
         "reinforce_plus_plus_baseline", "REINFORCE++ with the group's mean as baseline, standardized over the batch.",
         "grpo", defaults={**_GROUP, "group_scale": "none", "normalize_advantages": "batch", "weights": "token"},
         on={"language": {"kl_ref": "loss", "kl_ref_estimate": "k2"}},
+        source="arXiv 2501.03262",
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in TABLE}

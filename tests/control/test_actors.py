@@ -59,7 +59,9 @@ def test_log_probabilities_and_actions_are_those_of_the_policys_distributions(
         stored = torch.from_numpy(np.stack([x for x, _ in pairs], 1))
         obs = torch.from_numpy(seen).transpose(0, 1)
         distribution = policy(obs)
-        rounding = {"rtol": 1e-5, "atol": 1e-5} if is_image(obs_space) else {}  # convolutions of other batches
+        # Convolutions of other batches; and a small standard deviation makes much of a rounding of the mean.
+        coarse = is_image(obs_space) or case[1].get("state_dependent_std")
+        rounding = {"rtol": 1e-5, "atol": 1e-5} if coarse else {}
         torch.testing.assert_close(act.log_probabilities(stored), distribution.log_prob(stored), **rounding)
         for t in (0, BLOCK - 1, BLOCK, steps - 1):
             expected = distribution.to_environment(stored)  # type: ignore[attr-defined]

@@ -183,7 +183,7 @@ def test_a_completion_that_ends_with_a_stop_text_is_not_cut() -> None:
         assert not (found and cut)
         stopped += bool(found)
     assert stopped > 2
-    assert torch.equal(rollout.logp, whole.logp.where(rollout.mask, 0.0))
+    assert_close(rollout.logp, whole.logp.where(rollout.mask, 0.0))  # of batches of other sizes: not to the bit
     assert sampler.last.completions.cut.any()
 
 
