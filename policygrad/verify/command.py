@@ -18,6 +18,7 @@ from rich.table import Table
 from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
 from policygrad.verify.control import control_rows, forbidding, harder_sections
+from policygrad.verify.losses import Loss, loss_checks, loss_rows
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
 from policygrad.verify.settings import NAMES, Setting, setting_of, token_setting
@@ -58,7 +59,8 @@ def run(options: VerifyOptions) -> int:
     start = time.perf_counter()
     named = options.estimator
     function = None if named is None else load_function(named, what="advantage function")
-    report = verify(options, function)
+    loss = None if options.loss is None else load_function(options.loss, what="loss")
+    report = verify(options, function, loss)
     seconds = time.perf_counter() - start
     if options.json:
         print(json.dumps(as_json(report, options, seconds)))
@@ -67,7 +69,7 @@ def run(options: VerifyOptions) -> int:
     return int(report.wrong > 0)
 
 
-def verify(options: VerifyOptions, function: Advantage | None = None) -> Report:
+def verify(options: VerifyOptions, function: Advantage | None = None, loss: Loss | None = None) -> Report:
     """All findings, in float64 and with random numbers of their own: the caller's are left as they were."""
     if not SAMPLES[0] <= options.samples <= SAMPLES[1]:
         raise UserError(f"--samples is {shortened(options.samples)}: give {SAMPLES[0]:,} to {SAMPLES[1]:,}")
@@ -76,6 +78,14 @@ def verify(options: VerifyOptions, function: Advantage | None = None) -> Report:
     with exactly(), torch.random.fork_rng(devices=[]), _progress() as advance:
         torch.manual_seed(options.seed)
         findings = []
+        checks: list[Check] = []
+        if loss is not None and options.loss is not None:
+            if options.world not in ("all", "tokens"):
+                raise UserError(f"--world is {options.world}, and a loss is of the world of tokens: leave it out")
+            at = token_setting(options.seed)
+            advance("loss")
+            section = Section("tokens", loss_rows(options.loss, loss, at), at.on_policy, at.gradient)
+            return Report(judged(section, options.samples), loss_checks(options.loss, loss, at))
         for section in sections(options, function):
             advance(section.name)
             findings += judged(section, options.samples)
@@ -170,7 +180,7 @@ def print_report(report: Report, options: VerifyOptions, seconds: float) -> None
             said = f"{right} of {len(rows)} rows as they should be ({more})"
             console.print(f"[bold]{world}[/bold], by {rows[0].method}: {said}\n")
     if report.checks:
-        console.print(_update_table(report.checks))
+        console.print(_check_table(report.checks, "updates" if options.loss is None else "what no loss may depend on"))
     total = len(report.findings) + len(report.checks)
     state = "[bold green]none WRONG" if report.wrong == 0 else f"[bold red]{report.wrong} WRONG"
     console.print(f"{total} rows in {seconds:.0f} s, {state}")
@@ -202,8 +212,8 @@ def _estimator_table(world: str, findings: list[Finding]) -> Table:
     return table
 
 
-def _update_table(checks: list[Check]) -> Table:
-    table = _table("updates")
+def _check_table(checks: list[Check], title: str) -> Table:
+    table = _table(title)
     for name in ("claim", "measured", "should be", "verdict"):
         table.add_column(name, justify="right" if name == "measured" else "left", no_wrap=True)
     for c in checks:

@@ -13,6 +13,10 @@ class VerifyOptions:
     called as the library's are, `my_advantage(reward, value, terminated, ended, gamma)`, and returns [B, T]; value is
     [B, T + 1]."""
 
+    loss: str | None = None
+    """Your own loss, `module:function` or `file.py:function`, with the arguments of verl's, OpenRLHF's or TRL's: its
+    gradient on the world of tokens, which method has the same, and what it must not depend on."""
+
     world: Literal["all", "random", "cliff", "chain", "bandit", "tokens"] = "all"
     """The world whose rows are shown; `all` runs every one, and the updates too."""
 
