@@ -47,6 +47,7 @@ policygrad: the policy-gradient family of reinforcement learning
                                               arithmetic        a language model, on a task that needs nothing else
                                               exact:chain       a small world in closed form
   policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
+  policygrad train compose TASK [--update U] [options]   any credit, objective and update; its row of verify first
   policygrad clone TASK DATA [options]      learn from demonstrations; any method goes on from it, by --start
   policygrad clone --model M --dataset D [options]                       supervised fine-tuning of a language model
   policygrad reward-model [options]         learn a reward from preferences
@@ -496,10 +497,36 @@ def _asked(verb: str, rest: list[str], command_of: Any, more: set[str]) -> Asked
     return Asked(name, task, preset, tuned, command, values, named, options)
 
 
+# What `train compose` starts from, by its --update: a line of the table with that update.
+COMPOSED = {"ascend": "grpo", "natural": "npg", "trust_region": "trpo"}
+
+
+def _composed(rest: list[str]) -> tuple[list[str], bool]:
+    """`train compose TASK --update U` as `train METHOD TASK`, and whether --anyway was said."""
+    words, update = list(rest), "ascend"
+    for i, word in enumerate(words):
+        if word == "--update" or word.startswith("--update="):
+            several = word == "--update"
+            update = word.removeprefix("--update=") if not several else (words[i + 1 :] or [""])[0]
+            del words[i : i + 1 + several]
+            break
+    if update not in COMPOSED:
+        raise UserError(f"--update is {shortened(update)}: it must be one of {', '.join(COMPOSED)}")
+    anyway = "--anyway" in words
+    return [COMPOSED[update], *(x for x in words if x != "--anyway")], anyway
+
+
 def _train(rest: list[str]) -> int:
+    composes, anyway = rest[:1] == ["compose"], False
+    if composes:
+        rest, anyway = _composed(rest[1:])
     found = _asked("train", rest, _command, {"out", "preset", "json", "samples", "seeds", "processes"})
     if found is None:
         return 0 if rest else 2
+    if composes:
+        from policygrad.verify.composed import shown
+
+        shown(with_values(found.options, found.values), anyway)
     command, values, options = found.command, found.values, found.options
     label = Path(found.task or values["dataset"][0]).stem if options.world == "language" else found.task
     default = Path("runs") / file_name(str(label)) / f"{found.name}-seed{values['seed']}"

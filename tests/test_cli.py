@@ -21,7 +21,7 @@ from tiny_files import write_model, write_prompts, write_rewards
 from policygrad import cli, load_policy, train
 from policygrad.errors import UserError
 from policygrad.language import warmup
-from policygrad.train import presets
+from policygrad.train import compose, presets
 from policygrad.train.methods import METHODS
 from policygrad.train.options import options_of
 
@@ -29,6 +29,10 @@ HERE = Path(__file__).parent
 PLACES = f"{HERE}{os.pathsep}{Path(cli.__file__).parent.parent}"  # of the environments here, and of policygrad
 SMALL = ("--num-envs", "4", "--num-steps", "16", "--hidden", "8")
 PPO = ("train", "ppo", "probes:Known-v0", *SMALL, "--minibatch-size", "16", "--steps", "100")
+
+
+PRODUCT = ("--ratio", "product", "--weights", "row", "--clip-low", "inf", "--clip-high", "inf")
+COMPOSE = ("train", "compose", "exact:tokens", *PRODUCT, "--group-baseline", "leave_one_out", "--group-scale", "none")
 
 
 class Said(NamedTuple):
@@ -1297,3 +1301,40 @@ def test_the_best_policy_is_said_where_it_is_not_the_last(policygrad: Any) -> No
                       said.out, re.MULTILINE)  # fmt: skip
     assert found, "no evaluation is better than the first, since nothing is learned: " + said.out
     assert policygrad("eval", "run/best", "--trust", "--episodes", 2).code == 0
+
+
+# Composed
+
+
+def test_a_combination_shows_its_row_before_it_trains(policygrad: Any) -> None:
+    """The ratio of whole completions, unclipped and averaged by row, is unbiased off policy too."""
+    code, out, err = policygrad(*COMPOSE, "--iterations", "2")
+    assert code == 0
+    rows = [line for line in err.splitlines() if "policy " in line or "it runs" in line]
+    assert [line.split()[-1] for line in rows] == ["unbiased"] * 3
+    assert "grpo on exact:tokens" in out
+
+
+@pytest.mark.parametrize(("update", "method"), [("ascend", "grpo"), ("natural", "npg"), ("trust_region", "trpo")])
+def test_an_update_is_that_of_a_line_of_the_table(policygrad: Any, update: str, method: str) -> None:
+    code, out, _ = policygrad("train", "compose", "exact:chain", f"--update={update}", "--iterations", "1", "--json",
+                              "--credit", "gae")  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["method"] == method
+
+
+def test_a_combination_that_is_wrong_asks_for_anyway(policygrad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compose.RATIOS["product"]
+    monkeypatch.setitem(compose.RATIOS, "product", lambda logp, old, mask: right(logp, old, mask) ** 2)
+    code, out, err = policygrad(*COMPOSE, "--iterations", "1")
+    assert (code, out) == (2, "")
+    assert "WRONG" in err
+    assert "does not expect what is written out for it" in err
+    assert not Path("runs").exists()
+    assert policygrad(*COMPOSE, "--iterations", "1", "--anyway").code == 0
+
+
+def test_an_update_that_there_is_not_is_one_line(policygrad: Any) -> None:
+    code, _, err = policygrad("train", "compose", "exact:chain", "--update")
+    assert code == 2
+    assert "--update is '': it must be one of ascend, natural, trust_region" in err

@@ -174,7 +174,7 @@ def print_report(report: Report, options: VerifyOptions, seconds: float) -> None
         brief = options.world == "all" and world in BRIEF
         shown = [f for f in rows if not brief or f in wrong or _is_users(f, options)]
         if shown:
-            console.print(_estimator_table(world, shown))
+            console.print(estimator_table(world, shown))
         if brief:
             right, more = len(rows) - len(wrong), f"policygrad verify --world {world.partition(',')[0]}"
             said = f"{right} of {len(rows)} rows as they should be ({more})"
@@ -196,7 +196,8 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
 
 
-def _estimator_table(world: str, findings: list[Finding]) -> Table:
+def estimator_table(world: str, findings: list[Finding]) -> Table:
+    """The rows of a world."""
     table = _table(f"{world}, by {findings[0].method}")
     table.add_column("estimator", no_wrap=True)
     for name in ("bias", "cosine", "z", "variance", "n"):
