@@ -31,7 +31,7 @@ from policygrad.train.options import Options, for_command_line, in_words, option
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.search import searched
 from policygrad.train.stopping import SIGNALS, Stopped
-from policygrad.train.worlds import NO_PROMPTS, kind_of
+from policygrad.train.worlds import NO_PROMPTS, OWN_TASKS, kind_of
 from policygrad.verify.options import VerifyOptions
 
 LONGEST = 200  # characters of a message
@@ -45,6 +45,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad train METHOD TASK [options]    train a policy by any method, on any task:
                                               CartPole-v1       a Gymnasium environment
                                               arithmetic        a language model, on a task that needs nothing else
+                                              lookup            the same, in conversations with a tool
                                               exact:chain       a small world in closed form
   policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
   policygrad clone TASK DATA [options]      learn from demonstrations; any method goes on from it, by --start
@@ -540,7 +541,7 @@ def _trained(run: Any, out: Path, as_json: bool) -> int:
         run.method == CLONE.name
         and run.world.kind == "language"
         and not run.options.reward
-        and run.world.task != "arithmetic"
+        and run.world.task not in OWN_TASKS
     ):
         flags += " --reward REWARD"
     best = run.best
@@ -651,7 +652,7 @@ def _given(command: Any) -> dict[str, Any]:
 
 def _is_task(word: str) -> bool:
     """Whether a word can only be a task: an id with its version, a file, a module's name, or one of this library's."""
-    return word == "arithmetic" or ":" in word or re.search(r"-v\d+$|\.(py|jsonl?|csv|parquet)$", word) is not None
+    return word in OWN_TASKS or ":" in word or re.search(r"-v\d+$|\.(py|jsonl?|csv|parquet)$", word) is not None
 
 
 def _free_first(words: list[str]) -> tuple[list[Any], list[str]]:
@@ -705,7 +706,8 @@ def _shared(options: Any, out: str, preset: str) -> list[Any]:
     default = kind(**{f.name: getattr(options, f.name) for f in fields(options)})
     task = (
         "A Gymnasium id (`module:Id-v0` imports the module first), a class or function that makes an environment "
-        "(my_env.py:MyEnv or module:MyEnv), arithmetic, a file of prompts, or exact:chain."
+        "(my_env.py:MyEnv or module:MyEnv; with --model one to talk to), arithmetic, lookup, a file of prompts, or "
+        "exact:chain."
     )
     return [
         ("task", Annotated[str | None, Positional, arg(metavar="TASK", help=task)], field(default=None)),

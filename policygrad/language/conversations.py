@@ -217,19 +217,19 @@ def checked(heard: Any, what: str) -> Messages:
     return found
 
 
-def starts(make: Callable[[], Environment], count: int) -> list[Example]:
-    """The beginnings of an environment for the seeds 0, 1, 2, ..., as rows with `prompt` and `seed`.
+def starts(make: Callable[[], Environment], count: int, first: int = 0) -> list[Example]:
+    """The beginnings of an environment for `count` seeds from `first` on, as rows with `prompt` and `seed`.
 
     Raises UserError if one seed gives two beginnings.
     """
     examples = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         examples.append(Example({"prompt": begun(make(), seed), "seed": seed}))
         examples[-1].number = seed
-    if begun(make(), 0) != examples[0]["prompt"]:
+    if begun(make(), first) != examples[0]["prompt"]:
         raise UserError(
-            "reset(0) gives another beginning the second time: let it depend on its seed alone, for conversations "
-            "of a group begin alike"
+            f"reset({first}) gives another beginning the second time: let it depend on its seed alone, since "
+            "conversations of a group begin alike"
         )
     return examples
 

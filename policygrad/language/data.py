@@ -98,7 +98,7 @@ def with_system_prompt(examples: Sequence[Example], text: str) -> list[Example]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if messages[0]["role"] in ("system", "developer"):
             faults.append((f"the prompt of {example.place}", "has a system message of its own"))
-        changed.append(_with(example, prompt=[{"role": "system", "content": text}, *messages]))
+        changed.append(with_columns(example, prompt=[{"role": "system", "content": text}, *messages]))
     refuse(faults, "leave system_prompt out, or take them out of the data")
     return changed
 
@@ -289,7 +289,7 @@ def place_of(examples: Sequence[Mapping[str, Any]], i: int) -> str:
     return example.place if isinstance(example, Example) else f"row {i}"
 
 
-def _with(example: Example, **columns: Any) -> Example:
+def with_columns(example: Example, **columns: Any) -> Example:
     """A copy with other columns, of the same place."""
     changed = Example(example | columns)
     changed.__dict__.update(example.__dict__)

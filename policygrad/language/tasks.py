@@ -24,7 +24,7 @@ from policygrad.language.rewards import (
 )
 from policygrad.language.sampler import Prompts
 
-ARITHMETIC = "arithmetic"  # the name of the task in arithmetic.py
+ARITHMETIC, LOOKUP = "arithmetic", "lookup"  # the names of the tasks in arithmetic.py and lookup.py
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     train: Prompts
     held_out: Prompts | None
-    judge: Rewards
-    judge_held_out: Rewards  # without the penalty on length, for reported results
+    judge: Rewards | None  # None: an environment gives the rewards
+    judge_held_out: Rewards | None  # without the penalty on length, for reported results
 
 
 def prepared(
@@ -202,7 +202,7 @@ def task_of(
                 "two numbers, or raise max_tokens"
             )
     weights = list(reward_weight) or [1.0] * len(functions)
-    plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)
+    plain = judge = Rewards(functions, weights, time_limit=reward_time_limit) if functions else None
     if overlong_fraction:
         buffer = max(1, round(overlong_fraction * max_tokens))
         penalty = soft_overlong_penalty(max_tokens, buffer)

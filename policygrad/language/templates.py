@@ -116,6 +116,13 @@ def openings(
     return ["" if x[-1]["role"] == "assistant" else _opening(*next(found), mark) for x in conversations]
 
 
+def reads(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template reads a variable."""
+    asked = {"template": tokenizer.get_chat_template(), "variables": {}, "given": [name], "conversations": []}
+    found = _writer(asked)
+    return found is not None and not found["unread"]
+
+
 def between(
     conversations: Sequence[list[dict[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,

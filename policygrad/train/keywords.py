@@ -92,6 +92,10 @@ class Keywords(TypedDict, total=False):
     completions: int
     max_tokens: int
     stop: str | Sequence[str]
+    turns: int | None
+    turn_tokens: int | None
+    tool: str | Sequence[str]
+    starts: int | None
     temperature: float
     cut: Literal["kept", "masked", "penalized"]
     cut_penalty: float

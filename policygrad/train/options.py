@@ -262,6 +262,18 @@ class Options:
     max_tokens: int = option(256, "Maximum tokens in a completion; longer completions are cut.", COUNT, **LANGUAGE)
     stop: tuple[str, ...] = option((),
         "Text that ends a completion, which keeps it. Repeatable.", TEXTS, **LANGUAGE)
+    turns: int | None = option(None,
+        "Turns of the policy in a conversation with an environment or tools, at most; None: 8.", COUNT, **LANGUAGE,
+        **SAMPLED)
+    turn_tokens: int | None = option(None,
+        "Maximum tokens in a turn; max_tokens is of the conversation, what others say included. None: what is left.",
+        COUNT, **LANGUAGE, **SAMPLED)
+    tool: tuple[str, ...] = option((),
+        "Function that the policy may call: python (confined), python:unconfined, module:function or file.py:function. "
+        "Repeatable.", DISTINCT, **LANGUAGE, **SAMPLED)
+    starts: int | None = option(None,
+        "Different beginnings of an environment's conversations, the held-out ones included; None: as many as it has, "
+        "or 2048.", COUNT, **LANGUAGE, **SAMPLED)
     temperature: float = option(1.0, "Temperature of the policy, in sampling and log-probabilities.", RATE, **LANGUAGE)
     cut: Literal["kept", "masked", "penalized"] = option("kept",
         "Completions cut at max_tokens: kept as they are, masked out of the update, or penalized by cut_penalty.",
