@@ -109,6 +109,8 @@ class Keywords(TypedDict, total=False):
     rho_bar: float
     c_bar: float
     baseline: Literal["none", "mean", "time_mean", "optimal", "value"]
+    turn_level: bool
+    state_weight: float
     discounted: bool
     group_baseline: Literal["mean", "leave_one_out"]
     group_scale: Literal["std", "none"]

@@ -305,6 +305,12 @@ class Options:
     baseline: Literal["none", "mean", "time_mean", "optimal", "value"] = option("value",
         "Baseline of the return: none, the other episodes' mean, their mean at the same step, the constant of least "
         "variance, or a learned value.", **RETURNS)
+    turn_level: bool = option(False,
+        "GAE from turn to turn of a conversation, whose tokens share an advantage, instead of from token to token.",
+        **LANGUAGE, credit=("gae",))
+    state_weight: float = option(0.0,
+        "GiGPO: add the advantage of a turn among the group's turns that begin in the same state, discounted by gamma "
+        "from turn to turn, times this weight.", NOT_NEGATIVE, **LANGUAGE, credit=("group",))
     discounted: bool = option(False,
         "Multiply the advantage at step t by gamma^t, for the true gradient of the discounted return.",
         credit=("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "group"))
@@ -569,6 +575,7 @@ def _check_read(f: Field, options: Any) -> None:
                 f"{getattr(options, other)}: set that too, or leave {f.name} out",
             )
     scaled = getattr(options, "scale_rewards", False)
+    scaled = scaled or bool(getattr(options, "state_weight", 0.0))
     if f.name == "gamma" and options.credit == "group" and not options.discounted and not scaled:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
@@ -679,6 +686,11 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
+    if getattr(o, "turn_level", False) and o.discounted:
+        yield (
+            "discounted",
+            "discounted counts tokens, and turn_level discounts from turn to turn: leave one out",
+        )
     if getattr(o, "credit", None) == "group" and o.completions < 2:
         yield "completions", f"completions is 1: {o.method} compares the completions of a prompt; give at least 2"
     each = getattr(o, "completions", 1)

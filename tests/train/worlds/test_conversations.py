@@ -71,6 +71,10 @@ def shout(text: str) -> str:
     return text.upper()
 
 
+def shouted(completions, **_):
+    return [len(x[-1]["content"]) for x in completions]
+
+
 def long(completions, conversation, **_):
     assert all(x[-1]["role"] == "assistant" for x in conversation)
     return [len(x[-1]["content"]) for x in completions]
@@ -254,3 +258,20 @@ def test_the_task_lookup_needs_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp
     assert run.preset == "lookup"
     assert 1 <= run.metrics[-1]["turns"] <= 4
     assert Run.load(tmp_path / "run").evaluate() == run.evaluate()
+
+
+@pytest.mark.parametrize(("method", "option"), [("ppo", {"turn_level": True}), ("grpo", {"state_weight": 1.0})])
+def test_credit_by_turns_changes_something(method: str, option: dict[str, Any], place: Path) -> None:
+    size = {"minibatch_size": 4} if method == "ppo" else {}
+    plain, other = (pg.train(method, **values(place, **size, **more)) for more in ({}, option))
+    assert not torch.equal(parameters(plain), parameters(other))
+
+
+def test_states_are_of_conversations(place: Path) -> None:
+    more = {"reward": f"{place}/games.py:shouted", "starts": None, "turn_tokens": None, "state_weight": 1.0}
+    with pytest.raises(UserError, match="these rollouts have no state: use group"):
+        pg.train("grpo", **values(place, "", **more))
+    with pytest.raises(OptionError, match="discounted counts tokens"):
+        pg.train("ppo", **values(place, turn_level=True, discounted=True))
+    with pytest.raises(OptionError, match="turn_level"):
+        pg.train("ppo", "CartPole-v1", turn_level=True, progress=False)
