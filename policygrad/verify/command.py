@@ -18,6 +18,7 @@ from rich.table import Table
 from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
 from policygrad.verify.control import control_rows, forbidding, harder_sections
+from policygrad.verify.conversations import conversation_sections
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
 from policygrad.verify.settings import NAMES, Setting, setting_of, token_setting
@@ -104,6 +105,8 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
         at = token_setting(options.seed)
         yield with_user(at, token_section(at))
         yield method_section(at)
+    if options.world in ("all", "conversations"):
+        yield from (with_user(*found) for found in conversation_sections(options.seed))
 
 
 @contextmanager

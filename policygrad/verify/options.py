@@ -13,7 +13,7 @@ class VerifyOptions:
     called as the library's are, `my_advantage(reward, value, terminated, ended, gamma)`, and returns [B, T]; value is
     [B, T + 1]."""
 
-    world: Literal["all", "random", "cliff", "chain", "bandit", "tokens"] = "all"
+    world: Literal["all", "random", "cliff", "chain", "bandit", "tokens", "conversations"] = "all"
     """The world whose rows are shown; `all` runs every one, and the updates too."""
 
     samples: int = 20_000
