@@ -23,6 +23,7 @@ from policygrad.rollout import Rollout, at_last_decision
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
 MULTIPLE = 16  # the width of prompts is one of few, so that shapes repeat
+ERROR = "error: "  # how the answer to a call of a tool begins that could not be carried out
 CUTS = ("kept", "masked", "penalized")  # what a completion cut at the limit is
 
 
@@ -344,7 +345,7 @@ class CompletionSampler(PromptSampler):
             **({} if len(means) < 2 else {name: x for name, x in means.items() if x == x}),
             "length": float(lengths.mean()),
             "cut_fraction": float(cut.double().mean()),
-            **({} if answers.said is None else {"turns": _turns(answers.said)}),
+            **({} if answers.said is None else _of_conversations(answers.said)),
             "unjudged": 1 - float(judged.double().mean()),
             "masked": 1 - float(counts.double().mean()),
             "prompt_repeats": sum(repeated) / len(repeated),
@@ -406,9 +407,13 @@ def _spreads(reward: Float[Tensor, " B"], counts: Bool[Tensor, " B"], size: int)
     return {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
 
 
-def _turns(said: list[list[dict[str, Any]]]) -> float:
-    """The mean number of turns of the policy in a conversation."""
-    return sum(x["role"] == "assistant" for messages in said for x in messages) / len(said)
+def _of_conversations(said: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """The mean number of turns of the policy in a conversation, and of calls of tools, with the share that failed."""
+    roles = [x["role"] for messages in said for x in messages]
+    calls = [x for messages in said for x in messages if x["role"] == "tool"]
+    failed = sum(str(x["content"]).startswith(ERROR) for x in calls)
+    told = {"tool_calls": len(calls) / len(said), "tool_errors": failed / len(calls)} if calls else {}
+    return {"turns": roles.count("assistant") / len(said), **told}
 
 
 def _shares(origin: Int[Tensor, " N"], weight: Sequence[float]) -> list[tuple[Int[Tensor, " n"], int]]:

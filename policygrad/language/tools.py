@@ -16,6 +16,7 @@ from policygrad.errors import UserError, listed, one_line, shortened
 from policygrad.functions import load_function
 from policygrad.language.conversations import Begin, Environment, Message, Messages
 from policygrad.language.rewards.calling import limited
+from policygrad.language.sampler import ERROR
 from policygrad.language.sandbox import python_tool
 
 Tool = Callable[..., Any]
@@ -23,7 +24,6 @@ MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 BUILT_IN = {"python": True, "python:unconfined": False}  # whether it is confined
 SECONDS = 30.0  # for a call
 LONGEST = 20_000  # characters of a result
-ERROR = "error: "  # how the answer to a call begins that could not be carried out
 KINDS: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),

@@ -393,3 +393,14 @@ def test_an_engine_of_ones_own_may_insert_tokens_too() -> None:
     policy = policy_of("qwen")
     rollout = sampler(policy)
     assert_close(log_probabilities(policy, rollout), rollout.logp, rtol=0, atol=1e-4)
+
+
+def test_calls_of_tools_are_counted_and_those_that_failed() -> None:
+    class Failing(Echo):
+        def step(self, text: str) -> Any:
+            heard, reward, end = super().step(text)
+            return heard and [{"role": "tool", "content": "error: no" if self.turns == 1 else "fine"}], reward, end
+
+    metrics = held("qwen", Failing)[2].metrics
+    assert (metrics["turns"], metrics["tool_calls"], metrics["tool_errors"]) == (3, 2, 0.5)
+    assert "tool_calls" not in held("gpt2")[2].metrics
