@@ -76,6 +76,11 @@ class Dialogue:
 
         Raises UserError if an environment raises, or returns anything else than `Environment` says.
         """
+        if "conversation" in prompts.columns:
+            raise UserError(
+                "the data has a column 'conversation', which is what rewards see of a conversation: rename it by "
+                "columns, such as data_conversation=conversation"
+            )
         repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
         rows = [
             _Row(self.begin({name: column[i] for name, column in repeated.columns.items()}), text)

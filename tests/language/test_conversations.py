@@ -404,3 +404,12 @@ def test_calls_of_tools_are_counted_and_those_that_failed() -> None:
     metrics = held("qwen", Failing)[2].metrics
     assert (metrics["turns"], metrics["tool_calls"], metrics["tool_errors"]) == (3, 2, 0.5)
     assert "tool_calls" not in held("gpt2")[2].metrics
+
+
+def test_a_column_of_the_data_does_not_hide_the_conversation() -> None:
+    words, policy = tokenizer("qwen"), policy_of("qwen")
+    prompts = prepared([dict(x, conversation=1) for x in starts(Echo, 2)], words)
+    request = request_of(policy.model, words, 1, 40)
+    with pytest.raises(UserError, match="the data has a column 'conversation'") as caught:
+        Dialogue(from_seed(Echo))(policy, prompts, request, words, None, torch.Generator(), generate)
+    assert len(str(caught.value)) <= 200
