@@ -284,8 +284,7 @@ def tokens_between(
     for row in rows:
         if row.chat:
             ids = data.as_tokens([next(texts)], tokenizer)[0]
-            has_end = bool(row.tokens) and row.tokens[-1] in request.stop
-            found.append(ids[1:] if has_end and ids and ids[0] in request.stop else ids)
+            found.append(_after_the_end(ids, request, tokenizer) if row.tokens[-1] in request.stop else ids)
         else:
             end = (
                 []
@@ -298,6 +297,12 @@ def tokens_between(
     if not all(found):
         raise UserError("nothing stands between two turns of the policy: let step return text that has tokens")
     return found
+
+
+def _after_the_end(ids: list[int], request: Request, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the template writes after the end of a turn, if it writes an end at once, but for spaces."""
+    end = next((k for k, token in enumerate(ids) if token in request.stop), None)
+    return ids if end is None or tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
 
 
 def text_in(heard: Messages) -> str:

@@ -265,6 +265,25 @@ def test_another_end_of_a_turn_is_kept_as_it_was_sampled() -> None:
     assert all(words.decode(after).startswith("<|start_header_id|>ipython") for _, after in ended)
 
 
+def test_a_template_may_write_a_space_before_the_end() -> None:
+    """Llama 2 does: a turn with its end gets neither."""
+    words = tokenizer("qwen")
+    words.chat_template = (
+        "{% for m in messages %}{{ m.content + ' ' + eos_token if m.role == 'assistant' else '[' + m.content + ']' }}"
+        "{% endfor %}"
+    )
+    sampler, _, _, policy = held("qwen")
+    sampler.tokenizer = words
+    rollout, seen = sampler(policy), set()
+    for i in range(6):
+        pieces = turns_of(rollout, i)
+        for k in (0, 2):
+            cut = pieces[k][1][-1] != words.eos_token_id
+            seen.add(cut)
+            assert words.decode(pieces[k + 1][1]).startswith(" <|im_end|>[heard" if cut else "[heard")
+    assert seen == {True, False}
+
+
 def test_decisions_have_the_state_of_the_environment_in_which_they_were_made() -> None:
     sampler, _, rollout, _ = held("qwen")
     assert rollout.state is not None
