@@ -6,6 +6,7 @@ from policygrad.language import (
     data as data,
     distributions as distributions,
     evaluation as evaluation,
+    games as games,
     generation as generation,
     lookup as lookup,
     models as models,

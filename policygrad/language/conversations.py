@@ -302,7 +302,7 @@ def tokens_between(
 def _after_the_end(ids: list[int], request: Request, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the template writes after the end of a turn, if it writes an end at once, but for spaces."""
     end = next((k for k, token in enumerate(ids) if token in request.stop), None)
-    return ids if end is None or tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
+    return ids if end is None or str(tokenizer.decode(ids[:end])).strip() else ids[end + 1 :]
 
 
 def text_in(heard: Messages) -> str:
