@@ -164,7 +164,9 @@ class LanguageWorld(World):
         if saved is None:
             find = self._beginnings if self.make else self._problems if self.task == ARITHMETIC else self._examples
             train, held_out = find()
-        functions: list[Any] = [] if self.make else [arithmetic.right if self.task == ARITHMETIC else unjudged]
+        functions: list[Any] | None = [arithmetic.right if self.task == ARITHMETIC else unjudged]
+        if self.make is not None:
+            functions = None
         if options.reward:
             trust = options.trust_remote_code
             functions = reward_functions(
