@@ -104,9 +104,9 @@ class Dialogue:
                 rows[i].say(ids[:space], logp, mask, cut or len(ids) > space, tokenizer)
             for i in going:
                 rows[i].hear()
-            open_ = [rows[i] for i in going if not rows[i].over]
+            still = [rows[i] for i in going if not rows[i].over]
             if turn + 1 < self.turns:
-                self._answer(open_, request, tokenizer)
+                self._answer(still, request, tokenizer)
         return _answers(rows, repeated, request, tokenizer, judge, said.logp)
 
     def _answer(self, rows: Sequence["_Row"], request: Request, tokenizer: PreTrainedTokenizerBase) -> None:
