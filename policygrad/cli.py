@@ -36,7 +36,18 @@ from policygrad.verify.options import VerifyOptions
 
 LONGEST = 200  # characters of a message
 # The options of eval that override what a run was trained with.
-REPEATED = ("environment", "reward", "dataset", "split", "columns", "model", "critic", "trust_remote_code", "device")
+REPEATED = (
+    "environment",
+    "reward",
+    "tool",
+    "dataset",
+    "split",
+    "columns",
+    "model",
+    "critic",
+    "trust_remote_code",
+    "device",
+)
 _flat: Any = OmitArgPrefixes
 
 USAGE = """\
@@ -98,9 +109,11 @@ class Trained:
     trust: FlagCreatePairsOff[bool] = False
     """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
     environment: str | None = None
-    """Environment, if it is of a module or file (control)."""
+    """Environment, if it is of a module or file (control, and language models that talk to one)."""
     reward: tuple[str, ...] = ()
     """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
+    tool: tuple[str, ...] = ()
+    """Tool, if it is a function of yours, or python:unconfined (language models). Repeatable."""
     dataset: str | None = None
     """Prompts to evaluate on, in place of those that were held out from training (language models)."""
     split: str | None = None
@@ -249,9 +262,11 @@ class Reproduce:
     trust: FlagCreatePairsOff[bool] = False
     """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
     environment: str | None = None
-    """Environment, if it is of a module or file (control)."""
+    """Environment, if it is of a module or file (control, and language models that talk to one)."""
     reward: tuple[str, ...] = ()
     """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
+    tool: tuple[str, ...] = ()
+    """Tool, if it is a function of yours, or python:unconfined (language models). Repeatable."""
     dataset: tuple[str, ...] = ()
     """Prompts of training (language models). Repeatable."""
     evaluation_dataset: tuple[str, ...] = ()

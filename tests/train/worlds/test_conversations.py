@@ -9,6 +9,7 @@ import torch
 from outcomes import parameters
 
 import policygrad as pg
+from policygrad import cli
 from policygrad.errors import Note, UserError
 from policygrad.language import lookup, models, warmup
 from policygrad.train.names import outside
@@ -275,3 +276,13 @@ def test_states_are_of_conversations(place: Path) -> None:
         pg.train("ppo", **values(place, turn_level=True, discounted=True))
     with pytest.raises(OptionError, match="turn_level"):
         pg.train("ppo", "CartPole-v1", turn_level=True, progress=False)
+
+
+def test_eval_repeats_the_names_of_a_run(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    game, tool = f"{place}/games.py:Long", f"{place}/games.py:shout"
+    pg.train("grpo", **values(place, tool=tool, iterations=1), out=tmp_path / "run")
+    for names, code in (([], 2), (["--environment", game], 2), (["--environment", game, "--tool", tool], 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["eval", str(tmp_path / "run"), *names])
+        assert (stop.value.code or 0) == code, capsys.readouterr().err
+    assert "tool:" in capsys.readouterr().out
