@@ -101,7 +101,9 @@ def grouped_by_state(
 
     def assign(rollout: Rollout) -> Credit:
         if rollout.state is None:
-            raise UserError("the credit compares turns in the same state, and these rollouts have no state: use group")
+            raise UserError(
+                "the credit compares turns in the same state, and these rollouts have no state: use grouped"
+            )
         turns = turns_of(rollout)
         returns = reward_to_go(turns.reward, turns.ended, gamma)[turns.real]
         begun = rollout.state.gather(1, turns.first)

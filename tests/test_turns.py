@@ -128,7 +128,7 @@ def test_credit_of_the_state_is_its_definition() -> None:
 
 
 def test_states_must_be_known() -> None:
-    with pytest.raises(UserError, match="these rollouts have no state: use group"):
+    with pytest.raises(UserError, match="these rollouts have no state: use grouped"):
         grouped_by_state()(rollout_of(["x.x", "x.x"]))
 
 

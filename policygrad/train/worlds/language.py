@@ -205,9 +205,9 @@ class LanguageWorld(World):
             if not hasattr(options, "turns"):
                 raise UserError(f"{options.method} learns from completions, and an environment has none: give dataset")
             self.make = environment_named(self.task)
-        for name in ("turns", "turn_tokens", "starts"):
+        for name in ("turns", "turn_tokens", "starts", "state_weight", "turn_level"):
             talks = self.make is not None or (self.tools and name != "starts")
-            if getattr(options, name, None) is not None and not talks:
+            if getattr(options, name, None) not in (None, 0.0) and not talks:
                 raise OptionError(
                     name, f"{name} is of conversations, and {self.name} is a data set of prompts: leave {name} out"
                 )

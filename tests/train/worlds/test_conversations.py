@@ -270,7 +270,7 @@ def test_credit_by_turns_changes_something(method: str, option: dict[str, Any], 
 
 def test_states_are_of_conversations(place: Path) -> None:
     more = {"reward": f"{place}/games.py:shouted", "starts": None, "turn_tokens": None, "state_weight": 1.0}
-    with pytest.raises(UserError, match="these rollouts have no state: use group"):
+    with pytest.raises(OptionError, match="state_weight is of conversations"):
         pg.train("grpo", **values(place, "", **more))
     with pytest.raises(OptionError, match="discounted counts tokens"):
         pg.train("ppo", **values(place, turn_level=True, discounted=True))
