@@ -22,6 +22,7 @@ from policygrad import (
     returns as returns,
     samplers as samplers,
     score as score,
+    turns as turns,
     updates as updates,
     verify as verify,
     weights as weights,

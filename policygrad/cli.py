@@ -31,12 +31,23 @@ from policygrad.train.options import Options, for_command_line, in_words, option
 from policygrad.train.reward_options import RewardModelOptions
 from policygrad.train.search import searched
 from policygrad.train.stopping import SIGNALS, Stopped
-from policygrad.train.worlds import NO_PROMPTS, kind_of
+from policygrad.train.worlds import NO_PROMPTS, OWN_TASKS, kind_of
 from policygrad.verify.options import VerifyOptions
 
 LONGEST = 200  # characters of a message
 # The options of eval that override what a run was trained with.
-REPEATED = ("environment", "reward", "dataset", "split", "columns", "model", "critic", "trust_remote_code", "device")
+REPEATED = (
+    "environment",
+    "reward",
+    "tool",
+    "dataset",
+    "split",
+    "columns",
+    "model",
+    "critic",
+    "trust_remote_code",
+    "device",
+)
 _flat: Any = OmitArgPrefixes
 
 USAGE = """\
@@ -45,6 +56,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad train METHOD TASK [options]    train a policy by any method, on any task:
                                               CartPole-v1       a Gymnasium environment
                                               arithmetic        a language model, on a task that needs nothing else
+                                              lookup            the same, in conversations with a tool
                                               exact:chain       a small world in closed form
   policygrad train METHOD --model M --dataset D --reward R [options]     a language model, on prompts of your own
   policygrad train compose TASK [--update U] [options]   any credit, objective and update; its row of verify first
@@ -98,9 +110,11 @@ class Trained:
     trust: FlagCreatePairsOff[bool] = False
     """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
     environment: str | None = None
-    """Environment, if it is of a module or file (control)."""
+    """Environment, if it is of a module or file (control, and language models that talk to one)."""
     reward: tuple[str, ...] = ()
     """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
+    tool: tuple[str, ...] = ()
+    """Tool, if it is a function of yours, or python:unconfined (language models). Repeatable."""
     dataset: str | None = None
     """Prompts to evaluate on, in place of those that were held out from training (language models)."""
     split: str | None = None
@@ -249,9 +263,11 @@ class Reproduce:
     trust: FlagCreatePairsOff[bool] = False
     """Believe the run: import the code that it names, and read files of elsewhere. For runs of your own."""
     environment: str | None = None
-    """Environment, if it is of a module or file (control)."""
+    """Environment, if it is of a module or file (control, and language models that talk to one)."""
     reward: tuple[str, ...] = ()
     """Reward, if it is a function of yours or a reward model (language models). Repeatable."""
+    tool: tuple[str, ...] = ()
+    """Tool, if it is a function of yours, or python:unconfined (language models). Repeatable."""
     dataset: tuple[str, ...] = ()
     """Prompts of training (language models). Repeatable."""
     evaluation_dataset: tuple[str, ...] = ()
@@ -567,7 +583,7 @@ def _trained(run: Any, out: Path, as_json: bool) -> int:
         run.method == CLONE.name
         and run.world.kind == "language"
         and not run.options.reward
-        and run.world.task != "arithmetic"
+        and run.world.task not in OWN_TASKS
     ):
         flags += " --reward REWARD"
     best = run.best
@@ -678,7 +694,7 @@ def _given(command: Any) -> dict[str, Any]:
 
 def _is_task(word: str) -> bool:
     """Whether a word can only be a task: an id with its version, a file, a module's name, or one of this library's."""
-    return word == "arithmetic" or ":" in word or re.search(r"-v\d+$|\.(py|jsonl?|csv|parquet)$", word) is not None
+    return word in OWN_TASKS or ":" in word or re.search(r"-v\d+$|\.(py|jsonl?|csv|parquet)$", word) is not None
 
 
 def _free_first(words: list[str]) -> tuple[list[Any], list[str]]:
@@ -732,7 +748,8 @@ def _shared(options: Any, out: str, preset: str) -> list[Any]:
     default = kind(**{f.name: getattr(options, f.name) for f in fields(options)})
     task = (
         "A Gymnasium id (`module:Id-v0` imports the module first), a class or function that makes an environment "
-        "(my_env.py:MyEnv or module:MyEnv), arithmetic, a file of prompts, or exact:chain."
+        "(my_env.py:MyEnv or module:MyEnv; with --model one to talk to), arithmetic, lookup, a file of prompts, or "
+        "exact:chain."
     )
     return [
         ("task", Annotated[str | None, Positional, arg(metavar="TASK", help=task)], field(default=None)),

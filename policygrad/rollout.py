@@ -42,6 +42,7 @@ class Rollout:
     pieces: int = 1  # equal parts that a row may be cut into, since obs has the policy's memory before each
     metrics: dict[str, Any] = field(default_factory=dict)  # the sampler's metrics, numbers or tensors: return, ...
     importance: Float[Tensor, "B T"] | None = None  # truncated pi_old / sampling policy; None: they agree
+    state: Int[Tensor, "B T"] | None = None  # decisions where the environment says the same share a number
 
     def __post_init__(self) -> None:
         for name in ("reward", "logp", "importance"):
@@ -209,7 +210,7 @@ def _lengthened(rollout: Rollout, length: int) -> Rollout:
         return torch.cat([column, last.unsqueeze(1).expand(-1, more, *last.shape[1:])], 1)
 
     stop = tree_map(lambda x: x[:, -1], rollout.obs) if rollout.final_obs is None else rollout.final_obs
-    names = ("action", "logp", "reward", "terminated", "ended", "mask", "importance")
+    names = ("action", "logp", "reward", "terminated", "ended", "mask", "importance", "state")
     columns = {name: x for name in names if (x := getattr(rollout, name)) is not None}
     padded: dict[str, Any] = {name: repeated(x, torch.zeros_like(x[:, 0])) for name, x in columns.items()}
     return replace(rollout, obs=tree_map(repeated, rollout.obs, stop), **padded)

@@ -17,6 +17,7 @@ from policygrad.train.methods import METHODS, TABLE, method_named
 from policygrad.train.options import for_command_line, options_of, validate, with_values
 from policygrad.train.reward_model import train_reward_model
 from policygrad.train.reward_options import RewardModelOptions
+from policygrad.train.worlds import OWN_TASKS
 from policygrad.train.worlds.language import warm_model
 
 ROOT = Path(policygrad.__file__).parent.parent
@@ -137,7 +138,8 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             continue
         if any(task.startswith(x) and find_spec(y) is None for x, y in OF_PACKAGES):
             continue
-        if task == "arithmetic":
+        if task in OWN_TASKS:
+            rest += ["--starts", "8"] if task == "lookup" else []
             rest += ["--iterations", "1", "--prompts-per-rollout", "4", "--completions", "2", "--held-out", "2"]
             rest += ["--minibatch-size", "4"] if rest[0] == "ppo" else []
         elif name in ("train", "tune") and "--help" not in rest:

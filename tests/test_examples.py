@@ -37,3 +37,10 @@ def test_rlhf_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(SystemExit, match="is not empty, and nothing is overwritten: choose another directory"):
         run("rlhf.py", "--quick", "--out", str(tmp_path))
+
+
+def test_one_game_is_played_on_numbers_and_in_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run("text_game.py", "--iterations", "1", "--seeds", "1", "--out", str(tmp_path / "game.png"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines[:2]] == ["perceptron", "language model"]
+    assert (tmp_path / "game.png").stat().st_size > 10_000

@@ -454,7 +454,8 @@ def _no_environment(thing: Any) -> str:
     if isinstance(thing, VectorEnv):
         return f"{type(thing).__name__} is a vector environment: hand in the object itself"
     if callable(getattr(thing, "step", None)):
-        return f"{said}: derive its class from gymnasium.Env"
+        talks = "" if hasattr(thing, "observation_space") else ", or give model to talk to it"
+        return f"{said}: derive its class from gymnasium.Env{talks}"
     return f"{said}: give an id, an environment, or a class or function that makes one"
 
 

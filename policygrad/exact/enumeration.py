@@ -117,6 +117,29 @@ def with_holes(rollout: Rollout, holes: int = 3, hole: int | None = None, seed: 
     return replace(rollout, **columns)
 
 
+def with_turns(rollout: Rollout, decisions: int = 1) -> Rollout:
+    """The same trajectories as conversations: a hole after every `decisions` decisions, where another speaks.
+
+    What is said changes with the state, as it does there. The hole is as those of `with_holes`, its observation the
+    state before it. rollout.state is the state of the first decision after the newest hole.
+    """
+    rows, steps = rollout.mask.shape
+    count = (steps - 1) // decisions
+    place = torch.arange(1, count + 1) * decisions
+    before = torch.cat([torch.arange(steps).to(torch.double), place - 0.5]).argsort(stable=True)
+    begins = torch.arange(steps) // decisions * decisions
+    nothing, no = torch.full((rows, count), torch.nan, dtype=rollout.reward.dtype), torch.zeros(rows, count).bool()
+    filler = {
+        "obs": rollout.obs[:, place - 1],
+        "action": torch.zeros(rows, count, dtype=rollout.action.dtype),
+        **dict.fromkeys(("reward", "logp"), nothing),
+        **dict.fromkeys(("terminated", "ended", "mask"), no),
+    }
+    columns: dict[str, Any] = {name: torch.cat([getattr(rollout, name), x], 1)[:, before] for name, x in filler.items()}
+    state = torch.cat([rollout.obs[:, begins], rollout.obs[:, place - 1]], 1)[:, before]
+    return replace(rollout, **columns, state=state)
+
+
 def as_rollout(
     world: World, state: Int[Tensor, "B _"], action: Int[Tensor, "B T"], logp: Float[Tensor, "B T"]
 ) -> Rollout:

@@ -2,16 +2,21 @@
 
 from policygrad.language import (
     arithmetic as arithmetic,
+    conversations as conversations,
     data as data,
     distributions as distributions,
     evaluation as evaluation,
+    games as games,
     generation as generation,
+    lookup as lookup,
     models as models,
     policies as policies,
     reward_models as reward_models,
     rewards as rewards,
     sampler as sampler,
+    sandbox as sandbox,
     tasks as tasks,
+    tools as tools,
     warmup as warmup,
 )
 from policygrad.language.data import load_examples as load_examples, load_preferences as load_preferences
@@ -22,6 +27,7 @@ from policygrad.language.evaluation import (
     pass_at_k as pass_at_k,
 )
 from policygrad.language.completions import Completions as Completions, Engine as Engine, Request as Request
+from policygrad.language.conversations import Dialogue as Dialogue, Environment as Environment
 from policygrad.language.generation import generate as generate
 from policygrad.language.models import (
     load_model as load_model,

@@ -20,7 +20,7 @@ from policygrad.language.reading import Example, Fault, read, refuse
 
 T = TypeVar("T")
 LONG = ("refuse", "drop")  # what becomes of a prompt that is too long
-_MESSAGES = 'give text, or a list of messages {"role": ..., "content": ...}'
+MESSAGES = 'give text, or a list of messages {"role": ..., "content": ...}'
 
 
 def load_examples(sources: Any, *, split: str = "train", columns: Sequence[str] = ()) -> list[Example]:
@@ -98,7 +98,7 @@ def with_system_prompt(examples: Sequence[Example], text: str) -> list[Example]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if messages[0]["role"] in ("system", "developer"):
             faults.append((f"the prompt of {example.place}", "has a system message of its own"))
-        changed.append(_with(example, prompt=[{"role": "system", "content": text}, *messages]))
+        changed.append(with_columns(example, prompt=[{"role": "system", "content": text}, *messages]))
     refuse(faults, "leave system_prompt out, or take them out of the data")
     return changed
 
@@ -152,7 +152,7 @@ def encode_prompts(
             else:
                 written[i] = text
     refuse(faults, "change the template or the row")
-    rows = dict(zip(written, _tokens(list(written.values()), tokenizer), strict=True))
+    rows = dict(zip(written, as_tokens(list(written.values()), tokenizer), strict=True))
     rows |= dict(zip(texts, encode_texts(list(texts.values()), tokenizer), strict=True))
     refuse(
         [(f"the prompt of {place_of(examples, i)}", "has no tokens") for i in range(len(examples)) if not rows[i]],
@@ -189,7 +189,7 @@ def encode_completions(
                 texts[i] = whole[len(prompt) :]
         refuse(faults, "change the template or the row")
     end = int(tokenizer.eos_token_id)
-    rows = _tokens([texts[i] for i in range(len(examples))], tokenizer)
+    rows = as_tokens([texts[i] for i in range(len(examples))], tokenizer)
     return [row[: len(row) - row[::-1].index(end)] if end in row else [*row, end] for row in rows]
 
 
@@ -217,7 +217,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     A text that has this beginning already, since a template has written it, does not get it twice.
     """
     start = _beginning(tokenizer)
-    return [row if row[: len(start)] == start else [*start, *row] for row in _tokens(texts, tokenizer)]
+    return [row if row[: len(start)] == start else [*start, *row] for row in as_tokens(texts, tokenizer)]
 
 
 def short_enough(
@@ -262,7 +262,7 @@ def left_padded(
     return tokens, mask
 
 
-def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def as_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts as tokens, none added."""
     if not texts:
         return []
@@ -271,7 +271,7 @@ def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[li
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer puts before a text, such as <s>."""
-    bare, whole = _tokens(["a"], tokenizer)[0], list(tokenizer("a", verbose=False)["input_ids"])
+    bare, whole = as_tokens(["a"], tokenizer)[0], list(tokenizer("a", verbose=False)["input_ids"])
     places = [k for k in range(len(whole)) if whole[k : k + len(bare)] == bare]
     return whole[: places[0]] if places else []
 
@@ -289,7 +289,7 @@ def place_of(examples: Sequence[Mapping[str, Any]], i: int) -> str:
     return example.place if isinstance(example, Example) else f"row {i}"
 
 
-def _with(example: Example, **columns: Any) -> Example:
+def with_columns(example: Example, **columns: Any) -> Example:
     """A copy with other columns, of the same place."""
     changed = Example(example | columns)
     changed.__dict__.update(example.__dict__)
@@ -364,15 +364,15 @@ def _check(examples: Sequence[Example], names: Sequence[str]) -> None:
     for example in examples:
         for name in names:
             try:
-                example[name] = _text_or_messages(example[name])
+                example[name] = text_or_messages(example[name])
             except KeyError:
                 faults.append((example.place, f"has no {name}"))
             except ValueError as error:
                 faults.append((f"{name} of {example.place}", str(error)))
-    refuse(faults, _MESSAGES)
+    refuse(faults, MESSAGES)
 
 
-def _text_or_messages(value: Any) -> str | list[dict[str, Any]]:
+def text_or_messages(value: Any) -> str | list[dict[str, Any]]:
     """Text, or messages of text. Raises ValueError that says what else it is."""
     if isinstance(value, str):
         return _encodable(value)

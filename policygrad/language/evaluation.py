@@ -14,7 +14,7 @@ from policygrad.errors import UserError
 from policygrad.language.completions import Engine
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy
-from policygrad.language.sampler import Judge, Prompts, answer, check_judged, request_of
+from policygrad.language.sampler import Answering, Judge, Prompts, answer, check_judged, request_of
 
 ROWS = 512  # completions sampled together
 
@@ -61,7 +61,7 @@ def evaluate_policy(
     policy: LanguagePolicy,
     prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge,
+    judge: Judge | None,
     *,
     completions: int,
     max_tokens: int,
@@ -69,11 +69,13 @@ def evaluate_policy(
     greedy: bool = False,
     stop_texts: Sequence[str] = (),
     micro_batch: int | None = None,
+    answers: Answering = answer,
     engine: Engine = generate,
 ) -> Evaluation:
     """Answer each prompt `completions` times, by samples at the policy's temperature or greedily.
 
     stop_texts: a completion ends with any of them. micro_batch: completions sampled at a time, at most ROWS.
+    answers: see CompletionSampler.
     """
     if completions < 1:
         raise UserError(f"completions is {completions}: it must be at least 1")
@@ -85,13 +87,13 @@ def evaluate_policy(
     device = next(policy.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     together = max(1, ROWS // completions)
-    answers = [
-        answer(policy, prompts.take(index), request, tokenizer, judge, generator, engine)
+    answered = [
+        answers(policy, prompts.take(index), request, tokenizer, judge, generator, engine)
         for index in torch.arange(len(prompts)).split(together)
     ]
-    check_judged(answers)
-    reward = torch.cat([x.reward for x in answers]).double()
-    parts = {name: torch.cat([x.parts[name] for x in answers]).double() for name in answers[0].parts}
+    check_judged(answered)
+    reward = torch.cat([x.reward for x in answered]).double()
+    parts = {name: torch.cat([x.parts[name] for x in answered]).double() for name in answered[0].parts}
     passes, judged = passes_at_k(reward, completions), reward[~reward.isnan()]
     of_parts = {name: passes_at_k(part, completions) for name, part in parts.items()}
     return Evaluation(
@@ -102,11 +104,11 @@ def evaluate_policy(
         parts={name: part.nanmean().item() for name, part in parts.items() if not part.isnan().all()},
         part_pass_at_k={name: x for name, x in of_parts.items() if x is not None},
         unjudged=1 - len(judged) / len(reward),
-        length=torch.cat([x.completions.mask.sum(1) for x in answers]).double().mean().item(),
-        cut_fraction=torch.cat([x.completions.cut for x in answers]).double().mean().item(),
+        length=torch.cat([x.completions.mask.sum(1) for x in answered]).double().mean().item(),
+        cut_fraction=torch.cat([x.completions.cut for x in answered]).double().mean().item(),
         prompts=len(prompts),
         completions=completions,
-        rows=[row for x in answers for row in x.rows()],
+        rows=[row for x in answered for row in x.rows()],
     )
 
 

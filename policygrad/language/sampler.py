@@ -23,6 +23,7 @@ from policygrad.rollout import Rollout, at_last_decision
 
 Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
 MULTIPLE = 16  # the width of prompts is one of few, so that shapes repeat
+ERROR = "error: "  # how the answer to a call of a tool begins that could not be carried out
 CUTS = ("kept", "masked", "penalized")  # what a completion cut at the limit is
 
 
@@ -107,16 +108,22 @@ class Answers:
     texts: list[str]
     reward: Float[Tensor, " B"]  # NaN where no reward function applies
     parts: dict[str, Tensor]  # each reward function's own, NaN where it does not apply
+    earned: Float[Tensor, "B T"] | None = None  # the part of the reward that an environment gave, where it gave it
+    state: Int[Tensor, "B T"] | None = None  # of the environment: see Rollout
+    said: list[list[dict[str, Any]]] | None = None  # the messages of each conversation, after its prompt
 
     def rows(self, count: int | None = None) -> list[dict[str, Any]]:
-        """The first `count` answers, or all, as rows of a table. tokens: the decisions of a completion."""
+        """The first `count` answers, or all, as rows of a table. tokens: the decisions of a completion.
+
+        The completion of a conversation is its messages.
+        """
         lengths, cut = self.completions.mask.sum(1).tolist(), self.completions.cut.tolist()
         return [
             {
                 **{name: column[i] for name, column in self.prompts.columns.items()},
                 **{name: (None if part[i].isnan() else float(part[i])) for name, part in self.parts.items()},
                 "prompt": self.prompts.texts[i],
-                "completion": self.texts[i],
+                "completion": self.texts[i] if self.said is None else self.said[i],
                 "reward": None if self.reward[i].isnan() else float(self.reward[i]),
                 "tokens": lengths[i],
                 "cut": cut[i],
@@ -153,23 +160,43 @@ def answer(
     completions = engine(policy, tokens, mask, request, generator)
     _check_shapes(completions, len(prompts) * request.completions, request.max_tokens)
     repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(request.completions))
+    texts = tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
+    return judged(repeated, completions, texts, tokenizer, judge)
+
+
+Answering = Callable[..., Answers]  # `answer`, or conversations.Dialogue: the same arguments
+
+
+def judged(
+    prompts: Prompts,
+    completions: Completions,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge | None,
+    **more: list[Any],
+) -> Answers:
+    """Completions with the reward of their texts, which is 0 without a judge.
+
+    prompts: that of each completion. more: further columns that the judge receives.
+    """
     ids = completions.ids()
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    raw = [a + b for a, b in zip(repeated.openings, tokenizer.batch_decode(ids), strict=True)]
-    columns = {**repeated.columns, "completion_ids": ids, "completions_raw": raw, "cut": completions.cut.tolist()}
+    raw = [a + b for a, b in zip(prompts.openings, tokenizer.batch_decode(ids), strict=True)]
+    columns = {**prompts.columns, "completion_ids": ids, "completions_raw": raw, "cut": completions.cut.tolist()}
     said: list[Any] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(repeated.texts, texts, strict=True)
+        for prompt, text in zip(prompts.texts, texts, strict=True)
     ]
+    if judge is None:
+        return Answers(prompts, completions, texts, torch.zeros(len(texts)), {})
     try:
-        reward, parts = judge(repeated.texts, said, columns)
+        reward, parts = judge(prompts.texts, said, columns | more)
     except NonFiniteError as error:
         error.evidence = vars(completions)
         raise
-    return Answers(repeated, completions, texts, reward, parts)
+    return Answers(prompts, completions, texts, reward, parts)
 
 
-def _check_columns(judge: Judge, prompts: Prompts) -> None:
+def _check_columns(judge: Judge | None, prompts: Prompts) -> None:
     """Raise UserError for a column of the data that what a reward receives would hide."""
     if isinstance(judge, Rewards):
         judge.check_columns(prompts.columns)
@@ -245,6 +272,9 @@ class PromptSampler:
 class CompletionSampler(PromptSampler):
     """Each call answers the next `prompts_per_rollout` prompts; the completions of a prompt are a group.
 
+    answers: how prompts are answered: `answer`, or a Dialogue, which holds conversations with environments. There a
+    reward stands at the last decision of the turn that it is for.
+
     The prompts come in random order, and all of them come before one comes again. The reward stands at a completion's
     last decision. A completion cut at the limit has no end-of-sequence token; `cut` says how it counts:
 
@@ -264,10 +294,11 @@ class CompletionSampler(PromptSampler):
         self,
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
-        judge: Judge,
+        judge: Judge | None,
         request: Request,
         *,
         prompts_per_rollout: int,
+        answers: Answering = answer,
         cut: str = "kept",
         cut_penalty: float = 1.0,
         dataset_weight: Sequence[float] = (),
@@ -280,7 +311,7 @@ class CompletionSampler(PromptSampler):
         if cut not in CUTS:
             raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
         self.tokenizer, self.judge, self.request, self.engine = tokenizer, judge, request, engine
-        self.cut, self.cut_penalty = cut, cut_penalty
+        self.answers, self.cut, self.cut_penalty = answers, cut, cut_penalty
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.last: Answers | None = None
 
@@ -288,7 +319,8 @@ class CompletionSampler(PromptSampler):
         """Answer the next prompts with the policy, a LanguagePolicy, as it is now."""
         assert isinstance(policy, LanguagePolicy)
         start = time.perf_counter()
-        answers = answer(policy, self._next(), self.request, self.tokenizer, self.judge, self.generator, self.engine)
+        asked = (policy, self._next(), self.request, self.tokenizer, self.judge, self.generator, self.engine)
+        answers = self.answers(*asked)
         seconds = time.perf_counter() - start
         check_judged([answers])
         self.last = answers
@@ -313,6 +345,7 @@ class CompletionSampler(PromptSampler):
             **({} if len(means) < 2 else {name: x for name, x in means.items() if x == x}),
             "length": float(lengths.mean()),
             "cut_fraction": float(cut.double().mean()),
+            **({} if answers.said is None else _of_conversations(answers.said)),
             "unjudged": 1 - float(judged.double().mean()),
             "masked": 1 - float(counts.double().mean()),
             "prompt_repeats": sum(repeated) / len(repeated),
@@ -374,6 +407,15 @@ def _spreads(reward: Float[Tensor, " B"], counts: Bool[Tensor, " B"], size: int)
     return {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
 
 
+def _of_conversations(said: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """The mean number of turns of the policy in a conversation, and of calls of tools, with the share that failed."""
+    roles = [x["role"] for messages in said for x in messages]
+    calls = [x for messages in said for x in messages if x["role"] == "tool"]
+    failed = sum(str(x["content"]).startswith(ERROR) for x in calls)
+    told = {"tool_calls": len(calls) / len(said), "tool_errors": failed / len(calls)} if calls else {}
+    return {"turns": roles.count("assistant") / len(said), **told}
+
+
 def _shares(origin: Int[Tensor, " N"], weight: Sequence[float]) -> list[tuple[Int[Tensor, " n"], int]]:
     """The prompts of each data set, and how many of them an epoch has; empty without weights.
 
@@ -400,15 +442,17 @@ def _drawn(index: Int[Tensor, " n"], count: int, generator: torch.Generator) -> 
 def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, metrics: dict[str, float]) -> Rollout:
     """Answers as a rollout. Each row terminates at its last decision, and the reward stands there.
 
-    A cut completion terminates too: its reward is for the text as it is, so no value lies beyond. A row without a
-    reward, or cut and masked, has no decision that counts, and is a group of its own.
+    What an environment gave stands where it gave it. A cut completion terminates too: its reward is for the text as it
+    is, so no value lies beyond. A row without a reward, or cut and masked, has no decision that counts, and is a group
+    of its own.
     """
     done, device = answers.completions, answers.completions.tokens.device
     mask, reward = done.mask, answers.reward.to(device)
     out = reward.isnan() | done.cut if cut == "masked" else reward.isnan()
     if cut == "penalized":
         reward = reward - cut_penalty * done.cut
-    reward = at_last_decision(reward.nan_to_num(0.0), mask)
+    earned = torch.zeros_like(done.logp) if answers.earned is None else answers.earned
+    reward = at_last_decision((reward - earned.sum(1)).nan_to_num(0.0), mask) + earned
     last = at_last_decision(torch.ones(len(mask), device=device), mask).bool()
     mask = mask & ~out.unsqueeze(1)
     row = torch.arange(len(mask), device=device)
@@ -426,4 +470,5 @@ def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, 
         group=group,
         memoryless=False,
         metrics=metrics,
+        state=answers.state,
     )

@@ -24,7 +24,7 @@ from policygrad.language.rewards import (
 )
 from policygrad.language.sampler import Prompts
 
-ARITHMETIC = "arithmetic"  # the name of the task in arithmetic.py
+ARITHMETIC, LOOKUP = "arithmetic", "lookup"  # the names of the tasks in arithmetic.py and lookup.py
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     train: Prompts
     held_out: Prompts | None
-    judge: Rewards
-    judge_held_out: Rewards  # without the penalty on length, for reported results
+    judge: Rewards | None  # None: an environment gives the rewards
+    judge_held_out: Rewards | None  # without the penalty on length, for reported results
 
 
 def prepared(
@@ -180,7 +180,7 @@ def task_of(
     tokenizer: PreTrainedTokenizerBase,
     train: Prompts,
     held_out: Prompts | None,
-    functions: Sequence[Reward],
+    functions: Sequence[Reward] | None,
     *,
     max_tokens: int,
     reward_weight: Sequence[float] = (),
@@ -190,21 +190,24 @@ def task_of(
 ) -> Task:
     """Put a task together. Raises UserError if model, tokenizer and prompts do not fit together.
 
-    max_tokens: of a completion. reward_weight: one for each function; all 1 by default. overlong_fraction: adds the
-    soft overlong penalty over this last share of max_tokens (DAPO). policy: the options of policy_of.
+    functions: None if an environment gives all rewards. max_tokens: of a completion. reward_weight: one for each
+    function; all 1 by default. overlong_fraction: adds the soft overlong penalty over this last share of max_tokens
+    (DAPO). policy: the options of policy_of.
     """
     longest = max((int(x.lengths.max()) for x in (train, held_out) if x), default=0)
     models.check_pair(model, tokenizer, longest + max_tokens)  # type: ignore[arg-type]
-    for function in functions:
+    for function in functions or ():
         if (starts := getattr(function, "starts", 0)) >= max_tokens:
             raise UserError(
                 f"the overlong penalty starts at {starts} tokens, and a completion has at most {max_tokens}: lower its "
                 "two numbers, or raise max_tokens"
             )
-    weights = list(reward_weight) or [1.0] * len(functions)
-    plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)
+    plain = judge = None
+    weights = list(reward_weight) or [1.0] * len(functions or ())
+    if functions is not None:
+        plain = judge = Rewards(functions, weights, time_limit=reward_time_limit)
     if overlong_fraction:
         buffer = max(1, round(overlong_fraction * max_tokens))
         penalty = soft_overlong_penalty(max_tokens, buffer)
-        judge = Rewards([*functions, penalty], [*weights, 1.0], time_limit=reward_time_limit)
+        judge = Rewards([*(functions or ()), penalty], [*weights, 1.0], time_limit=reward_time_limit)
     return Task(name, policy_of(model, **policy), tokenizer, train, held_out, judge, plain)

@@ -116,6 +116,43 @@ def openings(
     return ["" if x[-1]["role"] == "assistant" else _opening(*next(found), mark) for x in conversations]
 
 
+def reads(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template reads a variable."""
+    asked = {"template": tokenizer.get_chat_template(), "variables": {}, "given": [name], "conversations": []}
+    found = _writer(asked)
+    return found is not None and not found["unread"]
+
+
+def between(
+    conversations: Sequence[list[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What the template writes between the text of the assistant's last message and its next one.
+
+    That is the end of its turn, the messages after it, and the beginning of the next turn. Each conversation ends with
+    messages of others. The text is replaced by a mark, so that nothing depends on how it would be written again.
+
+    Raises UserError for a conversation that the template cannot write.
+    """
+    marked, marks = [], []
+    for messages in conversations:
+        place = max(i for i, x in enumerate(messages) if x["role"] == "assistant")
+        mark = "policygrad-turn"
+        while mark in str(messages):
+            mark += "-turn"
+        marks.append(mark)
+        here = {"role": "assistant", "content": mark}
+        marked.append(([*messages[:place], here, *messages[place + 1 :]], "answer"))
+    found = []
+    for mark, (text, error) in zip(marks, write(marked, tokenizer, variables), strict=True):
+        if text is None or text.count(mark) != 1:
+            said = error or "it leaves out or repeats the assistant's text"
+            raise UserError(f"the chat template cannot write this conversation: {said}: give another model or template")
+        found.append(text.partition(mark)[2])
+    return found
+
+
 def _opening(before: str | None, opened: str | None, whole: str | None, mark: str) -> str:
     if before is None or opened is None or whole is None:  # a template that refuses such a conversation
         return ""

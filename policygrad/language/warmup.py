@@ -1,6 +1,7 @@
 """Supervised warm-up: a small model learns the form of an answer from imperfect demonstrations. Cached on disk."""
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -16,13 +17,15 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from policygrad.language import arithmetic, data, models
+from policygrad.language import arithmetic, data, lookup, models
 from policygrad.language.policies import LanguagePolicy, Prefixes
+from policygrad.language.tasks import ARITHMETIC, LOOKUP
 from policygrad.rollout import Batch
 from policygrad.weights import average, per_token
 
 Progress = Callable[[int, int, str], None]  # (done, total, status)
 
+OWN: dict[str, Any] = {ARITHMETIC: arithmetic, LOOKUP: lookup}  # the tasks with a model of their own
 # The warm model follows from it, the demonstrations and the configuration. If one of them changes, so does the cache.
 RECIPE = {"steps": 600, "rows": 128, "learning_rate": 2e-3}
 
@@ -31,16 +34,20 @@ def warmed_up(
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
     *,
+    task: str = ARITHMETIC,
     device: torch.device | str = "cpu",
 ) -> LlamaForCausalLM:
-    """The arithmetic task's own model after its demonstrations, from the cache. If it is not there, train it first."""
-    place = cache_directory() / f"arithmetic-{_key()}"
+    """A task's own model after its demonstrations, from the cache. If it is not there, train it first.
+
+    task: arithmetic or lookup.
+    """
+    place = cache_directory() / f"{task}-{_key(task)}"
     if not (place / "model.safetensors").is_file():
-        announce("the arithmetic model learns from imperfect demonstrations first (kept for next time)")
-        trained = _train(progress, device)
+        announce(f"the {task} model learns from imperfect demonstrations first (kept for next time)")
+        trained = _train(task, progress, device)
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=place.parent))
-        models.save_model(trained, arithmetic.tokenizer(), beside)
+        models.save_model(trained, OWN[task].tokenizer(), beside)
         try:
             os.replace(beside, place)
         except OSError:  # another run was faster
@@ -102,10 +109,11 @@ def fit_demonstrations(
     return history
 
 
-def _key() -> str:
-    examples, demonstrations = _demonstrations()
+def _key(task: str) -> str:
+    examples, demonstrations = _demonstrations() if task == ARITHMETIC else ([], [])
     learned = [x["prompt"] + y for x, y in zip(examples, demonstrations, strict=True)]
-    decides = [*learned, arithmetic.configuration().to_json_string(), json.dumps(RECIPE), torch.__version__]
+    learned = learned or [inspect.getsource(OWN[task])]  # it makes its demonstrations
+    decides = [*learned, OWN[task].configuration().to_json_string(), json.dumps(RECIPE), torch.__version__]
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:12]
 
 
@@ -114,13 +122,15 @@ def _demonstrations() -> tuple[list[dict[str, Any]], list[str]]:
     return examples, arithmetic.demonstrations(examples, seed=0)
 
 
-def _train(progress: Progress | None, device: torch.device | str) -> nn.Module:
-    examples, completions = _demonstrations()
+def _train(task: str, progress: Progress | None, device: torch.device | str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        policy = LanguagePolicy(arithmetic.model())
+        policy = LanguagePolicy(OWN[task].model())
         policy.to(device)
-        batch = demonstrations_batch(examples, completions, arithmetic.tokenizer(), device)
+        if task == ARITHMETIC:
+            batch = demonstrations_batch(*_demonstrations(), arithmetic.tokenizer(), device)
+        else:
+            batch = lookup.demonstrations(policy)
         steps, rows = int(RECIPE["steps"]), int(RECIPE["rows"])
         fit_demonstrations(policy, batch, steps, rows, RECIPE["learning_rate"], progress=progress)
     return policy.model

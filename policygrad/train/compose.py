@@ -79,6 +79,7 @@ from policygrad.samplers import (
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
+from policygrad.turns import bootstrapped_by_turn, grouped_by_state
 from policygrad.updates import (
     MasterWeightsAdam,
     MasterWeightsAdamW,
@@ -261,7 +262,9 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
         return demonstrated
     gamma, micro_batch = options.gamma, split_of(options, policy)
     if options.credit == "group":
-        credit = grouped(GROUP_BASELINES[options.group_baseline], GROUP_SCALES[options.group_scale])
+        compared = GROUP_BASELINES[options.group_baseline], GROUP_SCALES[options.group_scale]
+        weight = getattr(options, "state_weight", 0.0)
+        credit = grouped_by_state(*compared, gamma=gamma, weight=weight) if weight else grouped(*compared)
     elif options.credit in RETURNS:
         baselines: dict[str, Any] = {
             **BASELINES,
@@ -274,6 +277,9 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
         assert critic is not None
         bars = {"lam": options.lam, "rho_bar": options.rho_bar, "c_bar": options.c_bar}
         credit = vtrace(policy, critic, gamma=gamma, **bars, micro_batch=micro_batch)
+    elif getattr(options, "turn_level", False):
+        assert critic is not None
+        credit = bootstrapped_by_turn(critic, gamma=gamma, lam=options.lam, micro_batch=micro_batch)
     else:
         assert critic is not None
         estimates: dict[str, Callable[..., Tensor]] = {

@@ -92,6 +92,10 @@ class Keywords(TypedDict, total=False):
     completions: int
     max_tokens: int
     stop: str | Sequence[str]
+    turns: int | None
+    turn_tokens: int | None
+    tool: str | Sequence[str]
+    starts: int | None
     temperature: float
     cut: Literal["kept", "masked", "penalized"]
     cut_penalty: float
@@ -105,6 +109,8 @@ class Keywords(TypedDict, total=False):
     rho_bar: float
     c_bar: float
     baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"]
+    turn_level: bool
+    state_weight: float
     discounted: bool
     group_baseline: Literal["mean", "leave_one_out", "other_best"]
     group_scale: Literal["std", "none", "mean", "batch"]

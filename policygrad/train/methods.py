@@ -230,6 +230,8 @@ VARIANTS = (
     ("PPO without a critic", "ppo --credit group --group-baseline leave_one_out", "the other episodes as the baseline"),
     ("TRPO without a critic", "trpo --credit group", "a trust region for GRPO's credit"),
     ("natural gradient", "npg --step-rule learning_rate", "Kakade's plain learning rate along F^-1 g"),
+    ("GiGPO", "grpo --state-weight 1 --gamma 0.95", "compares turns of conversations from the same state as well"),
+    ("PPO by turn", "ppo --turn-level", "GAE from turn to turn of a conversation"),
     ("one-step actor-critic", "actor_critic --credit n_step --n 1", "the TD error as the advantage"),
     ("true discounted gradient", "reinforce --discounted", "with the factor gamma^t that is usually dropped"),
 )  # fmt: skip

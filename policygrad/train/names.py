@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from policygrad.errors import UserError, ending, shortened
+from policygrad.train.worlds import OWN_TASKS, REASONING_GYM, is_conversation
 
 # Options that hold such names, and their values that are names of this library's own.
 NAMES: dict[str, tuple[Any, ...]] = {
@@ -23,6 +24,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "evaluation_dataset": (),
     "critic": ("copy", "shared"),
     "reward": ("exact_match", "math_equal"),
+    "tool": ("python",),
     "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     "env_options": (),
     "demonstrations": (),
@@ -40,7 +42,10 @@ def outside(kind: str, task: Any, options: Any, *, training: bool = False) -> di
     found: dict[str, list[str]] = {}
     if kind == "control" and isinstance(task, str) and ":" in task:
         found["environment"] = [task]
-    if kind == "language" and training and task not in (None, "arithmetic", "rows"):
+    if kind == "language" and is_conversation(task):
+        if task not in OWN_TASKS and not task.startswith(REASONING_GYM):
+            found["environment"] = [task]
+    elif kind == "language" and training and task not in (None, *OWN_TASKS, "rows"):
         found["dataset"] = [task]
     adapter = getattr(options, "lora_rank", 0) > 0
     for name in NAMES:

@@ -264,6 +264,18 @@ class Options:
     max_tokens: int = option(256, "Maximum tokens in a completion; longer completions are cut.", COUNT, **LANGUAGE)
     stop: tuple[str, ...] = option((),
         "Text that ends a completion, which keeps it. Repeatable.", TEXTS, **LANGUAGE)
+    turns: int | None = option(None,
+        "Turns of the policy in a conversation with an environment or tools, at most; None: 8.", COUNT, **LANGUAGE,
+        **SAMPLED)
+    turn_tokens: int | None = option(None,
+        "Maximum tokens in a turn; max_tokens is of the conversation, what others say included. None: what is left.",
+        COUNT, **LANGUAGE, **SAMPLED)
+    tool: tuple[str, ...] = option((),
+        "Function that the policy may call: python (confined), python:unconfined, module:function or file.py:function. "
+        "Repeatable.", DISTINCT, **LANGUAGE, **SAMPLED)
+    starts: int | None = option(None,
+        "Different beginnings of an environment's conversations, the held-out ones included; None: as many as it has, "
+        "or 2048.", COUNT, **LANGUAGE, **SAMPLED)
     temperature: float = option(1.0, "Temperature of the policy, in sampling and log-probabilities.", RATE, **LANGUAGE)
     cut: Literal["kept", "masked", "penalized"] = option("kept",
         "Completions cut at max_tokens: kept as they are, masked out of the update, or penalized by cut_penalty.",
@@ -296,6 +308,12 @@ class Options:
         "Baseline of the return: none, the other episodes' mean, their mean at the same step, the constant of least "
         "variance; of a group, the mean weighted by length, or the best number for each token; or a learned value.",
         **RETURNS)
+    turn_level: bool = option(False,
+        "GAE from turn to turn of a conversation, whose tokens share an advantage, instead of from token to token.",
+        **LANGUAGE, credit=("gae",))
+    state_weight: float = option(0.0,
+        "GiGPO: add the advantage of a turn among the group's turns that begin in the same state, discounted by gamma "
+        "from turn to turn, times this weight.", NOT_NEGATIVE, **LANGUAGE, credit=("group",))
     discounted: bool = option(False,
         "Multiply the advantage at step t by gamma^t, for the true gradient of the discounted return.",
         credit=("gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "group"))
@@ -609,6 +627,7 @@ def _check_read(f: Field, options: Any) -> None:
                 f"{getattr(options, other)}: set that too, or leave {f.name} out",
             )
     scaled = getattr(options, "scale_rewards", False)
+    scaled = scaled or bool(getattr(options, "state_weight", 0.0))
     if f.name == "gamma" and options.credit == "group" and not options.discounted and not scaled:
         raise OptionError(
             "gamma", "gamma is read only where a group's credit is discounted: set that too, or leave it out"
@@ -732,6 +751,11 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
+    if getattr(o, "turn_level", False) and o.discounted:
+        yield (
+            "discounted",
+            "discounted counts tokens, and turn_level discounts from turn to turn: leave one out",
+        )
     if compares_groups(o) and o.completions < 2:
         yield "completions", f"completions is 1: {o.method} compares the completions of a prompt; give at least 2"
     each = getattr(o, "completions", 1)

@@ -24,7 +24,7 @@ from policygrad.train.names import check_trusted, outside
 from policygrad.train.options import OptionError, check_bounds, options_of, with_values
 from policygrad.train.profiling import Profile
 from policygrad.train.reports import Row, draw_curve
-from policygrad.train.worlds import world_of
+from policygrad.train.worlds import is_conversation, world_of
 from policygrad.train.worlds.world import Evaluation, World
 
 
@@ -272,8 +272,8 @@ def configured(
         raise damaged(path, said) from error
     names = outside(kind, task, options, training=training)
     if environment is not None:
-        if kind != "control":
-            raise UserError(f"environment is for control, and this run is on {kind}: leave it out")
+        if kind != "control" and not (kind == "language" and is_conversation(task)):
+            raise UserError(f"environment is of runs in one, and this run is on {kind}: leave it out")
         task = environment if isinstance(environment, str) else task
         names.pop("environment", None)
     options = with_values(options, repeated)

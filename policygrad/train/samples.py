@@ -41,6 +41,13 @@ def samples_table(rows: Sequence[Row], *, limit: int, console: Console | None = 
     (console or Console()).print(table)
 
 
+def as_text(said: Any) -> str:
+    """A text, or messages one after the other with their roles."""
+    if isinstance(said, str):
+        return said
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in said)
+
+
 def write_samples(path: Path | str, rows: Sequence[Row]) -> None:
     """Write samples as JSON, one per line. The file is replaced in one step, so a crash leaves the old one.
 
@@ -114,9 +121,11 @@ def _untagged(value: Any) -> Any:
 
 def _shown(said: Any) -> str:
     """A text or a conversation as one line, without control characters, and without its middle if it is long."""
-    if not isinstance(said, str) and len(said) > 1:
-        said = "\n".join(f"{message['role']}: {message['content']}" for message in said)
-    text = text_of(said).replace("\n", "⏎").replace("\t", " ")
+    text = (
+        (text_of(said) if isinstance(said, str) or len(said) < 2 else as_text(said))
+        .replace("\n", "⏎")
+        .replace("\t", " ")
+    )
     text = "".join(character if character.isprintable() else "�" for character in text)
     half = (TABLE_TEXT - 3) // 2
     return text if len(text) <= TABLE_TEXT else f"{text[:half]} … {text[-half:]}"

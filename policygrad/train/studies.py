@@ -36,7 +36,7 @@ from policygrad.train.names import NAMES
 from policygrad.train.options import options_of
 from policygrad.train.reports import ProgressLine
 from policygrad.train.run import json_number
-from policygrad.train.worlds import kind_of
+from policygrad.train.worlds import OWN_TASKS, is_conversation, kind_of
 
 if TYPE_CHECKING:
     from policygrad.train.training import Training
@@ -423,9 +423,9 @@ def _repeated(job: Job) -> dict[str, Any]:
     """The names that a run leads out of its directory by, as the study has them: the run's own are not believed."""
     _, task, values = job
     found = {x: values[x] for x in (*NAMES, "trust_remote_code") if values.get(x) is not None}
-    if task is not None and kind_of(task, values) == "control":
+    if task is not None and (is_conversation(task) or kind_of(task, values) == "control"):
         found["environment"] = task
-    elif task not in (None, "arithmetic") and kind_of(task, values) == "language":
+    elif task not in (None, *OWN_TASKS) and kind_of(task, values) == "language":
         found["dataset"] = [task]
     return found
 

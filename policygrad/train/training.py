@@ -37,8 +37,8 @@ from policygrad.train.reports import Row, read_rows
 from policygrad.train.resuming import Written, check_resumable, extended, longer, of_a_checkpoint, rows_apart
 from policygrad.train.run import Run, arithmetic, check_device
 from policygrad.train.snapshots import digest, read_checkpoint
+from policygrad.train.worlds import OWN_TASKS, kind_of, world_of
 from policygrad.train.worlds import ROWS as OF_ROWS
-from policygrad.train.worlds import kind_of, world_of
 from policygrad.train.worlds.world import Own
 
 # What a run writes before it trains, removed again if it cannot begin.
@@ -123,7 +123,7 @@ class Training:
                 "log", f"log shows what a run writes: give out, a directory for it, as in out='runs/{name}'"
             )
         check_empty(directory)
-        if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in ("arithmetic", OF_ROWS))):
+        if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in (*OWN_TASKS, OF_ROWS))):
             task = absolute(task)
         world = world_of(kind, name)(task, located(options))
         self.tuned = tuned

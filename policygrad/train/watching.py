@@ -22,6 +22,7 @@ from policygrad.control.players import agents_of
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, write_bytes
 from policygrad.train.run import Run, arithmetic
+from policygrad.train.samples import as_text
 
 SMALLEST = 320  # pixels of a frame's width; smaller frames are enlarged by a whole factor
 SUFFIXES = (".mp4", ".gif")
@@ -328,12 +329,10 @@ def _answers(run: Run, samples: int, completions: int, seed: int, greedy: bool |
         parts = [f"{name} {row[name]:.3f}" for name in found.parts if row.get(name) is not None]
         reward = "no reward applies" if row["reward"] is None else f"reward {row['reward']:.3f}"
         about = ", ".join([reward, *(parts if len(found.parts) > 1 else []), f"{row['tokens']} tokens"])
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt, completion = as_text(row["prompt"]), as_text(row["completion"])
         cut = ", cut at max_tokens" if row["cut"] else ""
         title = f"prompt {i // found.completions + 1}, completion {i % found.completions + 1}: {about}{cut}"
-        blocks.append("\n".join([f"## {title}", "", _printable(prompt), "", "->", "", _printable(row["completion"])]))
+        blocks.append("\n".join([f"## {title}", "", _printable(prompt), "", "->", "", _printable(completion)]))
     return "\n\n".join(blocks)
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
 from policygrad.verify.control import control_rows, forbidding, harder_sections
+from policygrad.verify.conversations import conversation_sections
 from policygrad.verify.losses import Loss, loss_checks, loss_rows
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
@@ -114,6 +115,8 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
         at = token_setting(options.seed)
         yield with_user(at, token_section(at))
         yield method_section(at)
+    if options.world in ("all", "conversations"):
+        yield from (with_user(*found) for found in conversation_sections(options.seed))
 
 
 @contextmanager

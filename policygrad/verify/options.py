@@ -17,7 +17,7 @@ class VerifyOptions:
     """Your own loss, `module:function` or `file.py:function`, with the arguments of verl's, OpenRLHF's or TRL's: its
     gradient on the world of tokens, which method has the same, and what it must not depend on."""
 
-    world: Literal["all", "random", "cliff", "chain", "bandit", "tokens"] = "all"
+    world: Literal["all", "random", "cliff", "chain", "bandit", "tokens", "conversations"] = "all"
     """The world whose rows are shown; `all` runs every one, and the updates too."""
 
     samples: int = 20_000

@@ -36,7 +36,7 @@ PROMISED = {
 }
 
 
-TASKS = {"arithmetic"}  # of language models
+TASKS = {"arithmetic", "lookup"}  # of language models
 
 
 def test_the_promised_presets_are_there() -> None:

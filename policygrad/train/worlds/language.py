@@ -14,16 +14,19 @@ from torch import nn
 
 from policygrad.errors import Note, UserError, ending, listed, one_line
 from policygrad.files import check_directory, damaged, read_metadata
-from policygrad.language import arithmetic, data, models
+from policygrad.functions import load_function
+from policygrad.language import arithmetic, data, models, templates
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
 from policygrad.language.completions import Request
+from policygrad.language.conversations import TURNS, Dialogue, Environment, begun, from_seed, starts, text_in
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, causal, has_bfloat16, reference_of
-from policygrad.language.sampler import CompletionSampler, Prompts, request_of
+from policygrad.language.sampler import Answering, CompletionSampler, Prompts, answer, request_of
 from policygrad.language.tasks import (
     ARITHMETIC,
+    LOOKUP,
     Task,
     critic_of,
     prepared,
@@ -32,19 +35,22 @@ from policygrad.language.tasks import (
     split_prompts,
     task_of,
 )
-from policygrad.language.warmup import RECIPE, warmed_up
+from policygrad.language.tools import Tool, load_tool, schema_of, with_tools
+from policygrad.language.warmup import OWN, RECIPE, warmed_up
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.hub import directory_of
 from policygrad.train.methods import KNOWN
 from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
-from policygrad.train.worlds import NO_PROMPTS, ROWS
+from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
 from policygrad.train.worlds.world import Own, World
+
+STARTS = 2048  # beginnings of conversations, of an environment that has no number of its own
 
 
 class LanguageWorld(World):
-    """The task `arithmetic`, which needs no files, or a data set of prompts with a model and rewards."""
+    """A task that needs no files; prompts with a model and rewards; or an environment to talk to, with a model."""
 
     kind = "language"
     policy: LanguagePolicy
@@ -54,6 +60,8 @@ class LanguageWorld(World):
     dropped: tuple[str, ...] = ()  # notes on prompts that were too long, and were left out
     needs_reward = True  # whether training judges completions
     reads: Callable[..., list[data.Example]] = staticmethod(data.load_examples)  # rows of training and of evaluation
+    make: Callable[[], Environment] | None = None  # the environment to talk to, if there is one
+    tools: Sequence[Tool] = ()
     evaluated_on: Mapping[str, Any] | None = None  # another data set to evaluate a loaded run on, as for `examples`
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -61,6 +69,8 @@ class LanguageWorld(World):
 
     @property
     def name(self) -> str:
+        if is_conversation(self.task):
+            return self.task.rpartition(":")[2]
         return "+".join(Path(x).stem for x in ([self.task] if self.task else self.options.dataset))
 
     @property
@@ -86,6 +96,7 @@ class LanguageWorld(World):
                 self.prompts.judge,
                 self._request(options.completions, self.prompts.train, options.prompts_per_rollout),
                 prompts_per_rollout=options.prompts_per_rollout,
+                answers=self._answers(),
                 cut=options.cut,
                 cut_penalty=options.cut_penalty,
                 dataset_weight=options.dataset_weight,
@@ -138,20 +149,24 @@ class LanguageWorld(World):
         options = self.options
         if self.task is None and not options.dataset:
             raise OptionError("dataset", NO_PROMPTS)
-        arithmetics = self.task == ARITHMETIC
+        own = self.task in OWN
         source = self._source()
-        if not arithmetics and source is None:
+        self._environment()
+        if not own and source is None:
             named = listed([self.task] if self.task else options.dataset)
             raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
-        if not arithmetics and not options.reward and self.needs_reward:
+        if not own and self.make is None and not options.reward and self.needs_reward:
             raise OptionError(
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
             )
         train: Sequence[Any] = []
         held_out: Sequence[Any] | None = saved
         if saved is None:
-            train, held_out = self._problems() if arithmetics else self._examples()
-        functions: list[Any] = [arithmetic.right if arithmetics else unjudged]
+            find = self._beginnings if self.make else self._problems if self.task == ARITHMETIC else self._examples
+            train, held_out = find()
+        functions: list[Any] | None = [arithmetic.right if self.task == ARITHMETIC else unjudged]
+        if self.make is not None:
+            functions = None
         if options.reward:
             trust = options.trust_remote_code
             functions = reward_functions(
@@ -161,7 +176,11 @@ class LanguageWorld(World):
         limit = options.max_prompt_tokens
         if limit is None and options.long_prompts == "drop":
             limit = room_for_prompts(model, options.max_tokens)
-        settings: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables()}
+        train, held_out = self._written(train, tokenizer), held_out and self._written(held_out, tokenizer)
+        variables = self._variables(tokenizer)
+        if "tools" in (variables or {}) and all(isinstance(x["prompt"], str) for x in (*train, *(held_out or ()))):
+            raise OptionError("tool", "the chat template shows tools, and all prompts are text: give system_prompt too")
+        settings: dict[str, Any] = {"long": options.long_prompts, "variables": variables}
         if not self.needs_reward and saved is None:
             settings["max_tokens"] = options.max_tokens  # of completions that are given
         prompts = prepared(train, tokenizer, limit, **settings)
@@ -178,18 +197,62 @@ class LanguageWorld(World):
             given["chunk"] = 2**40  # chunked logits have no second derivative
         return task_of(self.name, model, tokenizer, prompts, kept, functions, autocast=self._autocast(), **given)
 
+    def _environment(self) -> None:
+        """The environment and the tools, if any. Raises OptionError for an option of conversations without either."""
+        options = self.options
+        self.tools = [load_tool(x) for x in getattr(options, "tool", ())]
+        if is_conversation(self.task):
+            if not hasattr(options, "turns"):
+                raise UserError(f"{options.method} learns from completions, and an environment has none: give dataset")
+            self.make = environment_named(self.task)
+        for name in ("turns", "turn_tokens", "starts", "state_weight", "turn_level"):
+            talks = self.make is not None or (self.tools and name != "starts")
+            if getattr(options, name, None) not in (None, 0.0) and not talks:
+                raise OptionError(
+                    name, f"{name} is of conversations, and {self.name} is a data set of prompts: leave {name} out"
+                )
+
+    def _beginnings(self) -> tuple[list[data.Example], None]:
+        """The beginnings of the environment's conversations."""
+        self._makes_its_own("an environment begins its own conversations", "dataset", "dataset_weight", "columns")
+        self._makes_its_own("held_out conversations of an environment are its own", "evaluation_dataset")
+        make = self.make
+        assert make is not None
+        finite = hasattr(make, "__len__") or hasattr(type(make()), "__len__")
+        there, wanted = (len(make()) if finite else None), self.options.starts  # type: ignore[arg-type]
+        if there is not None and (wanted or 0) > there:
+            raise OptionError("starts", f"starts is {wanted}, and the environment has {there}: lower it")
+        examples, system = starts(make, wanted or there or STARTS), self.options.system_prompt
+        return examples if system is None else data.with_system_prompt(examples, system), None
+
+    def _makes_its_own(self, why: str, *names: str) -> None:
+        """Raise OptionError if one of these options is given."""
+        for name in names:
+            if getattr(self.options, name) or name in self.rows:
+                raise OptionError(name, f"{why}: leave {name} out")
+
+    def _answers(self) -> Answering:
+        """How prompts are answered: by completions, or in conversations."""
+        if self.make is None and not self.tools:
+            return answer
+        begin = None if self.make is None else from_seed(self.make)
+        variables = self._variables(self.prompts.tokenizer)
+        limits = {"turns": self.options.turns or TURNS, "turn_tokens": self.options.turn_tokens}
+        return Dialogue(with_tools(begin, self.tools), variables=variables, **limits)
+
+    def _written(self, examples: Sequence[Any], tokenizer: Any) -> Sequence[Any]:
+        """Examples as the tokenizer can write them: of an environment without a chat template, their contents."""
+        if self.make is None or tokenizer.chat_template is not None:
+            return examples
+        if any(not isinstance(x["prompt"], str) for x in examples):
+            said = "the tokenizer has no chat template: the contents of messages stand one after another"
+            warnings.warn(said, Note, stacklevel=2)
+        return [data.with_columns(x, prompt=text_in(x["prompt"])) for x in examples]
+
     def _problems(self) -> tuple[list[data.Example], list[data.Example]]:
         """The arithmetic task's own prompts. Raises OptionError for an option of other data."""
-        for name in (
-            "dataset",
-            "dataset_weight",
-            "columns",
-            "system_prompt",
-            "template_variables",
-            "evaluation_dataset",
-        ):
-            if getattr(self.options, name) or name in self.rows:
-                raise OptionError(name, f"arithmetic makes its own problems: leave {name} out")
+        names = ("dataset", "dataset_weight", "columns", "system_prompt", "template_variables", "evaluation_dataset")
+        self._makes_its_own("arithmetic makes its own problems", *names)
         train, held_out = arithmetic.splits(arithmetic.TRAINED_ON, self.options.held_out, seed=0)
         return [data.Example(x) for x in train], [data.Example(x) for x in held_out]
 
@@ -219,9 +282,18 @@ class LanguageWorld(World):
         found, system = self.reads(source, split=split, columns=columns), self.options.system_prompt
         return found if system is None else data.with_system_prompt(found, system)
 
-    def _variables(self) -> dict[str, Any] | None:
+    def _variables(self, tokenizer: Any) -> dict[str, Any] | None:
+        """What the chat template reads: the user's variables, and the schemas of the tools."""
         text = self.options.template_variables
-        return None if text is None else json.loads(text)
+        given = None if text is None else json.loads(text)
+        tools = [*self.tools, *getattr(None if self.make is None else started(self.make), "tools", ())]
+        if not tools or tokenizer.chat_template is None:
+            return given
+        if not templates.reads("tools", tokenizer):
+            said = "the chat template shows no tools: say in system_prompt how to call them"
+            warnings.warn(said, Note, stacklevel=2)
+            return given
+        return {**(given or {}), "tools": [schema_of(tool) for tool in tools]}
 
     def _source(self) -> str | None:
         """The model to begin with: the one that is named, or that of another run; None: the task's own."""
@@ -265,7 +337,7 @@ class LanguageWorld(World):
         for name in ("tokenizer", "base_model"):
             if source is None and getattr(options, name) is not None:
                 raise OptionError(name, f"{name} is of a model of your own, and there is none: give model")
-        source = source or str(warm_model(progress, options.device).name_or_path)
+        source = source or str(warm_model(progress, options.device, self.task).name_or_path)
         tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
         model = models.load_model(
             source,
@@ -312,6 +384,8 @@ class LanguageWorld(World):
         if self.evaluated_on is None:
             rows = read_examples(directory / HELD_OUT)
             saved: list[Any] = data.load_examples(rows) if rows else []
+        elif is_conversation(self.task):
+            raise UserError("dataset is of prompts, and this run talks to an environment: leave it out")
         else:
             saved = list(self.examples(**self.evaluated_on))
         with models.quiet():
@@ -363,11 +437,13 @@ class LanguageWorld(World):
             greedy=bool(greedy),
             stop_texts=self.options.stop,
             micro_batch=self._rows(self.prompts.held_out),
+            answers=self._answers(),
         )
         return self.last
 
     def watch(self, profile: Any, learner: Any) -> None:
-        self.sample.judge = profile.timed("scoring", self.sample.judge)
+        if self.sample.judge is not None:
+            self.sample.judge = profile.timed("scoring", self.sample.judge)
         profile.watch(learner, self.sample, ("sampling", "scoring", "learning"))
 
     def speeds(self, row: Row, before: Row, seconds: float) -> Row:
@@ -442,6 +518,34 @@ class LanguageWorld(World):
         return {**super().versions(), "transformers": transformers.__version__}
 
 
+def environment_named(task: str) -> Callable[[], Environment]:
+    """What makes the environment of a task. Raises UserError if there is none."""
+    if task == LOOKUP:
+        return OWN[LOOKUP].Lookup
+    if task.startswith(REASONING_GYM):
+        from policygrad.language.reasoning import reasoning_gym
+
+        return reasoning_gym(task.removeprefix(REASONING_GYM))
+    make = load_function(task, what="environment")
+    try:
+        made = make()
+    except Exception as error:
+        said = one_line(error, 60) or "no message"
+        raise UserError(
+            f"{ending(task, 40)} raised {type(error).__name__} ({said}): it is called without arguments"
+        ) from error
+    if not isinstance(made, Environment):
+        raise UserError(f"{ending(task, 40)} makes no environment to talk to: give it reset(seed) and step(text)")
+    return make
+
+
+def started(make: Callable[[], Environment]) -> Environment:
+    """An environment at the beginning of its first conversation."""
+    environment = make()
+    begun(environment, 0)
+    return environment
+
+
 def unjudged(completions: list[Any], **_: Any) -> list[None]:
     """No reward for any completion."""
     return [None] * len(completions)
@@ -498,10 +602,10 @@ def _stage(folder: Path, directory: Path) -> Stage:
     return stages.pop()
 
 
-def warm_model(progress: bool, device: str) -> Any:
-    """The arithmetic task's own model after its demonstrations, with a progress bar if it is trained now."""
+def warm_model(progress: bool, device: str, task: str = ARITHMETIC) -> Any:
+    """A task's own model after its demonstrations, with a progress bar if it is trained now."""
     with progress_bar("learning from demonstrations", int(RECIPE["steps"]), progress) as advance:
-        return warmed_up(progress=lambda done, total, status: advance(status), device=device)
+        return warmed_up(progress=lambda done, total, status: advance(status), task=task, device=device)
 
 
 def verdict(before: Evaluation, after: Evaluation) -> list[str]:
