@@ -33,6 +33,9 @@ def assembled(method: str, sample: Sample, make: Any = None, **values: Any) -> t
     torch.manual_seed(1)
     policy, critic = Softmax(), Critic()
     make = make or (lambda *x, **o: assemble(method, *x, **o))
+    values |= (
+        {"group_scale": "none"} if method == "maxrl" else {}
+    )  # whose rewards must not be negative, as some are here
     return make(policy, lambda p: sample(p, rows=8, steps=4), critic=critic, **values), policy, critic
 
 
