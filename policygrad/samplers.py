@@ -16,7 +16,7 @@ from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.errors import UserError
 from policygrad.returns import kl_in_reward
 from policygrad.rollout import Rollout, Split
-from policygrad.score import log_probabilities, log_ratio
+from policygrad.score import log_probabilities, log_ratio, token_ratio
 from policygrad.weights import average, per_token
 
 Sample = Callable[[nn.Module], Rollout]
@@ -214,16 +214,32 @@ class RandomNetworkDistillation(Wrapper):
 class Rescored(Wrapper):
     """Replace the log-probabilities of the sampling engine mu with the learner's pi_old.
 
-    The weights pi_old / mu, at most `bound`, then correct for mu (truncated importance sampling, Yao et al. 2025;
-    Espeholt et al. 2018). rollout.importance holds them by token, and every mean uses them once. They correct each
-    decision alone; its prefix and continuation remain mu's. The ratio in the objective stays pi / pi_old. bound = 0:
-    no correction. Adds the metrics mismatch_kl (KL(mu, pi_old) per decision), mismatch_ratio and mismatch_largest (the
-    mean and the largest pi_old / mu), and importance_cut (the share of weights at the bound).
+    The weights pi_old / mu, within [low, bound], then correct for mu (truncated importance sampling, Yao et al. 2025;
+    Espeholt et al. 2018). rollout.importance holds them by decision, and every mean uses them once. ratio: of score.py.
+    token_ratio corrects each decision alone, and its prefix and continuation remain mu's; product_ratio, without
+    bounds, is unbiased; sequence_ratio is between them. drop: a weight outside the bounds becomes 0 instead of the
+    bound (masked importance sampling, arXiv 2510.18855). normalize: divide by the mean weight. The ratio in the
+    objective stays pi / pi_old. bound = 0: no correction.
+
+    Adds the metrics mismatch_kl (KL(mu, pi_old) per decision), mismatch_ratio and mismatch_largest (the mean and the
+    largest pi_old / mu of a decision), importance_cut (the share of weights outside the bounds) and importance_kept
+    (the mean weight within them over the mean weight).
     """
 
-    def __init__(self, sample: Sample, bound: float = 2.0, micro_batch: Split = None) -> None:
+    def __init__(
+        self,
+        sample: Sample,
+        bound: float = 2.0,
+        micro_batch: Split = None,
+        *,
+        ratio: Callable[[Tensor, Tensor, Tensor], Tensor] = token_ratio,
+        low: float = 0.0,
+        drop: bool = False,
+        normalize: bool = False,
+    ) -> None:
         super().__init__(sample)
-        self.bound, self.micro_batch = bound, micro_batch
+        self.bound, self.micro_batch, self.ratio = bound, micro_batch, ratio
+        self.low, self.drop, self.normalize = low, drop, normalize
 
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
@@ -235,9 +251,15 @@ class Rescored(Wrapper):
             "mismatch_ratio": average(ratio, weight),
             "mismatch_largest": ratio.where(rollout.mask, 0.0).max(),
         }
+        importance = None
         if self.bound:
-            measured["importance_cut"] = average((ratio > self.bound).to(ratio.dtype), weight)
-        importance = ratio.clamp(max=self.bound) if self.bound else None
+            whole = self.ratio(logp, rollout.logp, rollout.mask).expand_as(logp)
+            inside = (whole >= self.low) & (whole <= self.bound)
+            importance = whole.where(inside, 0.0) if self.drop else whole.clamp(self.low, self.bound)
+            measured["importance_cut"] = average((~inside).to(ratio.dtype), weight)
+            measured["importance_kept"] = average(importance, weight) / average(whole, weight).clamp(min=1e-12)
+            if self.normalize:
+                importance = importance / average(importance, weight).clamp(min=1e-12)
         return replace(rollout, logp=logp, importance=importance, metrics=rollout.metrics | measured)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
-from math import inf
+from math import exp, inf, prod
 from typing import Any
 
 import gymnasium
@@ -34,6 +34,7 @@ from policygrad.samplers import (
     WithoutFlatGroups,
     Wrapper,
 )
+from policygrad.score import product_ratio, sequence_ratio, token_ratio
 from policygrad.train.compose import assemble
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -281,11 +282,36 @@ def test_the_mismatch_is_measured(policy: OnPrefixes) -> None:
         }
         if bound:
             wanted["importance_cut"] = float((ratio > bound).double().mean())
+            wanted["importance_kept"] = float(ratio.clamp(max=bound).mean() / ratio.mean())
             close(found.importance[rollout.mask], ratio.clamp(max=bound))
             assert found.importance[~rollout.mask].eq(0).all()
         else:
             assert found.importance is None
         assert measured == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("level", [token_ratio, product_ratio, sequence_ratio])
+def test_weights_of_each_level_within_their_bounds(
+    level: Callable[..., Tensor], drop: bool, normalize: bool, policy: OnPrefixes
+) -> None:
+    """Row by row and number by number."""
+    rollout = CompletionSampler(WORLD, 3, 4)(token_policy(3, near=policy))
+    logp, low, high = logp_of(policy, rollout).detach(), 0.8, 1.1
+    wanted, before = [], []
+    for new, old, counts in zip(logp.tolist(), rollout.logp.tolist(), rollout.mask.tolist(), strict=True):
+        each = [exp(a - b) for a, b, m in zip(new, old, counts, strict=True) if m]
+        of_row = {product_ratio: prod(each), sequence_ratio: prod(each) ** (1 / len(each))}
+        whole = each if level is token_ratio else [of_row[level]] * len(each)
+        before += whole
+        wanted += [(x if low <= x <= high else 0.0) if drop else min(max(x, low), high) for x in whole]
+    kept = sum(wanted) / sum(before)
+    scale = sum(wanted) / len(wanted) if normalize else 1.0
+    found = Rescored(lambda _: rollout, high, ratio=level, low=low, drop=drop, normalize=normalize)(policy)
+    close(found.importance[rollout.mask], torch.tensor(wanted) / scale)
+    assert found.metrics["importance_cut"] == pytest.approx(sum(not low <= x <= high for x in before) / len(before))
+    assert found.metrics["importance_kept"] == pytest.approx(kept)
 
 
 def test_the_largest_ratio_is_one_of_a_decision_that_counts(policy: OnPrefixes) -> None:

@@ -456,7 +456,11 @@ def wrapped(
     if getattr(options, "credit", None) == "group" and options.sampling_rounds > 1:
         sample = WithoutFlatGroups(sample, options.sampling_rounds)
     if getattr(options, "old_logp", "sampled") == "recomputed":
-        sample = Rescored(sample, options.importance_bound, micro_batch)
+        sample = Rescored(
+            sample, options.importance_bound, micro_batch, ratio=RATIOS[options.importance_level],
+            low=options.importance_low, drop=options.importance_outside == "drop",
+            normalize=options.importance_normalized,
+        )  # fmt: skip
     if reference is not None and options.kl_ref == "reward":
         sample = KLCharged(sample, reference, coefficients["kl_ref"], micro_batch)
     if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):

@@ -101,6 +101,10 @@ class Keywords(TypedDict, total=False):
     cut_penalty: float
     old_logp: Literal["sampled", "recomputed"]
     importance_bound: float
+    importance_low: float
+    importance_level: Literal["token", "sequence", "product"]
+    importance_outside: Literal["clip", "drop"]
+    importance_normalized: bool
     sampling_rounds: int
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"]
     gamma: float | None

@@ -40,6 +40,7 @@ POSITIVE = Bound(lambda x: x > 0, "more than 0")
 LOG_STD = Bound(lambda x: -20 <= x <= 10, "between -20 and 10")
 RATE = Bound(lambda x: 0 < x < math.inf, "more than 0 and finite")
 NOT_NEGATIVE = Bound(lambda x: 0 <= x < math.inf, "0 or more and finite")
+POSSIBLY_INFINITE = Bound(lambda x: x >= 0, "0 or more")
 COUNT = Bound(lambda x: x >= 1, "at least 1")
 TWO = Bound(lambda x: x >= 2, "at least 2")
 UNIT = Bound(lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -286,7 +287,17 @@ class Options:
         "Log-probabilities of the old policy: from sampling, or recomputed by the learner.", **LANGUAGE, **SAMPLED)
     importance_bound: float = option(2.0,
         "Upper bound of the importance weights pi_old / sampling policy; 0: no correction.",
-        NOT_NEGATIVE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+        POSSIBLY_INFINITE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+    importance_low: float = option(0.0,
+        "Lower bound of these weights.", SHARE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+    importance_level: Literal["token", "sequence", "product"] = option("token",
+        "These weights by token, or of the whole completion: their geometric mean, or their product.",
+        **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+    importance_outside: Literal["clip", "drop"] = option("clip",
+        "Weights outside the bounds: clip them to the bounds, or drop what they weigh.",
+        **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+    importance_normalized: bool = option(False,
+        "Divide these weights by their mean.", **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
     sampling_rounds: int = option(1,
         "Dynamic sampling: maximum rollouts to fill one with groups of unequal returns. 1: no dynamic sampling.",
         COUNT, **SAMPLED, credit=("group",))

@@ -16,12 +16,12 @@ from policygrad.exact.closed_form import visitation, weighted_gradient
 from policygrad.exact.policies import probabilities
 from policygrad.exact.tokens import expected_reward, log_likelihood, sequence_kl
 from policygrad.rollout import Rollout, at_last_decision
-from policygrad.samplers import KLCharged
-from policygrad.train.compose import DIVERGENCES
+from policygrad.samplers import KLCharged, Rescored
+from policygrad.train.compose import DIVERGENCES, RATIOS
 from policygrad.verify.control import LEANS, no_credit
 from policygrad.verify.settings import GROUP, Setting, of_size, options_for, row_of
 from policygrad.verify.statistics import Experience, Row, Section
-from policygrad.verify.written_out import expectation
+from policygrad.verify.written_out import corrected, expectation
 from policygrad.weights import per_episode
 
 BETA = 0.3
@@ -154,6 +154,27 @@ def group_rows(at: Setting) -> list[Row]:
         row("GAE(0.95) by token, exact critic", LEANS, "ppo", 1, critic=at.value),
         row("GAE(0.95) by token, zero critic", LEANS, "ppo", 1, critic=nothing),
     ]  # fmt: skip
+
+
+def engine_rows(at: Setting) -> list[Row]:
+    """Completions of an engine that is not the policy, scored again by the policy and weighed by their ratio."""
+    table = [
+        ("by token", "token", 0.0, INF, False, "prefixes of the engine"),
+        ("by token, clipped above", "token", 0.0, 1 + LOW, False, "prefixes of the engine, weights clipped"),
+        ("by token, dropped outside", "token", 1 - LOW, 1 + LOW, True, "prefixes of the engine, tokens dropped"),
+        ("by completion", "product", 0.0, INF, False, ""),
+        ("by completion, clipped on both sides", "product", 1 - LOW, 1 + LOW, False, "weights clipped"),
+        ("by completion, dropped outside", "product", 1 - LOW, 1 + LOW, True, "completions dropped"),
+        ("by the geometric mean", "sequence", 0.0, INF, False, "a root of the weight"),
+        ("not weighed", "token", 1.0, 1.0, False, "tokens of the engine"),
+    ]
+    rows, mu = [], at.off_policy.rollout
+    for name, level, low, bound, drop, reason in table:
+        rescored = Rescored(lambda _: mu, bound, ratio=RATIOS[level], low=low, drop=drop)(at.seen(at.table))
+        made = row_of(at, f"an engine's completions, {name}", "rloo", size=GROUP, reason=reason)
+        expected = corrected(at, GROUP, level, low, bound, drop)
+        rows.append(replace(made, expected=expected, experience=replace(at.off_policy, rollout=rescored)))
+    return rows
 
 
 # KL to the reference
@@ -292,7 +313,7 @@ def succeeding(at: Setting) -> Setting:
 
 def token_rows(at: Setting) -> list[Row]:
     """Every estimator of language."""
-    return [*group_rows(at), *success_rows(at), *kl_rows(at)]
+    return [*group_rows(at), *success_rows(at), *engine_rows(at), *kl_rows(at)]
 
 
 def token_section(at: Setting) -> Section:

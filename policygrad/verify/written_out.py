@@ -58,6 +58,24 @@ def expectation(
     return torch.einsum("bt,btn->n", each, at.scores[states, rollout.action])
 
 
+def corrected(at: Setting, size: int, level: str, low: float, bound: float, drop: bool) -> Float[Tensor, " N"]:
+    """What leave-one-out credit expects of an engine's completions, weighed by pi / engine within [low, bound].
+
+    The engine is the setting's old policy. Each completion is summed over its tokens.
+    """
+    rollout = at.off_policy.rollout
+    index, probability = at.off_policy.batches(size)
+    states, mask = at.states(rollout), rollout.mask
+    each = (at.probs / at.probs_old)[states, rollout.action].where(mask, 1.0)
+    whole = each.prod(1, keepdim=True)
+    weight = {"token": each, "product": whole, "sequence": whole ** (1 / mask.sum(1, keepdim=True))}[level]
+    weight = weight.where((weight >= low) & (weight <= bound), 0.0) if drop else weight.clamp(low, bound)
+    returns = rollout.reward.sum(1)[index]
+    advantage = returns - (returns.sum(1, keepdim=True) - returns) / (size - 1)
+    slope = (weight.expand_as(each)[index] * advantage.unsqueeze(-1) / size).where(mask[index], 0.0)
+    return torch.einsum("k,kbt,kbtn->n", probability, slope, at.scores[states, rollout.action][index])
+
+
 def _advantage(
     o: Any,
     reward: Tensor,
