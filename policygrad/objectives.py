@@ -50,7 +50,7 @@ def dual_clip(gain: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], bound
 
 
 def penalized_surrogate(
-    gain: Float[Tensor, "B T"], divergence: Float[Tensor, "B T"], beta: float | Tensor
+    gain: Float[Tensor, "B T"], divergence: Float[Tensor, "B #T"], beta: float | Tensor
 ) -> Float[Tensor, "B T"]:
     """gain - beta KL (Schulman et al. 2017, eq. 8), for any surrogate gain and any estimate of the KL."""
     return gain - beta * divergence
