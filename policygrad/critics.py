@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from policygrad import ranks
 from policygrad.advantages import optimal_constant_baseline
 from policygrad.diagnostics import explained_variance, mean_metrics
 from policygrad.errors import UserError
@@ -15,7 +16,7 @@ from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch, Rollout, Split, in_parts, minibatches
 from policygrad.updates import Metrics, Objective, Update, ascend
-from policygrad.weights import average, normalized
+from policygrad.weights import average
 
 # Fits a critic between updates: (batch with targets) -> metrics, e.g. fit_critic(critic, optimizer).
 Fit = Callable[[Batch], Metrics]
@@ -79,7 +80,7 @@ def fit_critic(
     )
 
     def fit(batch: Batch) -> Metrics:
-        share = normalized(batch.weight)
+        share = batch.weight / ranks.sum(batch.weight.sum()).clamp(min=1e-12)
         parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
         metrics = mean_metrics([update(objective, part) for part in parts])
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)

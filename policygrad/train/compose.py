@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from policygrad import advantages, returns, score, weights
+from policygrad import advantages, ranks, returns, score, weights
 from policygrad.advantages import standardize, unnormalized
 from policygrad.algorithms.actor_critic import ActorCriticObjective, actor_critic
 from policygrad.algorithms.grpo import Anchor, GRPOObjective, grpo, measured_in_steps
@@ -41,7 +41,7 @@ from policygrad.guards import Guard
 from policygrad.noise import NoiseMeter
 from policygrad.objectives import clipped_surrogate, clipped_weight
 from policygrad.rollout import Batch, Split, state_size
-from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, WholeRows, WithoutFlatGroups
+from policygrad.samplers import InUnits, KLCharged, Overlapped, Rescored, Sample, Together, WholeRows, WithoutFlatGroups
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
@@ -355,6 +355,8 @@ def wrapped(
     micro_batch = split_of(options, policy)
     if getattr(options, "overlap", False):
         sample = Overlapped(sample)
+    if ranks.size() > 1:
+        sample = Together(sample)
     if getattr(options, "ratio", "token") == "sequence":
         sample = WholeRows(sample)
     if getattr(options, "credit", None) == "group" and options.sampling_rounds > 1:
@@ -378,6 +380,8 @@ def split_of(options: Any, policy: nn.Module) -> Split:
 def compiles(options: Any) -> bool:
     """Whether gradient steps are compiled: a graph takes some seconds to make, and saves about a millisecond a step."""
     wanted = getattr(options, "compile", "off")
+    if ranks.size() > 1:  # their gradients are added between two graphs, which are not written yet
+        return False
     if wanted != "auto":
         return wanted == "on"
     if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known

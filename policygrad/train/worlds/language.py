@@ -80,11 +80,12 @@ class LanguageWorld(World):
             if own.engine is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.policy.shared = self._shares_prompts()
+            asked = self.rows_of_rank("prompts_per_rollout")
             self.sample = CompletionSampler(
                 self.prompts.train,
                 self.prompts.tokenizer,
                 self.prompts.judge,
-                self._request(options.completions, self.prompts.train, options.prompts_per_rollout),
+                self._request(options.completions, self.prompts.train, asked),
                 prompts_per_rollout=options.prompts_per_rollout,
                 cut=options.cut,
                 cut_penalty=options.cut_penalty,
@@ -381,6 +382,25 @@ class LanguageWorld(World):
             "sampling_tokens_per_second": tokens / max(sampling, 1e-9),
             "learning_tokens_per_second": tokens / max(seconds - sampling, 1e-9),
         }
+
+    def part(self, row: Row) -> Any:
+        """With the mean square of rewards, of which the standard deviation of all ranks is made."""
+        answers = self.sample.last
+        judged = float((~answers.reward.isnan()).sum())
+        of_reward = {"reward": judged, "reward_std": judged, "reward_square": judged}
+        of_reward |= {
+            name: float((~x.isnan()).sum()) for part, x in answers.parts.items() if (name := f"reward/{part}")
+        }
+        groups = dict.fromkeys(("group_std", "flat_groups"), len(answers.texts) / self.options.completions)
+        square = {"reward_square": row["reward_std"] ** 2 + row["reward"] ** 2} if judged else {}
+        return row | square, {DECISIONS: float(len(answers.texts)), **of_reward, **groups}
+
+    def joined(self, parts: list[Any]) -> Row:
+        joined = super().joined(parts)
+        if "reward_square" in joined:
+            joined["reward_std"] = max(joined.pop("reward_square") - joined["reward"] ** 2, 0.0) ** 0.5
+        joined["sampling_seconds"] = max(row["sampling_seconds"] for row, _ in parts)
+        return joined
 
     def status(self, row: Row) -> list[str]:
         """The newest numbers, with a note if all groups are flat, because the objective would not show it."""
