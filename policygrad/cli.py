@@ -369,6 +369,8 @@ def _of_ranks(line: str | None, error: BaseException) -> str | None:
     from policygrad import ranks
 
     speaks, line = ranks.speaks(line, error)
+    with contextlib.suppress(RuntimeError):
+        ranks.leave()
     return line if speaks else None
 
 

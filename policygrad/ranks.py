@@ -7,6 +7,7 @@ rank; whatever is decided by it is decided alike, and parameters that begin equa
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -283,15 +284,16 @@ def join() -> None:
             limit = timedelta(seconds=JOINING)
             store, number, count = next(dist.rendezvous("env://", timeout=limit))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-            own = dist.PrefixStore("policygrad", store)
-            dist.init_process_group(backend, store=own, rank=number, world_size=count, timeout=limit)
+            # After a restart torchrun's store still has the addresses of the processes before.
+            store = dist.PrefixStore(f"policygrad {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
         except (RuntimeError, ValueError) as error:
             said = str(error)
             if "EADDRINUSE" in said or "address already in use" in said:
                 raise UserError(
                     f"port {place} is taken: set MASTER_PORT, or torchrun --master-port, to another"
                 ) from error
-            late = "imed out" in said or "imeout" in said
+            late = re.search("timed out after|timeout", said, re.IGNORECASE)
             why = f"no answer within {JOINING:,.0f} s" if late else one_line(said, 80)
             raise UserError(f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT") from error
     _joined = Processes(store)

@@ -40,7 +40,7 @@ from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.worlds import NO_PROMPTS, ROWS
-from policygrad.train.worlds.world import Own, World
+from policygrad.train.worlds.world import DECISIONS, Own, World
 
 
 class LanguageWorld(World):
