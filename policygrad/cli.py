@@ -60,6 +60,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad report RUN... [options]        a page with the curves of runs, and what they say
   policygrad push RUN NAME [options]        put a run on the Hugging Face hub; hub:NAME reads it from there
+  policygrad check METHOD TASK [options]    does the gradient depend on how a batch is split?
   policygrad verify [options]               hold every method and estimator against the exact gradient
   policygrad list                           methods, their variants and presets
 
@@ -450,6 +451,7 @@ def _dispatch(rest: list[str]) -> int:
         "compare": _compare,
         "report": _report,
         "push": _push,
+        "check": _check,
         "verify": _verify,
         "list": _list,
     }
@@ -856,6 +858,23 @@ def _tune_command(options: Any) -> Any:
     return command
 
 
+def _check_command(options: Any) -> Any:
+    """The dataclass of `policygrad check` with these options as defaults."""
+    made = [one for one in _shared(options, "", "Tuned settings: a preset's name, a file, or none.") if one[0] != "out"]
+    tolerance = (
+        "Largest difference relative to a parameter's gradient; by default 1e-6, 1e-3 in float32, 5e-2 in 16 bits."
+    )
+    made += [
+        ("tolerance", Annotated[float | None, arg(help=tolerance)], field(default=None)),
+        ("ranks", Annotated[int, arg(help="Ranks to compare with, simulated by threads.")], field(default=2)),
+    ]
+    command = make_dataclass("Check", made)
+    command.__doc__ = (
+        "Sample one rollout, and compare its gradient, whole, with that of micro-batches, packing, padding and ranks."
+    )
+    return command
+
+
 def _language_installed() -> None:
     """Raise UserError if a package for language models is missing."""
     from importlib.util import find_spec
@@ -1032,6 +1051,22 @@ def _compare(rest: list[str]) -> int:
     if command.out is not None:
         print(f"comparison: {command.out} (comparison.png, comparison.md, comparison.json)")
     return 0
+
+
+def _check(rest: list[str]) -> int:
+    """Whether the gradient of a method depends on how its batch is split: exit code 1 if it does."""
+    found = _asked("check", rest, _check_command, {"preset", "json", "tolerance", "ranks"})
+    if found is None:
+        return 0 if rest else 2
+    command = found.command
+    with _aside(command.json):
+        _quiet()
+        from policygrad.train.checking import check
+
+        how = {"tolerance": command.tolerance, "count": command.ranks, "preset": found.preset or "none"}
+        result = check(found.name, found.task, **how, **found.values)
+    print(json.dumps(result.summary()) if command.json else "\n".join(result.lines()))
+    return int(not result.passed)
 
 
 def _verify(rest: list[str]) -> int:
