@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from policygrad import ranks
-from policygrad.compiling import VALUE, gradient_step, has_rule
+from policygrad.compiling import VALUE, gradient, gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, Split, micro_batches, parts_of
@@ -64,27 +64,27 @@ def ascend(
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
     objective sees at a time while gradients accumulate, or a function that parts them (rollout.Split); it changes only
-    time and memory. compiled: every step after the optimizer's first is one graph (compiling.gradient_step): the same
-    step to rounding, so a run that goes on with an optimizer that was loaded takes the way of one that was never
-    stopped. varying: the batches have different numbers of rows, for which there is one graph from the start. The
-    update returns the objective's metrics, those of the split, and gradient_norm and
-    critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes nothing: the
-    optimizer's moments would move the parameters. Of several ranks, batch is a rank's own part: the gradient is that of
-    all parts, in one sum after the backward pass, and so are norms and metrics. It raises NonFiniteError before the
-    step if the objective or a
-    gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's,
-    or no gradient reaches them.
+    time and memory. compiled: every step after the optimizer's first is one graph (compiling.gradient_step; of a rank,
+    objective and gradient are one, compiling.gradient): the same step to rounding, so a run that goes on with an
+    optimizer that was loaded takes the way of one that was never stopped. varying: the batches have different numbers
+    of rows, for which there is one graph from the start. The update returns the objective's metrics, those of the
+    split, and gradient_norm and critic_gradient_norm, the norms before scaling. A batch without a decision that counts
+    changes nothing: the optimizer's moments would move the parameters. Of several ranks, batch is a rank's own part:
+    the gradient is that of all parts, in one sum after the backward pass, and so are norms and metrics. It raises
+    NonFiniteError before the step if the objective or a gradient is NaN or infinite, and UserError at its first step if
+    the optimizer's parameters are not the objective's, or no gradient reaches them.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     checked: Scalar | None = None
     parts: dict[str, list[Tensor]] = {}
     step: Callable[[Batch], Metrics | None] | None = None
+    graph: Callable[[Batch], Any] | None = None  # of a rank
 
     def update(objective: Scalar, batch: Batch) -> Metrics:
-        nonlocal checked, parts, step
+        nonlocal checked, parts, step, graph
         first = objective is not checked
         if first:
-            parts, step = _parts(objective, optimizers), None
+            parts, step, graph = _parts(objective, optimizers), None, None
         parted, measured = ((), {}) if micro_batch is None else parts_of(batch.obs, micro_batch)
         whole_weight, counts = _everywhere(batch)
         if not counts:
@@ -93,7 +93,15 @@ def ascend(
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
-        if compiled and _begun(optimizers) and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0]):
+        alone = whole_weight is None
+        if (
+            alone
+            and compiled
+            and _begun(optimizers)
+            and len(parted) < 2
+            and len(optimizers) == 1
+            and has_rule(optimizers[0])
+        ):
             step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
             if (found := step(batch)) is not None:
                 checked = objective
@@ -101,13 +109,16 @@ def ascend(
                     {"the objective": found.pop(VALUE)} | _norms({x: found[f"{x}gradient_norm"] for x in parts})
                 )
                 return {**found, **measured}
-        if whole_weight is None:
+        if alone:
             parted_batch: Any = micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]
             whole, total = _backward(objective, parted_batch)
         else:
             rows = parted if len(parted) > 1 else len(batch.mask)
             own = list(micro_batches(batch, rows, whole_weight))
-            whole, total = _backward_everywhere(objective, batch, own, [p for found in parts.values() for p in found])
+            owners = [p for found in parts.values() for p in found]
+            if compiled and len(parted) < 2 and _begun(optimizers) and has_rule(optimizers[0]):
+                graph = graph or gradient(objective, owners, varying)
+            whole, total = _backward_everywhere(objective, batch, own, owners, graph)
         if first:
             _check_reached(parts)
             checked = objective
@@ -145,16 +156,26 @@ def _backward(objective: Scalar, parts: Iterable[tuple[float, Batch]]) -> tuple[
 
 
 def _backward_everywhere(
-    objective: Scalar, batch: Batch, parts: list[tuple[float, Batch]], parameters: list[Tensor]
+    objective: Scalar,
+    batch: Batch,
+    parts: list[tuple[float, Batch]],
+    parameters: list[Tensor],
+    graph: Callable[[Batch], Any] | None,
 ) -> tuple[Tensor, Metrics]:
-    """The same of the parts of all ranks: one sum of gradients, objective and metrics.
+    """The same of the parts of all ranks: one sum of gradients, objective and metrics. graph: compiling.gradient.
 
     A rank without weight adds zeros, and one whose objective fails adds NaN, so that none waits for it. A parameter
     that no rank's objective reaches keeps no gradient.
     """
     failed: Exception | None = None
     try:
-        if parts:
+        found = graph(parts[0][1]) if graph is not None and parts else None
+        if found is not None:
+            ((share, _),), (value, metrics, gradients) = parts, found
+            for p, x in zip(parameters, gradients, strict=True):
+                p.grad = None if x is None else -share * x
+            whole, total = share * value, {name: share * x for name, x in metrics.items()}
+        elif parts:
             whole, total = _backward(objective, parts)
         else:
             with torch.no_grad():
@@ -174,8 +195,8 @@ def _backward_everywhere(
     *gradients, reached, numbers = ranks.sum_all([*gradients, reached.to(numbers), numbers])
     if failed is not None:
         raise failed
-    for p, gradient, count in zip(learning, gradients, reached.tolist(), strict=True):
-        p.grad = gradient if count else None
+    for p, x, count in zip(learning, gradients, reached.tolist(), strict=True):
+        p.grad = x if count else None
     whole, *found = numbers.unbind()
     return whole, dict(zip(total, found, strict=True))
 

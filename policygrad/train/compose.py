@@ -314,7 +314,7 @@ def loop_of(
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
     normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized
-    if compiles(options) and normalize is standardize:
+    if compiles(options) and normalize is standardize and ranks.size() == 1:  # sums over ranks have no graph
         normalize = graph(standardize, standardize, 2 * varies(options))
     return partial(
         loop,
@@ -380,8 +380,6 @@ def split_of(options: Any, policy: nn.Module) -> Split:
 def compiles(options: Any) -> bool:
     """Whether gradient steps are compiled: a graph takes some seconds to make, and saves about a millisecond a step."""
     wanted = getattr(options, "compile", "off")
-    if ranks.size() > 1:  # their gradients are added between two graphs, which are not written yet
-        return False
     if wanted != "auto":
         return wanted == "on"
     if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known

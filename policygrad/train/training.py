@@ -690,10 +690,6 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
             said = "rank_time_limit is of several ranks, and this is one process"
             raise OptionError("rank_time_limit", f"{said}: start it by torchrun, or leave it out")
         return options
-    if getattr(options, "compile", "off") == "on":
-        raise OptionError(
-            "compile", "compile is on, and the gradients of ranks are added outside a graph: leave it out"
-        )
     learned = getattr(options, "normalize_observations", False) or getattr(options, "scale_rewards", False)
     if getattr(options, "overlap", False) and learned:
         said = "overlap is on, and ranks share running statistics between rollouts"

@@ -24,6 +24,7 @@ from tiny_files import write_model, write_prompts, write_rewards
 import policygrad as pg
 from policygrad import ranks
 from policygrad.errors import UserError
+from policygrad.train.reproduce import reproduce
 from policygrad.train.training import Training
 
 assert without_pictures  # a fixture
@@ -77,7 +78,9 @@ def in_a_process(place: Path) -> dict[str, Any]:
         found[f"language, {name}"] = outcome(method, str(place / "data" / "sums.jsonl"), place / name, **given)
     found["error"] = refused(partial(Training, "ppo", Known if ranks.rank() else "CartPole-v1", progress=False))
     found["limit"] = refused(partial(Training, "ppo", "CartPole-v1", seed=ranks.rank(), progress=False))
-    found["compile"] = refused(partial(Training, "ppo", "CartPole-v1", compile="on"))
+    for compiled in ("on", "off"):
+        values = known("ppo", num_envs=3, compile=compiled, iterations=3) | {"threads": 1}
+        found[f"compile {compiled}"] = parameters(pg.train("ppo", "CartPole-v1", **values))
     found["environment"] = refused(partial(Training, "ppo", pg.make_environments("CartPole-v1", 2)))
     return found
 
@@ -154,11 +157,22 @@ def test_what_ranks_cannot_do_is_one_error_on_all(processes: list[dict[str, Any]
     for found in processes:
         assert found["error"].startswith("option task is CartPole-v1 on rank 0 and probes:Known on rank 1")
         assert found["limit"] == "option seed is 0 on rank 0 and 1 on rank 1: start all ranks alike"
-        assert "compile is on, and the gradients of ranks are added outside a graph" in found["compile"]
     assert {found["environment"] for found in processes} == {
         "several ranks need environments of their own: hand in a function that makes one",
         "rank 0: several ranks need environments of their own: hand in a function that makes one",
     }
+
+
+def test_compiled_gradients_of_ranks_are_the_plain_ones(processes: list[dict[str, Any]]) -> None:
+    on, off = (processes[0][f"compile {x}"] for x in ("on", "off"))
+    assert not torch.equal(on, off)  # to rounding
+    torch.testing.assert_close(on, off, rtol=1e-3, atol=1e-4)
+    assert torch.equal(on, processes[1]["compile on"])
+
+
+def test_a_run_of_ranks_is_not_reproduced_by_one_process(place: Path, processes: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="was trained by 2 ranks, and one process would sample otherwise"):
+        reproduce(place / "statistics" / "whole")
 
 
 def test_one_process_has_no_rank_time_limit() -> None:
