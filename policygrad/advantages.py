@@ -138,12 +138,11 @@ def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
 
 def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """(x - mean) / std over the mask, whatever the unit of x. 0 if all are equal up to rounding, or if there is one."""
-    largest = ranks.maximum(x.abs().where(mask, 0.0).amax())
     # Subtract the smallest first: equal numbers become exactly 0, so the result is exactly 0.
-    smallest = ranks.minimum(x.where(mask, torch.inf).amin())
-    x = (x - smallest).where(mask, 0.0)
-    count = ranks.sum(mask.sum())
-    centered = (x - ranks.sum(x.sum()) / count.clamp(min=1)).where(mask, 0.0)
+    largest, negative = ranks.maxima([x.abs().where(mask, 0.0).amax(), -x.where(mask, torch.inf).amin()])
+    x = (x + negative).where(mask, 0.0)
+    total, count = ranks.sum_all([x.sum(), mask.sum().to(x.dtype)])
+    centered = (x - total / count.clamp(min=1)).where(mask, 0.0)
     std = (ranks.sum((centered**2).sum()) / (count - 1).clamp(min=1)).sqrt()
     equal = std <= _rounding(largest)  # not so if a number is NaN: that stays seen
     return (centered / std).where(mask & ~equal, 0.0)

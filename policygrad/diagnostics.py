@@ -20,21 +20,21 @@ def ratio_metrics(
     logp_old: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     weight: Float[Tensor, "B T"],
-    over: Callable[[Tensor], Tensor] = lambda total: total,
+    over: Callable[[list[Tensor]], list[Tensor]] = lambda sums: sums,
 ) -> dict[str, Tensor]:
     """The distance from the old policy to the new one, on the old policy's decisions.
 
     kl_old: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
-    (Kong 1992). over: a sum over these decisions -> that over the decisions of all ranks.
+    (Kong 1992). over: sums over these decisions -> those over the decisions of all ranks.
     """
-    share = weight / over(weight.sum()).clamp(min=1e-12)
+    (total,) = over([weight.sum()])
+    share = weight / total.clamp(min=1e-12)
     # Use the log-ratio itself: log(ratio) is infinite if the ratio underflows to 0.
     difference = log_ratio(logp, logp_old, mask)
     ratio = difference.exp()
-    return {
-        "kl_old": over(average(k3(torch.zeros_like(difference), difference), share)),
-        "effective_sample_size": over(average(ratio, share)) ** 2 / over(average(ratio**2, share)).clamp(min=1e-30),
-    }
+    kl_old = average(k3(torch.zeros_like(difference), difference), share)
+    kl_old, mean, square = over([kl_old, average(ratio, share), average(ratio**2, share)])
+    return {"kl_old": kl_old, "effective_sample_size": mean**2 / square.clamp(min=1e-30)}
 
 
 def after_update(objective: Any, batch: Batch, *, micro_batch: Split = None) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def after_update(objective: Any, batch: Batch, *, micro_batch: Split = None) -> 
     policy, `micro_batch` rows at a time. Over the decisions of all ranks.
     """
     logp = log_probabilities(objective.policy, batch, micro_batch)
-    metrics = ratio_metrics(logp, batch.logp, batch.mask, batch.weight, ranks.sum)
+    metrics = ratio_metrics(logp, batch.logp, batch.mask, batch.weight, ranks.sum_all)
     if getattr(objective, "critic", None) is not None:
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
     return metrics
@@ -86,16 +86,15 @@ def explained_variance(
     Also 0 where all targets are equal up to rounding. Over the decisions of all ranks.
     """
     share = weight / ranks.sum(weight.sum()).clamp(min=1e-12)
-    rounding = 2 * torch.finfo(target.dtype).eps * ranks.maximum(target.abs().where(weight != 0, 0.0).amax())
-    first = target.flatten()[share.argmax()]  # subtract one target from all: equal targets become exactly 0
-    first = ranks.maximum(first.where(weight.any(), -torch.inf)).where(weight.any(), first)
-    target, value = target - first, value - first
-
-    def variance(x: Tensor) -> Tensor:
-        return ranks.sum(average((x - ranks.sum(average(x, share))) ** 2, share))
-
-    spread = variance(target)
-    return torch.where(spread.sqrt() <= rounding, 0.0, 1 - variance(target - value) / spread)
+    own, counts = target.flatten()[share.argmax()], weight.any()
+    largest, first = ranks.maxima([target.abs().where(weight != 0, 0.0).amax(), own.where(counts, -torch.inf)])
+    rounding = 2 * torch.finfo(target.dtype).eps * largest
+    first = first.where(counts, own)
+    target, value = target - first, value - first  # one target from all: equal targets become exactly 0
+    both = [target, target - value]
+    means = ranks.sum_all([average(x, share) for x in both])
+    spread, left = ranks.sum_all([average((x - mean) ** 2, share) for x, mean in zip(both, means, strict=True)])
+    return torch.where(spread.sqrt() <= rounding, 0.0, 1 - left / spread)
 
 
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -89,6 +89,11 @@ def minimum(x: Tensor) -> Tensor:
     return x if group is None else group.reduce(x, "min")
 
 
+def maxima(numbers: Sequence[Tensor]) -> list[Tensor]:
+    """Several single numbers of one type, each the largest of all ranks, in one message."""
+    return list(numbers) if _group() is None else list(maximum(torch.stack(list(numbers))).unbind())
+
+
 def total(x: Any) -> Any:
     """A number summed over the ranks, in the precision of Python."""
     group = _group()
@@ -167,12 +172,13 @@ def agreed() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
+    if not some(own is not None):
+        return
     said = None if own is None else one_line(own if isinstance(own, UserError) else f"{type(own).__name__}: {own}", 190)
     failed = [(i, x) for i, x in enumerate(group.objects(said)) if x is not None]
     if own is not None and failed[0][0] == group.rank:
         raise own
-    if failed:
-        raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
+    raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
 
 
 def in_turn(make: Callable[[], Any]) -> Any:

@@ -335,7 +335,8 @@ def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 1
         with torch.no_grad(), at.restored_on_error() as old:
             add_to(at.parameters, old, alpha * at.direction)
             _check_finite({"the step's norm": torch.stack([p.norm() for p in at.parameters]).norm()})
-            improvement, step_kl = at.objective() - at.value, at.divergence()
+            gain, step_kl = at.measured()
+            improvement = gain - at.value
         norm = at.gradient.norm()
         moved = {"gradient_norm": norm, "step_size": alpha, "kl_old": step_kl, "improvement": improvement}
         return {**at.metrics, **moved}
@@ -363,7 +364,8 @@ def trust_region_step(
         with torch.no_grad(), at.restored_on_error() as old:
             for k in range(backtracks):
                 add_to(at.parameters, old, shrink**k * full_step)
-                gained, moved = at.objective() - at.value, at.divergence()
+                gain, moved = at.measured()
+                gained = gain - at.value
                 accepted = bool((gained > 0) & (moved <= delta))
                 if accepted:
                     step_kl, improvement, fraction = moved, gained, torch.full_like(at.value, shrink**k)
@@ -393,23 +395,22 @@ class _Natural:
         self.share = 1.0
         if (weight := _everywhere(batch)[0]) is not None:
             ((self.share, batch),) = list(micro_batches(batch, len(batch.mask), weight)) or [(0.0, batch)]
-        of_part = objective.divergence(batch)
-        self.divergence = lambda: self.over(of_part())
-        self.objective = lambda: self.over(objective(batch)[0])
+        divergence = objective.divergence(batch)
+        self.measured = lambda: self.over([objective(batch)[0], divergence()])
         value, metrics = objective(batch)
-        self.metrics = {name: self.over(x) for name, x in metrics.items()}
-        self.value = self.over(value.detach())
-        self.gradient = self.over(flat_gradient(value, self.parameters))
+        gradient = flat_gradient(value, self.parameters)
+        self.gradient, self.value, *found = self.over([gradient, value.detach(), *metrics.values()])
+        self.metrics = dict(zip(metrics, found, strict=True))
         _check_finite({"the objective": self.value, "the gradient's norm": self.gradient.norm()})
-        product = fisher_vector_product(of_part, self.parameters, damping, self.over)
+        product = fisher_vector_product(divergence, self.parameters, damping, lambda x: self.over([x])[0])
         self.direction = conjugate_gradient(product, self.gradient, cg_iters)
         self.slope = self.gradient @ self.direction
 
-    def over(self, x: Tensor) -> Tensor:
+    def over(self, own: list[Tensor]) -> list[Tensor]:
         """What all parts come to, from this rank's; a part without weight has no say."""
         if ranks.size() == 1:
-            return x
-        return ranks.sum(self.share * x if self.share else torch.zeros_like(x))
+            return own
+        return ranks.sum_all([self.share * x if self.share else torch.zeros_like(x) for x in own])
 
     @contextmanager
     def restored_on_error(self) -> Iterator[list[Tensor]]:
