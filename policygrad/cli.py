@@ -316,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, line = _ending(error)
         if code is None:
+            _of_ranks(f"{type(error).__name__}: {one_line(error, 90)}; its traceback is above", error)
             raise
         if debug and line is not None:
             traceback.print_exc()
@@ -371,7 +372,7 @@ def _of_ranks(line: str | None, error: BaseException) -> str | None:
 
     speaks, line = ranks.speaks(line, error)
     with contextlib.suppress(RuntimeError):
-        ranks.leave()
+        ranks.leave()  # the system's threads would abort a process that ends without
     return line if speaks else None
 
 

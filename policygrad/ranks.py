@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -260,7 +261,9 @@ def _answering() -> Iterator[None]:
         yield
     except RuntimeError as error:
         late = "imed out" in str(error)
+        closed = re.search("closed|reset|refused|broken pipe", str(error), re.IGNORECASE)
         why = f"no answer within {_limit:,.0f} s (rank_time_limit)" if late else one_line(error, 70)
+        why = "its connection was closed" if closed and not late else why
         raise Lost(
             f"rank {rank()} lost another rank ({why}): it has ended, or hangs; torchrun --max-restarts goes on from "
             "the last checkpoint"
@@ -333,33 +336,32 @@ def check_alike(what: str, own: dict[str, Any]) -> None:
 
 
 def speaks(line: str, error: BaseException) -> tuple[bool, str]:
-    """Whether this rank is the one to print what ended it, and the line: of an error elsewhere, its own line.
+    """Whether this rank is the one to print what ended it, and the line: that of another rank whose error it was.
 
-    Rank 0 does; another one where no rank below it has ended with an error, within some seconds.
+    Rank 0 does. Another rank tells it why it ends, and prints only what ends it together with rank 0, if that is gone.
     """
     group = _joined
     if not isinstance(group, Processes) or group.store is None:
         return True, line
+    caused = not isinstance(error, Lost | KeyboardInterrupt)
     try:
-        if not isinstance(error, Lost):
+        if caused:
             group.store.set("why", f"rank {group.rank}: {line}")
-        for below in range(group.rank):
-            if _waited(group.store, f"said {below}", 3.0):
-                return False, line
-        group.store.set(f"said {group.rank}", "yes")
-        if isinstance(error, Lost) and _waited(group.store, "why", 3.0):
-            return True, group.store.get("why").decode()
-    except RuntimeError:  # the store is gone as well
-        pass
-    return True, line
+        if group.rank == 0:
+            group.store.set("said", "yes")
+            return True, line if caused or not _came(group.store, "why") else group.store.get("why").decode()
+        return not caused and not _came(group.store, "said"), line
+    except RuntimeError:  # the store is gone: it was rank 0's, which has ended
+        return isinstance(error, Lost), line
 
 
-def _waited(store: Any, key: str, seconds: float) -> bool:
-    """Whether a key comes within so many seconds."""
-    try:
-        store.wait([key], timedelta(seconds=seconds))
-    except RuntimeError:
-        return False
+def _came(store: Any, key: str, seconds: float = 2.0) -> bool:
+    """Whether a key comes within some seconds."""
+    end = time.monotonic() + seconds
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
     return True
 
 

@@ -1,5 +1,6 @@
 """Training: one loop for every method and world, an iterator of rows of metrics."""
 
+import hashlib
 import math
 import sys
 import time
@@ -107,6 +108,7 @@ class Training:
         with ranks.agreed():
             run, parts = self._asked(method, task, out, own, dict(keywords))
         ranks.check_alike("option", {"method": run.method, "task": run.world.stored(), **asdict(run.options)})
+        ranks.check_alike("the file", contents(run.world.stored(), *vars(run.options).values()))
         ranks.limit_to(run.options.rank_time_limit)
         with presets.blamed(run.preset, self.tuned, dict(keywords)):
             self._make(run, parts, progress)
@@ -516,7 +518,11 @@ class Training:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
-        if error is not None and not any(isinstance(note, Kept) for note in getattr(error, "__notes__", ())):
+        if (
+            error is not None
+            and ranks.rank() == 0
+            and not any(isinstance(note, Kept) for note in getattr(error, "__notes__", ()))
+        ):
             error.add_note(Kept(self.run.kept()))
         self.close()
 
@@ -678,6 +684,13 @@ def _as_row(metrics: dict[str, Tensor | float]) -> Row:
         here = {name: x for name, x in tensors.items() if x.device == device}
         row |= dict(zip(here, torch.stack([x.double().reshape(()) for x in here.values()]).tolist(), strict=True))
     return {name: row[name] for name in metrics}
+
+
+def contents(*values: Any) -> dict[str, str]:
+    """The SHA-256 of each file of code that texts name, `FILE.py:NAME`, by its name."""
+    texts = [x for value in values for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, str)]
+    files = [Path(x.rpartition(":")[0]) for x in texts if ".py:" in x]
+    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest()[:12] for x in files if x.is_file()}
 
 
 def _on_rank(options: Any, defaults: Any = None) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import policygrad as pg
 from policygrad import ranks
 from policygrad.errors import UserError
 from policygrad.train.reproduce import reproduce
-from policygrad.train.training import Training
+from policygrad.train.training import Training, contents
 
 assert without_pictures  # a fixture
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -175,6 +176,15 @@ def test_a_run_of_ranks_is_not_reproduced_by_one_process(place: Path, processes:
         reproduce(place / "statistics" / "whole")
 
 
+def test_files_of_code_are_compared_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 1")
+    found = contents(f"{tmp_path / 'mine.py'}:Env", ("exact_match", f"{tmp_path / 'mine.py'}:right"), None, 3)
+    (tmp_path / "mine.py").write_text("x = 2")
+    assert [*found] == ["mine.py"]
+    assert contents(f"{tmp_path / 'mine.py'}:Env") != found
+    assert contents("CartPole-v1", f"{tmp_path / 'none.py'}:Env") == {}
+
+
 def test_one_process_has_no_rank_time_limit() -> None:
     with pytest.raises(UserError, match="rank_time_limit is of several ranks, and this is one process"):
         Training("ppo", "CartPole-v1", rank_time_limit=5)
@@ -183,11 +193,13 @@ def test_one_process_has_no_rank_time_limit() -> None:
 # The command line
 
 
-def started(words: list[list[str]], port: int, **more: str) -> list[subprocess.Popen[str]]:
+def started(
+    words: list[list[str]], port: int, launch: Sequence[str] = ("-m", "policygrad"), **more: str
+) -> list[subprocess.Popen[str]]:
     """`policygrad` as ranks, each with its words, as torchrun starts them."""
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "policygrad", *each],
+            [sys.executable, *launch, *each],
             env=ENVIRONMENT
             | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(len(words))}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more},
@@ -233,6 +245,29 @@ def test_different_options_a_rank_without_work_and_a_port_that_is_taken_are_one_
             assert wanted in lines[0]
             assert len(lines[0]) <= 200 + len("policygrad: ")
     assert not (tmp_path / "run").exists()
+
+
+ODD = """
+import os, sys
+import policygrad.algorithms.ppo as module
+from policygrad import cli
+from policygrad.errors import UserError
+
+def odd(*arguments):
+    if os.environ["RANK"] == "1":
+        raise UserError("this rank alone is odd: mend it")
+    return decisions(*arguments)
+
+decisions, module.decisions = module.decisions, odd
+cli.main(sys.argv[1:])
+"""
+
+
+def test_an_error_that_no_other_rank_expects_is_said_by_rank_0(tmp_path: Path) -> None:
+    words = [*TRAIN, "--out", str(tmp_path / "run")]
+    codes, output, lines = said(started([words, words], free_port(), launch=["-c", ODD]))
+    assert (codes, output) == ([2, 2], "")
+    assert lines == ["policygrad: rank 1: this rank alone is odd: mend it"]
 
 
 def test_a_rank_that_hangs_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
