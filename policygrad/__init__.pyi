@@ -19,6 +19,7 @@ from policygrad import (
     language as language,
     linalg as linalg,
     objectives as objectives,
+    ranks as ranks,
     returns as returns,
     samplers as samplers,
     score as score,

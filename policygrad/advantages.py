@@ -3,13 +3,16 @@
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
+from policygrad import ranks
 from policygrad.errors import UserError
 from policygrad.returns import lambda_return, n_step
 from policygrad.rollout import Rollout, holes_last
 
 # Baselines: (rollout, returns [B, T]) -> [B, T]. Each leaves out the row's own return, because a baseline that depends
-# on the action biases the gradient. critics.py has the baselines that need a policy or a critic.
+# on the action biases the gradient. critics.py has the baselines that need a policy or a critic. The other rows, and
+# what is standardized, are those of all ranks.
 
 
 def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -20,8 +23,8 @@ def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor
 def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """b_i = mean of the other rows' returns, over all their steps (Williams 1992, reinforcement comparison)."""
     returns, count = returns.where(rollout.mask, 0.0), rollout.mask.sum(1, keepdim=True)
-    others = (count.sum() - count).clamp(min=1)
-    return ((returns.sum() - returns.sum(1, keepdim=True)) / others).expand_as(returns)
+    others = (ranks.sum(count.sum()) - count).clamp(min=1)
+    return ((ranks.sum(returns.sum()) - returns.sum(1, keepdim=True)) / others).expand_as(returns)
 
 
 def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -29,8 +32,13 @@ def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float
     order = holes_last(rollout.mask, rollout.ended)
     mask = rollout.mask.gather(1, order)
     returns = returns.gather(1, order).where(mask, 0.0)
-    others = (mask.sum(0) - mask.int()).clamp(min=1)
-    return torch.zeros_like(returns).scatter(1, order, (returns.sum(0) - returns) / others)
+    steps, longest = mask.shape[1], int(ranks.maximum(torch.tensor(mask.shape[1])))
+
+    def summed(x: Tensor) -> Tensor:
+        return ranks.sum(pad(x.sum(0), (0, longest - steps)))[:steps]
+
+    others = (summed(mask) - mask.int()).clamp(min=1)
+    return torch.zeros_like(returns).scatter(1, order, (summed(returns) - returns) / others)
 
 
 def optimal_constant_baseline(
@@ -42,8 +50,9 @@ def optimal_constant_baseline(
     a baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
     Schaal 2008, eq. 13). `returns_score` holds X_j.Z_j, and `score_score` holds |Z_j|^2.
     """
+    (returns_score, own), (score_score, _) = ranks.gathered(returns_score), ranks.gathered(score_score)
     # Sum the other rows directly: subtracting a row with a large score from the total loses the others to rounding.
-    others = ~torch.eye(len(score_score), dtype=torch.bool, device=score_score.device)
+    others = ~torch.eye(len(score_score), dtype=torch.bool, device=score_score.device)[own]
     squares = _sum(others, score_score)
     return torch.where(squares > 0, _sum(others, returns_score) / squares, 0.0)
 
@@ -56,9 +65,10 @@ def length_weighted_mean(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Flo
     """
     length = rollout.mask.sum(1).to(returns.dtype)
     total = returns.gather(1, rollout.mask.int().argmax(1, keepdim=True)).squeeze(1)  # as at all of the row's decisions
-    same, origin = _same(total, rollout.group)
+    (total, own), (length, _), (group, _) = (ranks.gathered(x) for x in (total, length, rollout.group))
+    same, origin = _same(total, group)
     mean = origin + _sum(same, length * (total - origin)) / _sum(same, length).clamp(min=1)
-    return mean.unsqueeze(1).expand_as(returns)
+    return mean[own].unsqueeze(1).expand_as(returns)
 
 
 def gae(
@@ -179,13 +189,12 @@ def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
 
 def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """(x - mean) / std over the mask, whatever the unit of x. 0 if all are equal up to rounding, or if there is one."""
-    largest = x.abs().where(mask, 0.0).amax()
     # Subtract the smallest first: equal numbers become exactly 0, so the result is exactly 0.
-    smallest = x.where(mask, torch.inf).amin()
-    x = (x - smallest).where(mask, 0.0)
-    count = mask.sum()
-    centered = (x - x.sum() / count.clamp(min=1)).where(mask, 0.0)
-    std = ((centered**2).sum() / (count - 1).clamp(min=1)).sqrt()
+    largest, negative = ranks.maxima([x.abs().where(mask, 0.0).amax(), -x.where(mask, torch.inf).amin()])
+    x = (x + negative).where(mask, 0.0)
+    total, count = ranks.sum_all([x.sum(), mask.sum().to(x.dtype)])
+    centered = (x - total / count.clamp(min=1)).where(mask, 0.0)
+    std = (ranks.sum((centered**2).sum()) / (count - 1).clamp(min=1)).sqrt()
     equal = std <= _rounding(largest)  # not so if a number is NaN: that stays seen
     return (centered / std).where(mask & ~equal, 0.0)
 

@@ -73,6 +73,7 @@ policygrad: the policy-gradient family of reinforcement learning
   policygrad compare RUN... [options]       methods and seeds side by side, with the uncertainty of few runs
   policygrad report RUN... [options]        a page with the curves of runs, and what they say
   policygrad push RUN NAME [options]        put a run on the Hugging Face hub; hub:NAME reads it from there
+  policygrad check METHOD TASK [options]    does the gradient depend on how a batch is split?
   policygrad verify [options]               hold every method and estimator against the exact gradient
   policygrad list                           methods, their variants and presets
 
@@ -83,6 +84,7 @@ for example:
   policygrad train ppo CartPole-v1 --help   every option, with the default that it has there
   policygrad eval runs/CartPole-v1/ppo-seed0 --episodes 20
 
+Several processes train one run with torchrun --nproc-per-node N -m policygrad train ... (docs/scale.md).
 --debug, anywhere, shows the traceback of an error.
 """
 
@@ -327,16 +329,68 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code: int | None
     try:
         with _stopped_by_signals():
-            code = _dispatch(rest)
+            code = _dispatch(rest) if _alone() else _dispatch_rank(rest)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, line = _ending(error)
         if code is None:
+            _of_ranks(f"{type(error).__name__}: {one_line(error, 90)}; its traceback is above", error)
             raise
         if debug and line is not None:
             traceback.print_exc()
+        line = line if _alone() else _of_ranks(line, error)
         if line is not None:
             print(f"policygrad: {within(line, LONGEST if code == 2 else 10 * LONGEST)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _alone() -> bool:
+    """Whether this process is one by itself, not one of several that torchrun has started."""
+    return os.environ.get("WORLD_SIZE", "1") in ("", "1")
+
+
+def _dispatch_rank(rest: list[str]) -> int:
+    """A command in one of several processes, which must all have the same. Rank 0 speaks for them."""
+    if rest[:1] not in (["train"], ["clone"], ["resume"]):
+        if os.environ.get("RANK", "0") != "0":
+            return 2
+        said = f"{shortened(rest[0])[1:-1]} runs" if rest else "this runs"
+        raise UserError(f"{said} in one process: start it without torchrun, which is for train, clone and resume")
+    from policygrad import ranks
+
+    ranks.join()
+    words = {f"argument {i}": x for i, x in enumerate(rest, 1)}
+    ranks.check_alike("the command's", words | {"version of Python, torch or the code": _code()})
+    if ranks.rank() == 0:
+        code = _dispatch(rest)
+    else:
+        warnings.simplefilter("ignore", Note)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            code = _dispatch(rest)
+    ranks.leave()
+    return code
+
+
+def _code() -> str:
+    """What the numbers of a run depend on, besides its options."""
+    import hashlib
+
+    import torch
+
+    here = Path(__file__).parent
+    found = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.rglob("*.py"))))
+    return f"{sys.version.split()[0]} {torch.__version__} {found.hexdigest()[:12]}"
+
+
+def _of_ranks(line: str | None, error: BaseException) -> str | None:
+    """The line that this rank prints of what ended it, if it is the one to speak."""
+    if line is None or "policygrad.ranks" not in sys.modules:
+        return line
+    from policygrad import ranks
+
+    speaks, line = ranks.speaks(line, error)
+    with contextlib.suppress(RuntimeError):
+        ranks.leave()  # the system's threads would abort a process that ends without
+    return line if speaks else None
 
 
 def _ending(error: BaseException) -> tuple[int | None, str | None]:
@@ -415,6 +469,7 @@ def _dispatch(rest: list[str]) -> int:
         "compare": _compare,
         "report": _report,
         "push": _push,
+        "check": _check,
         "verify": _verify,
         "list": _list,
     }
@@ -548,13 +603,50 @@ def _train(rest: list[str]) -> int:
     default = Path("runs") / file_name(str(label)) / f"{found.name}-seed{values['seed']}"
     with presets.blamed(found.preset, found.tuned, {x for x, y in values.items() if y != getattr(options, x)}):
         if command.seeds is not None:
+            if not _alone():
+                raise UserError("seeds is of a study, whose runs have a process each: start it without torchrun")
             return _study(found)
         if command.processes is not None:
             raise UserError("processes is of a study: give its seeds, such as --seeds 0-9, or leave it out")
-        with _aside(command.json), run_directory(command.out, default) as out:
+        with _aside(command.json), _directory(command.out, default) as out:
             _quiet()
             run = _run(found, out)
     return _trained(run, out, command.json)
+
+
+@contextlib.contextmanager
+def _directory(given: Path | None, default: Path) -> Iterator[Path]:
+    """The directory of a run. Of several ranks, rank 0 makes it and tells the others where it is."""
+    if _alone():
+        with run_directory(given, default) as out:
+            yield out
+        return
+    from policygrad import ranks
+
+    if given is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0"):
+        raise UserError("torchrun --max-restarts goes on from checkpoints, which need a place: give --out DIRECTORY")
+    with contextlib.ExitStack() as stack:
+        yield ranks.from_first(lambda: stack.enter_context(run_directory(given, default)))
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started this process again, after one of the ranks had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+def _begun(out: Path) -> bool:
+    """Whether the run of a process that was restarted has begun; what one left that had not is removed."""
+    from policygrad import ranks
+    from policygrad.train.directories import release
+    from policygrad.train.training import WRITTEN
+
+    def look() -> bool:
+        if not (out / "config.json").exists():
+            release(out, [], WRITTEN)
+            return False
+        return True
+
+    return bool(ranks.from_first(look))
 
 
 def _clone(rest: list[str]) -> int:
@@ -660,6 +752,8 @@ def _study(found: Asked) -> int:
 
 def _resume(rest: list[str]) -> int:
     command = _parse(Resume, rest, "resume", UseAppendAction)
+    if (command.steps or command.iterations) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0"):
+        raise UserError("each restart would add steps and iterations once more: leave --max-restarts out, or them")
     with _aside(command.json):
         _quiet()
         from policygrad.train.recording import complete
@@ -735,6 +829,12 @@ def _run(found: Asked, out: Path) -> Any:
         options = with_values(options_of(name, kind_of(task, values))(), values)
         print(presets.said(preset, found.tuned, options), flush=True)
     progress = not command.json or at_terminal()  # beside one JSON object a bar, but no lines in a log
+    if _restarted() and _begun(out):
+        with Training.resume(out, trust=True, progress=progress) as training:
+            print(f"restarted from iteration {training.iteration:,} ({training.run.stage.steps:,} steps)", flush=True)
+            complete(training, progress, signals=True)
+            judged("after: ", training.run.after)
+        return training.run
     with Training(name, task, out=out, preset=preset or "none", progress=progress, **values) as training:
         judged("before:", training.run.before)
         complete(training, progress, signals=True)
@@ -800,6 +900,23 @@ def _tune_command(options: Any) -> Any:
     command = make_dataclass("Tune", made)
     ranges = "\n".join(f"- {name}: {how}" for name, how in searched(options, ()).items())
     command.__doc__ = f"{SEARCH}\n\n{ranges}"
+    return command
+
+
+def _check_command(options: Any) -> Any:
+    """The dataclass of `policygrad check` with these options as defaults."""
+    made = [one for one in _shared(options, "", "Tuned settings: a preset's name, a file, or none.") if one[0] != "out"]
+    tolerance = (
+        "Largest difference relative to a parameter's gradient; by default 1e-6, 1e-3 in float32, 5e-2 in 16 bits."
+    )
+    made += [
+        ("tolerance", Annotated[float | None, arg(help=tolerance)], field(default=None)),
+        ("ranks", Annotated[int, arg(help="Ranks to compare with, simulated by threads.")], field(default=2)),
+    ]
+    command = make_dataclass("Check", made)
+    command.__doc__ = (
+        "Sample one rollout, and compare its gradient, whole, with that of micro-batches, packing, padding and ranks."
+    )
     return command
 
 
@@ -979,6 +1096,22 @@ def _compare(rest: list[str]) -> int:
     if command.out is not None:
         print(f"comparison: {command.out} (comparison.png, comparison.md, comparison.json)")
     return 0
+
+
+def _check(rest: list[str]) -> int:
+    """Whether the gradient of a method depends on how its batch is split: exit code 1 if it does."""
+    found = _asked("check", rest, _check_command, {"preset", "json", "tolerance", "ranks"})
+    if found is None:
+        return 0 if rest else 2
+    command = found.command
+    with _aside(command.json):
+        _quiet()
+        from policygrad.train.checking import check
+
+        how = {"tolerance": command.tolerance, "count": command.ranks, "preset": found.preset or "none"}
+        result = check(found.name, found.task, **how, **found.values)
+    print(json.dumps(result.summary()) if command.json else "\n".join(result.lines()))
+    return int(not result.passed)
 
 
 def _verify(rest: list[str]) -> int:

@@ -1,4 +1,5 @@
-"""One gradient step as one compiled graph: objective, gradient, clipping and the optimizer's own rule.
+"""One gradient step as one compiled graph: objective, gradient, clipping and the optimizer's own rule. Of several
+ranks, the objective and its gradient are one; the rest comes after the sum.
 
 A gradient step of a small network takes the interpreter far longer than the arithmetic. As a graph it is the same step,
 to rounding, and leaves the same state in the same optimizer.
@@ -153,6 +154,21 @@ def gradient_step(
         return found
 
     return update
+
+
+def gradient(
+    objective: Any, parameters: list[Tensor], varying: bool = False
+) -> Callable[[Any], tuple[Tensor, dict[str, Tensor], list[Tensor | None]] | None]:
+    """(batch) -> the objective, its metrics and its gradient, as one graph: of a rank, which then adds up gradients.
+
+    What has no graph is not computed: the result is None, and a Note says why.
+    """
+
+    def differentiated(batch: Any) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+        value, metrics = objective(batch)
+        return value.detach(), metrics, list(torch.autograd.grad(value, parameters, allow_unused=True))
+
+    return graph(differentiated, lambda batch: None, int(varying))
 
 
 def _adam(

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.advantages import group_mean, group_scale, no_baseline, standardize
 from policygrad.critics import bootstrap_values, no_fit
 from policygrad.errors import UserError
@@ -98,18 +99,19 @@ def grouped(
     """A_it = (R_i - b_i) / s_i, with R_i the sum of row i's rewards. All decisions of a row have the same advantage.
 
     baseline and scale: (returns [B], group [B]) -> [B]. group_mean and group_scale give GRPO (arXiv 2402.03300,
-    section 4.1.2); leave_one_out and unit_scale give RLOO (arXiv 2402.14740, eq. 8). Raises UserError if every row is a
-    group of its own.
+    section 4.1.2); leave_one_out and unit_scale give RLOO (arXiv 2402.14740, eq. 8). A group may have rows on several
+    ranks. Raises UserError if every row is a group of its own.
     """
 
     def assign(rollout: Rollout) -> Credit:
-        if _are_single(rollout):
+        (group, own), (counts, _) = ranks.gathered(rollout.group), ranks.gathered(rollout.mask.any(1))
+        if _are_single(group, counts):
             raise UserError(
                 "every row is a group of its own, and there is no other return to compare it with: make groups, with "
                 "Sampler(..., whole_episodes=True, groups=4) or several completions of each prompt"
             )
-        returns = rollout.reward.sum(1)
-        advantage = (returns - baseline(returns, rollout.group)) / scale(returns, rollout.group)
+        returns, _ = ranks.gathered(rollout.reward.sum(1))
+        advantage = ((returns - baseline(returns, group)) / scale(returns, group))[own]
         nothing = torch.zeros_like(rollout.reward)
         return Credit(advantage.unsqueeze(1).expand_as(rollout.reward), nothing, nothing)
 
@@ -122,11 +124,11 @@ def demonstrated(rollout: Rollout) -> Credit:
     return Credit(torch.ones_like(nothing), nothing, nothing)
 
 
-def _are_single(rollout: Rollout) -> bool:
+def _are_single(group: Int[Tensor, " B"], counts: Bool[Tensor, " B"]) -> bool:
     """Whether every row counts and is a group of its own. torch.vmap, which knows no values, is not asked."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(rollout.group):
+    if torch._C._functorch.is_functorch_wrapped_tensor(group):
         return False
-    return len(rollout.group.unique()) == len(rollout.group) and bool(rollout.mask.any(1).all())
+    return len(group.unique()) == len(group) and bool(counts.all())
 
 
 def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] = standardize) -> Assign:
@@ -169,8 +171,9 @@ def high_entropy(
     The number is rounded up; of equal entropies all are kept.
     """
     entropy = in_parts(lambda obs: policy(obs).entropy(), micro_batch, rollout.obs)
-    ranked = entropy.where(rollout.mask, -torch.inf).flatten().sort(descending=True).values
-    count = (share * rollout.mask.sum()).ceil().long().clamp(min=1)
+    counted, _ = ranks.gathered(entropy.where(rollout.mask, -torch.inf).flatten())
+    ranked = counted.sort(descending=True).values
+    count = (share * ranks.sum(rollout.mask.sum())).ceil().long().clamp(min=1)
     return (entropy >= ranked.gather(0, (count - 1).reshape(1))) & rollout.mask
 
 

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from policygrad import ranks
 from policygrad.advantages import optimal_constant_baseline
 from policygrad.diagnostics import explained_variance, mean_metrics
 from policygrad.errors import UserError
@@ -16,7 +18,7 @@ from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch, Rollout, Split, holes_last, in_parts, minibatches
 from policygrad.updates import Metrics, Objective, Update, ascend
-from policygrad.weights import average, normalized
+from policygrad.weights import average
 
 # Fits a critic between updates: (batch with targets) -> metrics, e.g. fit_critic(critic, optimizer).
 Fit = Callable[[Batch], Metrics]
@@ -80,7 +82,7 @@ def fit_critic(
     )
 
     def fit(batch: Batch) -> Metrics:
-        share = normalized(batch.weight)
+        share = batch.weight / ranks.sum(batch.weight.sum()).clamp(min=1e-12)
         parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
         metrics = mean_metrics([update(objective, part) for part in parts])
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
@@ -144,10 +146,14 @@ def optimal_token_baseline(
 
     mask = rollout.mask.gather(1, order)
     each = in_parts(energy, micro_batch, rollout.obs, rollout.action).gather(1, order).where(mask, 0.0)
-    weight = each.cumsum(1) * mask
-    same = (rollout.group.unsqueeze(1) == rollout.group.unsqueeze(0)).to(returns.dtype)
-    mean = same @ (weight * returns.gather(1, order).where(mask, 0.0)) / (same @ weight).clamp(min=1e-12)
-    others = same @ mask.to(returns.dtype) > 1  # another row has a step there
+    weight, steps = each.cumsum(1) * mask, mask.shape[1]
+    longest = int(ranks.maximum(torch.tensor(steps)))
+    columns = (weight, weight * returns.gather(1, order).where(mask, 0.0), mask.to(returns.dtype))
+    weights, weighted, counts = (ranks.gathered(pad(x, (0, longest - steps)))[0] for x in columns)
+    group, own = ranks.gathered(rollout.group)
+    same = (group[own].unsqueeze(1) == group.unsqueeze(0)).to(returns.dtype)
+    mean = (same @ weighted / (same @ weights).clamp(min=1e-12))[:, :steps]
+    others = (same @ counts)[:, :steps] > 1  # another row has a step there
     return torch.zeros_like(returns).scatter(1, order, mean.where(others & mask, 0.0))
 
 

@@ -1,11 +1,13 @@
 """Diagnostics of training. Nothing here has a gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from policygrad import ranks
 from policygrad.divergences import k3
 from policygrad.rollout import Batch, Split
 from policygrad.score import log_probabilities, log_ratio
@@ -18,30 +20,31 @@ def ratio_metrics(
     logp_old: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     weight: Float[Tensor, "B T"],
+    over: Callable[[list[Tensor]], list[Tensor]] = lambda sums: sums,
 ) -> dict[str, Tensor]:
     """The distance from the old policy to the new one, on the old policy's decisions.
 
     kl_old: KL(old, new), estimated by k3. effective_sample_size: (sum w r)^2 / (sum w)(sum w r^2), a share in (0, 1]
-    (Kong 1992).
+    (Kong 1992). over: sums over these decisions -> those over the decisions of all ranks.
     """
-    share = normalized(weight)
+    (total,) = over([weight.sum()])
+    share = weight / total.clamp(min=1e-12)
     # Use the log-ratio itself: log(ratio) is infinite if the ratio underflows to 0.
     difference = log_ratio(logp, logp_old, mask)
     ratio = difference.exp()
-    return {
-        "kl_old": average(k3(torch.zeros_like(difference), difference), share),
-        "effective_sample_size": average(ratio, share) ** 2 / average(ratio**2, share).clamp(min=1e-30),
-    }
+    kl_old = average(k3(torch.zeros_like(difference), difference), share)
+    kl_old, mean, square = over([kl_old, average(ratio, share), average(ratio**2, share)])
+    return {"kl_old": kl_old, "effective_sample_size": mean**2 / square.clamp(min=1e-30)}
 
 
 def after_update(objective: Any, batch: Batch, *, micro_batch: Split = None) -> dict[str, Tensor]:
     """The size of an update: ratio_metrics of the current policy against the policy that sampled the batch.
 
     With a critic, also the explained_variance of its predictions before the update. Costs one forward pass of the
-    policy, `micro_batch` rows at a time.
+    policy, `micro_batch` rows at a time. Over the decisions of all ranks.
     """
     logp = log_probabilities(objective.policy, batch, micro_batch)
-    metrics = ratio_metrics(logp, batch.logp, batch.mask, batch.weight)
+    metrics = ratio_metrics(logp, batch.logp, batch.mask, batch.weight, ranks.sum_all)
     if getattr(objective, "critic", None) is not None:
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, batch.weight)
     return metrics
@@ -80,18 +83,18 @@ def explained_variance(
 ) -> Float[Tensor, ""]:
     """1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for a constant one.
 
-    Also 0 where all targets are equal up to rounding.
+    Also 0 where all targets are equal up to rounding. Over the decisions of all ranks.
     """
-    share = normalized(weight)
-    rounding = 2 * torch.finfo(target.dtype).eps * target.abs().where(weight != 0, 0.0).amax()
-    first = share.argmax()  # subtract one target from all: equal targets become exactly 0
-    target, value = target - target.flatten()[first], value - target.flatten()[first]
-
-    def variance(x: Tensor) -> Tensor:
-        return average((x - average(x, share)) ** 2, share)
-
-    spread = variance(target)
-    return torch.where(spread.sqrt() <= rounding, 0.0, 1 - variance(target - value) / spread)
+    share = weight / ranks.sum(weight.sum()).clamp(min=1e-12)
+    own, counts = target.flatten()[share.argmax()], weight.any()
+    largest, first = ranks.maxima([target.abs().where(weight != 0, 0.0).amax(), own.where(counts, -torch.inf)])
+    rounding = 2 * torch.finfo(target.dtype).eps * largest
+    first = first.where(counts, own)
+    target, value = target - first, value - first  # one target from all: equal targets become exactly 0
+    both = [target, target - value]
+    means = ranks.sum_all([average(x, share) for x in both])
+    spread, left = ranks.sum_all([average((x - mean) ** 2, share) for x, mean in zip(both, means, strict=True)])
+    return torch.where(spread.sqrt() <= rounding, 0.0, 1 - left / spread)
 
 
 def mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

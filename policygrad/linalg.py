@@ -51,17 +51,20 @@ def flat_gradient(
 
 
 def fisher_vector_product(
-    divergence: Callable[[], Tensor], parameters: Sequence[Tensor], damping: float = 0.0
+    divergence: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    damping: float = 0.0,
+    over: Callable[[Tensor], Tensor] = lambda product: product,
 ) -> Callable[[Tensor], Tensor]:
     """v -> (F + damping I) v, with F the Hessian of KL(old, new) at new = old (Schulman et al. 2015, appendix C).
 
     `divergence` returns the mean KL(old, new) with the old policy constant. It is evaluated once, here. Each product
-    is one more backward pass through its gradient.
+    is one more backward pass through its gradient. over: F v of these rows -> that of the rows of all ranks.
     """
     gradient = flat_gradient(divergence(), parameters, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
-        return flat_gradient(gradient @ v, parameters, retain_graph=True) + damping * v
+        return over(flat_gradient(gradient @ v, parameters, retain_graph=True)) + damping * v
 
     return product
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from policygrad import ranks
 from policygrad.rollout import Batch, micro_batches
 from policygrad.updates import Metrics, Update
 
@@ -24,24 +25,27 @@ def gradient_noise(objective: Any, batch: Batch, parts: int = PARTS) -> Metrics:
 
     With g = sum_k w_k g_k, w_k each part's share of the weight, sum_k w_k |g_k - g|^2 / (K - 1) is an unbiased estimate
     of tr(Sigma) / b, and |g|^2 less that one of |G|^2. Rows are taken as independent. Costs a gradient of the batch.
-    With fewer than two parts of weight nothing is seen.
+    With fewer than two parts of weight nothing is seen. Of several ranks, each parts its own share of the batch.
     """
     parameters = [p for p in objective.policy.parameters() if p.requires_grad]
     rows, count = len(batch.mask), 0
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     squares: Any = 0.0
-    for share, part in micro_batches(batch, list(torch.arange(rows).tensor_split(min(parts, rows)))):
+    weight = ranks.total(float(batch.weight.sum()))
+    for share, part in micro_batches(batch, list(torch.arange(rows).tensor_split(min(parts, rows))), weight):
         found = torch.autograd.grad(objective(part)[0], parameters, allow_unused=True)
         count += 1
         for total, x in zip(mean, found, strict=True):
             if x is not None:
                 total += share * x
                 squares = squares + share * x.double().square().sum()
+    *mean, squares = ranks.sum_all([*mean, torch.as_tensor(squares, dtype=torch.float64, device=mean[0].device)])
+    count, counting = ranks.total(count), ranks.total(int(batch.mask.any(1).sum()))
     whole = _sum_of_squares(mean)
     if count < 2:
-        return _metrics(torch.zeros_like(whole), torch.zeros_like(whole), int(batch.mask.any(1).sum()))
+        return _metrics(torch.zeros_like(whole), torch.zeros_like(whole), counting)
     noise = (squares - whole).clamp(min=0.0) / (count - 1)
-    return _metrics(whole - noise, noise, int(batch.mask.any(1).sum()))
+    return _metrics(whole - noise, noise, counting)
 
 
 def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float | int) -> Metrics:

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from policygrad import ranks
+
 Parts = tuple[Sequence[Tensor], dict[str, Tensor]]  # the indices of the rows computed together, and metrics of them
 Split = int | Callable[[Any], Parts] | None  # rows computed at a time; or observations -> parts; None: all
 
@@ -125,16 +127,19 @@ def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
     """Shuffle the rows of a batch in each epoch and yield them `size` at a time. All minibatches have the same shape.
 
     If `size` does not divide the rows, rows of weight 0 fill the last minibatch. Weights are multiplied by the number
-    of minibatches, so that the mean of the minibatches' objectives is the objective of the batch.
+    of minibatches, so that the mean of the minibatches' objectives is the objective of the batch. size: of a minibatch
+    of all ranks, which have as many minibatches each, though not as many rows.
     """
     rows, device = batch.mask.shape[0], batch.mask.device
+    everywhere = ranks.total(rows)
+    count = math.ceil(everywhere / min(size, everywhere))
+    size = size if everywhere == rows else math.ceil(rows / count)
     size = min(size, rows)
-    count = math.ceil(rows / size)
     spare = count * size - rows
     real = (torch.arange(count * size, device=device) < rows).unsqueeze(1)
     for _ in range(epochs):
         order = torch.randperm(rows, device=device)
-        order = torch.cat([order, order[:spare]])
+        order = order.repeat(1 + math.ceil(spare / rows))[: count * size]
         shuffled = tree_map(lambda x, order=order: x[order], batch)  # once an epoch: the minibatches are views
         shuffled = shuffled._replace(weight=(shuffled.weight * count).where(real, 0.0), mask=shuffled.mask & real)
         columns, layout = tree_flatten(shuffled)
@@ -157,17 +162,20 @@ def in_parts(function: Callable[..., Tensor], micro_batch: Split, obs: Any, *col
     return torch.cat(found)[torch.cat(list(parts)).argsort()]
 
 
-def micro_batches(batch: Batch, rows: int | Sequence[Tensor]) -> Iterator[tuple[float, Batch]]:
+def micro_batches(
+    batch: Batch, rows: int | Sequence[Tensor], total: float | None = None
+) -> Iterator[tuple[float, Batch]]:
     """Split the batch into parts, each with its share of the batch's weight.
 
-    rows: the rows of each part, or how many a part has at most, in order.
+    rows: the rows of each part, or how many a part has at most, in order. total: the weight that the shares are of,
+    that of all ranks; None: the batch's own.
 
     Each part's weights are divided by its share, so the share-weighted mean of an objective or metric over the parts is
     its value on the batch, even if it divides by the sum of the weights. (A ratio of two means, such as the effective
     sample size, is not linear in them, so its mean is only over the parts.) Parts without weight are skipped; if the
     whole batch has none, the first part is kept.
     """
-    total = float(batch.weight.sum())
+    total = float(batch.weight.sum()) if total is None else total
     parts = torch.arange(len(batch.mask)).split(rows) if isinstance(rows, int) else rows
     for i, index in enumerate(parts):
         part = tree_map(lambda x, index=index: x[index], batch)

@@ -8,9 +8,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.advantages import group_std
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.errors import UserError
@@ -105,6 +106,20 @@ class Following(Wrapper):
         return self.sample(policy)
 
 
+class Together(Wrapper):
+    """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
+
+    A sampler with running statistics has a method share(), which makes them those of all ranks after each rollout.
+    """
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        with ranks.agreed():
+            rollout = self.sample(policy)
+        if hasattr(self.sample, "share"):
+            self.sample.share()
+        return rollout
+
+
 class InUnits(Wrapper):
     """Give the critic its unit, the root mean square of the rewards, before it is asked for the values of a rollout.
 
@@ -117,7 +132,7 @@ class InUnits(Wrapper):
 
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
-        self.critic.rescale(average(rollout.reward**2, per_token(rollout.mask)))
+        self.critic.rescale(_mean(rollout.reward**2, rollout.mask))
         return rollout
 
 
@@ -139,7 +154,7 @@ class KLCharged(Wrapper):
         rollout = self.sample(policy)
         logp_ref = log_probabilities(self.reference, rollout, self.micro_batch)
         reward = kl_in_reward(rollout.reward, rollout.logp, logp_ref, self.coefficient.value)
-        metrics = {"kl_ref": average(k3(rollout.logp, logp_ref), per_token(rollout.mask))}
+        metrics = {"kl_ref": _mean(k3(rollout.logp, logp_ref), rollout.mask)}
         metrics |= self.coefficient.adapt(metrics, "kl_ref")
         return replace(rollout, reward=reward, metrics=rollout.metrics | metrics)
 
@@ -178,6 +193,8 @@ class RandomNetworkDistillation(Wrapper):
 
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
+        if ranks.size() > 1:
+            raise UserError("random network distillation learns in one process: start it without torchrun")
         if rollout.final_obs is None:
             raise UserError("random network distillation needs the observations where rows stop: give final_obs")
         obs, final = (getattr(x, "obs", x) for x in (rollout.obs, rollout.final_obs))  # of a policy with memory, too
@@ -244,22 +261,23 @@ class Rescored(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
         logp = log_probabilities(policy, rollout, self.micro_batch)
-        difference, weight = log_ratio(logp, rollout.logp, rollout.mask), per_token(rollout.mask)
+        difference = log_ratio(logp, rollout.logp, rollout.mask)
         ratio = difference.exp()
         measured = {
-            "mismatch_kl": average(k3(torch.zeros_like(ratio), difference), weight),
-            "mismatch_ratio": average(ratio, weight),
-            "mismatch_largest": ratio.where(rollout.mask, 0.0).max(),
+            "mismatch_kl": _mean(k3(torch.zeros_like(ratio), difference), rollout.mask),
+            "mismatch_ratio": _mean(ratio, rollout.mask),
+            "mismatch_largest": ranks.maximum(ratio.where(rollout.mask, 0.0).max()),
         }
         importance = None
         if self.bound:
             whole = self.ratio(logp, rollout.logp, rollout.mask).expand_as(logp)
             inside = (whole >= self.low) & (whole <= self.bound)
             importance = whole.where(inside, 0.0) if self.drop else whole.clamp(self.low, self.bound)
-            measured["importance_cut"] = average((~inside).to(ratio.dtype), weight)
-            measured["importance_kept"] = average(importance, weight) / average(whole, weight).clamp(min=1e-12)
+            mean = _mean(importance, rollout.mask)
+            measured["importance_cut"] = _mean((~inside).to(ratio.dtype), rollout.mask)
+            measured["importance_kept"] = mean / _mean(whole, rollout.mask).clamp(min=1e-12)
             if self.normalize:
-                importance = importance / average(importance, weight).clamp(min=1e-12)
+                importance = importance / mean.clamp(min=1e-12)
         return replace(rollout, logp=logp, importance=importance, metrics=rollout.metrics | measured)
 
 
@@ -267,7 +285,8 @@ class WithoutFlatGroups(Wrapper):
     """Sample until groups with unequal returns fill the rollout's rows (DAPO's dynamic sampling, eq. 11).
 
     A flat group (equal returns) has no gradient. After `rounds` rollouts, flat groups fill the remaining rows. A group
-    that does not fit in whole is masked. The inner sampler must return rows of the same shape every time. Its rewards
+    that does not fit in whole is masked. Of several ranks, all sample until each has filled its own rows. The inner
+    sampler must return rows of the same shape every time. Its rewards
     must not include KL yet, so KLCharged goes outside this wrapper. Metrics are means over the rounds, so the reward
     covers all prompts; `counters` come from the last round. Adds sampling_rounds.
     """
@@ -281,16 +300,16 @@ class WithoutFlatGroups(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         rollouts: list[Rollout] = []
         rows, lively, groups = 1, 0, 0
-        while len(rollouts) < self.rounds and lively < rows:
+        while len(rollouts) < self.rounds and ranks.some(lively < rows):
             rollout = self.sample(policy)
-            group = rollout.group.unique(return_inverse=True)[1] + groups
+            group = rollout.group + groups
             rollouts.append(replace(rollout, group=group))
-            rows, groups = len(group), int(group.max()) + 1
+            rows, groups = len(group), int(ranks.maximum(group.max())) + 1
             lively += int((~_flat(rollout)).sum())
         drawn = Rollout.join(rollouts)
         order = (drawn.group + groups * _flat(drawn)).argsort(stable=True)  # sorted by group, flat groups last
         filled = drawn.rows(order[:rows])
-        cut = torch.isin(filled.group, drawn.group[order[rows:]])
+        cut = torch.isin(filled.group, ranks.gathered(drawn.group[order[rows:]])[0])
         return replace(filled, mask=filled.mask & ~cut.unsqueeze(1), metrics=self._metrics(rollouts))
 
     def _metrics(self, rollouts: list[Rollout]) -> dict[str, Any]:
@@ -301,6 +320,12 @@ class WithoutFlatGroups(Wrapper):
         return {**mean, **counted, "sampling_rounds": float(len(rollouts))}
 
 
+def _mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """The mean of x over the decisions of all ranks."""
+    return ranks.sum(average(x, per_token(mask)))
+
+
 def _flat(rollout: Rollout) -> Bool[Tensor, " B"]:
-    """Whether all rows of each row's group have the same return."""
-    return group_std(rollout.reward.sum(1), rollout.group) == 0
+    """Whether all rows of each row's group have the same return, on whatever ranks they are."""
+    (returns, own), (group, _) = ranks.gathered(rollout.reward.sum(1)), ranks.gathered(rollout.group)
+    return (group_std(returns, group) == 0)[own]

@@ -5,7 +5,7 @@ An update is (objective, batch) -> metrics, and changes the objective's paramete
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from policygrad.compiling import VALUE, gradient_step, has_rule
+from policygrad import ranks
+from policygrad.compiling import VALUE, gradient, gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, Split, micro_batches, parts_of
@@ -63,33 +64,44 @@ def ascend(
     A gradient with a norm above `max_grad_norm` is scaled down to it. A critic that shares no parameter with the policy
     has a norm of its own, so that the size of its error does not shrink the policy's step. micro_batch: rows that the
     objective sees at a time while gradients accumulate, or a function that parts them (rollout.Split); it changes only
-    time and memory. compiled: every step after the optimizer's first is one graph (compiling.gradient_step): the same
-    step to rounding, so a run that goes on with an optimizer that was loaded takes the way of one that was never
-    stopped. varying: the batches have different numbers of rows, for which there is one graph from the start. The
-    update returns the objective's metrics, those of the split, and gradient_norm and
-    critic_gradient_norm, the norms before scaling. A batch without a decision that counts changes nothing: the
-    optimizer's moments would move the parameters. It raises NonFiniteError before the step if the objective or a
-    gradient is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's,
-    or no gradient reaches them.
+    time and memory. compiled: every step after the optimizer's first is one graph (compiling.gradient_step; of a rank,
+    objective and gradient are one, compiling.gradient): the same step to rounding, so a run that goes on with an
+    optimizer that was loaded takes the way of one that was never stopped. varying: the batches have different numbers
+    of rows, for which there is one graph from the start. The update returns the objective's metrics, those of the
+    split, and gradient_norm and critic_gradient_norm, the norms before scaling. A batch without a decision that counts
+    changes nothing: the optimizer's moments would move the parameters. Of several ranks, batch is a rank's own part:
+    the gradient is that of all parts, in one sum after the backward pass, and so are norms and metrics. It raises
+    NonFiniteError before the step if the objective or a gradient is NaN or infinite, and UserError at its first step if
+    the optimizer's parameters are not the objective's, or no gradient reaches them.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     checked: Scalar | None = None
     parts: dict[str, list[Tensor]] = {}
     step: Callable[[Batch], Metrics | None] | None = None
+    graph: Callable[[Batch], Any] | None = None  # of a rank
 
     def update(objective: Scalar, batch: Batch) -> Metrics:
-        nonlocal checked, parts, step
+        nonlocal checked, parts, step, graph
         first = objective is not checked
         if first:
-            parts, step = _parts(objective, optimizers), None
+            parts, step, graph = _parts(objective, optimizers), None, None
         parted, measured = ((), {}) if micro_batch is None else parts_of(batch.obs, micro_batch)
-        if not batch.mask.any():
+        whole_weight, counts = _everywhere(batch)
+        if not counts:
             with torch.no_grad():
                 value, metrics = objective(batch)
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
-        if compiled and _begun(optimizers) and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0]):
+        alone = whole_weight is None
+        if (
+            alone
+            and compiled
+            and _begun(optimizers)
+            and len(parted) < 2
+            and len(optimizers) == 1
+            and has_rule(optimizers[0])
+        ):
             step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
             if (found := step(batch)) is not None:
                 checked = objective
@@ -97,16 +109,16 @@ def ascend(
                     {"the objective": found.pop(VALUE)} | _norms({x: found[f"{x}gradient_norm"] for x in parts})
                 )
                 return {**found, **measured}
-        total: Metrics = {}
-        whole: Any = 0.0
-        for share, part in micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]:
-            value, metrics = objective(part)
-            if not value.requires_grad:
-                raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
-            (-share * value).backward()  # the one minus sign: torch's optimizers descend
-            whole = whole + share * value.detach()
-            for name, x in metrics.items():
-                total[name] = total[name] + share * x if name in total else share * x
+        if alone:
+            parted_batch: Any = micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]
+            whole, total = _backward(objective, parted_batch)
+        else:
+            rows = parted if len(parted) > 1 else len(batch.mask)
+            own = list(micro_batches(batch, rows, whole_weight))
+            owners = [p for found in parts.values() for p in found]
+            if compiled and len(parted) < 2 and _begun(optimizers) and has_rule(optimizers[0]):
+                graph = graph or gradient(objective, owners, varying)
+            whole, total = _backward_everywhere(objective, batch, own, owners, graph)
         if first:
             _check_reached(parts)
             checked = objective
@@ -118,6 +130,75 @@ def ascend(
         return {**total, **norms, **measured}
 
     return update
+
+
+def _everywhere(batch: Batch) -> tuple[float | None, bool]:
+    """The weight of a batch of which every rank has a part, and whether a decision of it counts; None: alone."""
+    if ranks.size() == 1:
+        return None, bool(batch.mask.any())
+    weight, count = ranks.sum(torch.stack([batch.weight.sum().double(), batch.mask.any().double()])).tolist()
+    return weight, count > 0
+
+
+def _backward(objective: Scalar, parts: Iterable[tuple[float, Batch]]) -> tuple[Tensor, Metrics]:
+    """The objective and its metrics from the parts with their shares; gradients are added to the parameters."""
+    total: Metrics = {}
+    whole: Any = 0.0
+    for share, part in parts:
+        value, metrics = objective(part)
+        if not value.requires_grad:
+            raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
+        (-share * value).backward()  # the one minus sign: torch's optimizers descend
+        whole = whole + share * value.detach()
+        for name, x in metrics.items():
+            total[name] = total[name] + share * x if name in total else share * x
+    return whole, total
+
+
+def _backward_everywhere(
+    objective: Scalar,
+    batch: Batch,
+    parts: list[tuple[float, Batch]],
+    parameters: list[Tensor],
+    graph: Callable[[Batch], Any] | None,
+) -> tuple[Tensor, Metrics]:
+    """The same of the parts of all ranks: one sum of gradients, objective and metrics. graph: compiling.gradient.
+
+    A rank without weight adds zeros, and one whose objective fails adds NaN, so that none waits for it. A parameter
+    that no rank's objective reaches keeps no gradient.
+    """
+    failed: Exception | None = None
+    try:
+        found = graph(parts[0][1]) if graph is not None and parts else None
+        if found is not None:
+            ((share, _),), (value, metrics, gradients) = parts, found
+            for p, x in zip(parameters, gradients, strict=True):
+                p.grad = None if x is None else -share * x
+            whole, total = share * value, {name: share * x for name, x in metrics.items()}
+        elif parts:
+            whole, total = _backward(objective, parts)
+        else:
+            with torch.no_grad():
+                whole, total = objective(batch)
+            whole, total = torch.zeros_like(whole), {name: torch.zeros_like(x) for name, x in total.items()}
+        objective.names_of_metrics = list(total)  # type: ignore[attr-defined]
+    except Exception as error:
+        names = getattr(objective, "names_of_metrics", None)
+        if names is None:  # the others do not know either, and end with this rank
+            raise
+        failed, whole = error, parameters[0].new_full((), math.nan).detach()
+        total = {name: torch.zeros_like(whole) for name in names}
+    learning = [p for p in parameters if p.requires_grad]
+    gradients = [torch.zeros_like(p, dtype=p.grad_dtype or p.dtype) if p.grad is None else p.grad for p in learning]
+    reached = torch.tensor([float(p.grad is not None) for p in learning])
+    numbers = torch.stack([x.detach().reshape(()).to(gradients[0]) for x in (whole, *total.values())])
+    *gradients, reached, numbers = ranks.sum_all([*gradients, reached.to(numbers), numbers])
+    if failed is not None:
+        raise failed
+    for p, x, count in zip(learning, gradients, reached.tolist(), strict=True):
+        p.grad = x if count else None
+    whole, *found = numbers.unbind()
+    return whole, dict(zip(total, found, strict=True))
 
 
 def _begun(optimizers: Sequence[Optimizer]) -> bool:
@@ -244,7 +325,8 @@ def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 1
 
     Conjugate gradient on Fisher-vector products finds F^-1 g, with `damping` added to F's diagonal. The update returns
     the objective's metrics, gradient_norm, step_size, kl_old (of the step) and improvement (of the objective). It
-    raises NonFiniteError if the objective, the gradient or the step is NaN or infinite; nothing has changed then.
+    raises NonFiniteError if the objective, the gradient or the step is NaN or infinite; nothing has changed then. Of
+    several ranks, batch is a rank's own part, and all of this is of all parts.
     """
 
     def update(objective: Measured, batch: Batch) -> Metrics:
@@ -253,7 +335,8 @@ def natural_step(*, step_size: StepSize, damping: float = 0.1, cg_iters: int = 1
         with torch.no_grad(), at.restored_on_error() as old:
             add_to(at.parameters, old, alpha * at.direction)
             _check_finite({"the step's norm": torch.stack([p.norm() for p in at.parameters]).norm()})
-            improvement, step_kl = objective(batch)[0] - at.value, at.divergence()
+            gain, step_kl = at.measured()
+            improvement = gain - at.value
         norm = at.gradient.norm()
         moved = {"gradient_norm": norm, "step_size": alpha, "kl_old": step_kl, "improvement": improvement}
         return {**at.metrics, **moved}
@@ -281,7 +364,8 @@ def trust_region_step(
         with torch.no_grad(), at.restored_on_error() as old:
             for k in range(backtracks):
                 add_to(at.parameters, old, shrink**k * full_step)
-                gained, moved = objective(batch)[0] - at.value, at.divergence()
+                gain, moved = at.measured()
+                gained = gain - at.value
                 accepted = bool((gained > 0) & (moved <= delta))
                 if accepted:
                     step_kl, improvement, fraction = moved, gained, torch.full_like(at.value, shrink**k)
@@ -301,19 +385,33 @@ def trust_region_step(
 
 
 class _Natural:
-    """The objective before the step, its gradient g, the direction x = F^-1 g, and the slope g.x = x.F x."""
+    """The objective before the step, its gradient g, the direction x = F^-1 g, and the slope g.x = x.F x.
+
+    Each is the sum over the ranks of what their parts of the batch say, by their shares of its weight.
+    """
 
     def __init__(self, objective: Measured, batch: Batch, damping: float, cg_iters: int) -> None:
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.divergence = objective.divergence(batch)
-        value, self.metrics = objective(batch)
-        self.value = value.detach()
-        self.gradient = flat_gradient(value, self.parameters)
+        self.share = 1.0
+        if (weight := _everywhere(batch)[0]) is not None:
+            ((self.share, batch),) = list(micro_batches(batch, len(batch.mask), weight)) or [(0.0, batch)]
+        divergence = objective.divergence(batch)
+        self.measured = lambda: self.over([objective(batch)[0], divergence()])
+        value, metrics = objective(batch)
+        gradient = flat_gradient(value, self.parameters)
+        self.gradient, self.value, *found = self.over([gradient, value.detach(), *metrics.values()])
+        self.metrics = dict(zip(metrics, found, strict=True))
         _check_finite({"the objective": self.value, "the gradient's norm": self.gradient.norm()})
         with _twice_differentiable(objective):
-            product = fisher_vector_product(self.divergence, self.parameters, damping)
+            product = fisher_vector_product(divergence, self.parameters, damping, lambda x: self.over([x])[0])
         self.direction = conjugate_gradient(product, self.gradient, cg_iters)
         self.slope = self.gradient @ self.direction
+
+    def over(self, own: list[Tensor]) -> list[Tensor]:
+        """What all parts come to, from this rank's; a part without weight has no say."""
+        if ranks.size() == 1:
+            return own
+        return ranks.sum_all([self.share * x if self.share else torch.zeros_like(x) for x in own])
 
     @contextmanager
     def restored_on_error(self) -> Iterator[list[Tensor]]:

@@ -1,6 +1,7 @@
 """How decisions are averaged: mask -> weights. `average` takes every mean over a batch.
 
-B counts the rows with a decision: a row that is masked whole changes no mean.
+B counts the rows with a decision: a row that is masked whole changes no mean. Sums over the mask are over that of all
+ranks, so that what each of them averages adds up to the mean (ranks.sum).
 """
 
 import torch
@@ -8,11 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from policygrad import ranks
+
 
 def per_token(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """w = m / sum(m): all decisions of the batch count equally (DAPO, arXiv 2503.14476, eq. 8; usual in control)."""
     m = mask.to(torch.get_default_dtype())
-    return m / m.sum().clamp(min=1)
+    return m / ranks.sum(m.sum()).clamp(min=1)
 
 
 def per_row(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -34,11 +37,12 @@ def per_budget(mask: Bool[Tensor, "B T"], limit: int | None = None) -> Float[Ten
 
     None: T. Rows of whole episodes in control are only as long as the longest episode: give the limit of an episode.
     """
-    return mask.to(torch.get_default_dtype()) / (_rows(mask) * (limit or mask.shape[1]))
+    longest = limit or int(ranks.maximum(torch.tensor(mask.shape[1])))
+    return mask.to(torch.get_default_dtype()) / (_rows(mask) * longest)
 
 
 def normalized(weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """w / sum(w): weights that sum to 1, or to 0 if nothing counts."""
+    """w / sum(w): weights that sum to 1, or to 0 if nothing counts. The sum is over these alone, not over ranks."""
     return weight / weight.sum().clamp(min=1e-12)
 
 
@@ -49,4 +53,4 @@ def average(x: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Float[Tens
 
 def _rows(mask: Bool[Tensor, "B T"]) -> Int[Tensor, ""]:
     """The number of rows with a decision, or 1 if there are none."""
-    return mask.any(1).sum().clamp(min=1)
+    return ranks.sum(mask.any(1).sum()).clamp(min=1)

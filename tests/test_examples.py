@@ -1,6 +1,8 @@
 """The examples run as they are written."""
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,3 +46,24 @@ def test_one_game_is_played_on_numbers_and_in_text(tmp_path: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in lines[:2]] == ["perceptron", "language model"]
     assert (tmp_path / "game.png").stat().st_size > 10_000
+
+
+def test_slurm_starts_torchrun_with_a_command_and_resumes_a_job_that_was_requeued(tmp_path: Path) -> None:
+    """With srun and scontrol in its place that only say what they are asked."""
+    for name, line in {"scontrol": "echo host-a; echo host-b", "srun": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "run"
+    given = {"SLURM_JOB_ID": "123", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host-[a-b]", "OUT": str(out)}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **given}
+
+    def said() -> str:
+        command = ["bash", str(EXAMPLES / "slurm.sh")]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert said().startswith("torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-id 123")
+    assert "--rdzv-endpoint host-a:20123 -m policygrad train grpo arithmetic --device cuda" in said()
+    assert said().rstrip().endswith(f"--out {out}")
+    out.mkdir()
+    (out / "config.json").touch()
+    assert said().rstrip().endswith(f"-m policygrad resume {out} --trust")

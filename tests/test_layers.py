@@ -1,4 +1,7 @@
-"""Imports run one way: 0 <- 1 <- 2 <- 3 <- 4, and the worlds know layer 0 only (language the divergences too)."""
+"""Imports run one way: 0 <- 1 <- 2 <- 3 <- 4, and the worlds know layer 0 only (language the divergences too).
+
+`ranks` lies below: whatever sums over rows knows who has the others.
+"""
 
 import ast
 import sys
@@ -10,6 +13,7 @@ import policygrad
 
 ROOT = Path(policygrad.__file__).parent
 LAYER = {
+    "ranks": -1,
     **dict.fromkeys(["errors", "files", "functions", "lazy", "machine", "rollout", "weights"], 0),
     **dict.fromkeys(["score", "returns", "advantages", "divergences", "objectives", "diagnostics"], 1),
     **dict.fromkeys(["compiling", "linalg", "updates", "guards", "noise", "critics", "credit", "turns", "samplers"], 2),
@@ -61,7 +65,7 @@ def broken(here: str, source: str) -> list[str]:
 
 def _below(here: str, there: str) -> bool:
     if here in WORLDS:
-        return LAYER.get(there) == 0 or there in ALSO.get(here, set())
+        return LAYER.get(there) in (-1, 0) or there in ALSO.get(here, set())
     # layers 1 and 2 may import within themselves; a file of layer 0 stands alone
     return there in LAYER and (LAYER[there] < LAYER[here] or LAYER[there] == LAYER[here] in (1, 2))
 

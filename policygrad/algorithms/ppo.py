@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.advantages import standardize
 from policygrad.credit import Assign, check_modules, check_rows
 from policygrad.critics import Fit, fitted, no_fit, unit
@@ -103,13 +104,14 @@ def ppo(
     while True:
         rollout = sample(objective.policy)  # Sample
         batch = decisions(rollout, weights(rollout.mask), *credit(rollout))  # Credit
-        size, steps = minibatch_size or len(batch.mask), []
+        rows, steps = ranks.total(len(batch.mask)), []
+        size = minibatch_size or rows
         for part in minibatches(batch, size, epochs):  # Update
             part = part._replace(advantage=normalize(part.advantage, part.mask))
             steps.append(update(objective, part))
             if target_kl < torch.inf and steps[-1] and steps[-1]["kl_old"] > 1.5 * target_kl:
                 break
         # Each step measured the policy before its change; `diagnose` measures the whole update.
-        metrics = {**mean_metrics(steps[-len(batch.mask) // size :]), **diagnose(objective, batch)}
+        metrics = {**mean_metrics(steps[-rows // size :]), **diagnose(objective, batch)}
         fit_metrics = fitted(fit, batch, objective.policy)
         yield {**metrics, **objective.adapt(metrics), **fit_metrics, "updates": len(steps), **rollout.metrics}

@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from policygrad import ranks
 from policygrad.control.checks import as_tensor, checked_distribution, checked_member, stored
 from policygrad.control.masks import check_mask_space, check_masks, choices
 from policygrad.control.normalization import ObservationNormalizer
@@ -187,7 +188,8 @@ def _bounds(space: Any, bounded: bool) -> tuple[Any, Any]:
 
 
 class Demonstrations:
-    """A sampler that returns the same transitions each time, each in a row of its own: for credit.demonstrated.
+    """A sampler that returns the same transitions each time, each in a row of its own: for credit.demonstrated. Of
+    several ranks, each returns its share of them.
 
     normalizer: its statistics are those of the transitions, until others are loaded; observations are normalized by
     them as they are at the first call. Rollout.metrics: steps, the decisions so far.
@@ -203,11 +205,12 @@ class Demonstrations:
         normalizer: ObservationNormalizer | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.found, self.action_space, self.normalizer = found, action_space, normalizer
+        self.action_space, self.normalizer = action_space, normalizer
         self.device, self.steps = torch.device(device), 0
         self.rollout: Rollout | None = None
         if normalizer is not None:
             normalizer(found.observation, np.ones(len(found), dtype=bool))
+        self.found = found.take(np.arange(len(found))[ranks.share(len(found))])
 
     def __call__(self, policy: nn.Module) -> Rollout:
         """All of them."""

@@ -5,16 +5,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policygrad import ranks
+
 FloatArray = NDArray[np.floating]
 
 
 class RunningStatistics:
-    """Mean and variance of all batches so far, merged without cancellation (Chan et al. 1979)."""
+    """Mean and variance of all batches so far, merged without cancellation (Chan et al. 1979).
+
+    Of several ranks, each merges what it sees, and `share` replaces that by what all have seen.
+    """
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self.mean = np.zeros(shape)
         self.var = np.ones(shape)
         self.count = 0.0
+        self.fresh: list[tuple[int, Any, Any]] = []  # what was merged since all ranks had the same
+        self.before: dict[str, np.ndarray] = {}  # what they had
 
     def update(self, x: np.ndarray) -> None:
         """Merge in x, [N, *shape]."""
@@ -26,6 +33,25 @@ class RunningStatistics:
 
     def merge(self, n: int, mean: Any, squares: Any) -> None:
         """Merge in n numbers by their mean and the sum of their squared distances from it, [*shape]."""
+        if ranks.size() > 1:
+            self.before = self.before or self.state_dict()
+            self.fresh.append((n, mean, squares))
+        self._merge(n, mean, squares)
+
+    def share(self) -> None:
+        """Merge in what all ranks have seen since the last call, in their order: the same on each."""
+        own = RunningStatistics(self.mean.shape)
+        for x in self.fresh:
+            own._merge(*x)
+        seen = ranks.objects((own.count, own.mean, own.var * own.count))
+        if self.before:
+            self.load_state_dict(self.before)
+        self.fresh, self.before = [], {}
+        for n, mean, squares in seen:
+            if n:
+                self._merge(n, mean, squares)
+
+    def _merge(self, n: float | int, mean: Any, squares: Any) -> None:
         squares = squares + (self.var * self.count if self.count else 0.0)
         delta = mean - self.mean
         total = self.count + n

@@ -13,6 +13,7 @@ from torch.distributions import Independent, Normal
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
+from policygrad import ranks
 from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
 from policygrad.control.checks import Arrays, as_tensor, check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, JointActions, ScaledBeta, SquashedNormal
@@ -37,11 +38,11 @@ class Sampler:
     continue from one rollout to the next, and a row goes on with the next episode. The step on which an environment
     resets is no decision: it is masked, it cuts every trace (`ended`), and no statistic counts it.
 
-    groups: None makes every row its own group, "all" puts all rows in one, and k (with whole_episodes) makes groups of
-    k rows that start from the same state. seed: of the environments and of the actions' noise; without one, torch's
-    generator decides the noise. (A policy of the user's own class draws from that in any case.) observation_normalizer
-    and reward_scaler: running statistics, part of the state. The policy is put in evaluation mode: with dropout the
-    scored policy would differ from the sampled one.
+    groups: None makes every row its own group, "all" puts all rows of all ranks in one, and k (with whole_episodes)
+    makes groups of k rows that start from the same state. seed: of the environments and of the actions' noise; without
+    one, torch's generator decides the noise. (A policy of the user's own class draws from that in any case.)
+    observation_normalizer and reward_scaler: running statistics, part of the state. The policy is put in evaluation
+    mode: with dropout the scored policy would differ from the sampled one.
 
     Of a policy with memory, observations are Rows. sequence_length: rows may be cut into pieces of so many steps, each
     with the memory before it; None: they stay whole. critic: one with memory of its own, which Rows then have too.
@@ -76,7 +77,7 @@ class Sampler:
             given = one_line(environments, 40)
             raise UserError(f"{given} is no vector environment: make one of it, with make_environments")
         count, space = environments.num_envs, environments.single_observation_space
-        self.group_size = _group_size(groups, count, whole_episodes)
+        self.group_size, self.one_group = _group_size(groups, count, whole_episodes), groups == "all"
         self.length, self.whole_episodes, self.device = steps, whole_episodes, torch.device(device)
         self.pieces, self.critic = steps // (sequence_length or steps), critic
         self.states: list[Tensor] | None = None  # memory after the last rollout, the policy's and the critic's
@@ -173,11 +174,13 @@ class Sampler:
         stepping.steps += int(found["mask"].sum())
         rows = torch.arange(len(found["mask"]), device=self.device)
         group = rows // self.group_size
+        if not self.one_group:
+            group = ranks.apart(group)
         failed = torch.as_tensor(failed).cpu().numpy()
         if self.whole_episodes and failed.any():  # the return of a part of an episode is none
             out = torch.from_numpy(failed).to(self.device)
             found["mask"] &= ~out.unsqueeze(1)
-            group = torch.where(out, len(rows) + rows, group)
+            group = torch.where(out, ranks.apart(len(rows) + rows), group)
         metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size, failed)
         space = stepping.environments.single_action_space
         distribution = policy(tree_map(lambda x: x[:, :1], found["obs"]))
@@ -187,6 +190,13 @@ class Sampler:
         return Rollout(
             **found, group=group, final_obs=stop, memoryless=memories is None, pieces=pieces, metrics=metrics
         )
+
+    def share(self) -> None:
+        """Make the running statistics those of all ranks: each has merged only what it has seen itself."""
+        stepping = self.stepping
+        for one in (stepping.observation_normalizer, stepping.reward_scaler):
+            if one is not None:
+                one.statistics.share()
 
     @torch.no_grad()
     def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.errors import UserError
 from policygrad.exact.enumeration import as_rollout
 from policygrad.exact.tokens import TokenWorld, as_tokens, token_row, tree
@@ -62,7 +63,7 @@ class CompletionSampler:
             return token_row(self.world, start, action)
 
         rollout = as_tokens(self.world, play(self.tree, policy, start, self.world.length, self.generator, see))
-        group = torch.arange(self.prompts).repeat_interleave(self.completions)
+        group = ranks.apart(torch.arange(self.prompts).repeat_interleave(self.completions))
         metrics = _counted(self, rollout)
         if self.completions > 1:
             spread = rollout.reward.sum(1).view(-1, self.completions).std(1, correction=0)

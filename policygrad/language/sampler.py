@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from policygrad import ranks
 from policygrad.errors import NonFiniteError, UserError, listed
 from policygrad.language.completions import Completions, Engine, Request
 from policygrad.language.generation import generate
@@ -220,7 +221,8 @@ def _check_shapes(completions: Completions, rows: int, width: int) -> None:
 
 
 class PromptSampler:
-    """Prompts in random order, `prompts_per_rollout` at a time; all of them come before one comes again.
+    """Prompts in random order, `prompts_per_rollout` at a time; all of them come before one comes again. Several ranks
+    with the same seed take them in the same order, each its share of them.
 
     dataset_weight: see CompletionSampler. Raises UserError if one rollout takes more prompts than there are.
     """
@@ -244,7 +246,7 @@ class PromptSampler:
             self.order = torch.cat([self.order, self._epoch()])
         index, self.order = self.order[: self.prompts_per_rollout], self.order[self.prompts_per_rollout :]
         self.used += len(index)
-        return self.prompts.take(index)
+        return self.prompts.take(index[ranks.share(len(index))])
 
     def _epoch(self) -> Int[Tensor, " N"]:
         """The prompts of an epoch, in random order: all of them, or each data set's share."""
@@ -312,7 +314,7 @@ class CompletionSampler(PromptSampler):
             raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
         self.tokenizer, self.judge, self.request, self.engine = tokenizer, judge, request, engine
         self.answers, self.cut, self.cut_penalty = answers, cut, cut_penalty
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.generator = torch.Generator(device=device).manual_seed(ranks.seed(seed))
         self.last: Answers | None = None
 
     def __call__(self, policy: nn.Module) -> Rollout:
@@ -456,7 +458,7 @@ def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, 
     last = at_last_decision(torch.ones(len(mask), device=device), mask).bool()
     mask = mask & ~out.unsqueeze(1)
     row = torch.arange(len(mask), device=device)
-    group = torch.where(out, len(mask) + row, row // group_size)
+    group = ranks.apart(torch.where(out, len(mask) + row, row // group_size))
     prompt, prompt_mask = (x.to(device) for x in answers.prompts.padded())
     obs = Prefixes(prompt, prompt_mask, done.tokens, mask)
     return Rollout(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from policygrad import advantages, returns, score, weights
+from policygrad import advantages, ranks, returns, score, weights
 from policygrad.advantages import standardize, unnormalized
 from policygrad.algorithms.actor_critic import ActorCriticObjective, actor_critic
 from policygrad.algorithms.grpo import Anchor, Gain, GRPOObjective, Penalty, grpo, measured_in_steps
@@ -73,6 +73,7 @@ from policygrad.samplers import (
     Overlapped,
     Rescored,
     Sample,
+    Together,
     WholeRows,
     WithoutFlatGroups,
 )
@@ -215,7 +216,7 @@ def compose(
             micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
     return Learner(
-        wrapped(options, policy, sample if old is None else Following(sample, old), critic, anchored, coefficients),
+        wrapped(options, policy, sample, critic, anchored, coefficients, old),
         credit_of(options, policy, critic),
         objective,
         guard(update),
@@ -410,7 +411,7 @@ def loop_of(
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
     normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized
-    if compiles(options) and normalize is standardize:
+    if compiles(options) and normalize is standardize and ranks.size() == 1:  # sums over ranks have no graph
         normalize = graph(standardize, standardize, 2 * varies(options))
     return partial(
         loop,
@@ -446,11 +447,16 @@ def wrapped(
     critic: nn.Module | None,
     reference: nn.Module | None,
     coefficients: dict[str, Any],
+    old: nn.Module | None = None,
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = split_of(options, policy)
     if getattr(options, "overlap", False):
         sample = Overlapped(sample)
+    if ranks.size() > 1:
+        sample = Together(sample)
+    if old is not None:
+        sample = Following(sample, old)
     if reads_rows(options):
         sample = WholeRows(sample)
     if getattr(options, "credit", None) == "group" and options.sampling_rounds > 1:

@@ -18,6 +18,7 @@ class Keywords(TypedDict, total=False):
     threads: int | None
     compile: Literal["auto", "on", "off"]
     start: str | Path | None
+    rank_time_limit: float
     profile: bool
     checkpoint_every: int | None
     checkpoints: int

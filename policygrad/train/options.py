@@ -96,6 +96,8 @@ class Options:
     start: str | None = option(None,
         "Run to begin from, or hub:NAME: its policy, and its critic and statistics where they fit; under any method.",
         TEXT)
+    rank_time_limit: float = option(1800.0,
+        "Seconds that a process of several (torchrun) waits for the others before it gives up.", RATE)
     profile: bool = option(False,
         "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")
     checkpoint_every: int | None = option(None,

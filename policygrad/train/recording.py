@@ -3,6 +3,7 @@
 import errno
 import re
 import shutil
+import signal
 import tempfile
 import time
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
+from policygrad import ranks
 from policygrad.errors import Kept, Note, UserError, ending, one_line
 from policygrad.files import add_metadata, as_safetensors, write_durably
 from policygrad.train.best import write_best
@@ -41,6 +43,7 @@ def complete(training: Any, progress: bool = True, *, signals: bool = False) -> 
     signals: the first SIGINT, SIGTERM or SIGHUP ends the run after its iteration, with a checkpoint.
     """
     run, options = training.run, training.options
+    progress = progress and ranks.rank() == 0
     total = options.steps if options.steps and not options.iterations else options.iterations
     description = f"{run.method} {run.world.name}"
     with (
@@ -55,9 +58,10 @@ def complete(training: Any, progress: bool = True, *, signals: bool = False) -> 
                 if "gradient_snr" in row:
                     status.insert(-1, f"SNR {row['gradient_snr']:.2g}")
                 line.update(row["steps"] if total == options.steps else float(training.iteration), status)
-            if came and not training.done:
+            stopped = ranks.some(bool(came))  # each rank gets the signal, and not between the same iterations
+            if stopped and not training.done:
                 record.save(policy=False)  # which is saved on the way out
-                raise Stopped(came[0])
+                raise Stopped(came[0] if came else signal.SIGTERM)
 
 
 class Recorder:
@@ -65,6 +69,7 @@ class Recorder:
 
     What cannot be written is tried again later, but a full disk stops training: the run goes on from its last
     checkpoint once there is room. When a run is stopped or fails, a note (`Kept`) on the exception says what is saved.
+    Of several ranks, rank 0 writes, and the others hand it their part of a checkpoint.
     """
 
     def __init__(self, training: Any, progress: bool = False) -> None:
@@ -72,24 +77,30 @@ class Recorder:
         self.log = None if self.run.directory is None else Log(self.run.directory, training.resumed)
         self.saved = (training.iteration or None) if training.resumed else None  # that of the last checkpoint
         self.warned = False
+        self.state: dict[str, Any] | None = None  # of all ranks, to be written
         self._keep_best()
         self.loggers = Loggers(training.run, progress)
 
     def __call__(self, row: Row) -> None:
-        if self.log is None or self.run.directory is None:
+        if ranks.size() == 1 and self.log is None:
             return
-        if self.run.metrics and self.run.metrics[-1] is row:
-            self.log.write(row)
-        self._keep_best()
-        self.loggers.tell()
+        if self.log is not None:
+            if self.run.metrics and self.run.metrics[-1] is row:
+                self.log.write(row)
+            self._keep_best()
+            self.loggers.tell()
         every = self.training.options.checkpoint_every
-        due = self.clock.due() if every is None else self.training.iteration % every == 0
+        due = self.training.iteration % every == 0 if every else ranks.some(ranks.rank() == 0 and self.clock.due())
         if due or self.training.done:  # then the policy is saved on the way out, too
             self.save(policy=due)
 
     def save(self, *, policy: bool = True) -> None:
         """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
-        with self.clock:
+        if ranks.size() > 1 and self.training.options.checkpoints:
+            self.state = self.training.state_dict()
+        with self.clock, ranks.agreed():
+            if self.log is None:
+                return
             writes = [self._write_best, self.write_checkpoint, *([self.run.write_policy] if policy else [])]
             self._written(*writes, said=policy)  # without it, the policy is saved on the way out, which will say so
 
@@ -124,8 +135,8 @@ class Recorder:
         assert self.log is not None
         if self.training.options.checkpoints == 0:
             return
-        state = self.training.checkpoint(self.log.position())
-        surroundings = state["training"]["surroundings"]
+        state = self.training.checkpoint(self.log.position(), self.state)
+        surroundings = state["training"].get("ranks", [state["training"]])[0]["surroundings"]
         if not self.warned and isinstance(surroundings, dict) and surroundings["environments"] is None:
             self.warned = True
             said = f"{self.run.world.name} has no state that can be saved: a run that is resumed begins new episodes"

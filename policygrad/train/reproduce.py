@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policygrad import ranks
 from policygrad.errors import UserError, ending
 from policygrad.files import read_json
 from policygrad.machine import described
@@ -64,13 +65,16 @@ def reproduce(
     """
     directory = directory_of(directory)
     found = Written.read(directory, trust, environment, repeated | {"critic": critic})
+    before = read_json(directory / "config.json")
+    if before.get("ranks", 1) != ranks.size():
+        said = f"{ending(str(directory), 80)} was trained by {before['ranks']} ranks"
+        raise UserError(f"{said}, and one process would sample otherwise: train it again by torchrun")
     checkpoint = read_checkpoint(directory)
     iteration, steps, wanted = _saved(directory, checkpoint, trust, policy, repeated)
     finally_ = found.options  # with all that it was given later
     totals, found.totals = [*found.totals], []
     if totals:
         found.options = _with_total(finally_, totals[0])
-    before = read_json(directory / "config.json")
     rows = [row for row in read_rows(directory / CLAIM) if row.get("steps", 0) <= steps]
     at: dict[float, int] = {}
     with (

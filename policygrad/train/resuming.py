@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from policygrad import ranks
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_metadata
 from policygrad.train.checkpoints import Stage
@@ -19,7 +20,7 @@ from policygrad.train.worlds import ROWS as OF_ROWS
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
 FREE = {
     *("trust", "trust_remote_code", "device", "threads", "profile", "gradient_noise"),
-    *("checkpoint_every", "checkpoints", "keep_best", "log"),
+    *("checkpoint_every", "checkpoints", "keep_best", "log", "rank_time_limit"),
 }
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 
@@ -95,6 +96,12 @@ def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | 
         if any(stage.iteration or stage.run == "best" for stage in stages):
             raise UserError(f"{shown} has a policy and no checkpoint to go on from: train again")
         return
+    count = len(checkpoint["training"].get("ranks", "1"))
+    if count != ranks.size():
+        how = f"start it by torchrun --nproc-per-node {count}" if count > 1 else "leave torchrun out"
+        raise UserError(
+            f"the run in {shown} was trained by {_processes(count)}, and is here {_processes(ranks.size())}: {how}"
+        )
     if not isinstance(checkpoint["compiled"], str) or checkpoint["compiled"] not in ("on", "off"):
         raise ValueError("compiled must be on or off")
     now = {name: json_number(x) for name, x in asdict(options).items()}
@@ -110,6 +117,10 @@ def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | 
     if ended or (checkpoint["training"]["done"] and not longer(options, checkpoint)):
         name = ended[0] if ended else "steps" if options.steps else "iterations"
         raise UserError(f"the run in {shown} has ended, after {steps:,} steps: give {name}, how many more")
+
+
+def _processes(count: int) -> str:
+    return f"{count} ranks" if count > 1 else "one process"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from policygrad import ranks
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_bytes, write_json
 from policygrad.machine import described
@@ -212,6 +213,7 @@ class Run:
             "preset": self.preset,
             "options": {name: json_number(x) for name, x in dataclasses.asdict(self.options).items()},
             "totals": self.totals,
+            "ranks": ranks.size(),
             "versions": self.world.versions(),
             "machine": described(),
         }

@@ -1,12 +1,13 @@
 """Training: one loop for every method and world, an iterator of rows of metrics."""
 
+import hashlib
 import math
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,7 +15,9 @@ import gymnasium
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from policygrad import ranks
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, check_real
 from policygrad.guards import as_non_finite
@@ -39,7 +42,7 @@ from policygrad.train.run import Run, arithmetic, check_device
 from policygrad.train.snapshots import digest, read_checkpoint
 from policygrad.train.worlds import OWN_TASKS, kind_of, world_of
 from policygrad.train.worlds import ROWS as OF_ROWS
-from policygrad.train.worlds.world import Own
+from policygrad.train.worlds.world import Own, World
 
 # What a run writes before it trains, removed again if it cannot begin.
 WRITTEN = (
@@ -82,6 +85,9 @@ class Training:
     with the same number of threads, also those from the global generators of torch, NumPy and Python, which are left
     unchanged. (Worker processes of async environments have global generators of their own.)
 
+    Of several ranks (policygrad.ranks.join), each makes one with the same arguments, and iterates it: they train one
+    run, and rank 0 writes it.
+
     Raises UserError for every error that the caller can fix, and if training produces NaN or infinity.
     """
 
@@ -98,7 +104,19 @@ class Training:
         progress: bool = False,
         **keywords: Unpack[Keywords],
     ) -> None:
-        name, values = method_named(method).name, dict[str, Any](keywords)
+        own = {"preset": preset, "policy": policy, "critic": critic, "engine": engine}
+        with ranks.agreed():
+            run, parts = self._asked(method, task, out, own, dict(keywords))
+        ranks.check_alike("option", {"method": run.method, "task": run.world.stored(), **asdict(run.options)})
+        ranks.check_alike("the file", contents(run.world.stored(), *vars(run.options).values()))
+        ranks.limit_to(run.options.rank_time_limit)
+        with presets.blamed(run.preset, self.tuned, dict(keywords)):
+            self._make(run, parts, progress)
+
+    def _asked(self, method: str, task: Any, out: Any, own: dict[str, Any], values: dict[str, Any]) -> tuple[Run, Own]:
+        """The run that the arguments ask for, and the user's own objects. own: preset, policy, critic and engine."""
+        preset, policy, critic, engine = own.values()
+        name = method_named(method).name
         if isinstance(task, Path):
             task = str(task)
         if isinstance(critic, str):  # for a language model, critic is an option
@@ -116,19 +134,21 @@ class Training:
             validate(options, defaults)
         if kind == "control":
             _check_shape_read(options, defaults, policy, critic)
+        options = _on_rank(options, defaults)
         check_device(options.device)
         directory = None if out is None else as_path(out)
         if options.log and directory is None:
             raise OptionError(
                 "log", f"log shows what a run writes: give out, a directory for it, as in out='runs/{name}'"
             )
+        if ranks.rank():
+            directory = None  # rank 0 writes it
         check_empty(directory)
         if isinstance(task, str) and (".py:" in task or (kind == "language" and task not in (*OWN_TASKS, OF_ROWS))):
             task = absolute(task)
         world = world_of(kind, name)(task, located(options))
         self.tuned = tuned
-        with presets.blamed(preset, tuned, values):
-            self._make(Run(name, world.options, preset, world, directory), Own(policy, critic, engine, rows), progress)
+        return Run(name, world.options, preset, world, directory), Own(policy, critic, engine, rows)
 
     def _make(self, run: Run, own: Own, progress: bool, checkpoint: dict[str, Any] | None = None) -> None:
         """Make everything that the options ask for. checkpoint: where to go on; {}: from the beginning, once more."""
@@ -151,31 +171,39 @@ class Training:
                 raise OptionError("log", said)
         try:
             with self._inside():
-                self.world.build(own, progress)
-                in_checkpoint = checkpoint and not self._charged() and not self._frozen()
-                if getattr(options, "start", None) and not in_checkpoint:
-                    self.world.begin_from(directory_of(options.start))
-                self.world.after(0)
-                self.start = "" if directory is None else digest(self._kept_from_the_start())
-                if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
-                    options = replace(options, compile=checkpoint["compiled"])
-                self.compiled = "on" if compiles(options) else "off"
-                self.learner = compose(
-                    options, self.world.policy, self.world.critic, self.world.sample, self.world.reference, self._due
-                )
-                if options.profile:
-                    self.run.profile = Profile()
-                    self.world.watch(self.run.profile, self.learner)
-                self.iterations = iter(self.learner)
-                if directory is not None and checkpoint is None:
-                    made = claim(directory)
-                    self.lock = Lock(directory)
-                    self.run.places.add(directory.resolve())
-                    self._begin(directory)
+                ranks.in_turn(lambda: self.world.build(own, progress and ranks.rank() == 0))
+                with ranks.agreed():
+                    in_checkpoint = checkpoint and not self._charged() and not self._frozen()
+                    if getattr(options, "start", None) and not in_checkpoint:
+                        self.world.begin_from(directory_of(options.start))
+                    self.world.after(0)
+                    self.start = "" if directory is None else digest(self._kept_from_the_start())
+                    if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
+                        options = replace(options, compile=checkpoint["compiled"])
+                    self.compiled = "on" if compiles(options) else "off"
+                    self.learner = compose(
+                        options,
+                        self.world.policy,
+                        self.world.critic,
+                        self.world.sample,
+                        self.world.reference,
+                        self._due,
+                    )
+                    if options.profile:
+                        self.run.profile = Profile()
+                        self.world.watch(self.run.profile, self.learner)
+                    self.iterations = iter(self.learner)
+                    if directory is not None and checkpoint is None:
+                        made = claim(directory)
+                        self.lock = Lock(directory)
+                        self.run.places.add(directory.resolve())
+                        self._begin(directory)
+                ranks.check_alike("at the start, the", {"policy": self._parameters()})
                 if self.world.judged:
-                    self.run.before = self.run.judge()
+                    self.run.before = ranks.from_first(self.run.judge)
                     self._score(self.world.judged, self.run.before.score, 0)
                 self._mark()
+            self.random = Generators(ranks.seed(options.seed), options.device) if ranks.size() > 1 else self.random
         except BaseException:
             with warnings.catch_warnings(action="ignore", category=Note):  # there are no results to speak of
                 self.world.close()
@@ -211,25 +239,29 @@ class Training:
         ended, unless it gets more steps, that another process is writing, or whose environment, options or starting
         model are no longer what they were.
         """
-        directory = as_path(directory)
-        found = Written.read(directory, trust, environment, repeated | {"critic": critic})
-        check_real(directory)
-        lock = Lock(directory)
+        directory, lock = as_path(directory), None
         try:
-            checkpoint = read_checkpoint(directory)
-            found.options = extended(found.options, steps, iterations)
-            with of_a_checkpoint():
-                check_resumable(directory, found.options, checkpoint)
-            training = cls._again(found, directory, policy, critic, engine, progress, checkpoint or {})
-            try:
+            with ranks.agreed():
+                found = Written.read(directory, trust, environment, repeated | {"critic": critic})
+                check_real(directory)
+                lock = Lock(directory) if ranks.rank() == 0 else None
+                checkpoint = read_checkpoint(directory)
+                found.options = _on_rank(extended(found.options, steps, iterations))
                 with of_a_checkpoint():
-                    training._go_on(checkpoint)
+                    check_resumable(directory, found.options, checkpoint)
+            ranks.limit_to(found.options.rank_time_limit)
+            written = directory if ranks.rank() == 0 else None
+            training = cls._again(found, written, policy, critic, engine, progress, checkpoint or {})
+            try:
+                with ranks.agreed(), of_a_checkpoint():
+                    training._go_on(checkpoint, directory)
             except BaseException:
                 training.world.close()
                 raise
             training.lock = lock
         except BaseException:
-            lock.release()
+            if lock is not None:
+                lock.release()
             raise
         return training
 
@@ -255,10 +287,8 @@ class Training:
         training._make(run, own, progress, checkpoint)
         return training
 
-    def _go_on(self, checkpoint: dict[str, Any] | None) -> None:
+    def _go_on(self, checkpoint: dict[str, Any] | None, directory: Path) -> None:
         """Go on from a checkpoint; None: from the beginning."""
-        directory = self.run.directory
-        assert directory is not None
         if checkpoint is None:
             warnings.warn("there is no checkpoint yet: the run begins once more", Note, stacklevel=3)
             self.resumed = {"metrics": 0, "events": None}
@@ -267,7 +297,7 @@ class Training:
         if checkpoint["task"] != self.world.stored():
             said = f"the task was {shortened(checkpoint['task'])}, and is {shortened(self.world.stored())}"
             warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
-        if checkpoint["start"] != self.start:
+        if checkpoint["start"] != self.start and ranks.rank() == 0:
             raise UserError(
                 "the model that the run began with, its reference, is no longer what it was: put it back, or begin a "
                 "new run"
@@ -298,7 +328,8 @@ class Training:
             if self.options.learning_rate_schedule != "constant" or self.options.warmup:
                 said = f"learning_rate_schedule {self.options.learning_rate_schedule} is of the whole run"
                 warnings.warn(f"{said}: with more of it, the rates are higher from here on", Note, stacklevel=3)
-            self.run.describe(directory)
+            if self.run.directory is not None:
+                self.run.describe(directory)
         self._mark()
 
     def check_own(self, checkpoint: dict[str, Any], directory: Path, function: str) -> None:
@@ -314,12 +345,15 @@ class Training:
         self.done, self.next_row, self.best.waited = False, share + 1 / ROWS, 0
         self._schedule(share)
 
-    def checkpoint(self, log: dict[str, Any]) -> dict[str, Any]:
-        """The whole run, between two iterations, as resume takes it. log: where metrics and events are."""
+    def checkpoint(self, log: dict[str, Any], state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The whole run, between two iterations, as resume takes it.
+
+        log: where metrics and events are. state: its state_dict, where all ranks have been asked for it.
+        """
         return {
             "iteration": self.iteration,
             "steps": int(self.last.get("steps", 0)),
-            "training": self.state_dict(),
+            "training": self.state_dict() if state is None else state,
             "last": dict(self.last),
             "log": log,
             "own": sorted(self.own),
@@ -377,7 +411,7 @@ class Training:
         with self._inside():
             if self.learner.meter is not None:
                 self.learner.meter.begin()
-            metrics = _next(self.iterations, self.iteration + 1)
+            metrics = self._of_all(_next(self.iterations, self.iteration + 1))
             row = _as_row({**metrics, **self._noise(metrics)})
             self.iteration, self.counted = self.iteration + 1, row["steps"]
             dropped, self.dropped = self.learner.guard.skipped - self.dropped, self.learner.guard.skipped
@@ -404,9 +438,33 @@ class Training:
             self._mark()
         return row
 
+    def _of_all(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of all ranks. Raises UserError if their parameters are no longer the same."""
+        if ranks.size() == 1:
+            return metrics
+        parts, parameters = zip(*ranks.objects((self.world.part(_as_row(metrics)), self._parameters())), strict=True)
+        for i, other in enumerate(parameters):
+            if other != parameters[0]:
+                raise UserError(
+                    f"the parameters of ranks 0 and {i} part in iteration {self.iteration + 1:,}: are their machines "
+                    "and versions of torch the same?"
+                )
+        return self.world.joined(list(parts))
+
+    def _parameters(self) -> list[float]:
+        """Numbers that differ where the parameters of two ranks do."""
+        return World.fingerprint(self.world) if ranks.size() > 1 else []
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes during the run."""
-        sample, frozen = self.learner.sample.state_dict(), self._frozen()  # type: ignore[attr-defined]
+        """Everything that changes during the run. Of several ranks, all have to ask for it at once."""
+        frozen = self._frozen()
+        own: dict[str, Any] = {
+            "random": self.random.state_dict(),
+            "sample": self.learner.sample.state_dict(),  # type: ignore[attr-defined]
+            "surroundings": self.world.surroundings(),
+        }
+        if ranks.size() > 1:
+            own = {"ranks": ranks.objects(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, own))}
         return {
             "iteration": self.iteration,
             "next_row": self.next_row,
@@ -415,16 +473,16 @@ class Training:
             "best": vars(self.best),
             "dropped": self.dropped,
             "counted": self.counted,
-            "random": self.random.state_dict(),
             "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
             "optimizers": [x.state_dict() for x in self.learner.optimizers],
             "coefficients": {name: x.state_dict() for name, x in self.learner.coefficients.items()},
-            "sample": sample,
-            "surroundings": self.world.surroundings(),
+            **own,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state_dict of a run with the same options."""
+        """Restore the state_dict of a run with the same options, and as many ranks."""
+        if "ranks" in state:
+            state = {**state, **state["ranks"][ranks.rank()]}
         self.iteration, self.done = int(state["iteration"]), bool(state["done"])
         self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
         self.best, self.dropped = Best(**state["best"]), int(state["dropped"])
@@ -460,7 +518,11 @@ class Training:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
-        if error is not None and not any(isinstance(note, Kept) for note in getattr(error, "__notes__", ())):
+        if (
+            error is not None
+            and ranks.rank() == 0
+            and not any(isinstance(note, Kept) for note in getattr(error, "__notes__", ()))
+        ):
             error.add_note(Kept(self.run.kept()))
         self.close()
 
@@ -473,7 +535,7 @@ class Training:
         """Whether the current iteration's row may be kept."""
         if getattr(self.options, "overlap", False):  # the sampler is at the next rollout, and not to be waited for
             return True
-        share = self._share(float(self.world.sample.steps), self.iteration + 1)
+        share = self._share(float(ranks.total(self.world.sample.steps)), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
 
     def _noise(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -503,7 +565,7 @@ class Training:
         if self.iteration == 1:
             self.run.metrics.append(self._before(row))
         if self.done or self._judged(self.iteration):
-            self.run.after = self.run.judge()
+            self.run.after = ranks.from_first(self.run.judge)
             row |= self.world.scores(self.run.after)
             self._score(name, row[name], int(row["steps"]))
 
@@ -576,10 +638,10 @@ def train(method: str, task: Any = None, *, progress: bool = True, **arguments: 
     """
     with Training(method, task, progress=progress, **arguments) as training:
         note = training.note()
-        if progress and note is not None and arguments.get("preset") != "none":
+        if progress and ranks.rank() == 0 and note is not None and arguments.get("preset") != "none":
             print(note, file=sys.stderr, flush=True)
         complete(training, progress)
-    if progress and training.run.profile is not None:
+    if progress and ranks.rank() == 0 and training.run.profile is not None:
         print(training.run.profile.table(), file=sys.stderr, flush=True)
     return training.run
 
@@ -622,6 +684,30 @@ def _as_row(metrics: dict[str, Tensor | float]) -> Row:
         here = {name: x for name, x in tensors.items() if x.device == device}
         row |= dict(zip(here, torch.stack([x.double().reshape(()) for x in here.values()]).tolist(), strict=True))
     return {name: row[name] for name in metrics}
+
+
+def contents(*values: Any) -> dict[str, str]:
+    """The SHA-256 of each file of code that texts name, `FILE.py:NAME`, by its name."""
+    texts = [x for value in values for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, str)]
+    files = [Path(x.rpartition(":")[0]) for x in texts if ".py:" in x]
+    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest()[:12] for x in files if x.is_file()}
+
+
+def _on_rank(options: Any, defaults: Any = None) -> Any:
+    """The options on this rank: of several GPUs, each has its own.
+
+    Raises OptionError for what several ranks cannot have, or one process has no use for.
+    """
+    if ranks.size() == 1:
+        if defaults is not None and options.rank_time_limit != defaults.rank_time_limit:
+            said = "rank_time_limit is of several ranks, and this is one process"
+            raise OptionError("rank_time_limit", f"{said}: start it by torchrun, or leave it out")
+        return options
+    learned = getattr(options, "normalize_observations", False) or getattr(options, "scale_rewards", False)
+    if getattr(options, "overlap", False) and learned:
+        said = "overlap is on, and ranks share running statistics between rollouts"
+        raise OptionError("overlap", f"{said}: leave out overlap, or normalize_observations and scale_rewards")
+    return replace(options, device=ranks.device(options.device))
 
 
 def _next(iterations: Iterator[Any], iteration: int) -> Any:

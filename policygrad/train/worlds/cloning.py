@@ -12,6 +12,7 @@ import gymnasium
 import torch
 from torch import Tensor
 
+from policygrad import ranks
 from policygrad.control.demonstrations import (
     COLUMNS,
     Demonstrations,
@@ -120,6 +121,12 @@ class Cloning(World):
     def notes(self, run: Any) -> list[str]:
         return []
 
+    def part(self, row: Row) -> Any:
+        return World.part(self, row)
+
+    def joined(self, parts: list[Any]) -> Row:
+        return World.joined(self, parts)
+
     def watch(self, profile: Any, learner: Any) -> None:
         World.watch(self, profile, learner)
 
@@ -160,6 +167,8 @@ class ClonedControl(Cloning, ControlWorld):
         found = transitions(columns_of(source), raw, action_space, masked=masked)
         self.described = described(found)
         train, self.kept = found.split(options.validation, options.seed)
+        if len(train) < ranks.size():
+            raise UserError(f"there are {len(train):,} transitions for {ranks.size()} ranks: start fewer")
         return Demonstrations(train, action_space, normalizer=self.normalizer, device=options.device)
 
     def held_out(self) -> Rollout | None:

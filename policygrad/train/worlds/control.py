@@ -17,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.acting import act, shape_of
 from policygrad.control.checks import called, check_memory
@@ -44,7 +45,7 @@ from policygrad.train.checkpoints import (
 )
 from policygrad.train.options import EPISODIC, OptionError, compares_groups, has_critic
 from policygrad.train.reports import Curve, Row
-from policygrad.train.worlds.world import Own, World
+from policygrad.train.worlds.world import DECISIONS, Own, World
 
 # What a policy is rebuilt with, but its spaces and what weights begin with.
 AS_SAVED = {
@@ -67,6 +68,7 @@ class ControlWorld(World):
     trained_on = "an environment"  # its name, where it is all that is known
     unflattened: gymnasium.Space | None = None  # as the environment gives it
     selves: Selves | None = None  # the opponents of self-play
+    finished: list[tuple[float, int]] | None = None  # the last episodes of all ranks
 
     def __init__(self, task: Any, options: Any) -> None:
         super().__init__(task, options)
@@ -98,7 +100,10 @@ class ControlWorld(World):
         vectorization = options.vectorization
         if getattr(options, "group_size", None) is not None and vectorization == "auto" and self.mine:
             vectorization = "sync"  # a native vector environment takes one seed for all
-        check_memory(2**11 * options.num_envs, f"{options.num_envs} environments", "lower num_envs")
+        if ranks.size() > 1 and not self.mine:
+            raise UserError("several ranks need environments of their own: hand in a function that makes one")
+        count = self.rows_of_rank("num_envs", getattr(options, "group_size", None) or 1)
+        check_memory(2**11 * count, f"{count} environments", "lower num_envs")
         limit = {"step_time_limit": options.step_time_limit} if vectorization == "async" else {}
         if options.restart_envs and (not self.mine or vectorization == "envpool"):
             raise OptionError(
@@ -107,9 +112,9 @@ class ControlWorld(World):
             )
         how: dict[str, Any] = {"vectorization": vectorization, "restarts": options.restart_envs, **limit}
         if options.opponent == "random":
-            return self._made(options.num_envs, **how)
+            return self._made(count, **how)
         self.selves = Selves()
-        environments = self._made(options.num_envs, opponents=self.selves, **how)
+        environments = self._made(count, opponents=self.selves, **how)
         if not self.selves.seats:
             close(environments)
             raise OptionError(
@@ -279,7 +284,7 @@ class ControlWorld(World):
         return Sampler(
             environments,
             steps,
-            seed=options.seed,
+            seed=ranks.seed(options.seed),
             whole_episodes=whole,
             groups=groups,
             observation_normalizer=self.normalizer,
@@ -519,6 +524,29 @@ class ControlWorld(World):
     def _spaces(self) -> list[str]:
         return [repr(self.observation_space), repr(self.action_space)]
 
+    def part(self, row: Row) -> Any:
+        """With the last episodes, of which the mean of all ranks is taken."""
+        stepping, sample = self.sample.stepping, self.sample
+        endings = {"success": ("success", "is_success")}
+        own = {
+            name: sum(
+                any(x in one for x in endings.get(name, (name.removeprefix("info/"),))) for one in stepping.endings
+            )
+            for name in row
+            if name == "success" or name.startswith("info/")
+        }
+        groups = max(1, stepping.environments.num_envs // sample.group_size)
+        own |= {"group_std": groups, "flat_groups": groups}
+        return row, {DECISIONS: float(stepping.reward_count), **own}, list(stepping.finished)
+
+    def joined(self, parts: list[Any]) -> Row:
+        joined = super().joined([part[:2] for part in parts])
+        self.finished = [x for *_, finished in parts for x in finished]
+        if self.finished:
+            returns, lengths = zip(*self.finished, strict=True)
+            joined |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
+        return joined
+
     def solved(self, row: Row) -> bool:
         return row["episodes"] >= 100 and row["return"] >= self.options.stop_at_return
 
@@ -580,7 +608,7 @@ class ControlWorld(World):
         return notes
 
     def _recent(self) -> list[float]:
-        return [x for x, _ in self.sample.stepping.finished]
+        return [x for x, _ in (self.sample.stepping.finished if self.finished is None else self.finished)]
 
     def versions(self) -> dict[str, str]:
         return {**super().versions(), "gymnasium": gymnasium.__version__}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from policygrad import ranks
 from policygrad.errors import UserError
 from policygrad.exact.closed_form import expected_return, optimal_probs
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, probabilities, tabular
@@ -16,7 +17,7 @@ from policygrad.exact.worlds import world_named
 from policygrad.train.checkpoints import Stage, load_tensors, write_tensors
 from policygrad.train.options import OptionError, has_critic
 from policygrad.train.reports import Curve, Row
-from policygrad.train.worlds.world import Own, World
+from policygrad.train.worlds.world import DECISIONS, Own, World
 
 HORIZON = 100  # steps, for a world without a time limit
 COMPLETIONS = 4  # for each prompt of `exact:tokens`
@@ -61,14 +62,15 @@ class ExactWorld(World):
                 "policy, critic and engine are for other worlds: an exact one has its own tables; leave them out"
             )
         self._make_tables()
-        rows, seed = self.options.num_envs, self.options.seed
+        rows, seed = self.options.num_envs, ranks.seed(self.options.seed)
         if self.tokens is not None and self.options.episode_steps is not None:
             raise OptionError("episode_steps", f"{self.name} has a length of its own: leave episode_steps out")
         if self.tokens is not None and rows % COMPLETIONS:
             raise UserError(
                 f"num_envs is {rows}: {self.name} answers each prompt {COMPLETIONS} times; give a multiple of it"
             )
-        self.sample = self.sampler(rows, seed)
+        together = 1 if self.tokens is None else COMPLETIONS
+        self.sample = self.sampler(self.rows_of_rank("num_envs", together), seed)
 
     def sampler(self, rows: int, seed: int, completions: int = COMPLETIONS) -> Any:
         """A sampler of so many episodes; of `exact:tokens`, of so many answers, `completions` to each prompt."""
@@ -103,6 +105,12 @@ class ExactWorld(World):
                 expected_return(self.world, probs) for probs in (probabilities(self.table), optimal_probs(self.world))
             ]
         return Evaluation(*map(float, found))
+
+    def part(self, row: Row) -> Any:
+        rows = self.sample.rows if self.tokens is None else self.sample.prompts
+        episodes = rows if self.tokens is None else rows * COMPLETIONS
+        own = {"group_std": rows, "flat_groups": rows, "return": episodes, "length": episodes, "reward": episodes}
+        return row, {DECISIONS: 1.0, **own}
 
     def status(self, row: Row) -> list[str]:
         known = [f"J {row['expected_return']:.4f}"] if "expected_return" in row else []

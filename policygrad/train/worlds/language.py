@@ -44,7 +44,7 @@ from policygrad.train.options import OptionError, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
-from policygrad.train.worlds.world import Own, World
+from policygrad.train.worlds.world import DECISIONS, Own, World
 
 STARTS = 2048  # beginnings of conversations, of an environment that has no number of its own
 
@@ -90,11 +90,12 @@ class LanguageWorld(World):
             if own.engine is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.policy.shared = self._shares_prompts()
+            asked = self.rows_of_rank("prompts_per_rollout")
             self.sample = CompletionSampler(
                 self.prompts.train,
                 self.prompts.tokenizer,
                 self.prompts.judge,
-                self._request(options.completions, self.prompts.train, options.prompts_per_rollout),
+                self._request(options.completions, self.prompts.train, asked),
                 prompts_per_rollout=options.prompts_per_rollout,
                 answers=self._answers(),
                 cut=options.cut,
@@ -457,6 +458,25 @@ class LanguageWorld(World):
             "sampling_tokens_per_second": tokens / max(sampling, 1e-9),
             "learning_tokens_per_second": tokens / max(seconds - sampling, 1e-9),
         }
+
+    def part(self, row: Row) -> Any:
+        """With the mean square of rewards, of which the standard deviation of all ranks is made."""
+        answers = self.sample.last
+        judged = float((~answers.reward.isnan()).sum())
+        of_reward = {"reward": judged, "reward_std": judged, "reward_square": judged}
+        of_reward |= {
+            name: float((~x.isnan()).sum()) for part, x in answers.parts.items() if (name := f"reward/{part}")
+        }
+        groups = dict.fromkeys(("group_std", "flat_groups"), len(answers.texts) / self.options.completions)
+        square = {"reward_square": row["reward_std"] ** 2 + row["reward"] ** 2} if judged else {}
+        return row | square, {DECISIONS: float(len(answers.texts)), **of_reward, **groups}
+
+    def joined(self, parts: list[Any]) -> Row:
+        joined = super().joined(parts)
+        if "reward_square" in joined:
+            joined["reward_std"] = max(joined.pop("reward_square") - joined["reward"] ** 2, 0.0) ** 0.5
+        joined["sampling_seconds"] = max(row["sampling_seconds"] for row, _ in parts)
+        return joined
 
     def status(self, row: Row) -> list[str]:
         """The newest numbers, with a note if all groups are flat, because the objective would not show it."""

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import policygrad
+from policygrad import ranks
 from policygrad.errors import Note, UserError, ending
 from policygrad.files import read_tensors
 from policygrad.train.checkpoints import Stage, fill, fits, part_of
+from policygrad.train.options import OptionError
 from policygrad.train.reports import Curve, Row
 
 
@@ -30,6 +32,10 @@ class Evaluation(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """The result for JSON."""
+
+
+TOTALS = ("steps", "episodes", "completions", "restarts")  # metrics that add up over ranks
+DECISIONS = ""  # the weight of a metric that has none of its own
 
 
 @dataclass
@@ -113,6 +119,41 @@ class World(ABC):
         """The modules to train."""
         critic = {} if self.critic is None else {"critic": self.critic}
         return nn.ModuleDict({"policy": self.policy, **critic})
+
+    def rows_of_rank(self, name: str, together: int = 1) -> int:
+        """This rank's share of the option `name`, a number of rows; rows that are compared stay `together`.
+
+        Raises OptionError if it leaves a rank without work.
+        """
+        count = getattr(self.options, name) // together
+        if count < ranks.size():
+            each = "" if together == 1 else f" in groups of {together}"
+            needed = ranks.size() * together
+            said = f"{name} is {count * together:,}{each}, which leaves one of {ranks.size()} ranks without work"
+            raise OptionError(name, f"{said}: give at least {needed:,}, or start fewer ranks")
+        own = ranks.share(count)
+        return (own.stop - own.start) * together
+
+    def part(self, row: Row) -> Any:
+        """What a rank tells the others of its last rollout: its metrics, and of how many numbers each is the mean.
+
+        The count of DECISIONS is that of all other metrics.
+        """
+        return row, {DECISIONS: 1.0}
+
+    def joined(self, parts: list[Any]) -> Row:
+        """The metrics of all ranks as those of one rollout, from what `part` returned on each."""
+        joined: Row = {}
+        for name in dict.fromkeys(name for row, _ in parts for name in row):
+            found = [(row[name], count.get(name, count[DECISIONS])) for row, count in parts if name in row]
+            values, weights = zip(*found, strict=True)
+            if name in TOTALS:
+                joined[name] = sum(values)
+            elif len({*values}) == 1:
+                joined[name] = values[0]
+            elif any(weights):
+                joined[name] = sum(x * n for x, n in found) / sum(weights)
+        return joined
 
     def watch(self, profile: Any, learner: Any) -> None:
         """Measure the time of the pieces of this world's sampler and of the learner: see profiling.Profile."""

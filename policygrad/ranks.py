@@ -1,0 +1,423 @@
+"""Ranks: processes that learn together, each from its own share of the rows. Every sum over them is here.
+
+A process alone, which has joined no others, gets back what it hands in. Weights are computed over the mask of all
+ranks, so gradients add up: the ranks are micro-batches of one batch. What a sum returns has the same bits on every
+rank; whatever is decided by it is decided alike, and parameters that begin equal stay equal.
+"""
+
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from policygrad.errors import UserError, one_line
+
+TIME_LIMIT = 1800.0  # seconds that a rank waits for the others, unless it is told another number
+JOINING = 300.0  # seconds that it waits for them at the start
+BUCKET = 2**22  # numbers of one message; larger sums go in several, so that no second copy of a gradient is held
+
+
+class Lost(UserError):
+    """Another rank has ended, or does not answer."""
+
+
+class Elsewhere(UserError):
+    """Another rank has an error that ends all of them."""
+
+
+@runtime_checkable
+class Group(Protocol):
+    """Those who learn together. A tensor has the same shape and dtype on each."""
+
+    rank: int
+    size: int
+
+    def reduce(self, x: Tensor, how: str) -> Tensor:
+        """The sum, max or min of a tensor over the ranks, the same bits on each."""
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The tensor of each rank."""
+
+    def objects(self, x: Any) -> list[Any]:
+        """The object of each rank."""
+
+
+_joined: Group | None = None  # that of this process
+_simulating = 0  # simulations that are going on; their threads have groups of their own
+_own = threading.local()
+
+
+def _group() -> Group | None:
+    return getattr(_own, "group", _joined) if _simulating else _joined
+
+
+def size() -> int:
+    """The number of ranks; 1 alone."""
+    group = _group()
+    return 1 if group is None else group.size
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    group = _group()
+    return 0 if group is None else group.rank
+
+
+def sum(x: Tensor) -> Tensor:
+    """x summed over the ranks."""
+    group = _group()
+    return x if group is None else group.reduce(x, "sum")
+
+
+def maximum(x: Tensor) -> Tensor:
+    """The largest x of all ranks, number by number."""
+    group = _group()
+    return x if group is None else group.reduce(x, "max")
+
+
+def minimum(x: Tensor) -> Tensor:
+    """The smallest x of all ranks, number by number."""
+    group = _group()
+    return x if group is None else group.reduce(x, "min")
+
+
+def maxima(numbers: Sequence[Tensor]) -> list[Tensor]:
+    """Several single numbers of one type, each the largest of all ranks, in one message."""
+    return list(numbers) if _group() is None else list(maximum(torch.stack(list(numbers))).unbind())
+
+
+def total(x: Any) -> Any:
+    """A number summed over the ranks, in the precision of Python."""
+    group = _group()
+    if group is None:
+        return x
+    kind = torch.long if isinstance(x, int) else torch.double
+    return group.reduce(torch.tensor(x, dtype=kind), "sum").item()
+
+
+def some(x: bool) -> bool:
+    """Whether it is so on some rank."""
+    return x if _group() is None else total(int(x)) > 0
+
+
+def sum_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors summed over the ranks, in as few messages as their types and BUCKET allow."""
+    group = _group()
+    if group is None:
+        return list(tensors)
+    buckets: list[list[int]] = []
+    filling: dict[Any, tuple[list[int], int]] = {}  # the bucket of a type that is not full, and its numbers
+    for i, x in enumerate(tensors):
+        bucket, count = filling.get((x.dtype, x.device), ([], 0))
+        if not bucket or count + x.numel() > BUCKET:
+            bucket, count = [], 0
+            buckets.append(bucket)
+        bucket.append(i)
+        filling[x.dtype, x.device] = bucket, count + x.numel()
+    found: dict[int, Tensor] = {}
+    for bucket in buckets:
+        flat = group.reduce(torch.cat([tensors[i].reshape(-1) for i in bucket]), "sum")
+        pieces = flat.split([tensors[i].numel() for i in bucket])
+        found |= {i: piece.view_as(tensors[i]) for i, piece in zip(bucket, pieces, strict=True)}
+    return [found[i] for i in range(len(tensors))]
+
+
+def gathered(x: Tensor) -> tuple[Tensor, slice]:
+    """The rows of x [B, ...] of all ranks, one rank after the other, and where this rank's are. B may differ."""
+    group = _group()
+    if group is None:
+        return x, slice(0, len(x))
+    counts = [int(n) for n in group.gather(torch.tensor(len(x)))]
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    rows = [one[:n] for one, n in zip(group.gather(padded), counts, strict=True)]
+    start = len(torch.cat(rows[: group.rank])) if group.rank else 0
+    return torch.cat(rows), slice(start, start + len(x))
+
+
+def objects(x: Any) -> list[Any]:
+    """An object of each rank."""
+    group = _group()
+    return [x] if group is None else group.objects(x)
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on all ranks. Its error is that of all."""
+    group = _group()
+    if group is None:
+        return make()
+    made = None
+    with agreed():
+        made = make() if group.rank == 0 else None
+    return group.objects(made)[0]
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """A block in which an error of one rank is an error of all: none goes on to wait for it. No sums inside."""
+    group = _group()
+    if group is None:
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if not some(own is not None):
+        return
+    said = None if own is None else one_line(own if isinstance(own, UserError) else f"{type(own).__name__}: {own}", 190)
+    failed = [(i, x) for i, x in enumerate(group.objects(said)) if x is not None]
+    if own is not None and failed[0][0] == group.rank:
+        raise own
+    raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
+
+
+def in_turn(make: Callable[[], Any]) -> Any:
+    """make() on rank 0, which may download or write what others then find, and after that on the others."""
+    if _group() is None:
+        return make()
+    made = None
+    for first in (True, False):
+        with agreed():
+            if (rank() == 0) == first:
+                made = make()
+    return made
+
+
+def share(count: int) -> slice:
+    """Which of `count` things in a row are this rank's: as many as any other has, or one less."""
+    each, more = divmod(count, size())
+    start = rank() * each + min(rank(), more)
+    return slice(start, start + each + (rank() < more))
+
+
+def apart(numbers: Tensor) -> Tensor:
+    """Numbers of what is this rank's alone, such as its groups: no other rank has them."""
+    return numbers + (rank() << 32)
+
+
+def device(name: str) -> str:
+    """This rank's device: of several GPUs its own, where none is named."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and size() > 1 else name
+
+
+def seed(seed: int) -> int:
+    """A rank's own seed, for what it samples; alone the seed itself."""
+    if size() == 1:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {rank()}".encode()).digest()[:8], "big") >> 1
+
+
+# Processes
+
+
+class Processes:
+    """The ranks of torch.distributed's process group."""
+
+    def __init__(self, store: Any) -> None:
+        self.rank, self.size, self.store = dist.get_rank(), dist.get_world_size(), store
+
+    def reduce(self, x: Tensor, how: str) -> Tensor:
+        """As Group says."""
+        kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        result = x.detach().clone(memory_format=torch.contiguous_format)
+        with _answering():
+            dist.all_reduce(result, kinds[how])
+        return result
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """As Group says."""
+        sent = x.detach().contiguous().view(torch.uint8) if x.dtype == torch.bool else x.detach().contiguous()
+        found = [torch.empty_like(sent) for _ in range(self.size)]
+        with _answering():
+            dist.all_gather(found, sent)
+        return [one.view(x.dtype) for one in found]
+
+    def objects(self, x: Any) -> list[Any]:
+        """As Group says. Objects are pickled, by processes of one job for one another."""
+        found: list[Any] = [None] * self.size
+        with _answering():
+            dist.all_gather_object(found, x)
+        return found
+
+
+_limit = TIME_LIMIT
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Raise Lost where the others do not answer. torch says so by a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        late = "imed out" in str(error)
+        closed = re.search("closed|reset|refused|broken pipe", str(error), re.IGNORECASE)
+        why = f"no answer within {_limit:,.0f} s (rank_time_limit)" if late else one_line(error, 70)
+        why = "its connection was closed" if closed and not late else why
+        raise Lost(
+            f"rank {rank()} lost another rank ({why}): it has ended, or hangs; torchrun --max-restarts goes on from "
+            "the last checkpoint"
+        ) from error
+
+
+def asked_for() -> bool:
+    """Whether this process was started as one of several, by torchrun or with its environment variables."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def join() -> None:
+    """Learn together with the other processes that torchrun has started, or that have its environment variables.
+
+    Uses the process group that there is, or makes one: gloo, and NCCL for tensors on CUDA. Does nothing in a process
+    that was started alone. Raises UserError if the others cannot be reached.
+    """
+    global _joined
+    if _joined is not None or (not asked_for() and not (dist.is_available() and dist.is_initialized())):
+        return
+    if not dist.is_available():
+        raise UserError("this build of torch has no torch.distributed: install one that has, or use one process")
+    store = None
+    if not dist.is_initialized():
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            limit = timedelta(seconds=JOINING)
+            store, number, count = next(dist.rendezvous("env://", timeout=limit))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+            # After a restart torchrun's store still has the addresses of the processes before.
+            store = dist.PrefixStore(f"policygrad {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            said = str(error)
+            if "EADDRINUSE" in said or "address already in use" in said:
+                raise UserError(
+                    f"port {place} is taken: set MASTER_PORT, or torchrun --master-port, to another"
+                ) from error
+            late = re.search("timed out after|timeout", said, re.IGNORECASE)
+            why = f"no answer within {JOINING:,.0f} s" if late else one_line(said, 80)
+            raise UserError(f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT") from error
+    _joined = Processes(store)
+    limit_to(TIME_LIMIT)
+
+
+def limit_to(seconds: float) -> None:
+    """Wait so long for the others, and then raise Lost."""
+    global _limit
+    if isinstance(_joined, Processes):
+        _limit = seconds
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def leave() -> None:
+    """Learn alone from now on."""
+    global _joined
+    if isinstance(_joined, Processes) and _joined.store is not None:
+        dist.destroy_process_group()
+    _joined = None
+
+
+def check_alike(what: str, own: dict[str, Any]) -> None:
+    """Raise UserError, on all ranks, if something is not on each as it is on rank 0. what: whose names these are."""
+    first, *others = objects(own)
+    for i, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                here, there = (one_line(x.get(name), 40) for x in (first, other))
+                raise UserError(f"{what} {name} is {here} on rank 0 and {there} on rank {i}: start all ranks alike")
+
+
+def speaks(line: str, error: BaseException) -> tuple[bool, str]:
+    """Whether this rank is the one to print what ended it, and the line: that of another rank whose error it was.
+
+    Rank 0 does. Another rank tells it why it ends, and prints only what ends it together with rank 0, if that is gone.
+    """
+    group = _joined
+    if not isinstance(group, Processes) or group.store is None:
+        return True, line
+    caused = not isinstance(error, Lost | KeyboardInterrupt)
+    try:
+        if caused:
+            group.store.set("why", f"rank {group.rank}: {line}")
+        if group.rank == 0:
+            group.store.set("said", "yes")
+            return True, line if caused or not _came(group.store, "why") else group.store.get("why").decode()
+        return not caused and not _came(group.store, "said"), line
+    except RuntimeError:  # the store is gone: it was rank 0's, which has ended
+        return isinstance(error, Lost), line
+
+
+def _came(store: Any, key: str, seconds: float = 2.0) -> bool:
+    """Whether a key comes within some seconds."""
+    end = time.monotonic() + seconds
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# Threads
+
+
+class Threads:
+    """Ranks that are threads of one process, to see what several would compute."""
+
+    def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.board, self.barrier = rank, size, board, barrier
+
+    def objects(self, x: Any) -> list[Any]:
+        """As Group says."""
+        try:
+            self.board[self.rank] = x
+            self.barrier.wait()
+            found = list(self.board)
+            self.barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise Lost("another simulated rank has failed") from error
+        return found
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """As Group says."""
+        return [one.clone() for one in self.objects(x.detach())]
+
+    def reduce(self, x: Tensor, how: str) -> Tensor:
+        """As Group says."""
+        stacked = torch.stack(self.gather(x))
+        return stacked.sum(0).to(x.dtype) if how == "sum" else stacked.amax(0) if how == "max" else stacked.amin(0)
+
+
+def simulated(functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each function returns as a rank of its own, all of them at once in threads. Raises the error of one."""
+    global _simulating
+    count, results = len(functions), [None] * len(functions)
+    board, barrier, errors = [None] * count, threading.Barrier(count), list[tuple[bool, int, BaseException]]()
+
+    def work(i: int) -> None:
+        _own.group = Threads(i, count, board, barrier)
+        try:
+            results[i] = functions[i]()
+        except BaseException as error:
+            errors.append((isinstance(error, Lost | Elsewhere), i, error))
+            barrier.abort()
+
+    _simulating += 1
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        _simulating -= 1
+    if errors:
+        raise min(errors, key=lambda x: x[:2])[2]
+    return results

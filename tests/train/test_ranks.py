@@ -1,0 +1,318 @@
+"""Several processes train one run: each samples its share, all learn the same, and rank 0 writes it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from outcomes import parameters, untimed
+from probes import Known
+from rank_cases import worker
+from safetensors.torch import load_file
+from stopped import killed, known, without_pictures
+from tiny_files import write_model, write_prompts, write_rewards
+
+import policygrad as pg
+from policygrad import ranks
+from policygrad.errors import UserError
+from policygrad.train.reproduce import reproduce
+from policygrad.train.training import Training, contents
+
+assert without_pictures  # a fixture
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "statistics": ("ppo", "CartPole-v1", {"normalize_observations": True, "scale_rewards": True}),
+    "epochs of whole episodes": ("ppo", "CartPole-v1", {"credit": "reward_to_go", "episode_steps": 9}),
+    "overlap": ("ppo", "CartPole-v1", {"overlap": True}),
+    "one group": ("grpo", "CartPole-v1", {"episode_steps": 9}),
+    "dynamic sampling": ("dapo", "CartPole-v1", {"num_envs": 6, "group_size": 2, "episode_steps": 9}),
+    "evaluations": ("trpo", "CartPole-v1", {"evaluate_every": 2, "evaluation_episodes": 2}),
+    "memory": ("ppo", "CartPole-v1", {"memory": "gru", "memory_size": 4}),
+    "an exact world": ("npg", "exact:chain", {"num_envs": 5}),
+    "answers": ("grpo", "exact:tokens", {"num_envs": 12, "kl_ref": "loss", "kl_ref_target": 0.01}),
+}  # fmt: skip
+LANGUAGE = {"iterations": 4, "prompts_per_rollout": 3, "completions": 4, "max_tokens": 6, "held_out": 4, "threads": 1}
+OF_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("grpo", {"epochs": 2, "learning_rate": 1e-2}),
+    "ppo": ("ppo", {"prompts_per_rollout": 5, "completions": 1, "learning_rate": 1e-2, "minibatch_size": 4}),
+}
+
+
+def outcome(method: str, task: str, place: Path, **arguments: Any) -> dict[str, Any]:
+    """A whole run, and the same one stopped after three iterations and resumed."""
+    whole = pg.train(method, task, out=place / "whole", progress=False, **arguments)
+    killed(method, task, place / "broken", 3, checkpoint_every=2, **arguments)
+    resumed = pg.resume(place / "broken", progress=False, trust=True)
+    return {
+        "parameters": [parameters(run) for run in (whole, resumed)],
+        "metrics": [untimed(run.metrics) for run in (whole, resumed)],
+        "steps": whole.world.sample.steps,
+        "seed": ranks.seed(0),
+    }
+
+
+def in_a_process(place: Path) -> dict[str, Any]:
+    """Every case as one of two ranks."""
+    import policygrad.train.run as module
+
+    module.draw_curve = lambda *arguments: None  # type: ignore[assignment]
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    for name, (method, task, values) in CASES.items():
+        given = known(method, "control" if task == "CartPole-v1" else "exact", **values)
+        given = {x: y for x, y in given.items() if x not in ("checkpoint_every", "progress")} | {"threads": 1}
+        found[name] = outcome(method, task, place / name, **given)
+    reward = f"{place / 'rewards' / 'mine.py'}:sevens"
+    for name, (method, values) in OF_LANGUAGE.items():
+        given = {"model": str(place / "model"), "reward": (reward,), **LANGUAGE, **values}
+        found[f"language, {name}"] = outcome(method, str(place / "data" / "sums.jsonl"), place / name, **given)
+    found["error"] = refused(partial(Training, "ppo", Known if ranks.rank() else "CartPole-v1", progress=False))
+    found["limit"] = refused(partial(Training, "ppo", "CartPole-v1", seed=ranks.rank(), progress=False))
+    for compiled in ("on", "off"):
+        values = known("ppo", num_envs=3, compile=compiled, iterations=3) | {"threads": 1}
+        found[f"compile {compiled}"] = parameters(pg.train("ppo", "CartPole-v1", **values))
+    found["environment"] = refused(partial(Training, "ppo", pg.make_environments("CartPole-v1", 2)))
+    return found
+
+
+def refused(make: Any) -> str:
+    try:
+        make()
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    for name, write in {"model": write_model, "data": write_prompts, "rewards": write_rewards}.items():
+        (place / name).mkdir()
+        write(place / name)
+    return place
+
+
+@pytest.fixture(scope="module")
+def processes(place: Path) -> list[dict[str, Any]]:
+    """What two processes have found, started once."""
+    torch.multiprocessing.spawn(worker, (free_port(), str(place), partial(in_a_process, place)), nprocs=2)
+    return [torch.load(place / str(i), weights_only=False) for i in range(2)]
+
+
+every_case = pytest.mark.parametrize("name", [*CASES, *(f"language, {x}" for x in OF_LANGUAGE)])
+
+
+@every_case
+def test_all_ranks_hold_the_same_parameters_and_a_resumed_run_those_of_an_unbroken_one(
+    name: str, processes: list[dict[str, Any]]
+) -> None:
+    first, second = (found[name] for found in processes)
+    for one in (first, second):
+        assert torch.equal(one["parameters"][0], first["parameters"][0])
+        assert torch.equal(one["parameters"][1], first["parameters"][0])
+        assert one["metrics"][0] == first["metrics"][0]
+        assert one["metrics"][1] == first["metrics"][0]
+    assert first["metrics"][0]
+
+
+@every_case
+def test_the_steps_are_those_of_all(name: str, processes: list[dict[str, Any]]) -> None:
+    steps = [found[name]["steps"] for found in processes]
+    if name != "overlap":  # whose samplers are one rollout ahead
+        assert processes[0][name]["metrics"][0][-1]["steps"] == sum(steps)
+    assert min(steps) > 0
+    assert processes[0][name]["seed"] != processes[1][name]["seed"]
+
+
+def test_rank_0_alone_writes(place: Path, processes: list[dict[str, Any]]) -> None:
+    run = pg.load(place / "statistics" / "whole")
+    assert torch.equal(parameters(run), processes[1]["statistics"]["parameters"][0])
+    rows = [json.loads(line) for line in (place / "statistics" / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert untimed(rows) == processes[0]["statistics"]["metrics"][0]
+    assert json.loads((place / "statistics" / "whole" / "config.json").read_text())["ranks"] == 2
+
+
+def test_another_number_of_ranks_does_not_go_on(place: Path, processes: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="was trained by 2 ranks, and is here one process: start it by torchrun"):
+        pg.resume(place / "statistics" / "whole", iterations=2)
+
+
+def test_what_ranks_cannot_do_is_one_error_on_all(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        assert found["error"].startswith("option task is CartPole-v1 on rank 0 and probes:Known on rank 1")
+        assert found["limit"] == "option seed is 0 on rank 0 and 1 on rank 1: start all ranks alike"
+    assert {found["environment"] for found in processes} == {
+        "several ranks need environments of their own: hand in a function that makes one",
+        "rank 0: several ranks need environments of their own: hand in a function that makes one",
+    }
+
+
+def test_compiled_gradients_of_ranks_are_the_plain_ones(processes: list[dict[str, Any]]) -> None:
+    on, off = (processes[0][f"compile {x}"] for x in ("on", "off"))
+    assert not torch.equal(on, off)  # to rounding
+    torch.testing.assert_close(on, off, rtol=1e-3, atol=1e-4)
+    assert torch.equal(on, processes[1]["compile on"])
+
+
+def test_a_run_of_ranks_is_not_reproduced_by_one_process(place: Path, processes: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="was trained by 2 ranks, and one process would sample otherwise"):
+        reproduce(place / "statistics" / "whole")
+
+
+def test_files_of_code_are_compared_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 1")
+    found = contents(f"{tmp_path / 'mine.py'}:Env", ("exact_match", f"{tmp_path / 'mine.py'}:right"), None, 3)
+    (tmp_path / "mine.py").write_text("x = 2")
+    assert [*found] == ["mine.py"]
+    assert contents(f"{tmp_path / 'mine.py'}:Env") != found
+    assert contents("CartPole-v1", f"{tmp_path / 'none.py'}:Env") == {}
+
+
+def test_one_process_has_no_rank_time_limit() -> None:
+    with pytest.raises(UserError, match="rank_time_limit is of several ranks, and this is one process"):
+        Training("ppo", "CartPole-v1", rank_time_limit=5)
+
+
+# The command line
+
+
+def started(
+    words: list[list[str]], port: int, launch: Sequence[str] = ("-m", "policygrad"), **more: str
+) -> list[subprocess.Popen[str]]:
+    """`policygrad` as ranks, each with its words, as torchrun starts them."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *launch, *each],
+            env=ENVIRONMENT
+            | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(len(words))}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, each in enumerate(words)
+    ]
+
+
+def said(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str, list[str]]:
+    """Exit codes, standard output, and the lines of errors of all."""
+    outputs = [process.communicate(timeout=90) for process in processes]
+    lines = [line for _, errors in outputs for line in errors.splitlines() if line.startswith(("policygrad", "Trace"))]
+    return [process.returncode for process in processes], "".join(x for x, _ in outputs), lines
+
+
+TRAIN = ["train", "ppo", "CartPole-v1", "--preset", "none", "--iterations", "2", "--num-envs", "4"]
+
+
+def test_different_options_a_rank_without_work_and_a_port_that_is_taken_are_one_line(tmp_path: Path) -> None:
+    words = [*TRAIN, "--out", str(tmp_path / "run")]
+    one = [*words, "--num-envs", "1"]
+    one.remove("4")
+    one.remove("--num-envs")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        running = {
+            "the command's argument": started([words, [*words, "--seed", "1"]], free_port()),
+            "num_envs is 1, which leaves one of 2 ranks without work: give at least 2": started(
+                [one, one], free_port()
+            ),
+            "eval runs in one process: start it without torchrun": started([["eval", "x"]] * 2, free_port()),
+            f"port 127.0.0.1:{taken.getsockname()[1]} is taken": started(
+                [words], taken.getsockname()[1], WORLD_SIZE="2"
+            ),
+        }
+        for wanted, processes in running.items():
+            codes, output, lines = said(processes)
+            assert (set(codes), output, len(lines)) == ({2}, "", 1), (wanted, lines)
+            assert wanted in lines[0]
+            assert len(lines[0]) <= 200 + len("policygrad: ")
+    assert not (tmp_path / "run").exists()
+
+
+ODD = """
+import os, sys
+import policygrad.algorithms.ppo as module
+from policygrad import cli
+from policygrad.errors import UserError
+
+def odd(*arguments):
+    if os.environ["RANK"] == "1":
+        raise UserError("this rank alone is odd: mend it")
+    return decisions(*arguments)
+
+decisions, module.decisions = module.decisions, odd
+cli.main(sys.argv[1:])
+"""
+
+
+def test_an_error_that_no_other_rank_expects_is_said_by_rank_0(tmp_path: Path) -> None:
+    words = [*TRAIN, "--out", str(tmp_path / "run")]
+    codes, output, lines = said(started([words, words], free_port(), launch=["-c", ODD]))
+    assert (codes, output) == ([2, 2], "")
+    assert lines == ["policygrad: rank 1: this rank alone is odd: mend it"]
+
+
+def test_a_rank_that_hangs_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
+    words = [*TRAIN[:-4], "--iterations", "1000000", "--rank-time-limit", "4", "--out", str(tmp_path / "run")]
+    processes = started([words, words], free_port())
+    wait_for(tmp_path / "run" / "metrics.jsonl", processes)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    code, _, lines = said(processes[:1])
+    assert code == [2]
+    (line,) = lines
+    assert line.startswith("policygrad: rank 0 lost another rank (no answer within 4 s (rank_time_limit))")
+    processes[1].kill()
+    processes[1].communicate()
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Until the file is there and not empty."""
+    start = time.monotonic()
+    while not path.exists() or not path.stat().st_size:
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() - start < 90
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_killed_costs_nothing(tmp_path: Path) -> None:
+    """torchrun starts both again, and they end with the parameters of a run that was not disturbed."""
+    words = [*TRAIN[:-4], "--iterations", "9", "--num-envs", "3", "--num-steps", "16", "--checkpoint-every", "2"]
+    words += ["--minibatch-size", "24", "--normalize-observations"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    codes, _, lines = said(started([[*words, "--out", str(whole)]] * 2, free_port()))
+    assert (codes, lines) == ([0, 0], [])
+    command = [*launch, "--max-restarts", "2", "-m", "policygrad", *words, "--out", str(broken)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(broken / "checkpoints" / "000000002.json", [running])
+    os.kill(max(children(running.pid)), signal.SIGKILL)
+    output, errors = running.communicate(timeout=90)
+    assert running.returncode == 0, errors
+    assert "restarted from iteration" in output
+    assert "Traceback" not in errors
+    tensors = [load_file(x / "policy.safetensors") for x in (whole, broken)]
+    assert all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
+
+
+def children(parent: int) -> list[int]:
+    """The processes that another one has started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout
+    return [int(x) for x in found.split()]
