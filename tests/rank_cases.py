@@ -88,6 +88,8 @@ class Problem:
             known.pop("optimizer", None)
         if values.get("optimizer") == "adam":
             known["learning_rate"] = 0.01
+        if method == "maxrl":  # which takes no negative rewards
+            rollout = replace(rollout, reward=rollout.reward.abs())
         policy, critic = deepcopy((self.policy, self.critic))
         return assemble(method, policy, lambda _: replace(rollout), critic=critic, **(known | values)), policy, critic
 
