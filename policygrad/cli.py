@@ -355,6 +355,7 @@ def _dispatch_rank(rest: list[str]) -> int:
             return 2
         said = f"{shortened(rest[0])[1:-1]} runs" if rest else "this runs"
         raise UserError(f"{said} in one process: start it without torchrun, which is for train, clone and resume")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it warns of, with its stack, is said here in one line
     from policygrad import ranks
 
     ranks.join()

@@ -23,7 +23,7 @@ from policygrad.errors import UserError, one_line
 
 TIME_LIMIT = 1800.0  # seconds that a rank waits for the others, unless it is told another number
 JOINING = 300.0  # seconds that it waits for them at the start
-BUCKET = 2**22  # numbers of one message; larger sums go in several, so that no second copy of a gradient is held
+BUCKET = 2**22  # numbers of one message; larger sums go in several
 
 
 class Lost(UserError):
@@ -42,7 +42,7 @@ class Group(Protocol):
     size: int
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
-        """The sum, max or min of a tensor over the ranks, the same bits on each."""
+        """The sum or the max of a tensor over the ranks, the same bits on each."""
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensor of each rank."""
@@ -82,12 +82,6 @@ def maximum(x: Tensor) -> Tensor:
     """The largest x of all ranks, number by number."""
     group = _group()
     return x if group is None else group.reduce(x, "max")
-
-
-def minimum(x: Tensor) -> Tensor:
-    """The smallest x of all ranks, number by number."""
-    group = _group()
-    return x if group is None else group.reduce(x, "min")
 
 
 def maxima(numbers: Sequence[Tensor]) -> list[Tensor]:
@@ -229,7 +223,7 @@ class Processes:
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """As Group says."""
-        kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
         result = x.detach().clone(memory_format=torch.contiguous_format)
         with _answering():
             dist.all_reduce(result, kinds[how])
@@ -392,7 +386,7 @@ class Threads:
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """As Group says."""
         stacked = torch.stack(self.gather(x))
-        return stacked.sum(0).to(x.dtype) if how == "sum" else stacked.amax(0) if how == "max" else stacked.amin(0)
+        return stacked.sum(0).to(x.dtype) if how == "sum" else stacked.amax(0)
 
 
 def simulated(functions: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -122,7 +122,6 @@ def test_alone_nothing_changes() -> None:
     x = torch.randn(3)
     assert ranks.sum(x) is x
     assert ranks.maximum(x) is x
-    assert ranks.minimum(x) is x
     assert ranks.gathered(x)[0] is x
     assert ranks.apart(torch.arange(3)).tolist() == [0, 1, 2]
     assert (ranks.size(), ranks.rank(), ranks.seed(5), ranks.device("cuda")) == (1, 0, 5, "cuda")
