@@ -120,6 +120,7 @@ vespo: _Assembled
 maxrl: _Assembled
 pass_at_k: _Assembled
 lite_ppo: _Assembled
+gdpo: _Assembled
 opo: _Assembled
 otb: _Assembled
 two_sided_grpo: _Assembled

@@ -11,7 +11,7 @@ from policygrad.train.methods import TABLE
 # One line of the table for each set of pieces: objective, update and credit.
 # GRPO with other numbers at the same places: a whole run of one goes where another's goes.
 ALIKE = {"sapo", "gmpo", "gspo_token", "luspo", "vespo", "maxrl", "pass_at_k", "lite_ppo", "two_sided_grpo",
-         "masked_grpo", "reinforce_plus_plus_baseline"}  # fmt: skip
+         "masked_grpo", "reinforce_plus_plus_baseline", "gdpo"}  # fmt: skip
 WHOLE = [x.name for x in TABLE if x.name not in ALIKE]
 ANY_ACTION = [name for name in WHOLE if name not in ("dppo", "otb")]  # and not only those that have probabilities
 DISTINCT = list({(x.objective, x.update, x.defaults.get("credit")): x.name for x in reversed(TABLE)}.values())[::-1]

@@ -287,6 +287,8 @@ class CompletionSampler(PromptSampler):
     With `dataset_weight`, one for each data set, an epoch has as many prompts as there are, each set its share of them:
     of a large set other prompts in each epoch, those of a small set several times.
 
+    decouple_rewards: see decoupled; metrics are of the rewards as they were.
+
     A completion to which no reward applies counts neither in the update nor in its group and the metrics of reward.
     P of a rollout is that of its longest prompt, up to a multiple of MULTIPLE, and T is the token limit. Raises
     UserError if one rollout takes more prompts than there are, or if no reward applies to any of its completions.
@@ -303,6 +305,7 @@ class CompletionSampler(PromptSampler):
         answers: Answering = answer,
         cut: str = "kept",
         cut_penalty: float = 1.0,
+        decouple_rewards: bool = False,
         dataset_weight: Sequence[float] = (),
         engine: Engine = generate,
         seed: int = 0,
@@ -314,6 +317,7 @@ class CompletionSampler(PromptSampler):
             raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
         self.tokenizer, self.judge, self.request, self.engine = tokenizer, judge, request, engine
         self.answers, self.cut, self.cut_penalty = answers, cut, cut_penalty
+        self.decouple_rewards = decouple_rewards
         self.generator = torch.Generator(device=device).manual_seed(ranks.seed(seed))
         self.last: Answers | None = None
 
@@ -329,6 +333,11 @@ class CompletionSampler(PromptSampler):
         self.steps += int(answers.completions.mask.sum())
         self.completions += len(answers.texts)
         metrics = {**self._metrics(answers), "sampling_seconds": seconds}
+        if self.decouple_rewards:
+            parts = torch.stack([*answers.parts.values()], 1)
+            weights = getattr(self.judge, "weights", [1.0] * parts.shape[1])
+            reward = decoupled(parts, torch.tensor(weights, dtype=parts.dtype), self.request.completions)
+            answers = replace(answers, reward=reward)
         return as_rollout(answers, self.request.completions, self.cut, self.cut_penalty, metrics)
 
     def _metrics(self, answers: Answers) -> dict[str, float]:
@@ -398,6 +407,24 @@ def demonstrated(prompts: Prompts, device: torch.device | str = "cpu") -> Rollou
     obs = Prefixes(*prompts.padded(), tokens, mask)
     nothing = torch.zeros(mask.shape)
     return Rollout(obs, tokens, nothing, nothing, last, last, mask, torch.arange(len(mask))).to(device)
+
+
+def decoupled(parts: Float[Tensor, "B N"], weights: Float[Tensor, " N"], size: int) -> Float[Tensor, " B"]:
+    """sum_n w_n (r_n - mean of the group) / std of the group, for each of N rewards apart (GDPO, arXiv 2601.05242).
+
+    Of a sum of rewards with different scales the group's deviation is that of the largest; here each has a deviation of
+    1. size: consecutive rows are a group. A reward that is NaN or that all of a group share adds 0; NaN where all are.
+    """
+    each = parts.double().view(-1, size, parts.shape[1])
+    known = ~each.isnan()
+    count = known.sum(1, keepdim=True)
+    origin = each.nan_to_num(-torch.inf, neginf=-torch.inf).amax(1, keepdim=True)  # equal rewards become exactly 0
+    centered = (each - origin).where(known, 0.0)
+    centered = (centered - centered.sum(1, keepdim=True) / count.clamp(min=1)).where(known, 0.0)
+    std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    scaled = (centered / std).where(known & (std > 2 * torch.finfo(torch.double).eps * origin.abs()), 0.0)
+    total = (scaled * weights.double()).sum(-1).flatten()
+    return total.where(known.any(-1).flatten(), torch.nan).to(parts.dtype)
 
 
 def _spreads(reward: Float[Tensor, " B"], counts: Bool[Tensor, " B"], size: int) -> dict[str, float]:

@@ -88,6 +88,7 @@ class Keywords(TypedDict, total=False):
     reward: Any
     reward_weight: float | Sequence[float]
     reward_time_limit: float
+    decouple_rewards: bool
     overlong_fraction: float
     prompts_per_rollout: int
     completions: int

@@ -164,6 +164,11 @@ TABLE = (
         source="arXiv 2508.08221",
     ),
     Method(
+        "gdpo", "GRPO of several rewards: each is standardized within its group, and their sum over the batch.",
+        "grpo", defaults={**_GROUP, "group_scale": "none", "normalize_advantages": "batch", "weights": "token"},
+        on={"language": {"decouple_rewards": True}}, source="arXiv 2601.05242",
+    ),
+    Method(
         "opo", "On-policy optimization with the baseline of least variance: the group's mean weighted by length.",
         "grpo", defaults={**_GROUP, **_UNCLIPPED, "credit": "trajectory_return", "baseline": "length_weighted",
                           "weights": "token"},

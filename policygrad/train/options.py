@@ -259,6 +259,9 @@ class Options:
         "Weight of each reward, in the same order; 1 by default. Repeatable.", **LANGUAGE)
     reward_time_limit: float = option(60.0,
         "Time limit in seconds for a reward function on one batch.", POSITIVE, **LANGUAGE)
+    decouple_rewards: bool = option(False,
+        "Standardize each reward within its group before the weighted sum, so that none drowns the others.",
+        **LANGUAGE, **SAMPLED)
     overlong_fraction: float = option(0.0,
         "Soft overlong penalty: the reward falls linearly by 1 over this last share of max_tokens.",
         SHARE, **LANGUAGE, **SAMPLED)
@@ -764,6 +767,11 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
+    if getattr(o, "decouple_rewards", False) and o.completions < 2:
+        yield (
+            "decouple_rewards",
+            "decouple_rewards compares the completions of a prompt, and completions is 1: raise it",
+        )
     if getattr(o, "turn_level", False) and o.discounted:
         yield (
             "discounted",

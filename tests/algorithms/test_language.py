@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "forking tokens": ("forking_tokens", {"micro_batch": 3}),
     "adaptive entropy": ("skywork_or1", {"entropy_target": 100.0}),
     "opmd": ("opmd", {"epochs": 2}),
+    "gdpo": ("gdpo", {}),
     "reinforce++ baseline": ("reinforce_plus_plus_baseline", {"kl_ref": "none"}),
     "reinforce": ("reinforce", {"baseline": "value", "normalize_advantages": "batch", **FITTED}),
     "actor-critic": ("actor_critic", {"lam": 0.95, "normalize_advantages": "batch"}),
@@ -294,6 +295,7 @@ UNBIASED: dict[str, dict[str, Any]] = {
     "maxrl": {"group_scale": "none"},
     "forking_tokens": {"group_scale": "none", "learn_from": "all"},
     "reinforce_plus_plus_baseline": {"normalize_advantages": "none"},
+    "gdpo": {"normalize_advantages": "none"},
 }
 
 

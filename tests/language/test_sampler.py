@@ -2,6 +2,7 @@
 
 import io
 import math
+import statistics
 from collections import Counter
 from copy import copy, deepcopy
 from dataclasses import fields, replace
@@ -23,7 +24,7 @@ from policygrad.language.data import left_padded, openings
 from policygrad.language.generation import generate
 from policygrad.language.policies import LanguagePolicy, reference_of
 from policygrad.language.rewards import Rewards
-from policygrad.language.sampler import CUTS, CompletionSampler, Prompts, answer, as_rollout, request_of
+from policygrad.language.sampler import CUTS, CompletionSampler, Prompts, answer, as_rollout, decoupled, request_of
 from policygrad.language.tasks import prepared
 from policygrad.rollout import Rollout
 from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups
@@ -672,3 +673,43 @@ def test_rows_of_a_table_keep_their_order_in_a_rollout() -> None:
     rollout = as_rollout(sampler.last, 4, "kept", 0.0, {})
     assert rollout.metrics == {}
     assert torch.equal(rollout.reward.sum(1), sampler.last.reward)
+
+
+# Several rewards
+
+
+def test_each_reward_is_standardized_in_its_group_before_they_are_added() -> None:
+    """Number by number; a reward that is NaN, or that all of a group share, adds nothing."""
+    nan = float("nan")
+    parts = torch.tensor([[0.0, 100.0], [1.0, 300.0], [1.0, 200.0], [0.3, nan], [0.3, 5.0], [0.3, 7.0], [nan, nan],
+                          [2.0, nan], [5.0, nan]])  # fmt: skip
+    weights, wanted = (2.0, 0.5), []
+    for first in (0, 3, 6):
+        rows = parts[first : first + 3].tolist()
+        for row in rows:
+            known = [k for k in (0, 1) if not math.isnan(row[k])]
+            total = 0.0
+            for k in known:
+                others = [x[k] for x in rows if not math.isnan(x[k])]
+                spread = statistics.stdev(others) if len(others) > 1 else 0.0
+                total += weights[k] * (row[k] - statistics.mean(others)) / spread if spread > 1e-9 else 0.0
+            wanted.append(total if known else nan)
+    assert_close(decoupled(parts, torch.tensor(weights), 3), torch.tensor(wanted), equal_nan=True)
+    assert decoupled(parts, torch.tensor(weights), 3)[3] == 0
+
+
+def test_decoupled_rewards_are_learned_from_and_the_metrics_are_of_those_there_were() -> None:
+    def large(completions: list[str], **_: Any) -> list[float]:
+        return [1000.0 * len(text) for text in completions]
+
+    def small(completions: list[str], **_: Any) -> list[float]:
+        return [float(text.count("1")) for text in completions]
+
+    policy = made_policy()
+    judge = Rewards([large, small], [1.0, 2.0])
+    plain, apart = (made(judge=judge, decouple_rewards=x)(policy) for x in (False, True))
+    assert without_clock(plain) == without_clock(apart)
+    size = int((plain.group == plain.group[0]).sum())
+    reward = apart.reward.sum(1)
+    assert reward.abs().max() < 3 * math.sqrt(size)
+    assert_close(reward.view(-1, size).mean(1), torch.zeros(len(reward) // size), rtol=0, atol=1e-5)

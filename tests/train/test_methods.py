@@ -180,7 +180,7 @@ AT_THE_OLD_POLICY = {
     "opmd": per_episode,
 }
 # Of those that look at single tokens or at the batch, `verify` has the definition.
-OF_VERIFY = {"otb", "forking_tokens", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+OF_VERIFY = {"otb", "forking_tokens", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
 
 
 def variant(name: str) -> Method:
@@ -386,8 +386,10 @@ def test_cispo_with_a_bound_below_clips_weights_from_below(low: float, policy: O
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if name != "grpo"])
 def test_no_variant_is_another(name: str, policy: OnPrefixes) -> None:
-    """At some distance of the old policy; but GSPO with one advantage for a row is GSPO, by token or not."""
-    same = {"gspo": "gspo_token", "gspo_token": "gspo"}.get(name)
+    """At some distance of the old policy; but GSPO with one advantage for a row is GSPO, by token or not, and of one
+    reward GDPO has nothing to decouple."""
+    alike = [("gspo", "gspo_token"), ("gdpo", "reinforce_plus_plus_baseline")]
+    same = dict(alike + [(b, a) for a, b in alike]).get(name)
     most = dict.fromkeys({*FAMILY} - {name}, 0.0)
     for seed, distance in enumerate((1e-3, 0.3, 0.9, 2.5)):
         rollout = old_rollout(token_policy(10 + seed, near=policy, distance=distance))
@@ -437,6 +439,7 @@ def test_each_is_one_exchange_away_from_grpo(world: str) -> None:
         "skywork_or1": {"weights", "entropy_target"},
         "opmd": {"gain", "group_scale", "weights", "kl_old_coefficient", "kl_old_estimate"},
         "reinforce_plus_plus_baseline": {"group_scale", "normalize_advantages", "weights"},
+        "gdpo": {"group_scale", "normalize_advantages", "weights"},
         "reinforce_plus_plus": {"credit", "baseline", "normalize_advantages", "weights"},
     }
 

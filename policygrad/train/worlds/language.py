@@ -100,6 +100,7 @@ class LanguageWorld(World):
                 answers=self._answers(),
                 cut=options.cut,
                 cut_penalty=options.cut_penalty,
+                decouple_rewards=options.decouple_rewards,
                 dataset_weight=options.dataset_weight,
                 engine=own.engine or generate,
                 seed=options.seed,
