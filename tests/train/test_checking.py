@@ -39,7 +39,9 @@ def wrong(found: Checked) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_passes_in_control(method: str) -> None:
-    found = check(method, "CartPole-v1", **small(method))
+    # Where two episodes are as long as the limit, none is owed anything, and the gradient is 0.
+    seed = {"seed": 4} if method == "pass_at_k" else {}
+    found = check(method, "CartPole-v1", **small(method, **seed))
     assert found.passed, found.lines()
     assert {x.name for x in found.splits} >= {"padding", "2 ranks", "micro-batches of 1 row and the rest"}
     assert max(x.difference for x in found.splits) < 1e-10

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from policygrad.train.methods import METHODS
-from policygrad.train.options import Options, options_of, validate, with_rate, with_values
+from policygrad.train.options import EPISODIC, Options, compares_groups, options_of, validate, with_rate, with_values
 from policygrad.train.search import TABLE, Choice, Range, searched, settled
 
 BOUNDS = {f.name: f.metadata["bound"] for f in fields(Options)}
@@ -57,10 +57,9 @@ def test_whatever_is_drawn_is_a_run(method: str, world: str, high: bool, odd: di
     defaults = options_of(method, world)()
     known = {f.name for f in fields(defaults)}
     given = {name: x for name, x in odd.items() if name in known and world == "control"}
-    if defaults.credit == "group":
+    if compares_groups(defaults):
         given |= {"num_envs": 3} if "num_envs" in given else {}
-        given.pop("num_steps", None)
-    if defaults.credit in ("reward_to_go", "group"):
+    if getattr(defaults, "credit", None) in EPISODIC:
         given.pop("num_steps", None)
     options = with_rate(with_values(defaults, given))
     validate(options, defaults)

@@ -169,8 +169,8 @@ def upside_down_cg(f):
 
 
 def doubled_products(f):
-    def faulty(divergence, parameters, damping=0.0):
-        product = f(divergence, parameters, damping)
+    def faulty(divergence, parameters, *more):
+        product = f(divergence, parameters, *more)
         return lambda v: 2 * product(v)
 
     return faulty
