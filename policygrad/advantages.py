@@ -21,10 +21,25 @@ def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor
 
 
 def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """b_i = mean of the other rows' returns, over all their steps (Williams 1992, reinforcement comparison)."""
-    returns, count = returns.where(rollout.mask, 0.0), rollout.mask.sum(1, keepdim=True)
-    others = (ranks.sum(count.sum()) - count).clamp(min=1)
-    return ((ranks.sum(returns.sum()) - returns.sum(1, keepdim=True)) / others).expand_as(returns)
+    """b_i = mean of the other rows' returns, over all their steps (Williams 1992, reinforcement comparison).
+
+    0 if there is no other row.
+    """
+    count, origin = rollout.mask.sum(1, keepdim=True), largest(returns, rollout.mask)
+    others = ranks.sum(count.sum()) - count
+    returns = (returns - origin).where(rollout.mask, 0.0)
+    mean = origin + (ranks.sum(returns.sum()) - returns.sum(1, keepdim=True)) / others.clamp(min=1)
+    return mean.where(others > 0, 0.0).expand_as(returns)
+
+
+def largest(returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """The largest return of all decisions, of all ranks; 0 if there are none.
+
+    It is subtracted before a mean is taken, so that of equal returns nothing is left, to the bit: a rounding would be
+    as large as any other advantage once advantages are standardized.
+    """
+    most = ranks.maximum(returns.where(mask, -torch.inf).amax())
+    return most.where(most != -torch.inf, 0.0)
 
 
 def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -37,8 +52,12 @@ def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float
     def summed(x: Tensor) -> Tensor:
         return ranks.sum(pad(x.sum(0), (0, longest - steps)))[:steps]
 
-    others = (summed(mask) - mask.int()).clamp(min=1)
-    return torch.zeros_like(returns).scatter(1, order, (summed(returns) - returns) / others)
+    others = summed(mask) - mask.int()
+    most = returns.where(mask, -torch.inf).amax(0)  # of each step, as `largest`
+    origin = ranks.maximum(pad(most, (0, longest - steps), value=-torch.inf))[:steps]
+    returns = (returns - origin).where(mask, 0.0)
+    mean = origin + (summed(returns) - returns) / others.clamp(min=1)
+    return torch.zeros_like(returns).scatter(1, order, mean.where(others > 0, 0.0))
 
 
 def optimal_constant_baseline(

@@ -1139,7 +1139,7 @@ def _methods() -> list[str]:
     other = {full: alias for alias, full in ALIASES.items()}
     names = {name: name + (f" ({other[name]})" if name in other else "") for name in METHODS}
     width = max(map(len, names.values()))
-    return ["methods:"] + [f"  {names[method.name]:{width}}  {method.summary}" for method in TABLE]
+    return ["methods:"] + [f"  {names[method.name]:{width}}  {method.summary} ({method.source})" for method in TABLE]
 
 
 def _variants() -> list[str]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from policygrad import ranks
-from policygrad.advantages import optimal_constant_baseline
+from policygrad.advantages import largest, optimal_constant_baseline
 from policygrad.diagnostics import explained_variance, mean_metrics
 from policygrad.errors import UserError
 from policygrad.linalg import score_products
@@ -120,9 +120,14 @@ def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: n
 
 
 def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
-    """b_i = the constant that minimizes the variance of the gradient, estimated from the other rows."""
-    returns_score, score_score = score_products(policy, rollout.obs, rollout.action, returns, rollout.mask)
-    return optimal_constant_baseline(returns_score, score_score).unsqueeze(1).expand_as(returns)
+    """b_i = the constant that minimizes the variance of the gradient, estimated from the other rows; 0 without any."""
+    origin = largest(returns, rollout.mask)
+    above = (returns - origin).where(rollout.mask, 0.0)
+    returns_score, score_score = score_products(policy, rollout.obs, rollout.action, above, rollout.mask)
+    scored = score_score > 0
+    others = ranks.sum(scored.sum()) - scored.long()
+    best = (origin + optimal_constant_baseline(returns_score, score_score)).where(others > 0, 0.0)
+    return best.unsqueeze(1).expand_as(returns)
 
 
 def optimal_token_baseline(
@@ -148,11 +153,15 @@ def optimal_token_baseline(
     each = in_parts(energy, micro_batch, rollout.obs, rollout.action).gather(1, order).where(mask, 0.0)
     weight, steps = each.cumsum(1) * mask, mask.shape[1]
     longest = int(ranks.maximum(torch.tensor(steps)))
-    columns = (weight, weight * returns.gather(1, order).where(mask, 0.0), mask.to(returns.dtype))
-    weights, weighted, counts = (ranks.gathered(pad(x, (0, longest - steps)))[0] for x in columns)
     group, own = ranks.gathered(rollout.group)
-    same = (group[own].unsqueeze(1) == group.unsqueeze(0)).to(returns.dtype)
-    mean = (same @ weighted / (same @ weights).clamp(min=1e-12))[:, :steps]
+    same = group[own].unsqueeze(1) == group.unsqueeze(0)
+    returns = returns.gather(1, order).where(mask, 0.0)
+    # One return of the group is subtracted from all first, so that of equal returns nothing is left, to the bit.
+    origin = ranks.gathered(returns[:, 0])[0][same.int().argmax(1)].unsqueeze(1)
+    same = same.to(returns.dtype)
+    columns = (weight, weight * (returns - origin), mask.to(returns.dtype))
+    weights, weighted, counts = (ranks.gathered(pad(x, (0, longest - steps)))[0] for x in columns)
+    mean = origin + (same @ weighted / (same @ weights).clamp(min=1e-12))[:, :steps]
     others = (same @ counts)[:, :steps] > 1  # another row has a step there
     return torch.zeros_like(returns).scatter(1, order, mean.where(others & mask, 0.0))
 

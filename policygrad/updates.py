@@ -94,14 +94,9 @@ def ascend(
         for one in optimizers:
             one.zero_grad()
         alone = whole_weight is None
-        if (
-            alone
-            and compiled
-            and _begun(optimizers)
-            and len(parted) < 2
-            and len(optimizers) == 1
-            and has_rule(optimizers[0])
-        ):
+        graphed = compiled and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0])
+        graphed = graphed and _begun(optimizers)
+        if alone and graphed:
             step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
             if (found := step(batch)) is not None:
                 checked = objective
@@ -116,7 +111,7 @@ def ascend(
             rows = parted if len(parted) > 1 else len(batch.mask)
             own = list(micro_batches(batch, rows, whole_weight))
             owners = [p for found in parts.values() for p in found]
-            if compiled and len(parted) < 2 and _begun(optimizers) and has_rule(optimizers[0]):
+            if graphed:
                 graph = graph or gradient(objective, owners, varying)
             whole, total = _backward_everywhere(objective, batch, own, owners, graph)
         if first:

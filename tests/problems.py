@@ -37,6 +37,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo without a critic": ("ppo", {"credit": "group"}),
     "actor-critic without a critic": ("actor_critic", {"credit": "group", "entropy_coefficient": 0.1}),
     "trpo of whole rows": ("trpo", {"ratio": "sequence"}),
+    "dppo over all actions": ("dppo", {"divergence_mask": "kl", "divergence_bound": 0.01}),
     "grpo to a reference": ("grpo", {"kl_ref": "loss", "entropy_coefficient": 0.1}),
     "gspo to a reference": ("gspo", {"kl_ref": "loss", "kl_ref_estimate": "k3"}),
     "cispo to a reference": ("cispo", {"kl_ref": "loss", "kl_ref_estimate": "exact"}),
@@ -44,7 +45,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 # Each equation with all its branches; the other settings leave some of them out.
 TRACED = ["reinforce", "actor_critic", "ppo", "ppo with all", "trpo of whole rows"]
 TRACED += [name for name in SETTINGS if "reference" in name]
-TRACED += ["dppo", "sapo", "gmpo", "gspo_token", "vespo", "masked_grpo", "skywork_or1", "opmd"]
+TRACED += ["dppo", "dppo over all actions", "sapo", "gmpo", "gspo_token", "vespo", "masked_grpo", "skywork_or1", "opmd"]
 
 
 def kinds(name: str) -> list[str]:
@@ -93,4 +94,8 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
         coefficients["entropy"] = AdaptiveEntropy(options.entropy_target, options.entropy_step, start=0.1)
     credit = credit_of(options, policy, critic)(rollout)
     batch = decisions(rollout, WEIGHTS[options.weights](rollout.mask), *credit)
-    return objective_of(options, policy, critic, coefficients, anchor), batch
+    old = deepcopy(policy)
+    with torch.no_grad():
+        for p in old.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return objective_of(options, policy, critic, coefficients, anchor, old), batch

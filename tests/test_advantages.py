@@ -1,6 +1,7 @@
 """How much better than expected: GAE, baselines, group statistics and standardization against their definitions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,20 +10,25 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from policygrad.advantages import (
+    batch_scale,
     gae,
     group_mean,
     group_scale,
     group_std,
     leave_one_out,
+    length_weighted_mean,
     mean_baseline,
+    mean_scale,
     monte_carlo_advantage,
     n_step_advantage,
     no_baseline,
     optimal_constant_baseline,
+    other_best,
     standardize,
     time_mean_baseline,
     unnormalized,
 )
+from policygrad.errors import UserError
 from policygrad.returns import lambda_return, n_step
 from policygrad.rollout import Rollout
 
@@ -314,3 +320,67 @@ def test_a_number_that_is_not_finite_is_not_hidden_by_a_statistic(bad: float) ->
     group = torch.tensor([0, 0, 0])
     assert not group_std(x[0], group).isfinite().any()
     assert group_scale(x[0], group).isnan().all()
+
+
+# Of variants
+
+
+def test_what_the_groups_best_return_owes_to_a_row() -> None:
+    returns, group = torch.tensor([3.0, 1.0, 3.0, 5.0, 2.0, -1.0, -4.0]), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    owed = returns - other_best(returns, group)
+    assert_close(owed, torch.tensor([0.0, 0.0, 0.0, 3.0, 0.0, 3.0, 0.0]))
+    alone = torch.tensor([2.0])
+    assert (alone - other_best(alone, torch.tensor([0]))).item() == 2
+
+
+def test_the_mean_as_a_scale_takes_no_negative_return() -> None:
+    group = torch.tensor([0, 0, 1, 1])
+    assert mean_scale(torch.tensor([1.0, 0.0, 0.0, 0.0]), group).tolist() == [0.5, 0.5, torch.inf, torch.inf]
+    with pytest.raises(UserError, match="a return is negative: use rewards of 0 or more"):
+        mean_scale(torch.tensor([1.0, -1e-3, 0.0, 0.0]), group)
+
+
+def test_the_batchs_deviation_is_over_all_groups() -> None:
+    returns, group = torch.randn(6), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert_close(batch_scale(returns, group), returns.std().expand(6))
+    assert batch_scale(torch.full((6,), 0.1), group).isinf().all()
+
+
+def test_the_mean_weighted_by_length_is_that_of_the_tokens(sample: Callable[..., Rollout], policy: nn.Module) -> None:
+    rollout = sample(policy)
+    returns = rollout.reward.sum(1, keepdim=True).expand_as(rollout.reward)
+    found = length_weighted_mean(rollout, returns)
+    for i, group in enumerate(rollout.group.tolist()):
+        rows = [j for j in range(len(rollout.group)) if rollout.group[j] == group]
+        length = [int(rollout.mask[j].sum()) for j in rows]
+        mean = sum(n * float(returns[j, 0]) for n, j in zip(length, rows, strict=True)) / sum(length)
+        assert_close(found[i], torch.full_like(found[i], mean))
+
+
+@pytest.mark.parametrize("baseline", [mean_baseline, time_mean_baseline])
+@pytest.mark.parametrize("reward", [0.1, 0.7, -1e6 - 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_returns_a_baseline_leaves_nothing_to_standardize(
+    baseline: Callable[..., Tensor],
+    reward: float,
+    dtype: torch.dtype,
+    sample: Callable[..., Rollout],
+    policy: nn.Module,
+) -> None:
+    """To the bit: a rounding, standardized, would be an advantage of 1 like any other."""
+    rollout = sample(policy)
+    mask = torch.arange(rollout.mask.shape[1]) < torch.tensor([5, 3, 4, 5, 2, 5]).unsqueeze(1)
+    rollout = replace(rollout, mask=mask)
+    returns = torch.full(mask.shape, reward, dtype=dtype)
+    advantage = (returns - baseline(rollout, returns)).where(mask, 0.0)
+    assert advantage.eq(0).all()
+    assert standardize(advantage, mask).eq(0).all()
+
+
+@pytest.mark.parametrize("baseline", [mean_baseline, time_mean_baseline])
+def test_where_there_is_no_other_row_a_baseline_is_0(
+    baseline: Callable[..., Tensor], sample: Callable[..., Rollout], policy: nn.Module
+) -> None:
+    """And not the row's own return."""
+    rollout = sample(policy).rows(slice(0, 1))
+    assert baseline(rollout, torch.full_like(rollout.reward, 3.0)).eq(0).all()

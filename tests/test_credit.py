@@ -37,7 +37,9 @@ from policygrad.credit import (
     demonstrated,
     discounted,
     grouped,
+    high_entropy,
     modules_of,
+    selected,
     standardized,
     vtrace,
 )
@@ -631,3 +633,30 @@ def test_a_demonstrators_every_decision_has_the_advantage_1() -> None:
     assert_close(credit.target, torch.zeros(2, 3))
     assert_close(credit.value, torch.zeros(2, 3))
     assert_close(decisions(rollout, per_token(rollout.mask), *credit).advantage, rollout.mask.double())
+
+
+# Where it is learned
+
+
+def test_nothing_is_credited_where_nothing_is_learned(policy: nn.Module, sample: Callable[..., Rollout]) -> None:
+    rollout = sample(policy)
+    keep = torch.rand(rollout.mask.shape) < 0.5
+    plain = baselined()
+    found = selected(plain, lambda _: keep)(rollout)
+    assert torch.equal(found.advantage, plain(rollout).advantage.where(keep, 0.0))
+    assert torch.equal(found.target, plain(rollout).target)
+    assert selected(plain, lambda _: keep).whole_episodes, "it says of itself what the plain one does"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+def test_high_entropy_is_the_share_of_decisions_with_the_most(
+    share: float, softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    entropy = softmax(rollout.obs).entropy().detach()
+    ranked = sorted(entropy[rollout.mask].tolist(), reverse=True)
+    count = math.ceil(share * len(ranked))
+    wanted = (entropy >= ranked[count - 1]) & rollout.mask
+    assert wanted.sum() == count
+    for rows in (None, 2):
+        assert torch.equal(high_entropy(rollout, policy=softmax, share=share, micro_batch=rows), wanted)

@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from policygrad.critics import bootstrap_values, fit_critic, fitted, no_fit, optimal_baseline, value_baseline
+from policygrad.critics import (
+    bootstrap_values,
+    fit_critic,
+    fitted,
+    no_fit,
+    optimal_baseline,
+    optimal_token_baseline,
+    value_baseline,
+)
 from policygrad.errors import UserError
 from policygrad.linalg import flat_gradient
 from policygrad.rollout import Batch, Rollout, decisions
@@ -162,7 +171,7 @@ def test_the_optimal_baseline_is_one_number_a_row_that_does_not_look_at_the_row(
 def test_of_returns_that_are_equal_the_optimal_baseline_is_that_return(policy: nn.Module, sample: Sample) -> None:
     rollout = sample(policy)
     returns = torch.full((6, 5), 3.0).where(rollout.mask, torch.nan)
-    assert_close(optimal_baseline(rollout, returns, policy=policy), torch.full((6, 5), 3.0))
+    assert torch.equal(optimal_baseline(rollout, returns, policy=policy), torch.full((6, 5), 3.0))
 
 
 def test_of_whole_trajectory_returns_it_is_their_mean_weighted_by_the_squared_score(
@@ -236,3 +245,57 @@ def test_a_fit_that_moves_the_policy_is_refused(policy: nn.Module, critic: nn.Mo
     assert len(str(raised.value)) <= 200
     with pytest.raises(UserError, match="fitting the critic would move the policy"):
         fitted(lambda batch: fit(batch), batch, critic)
+
+
+def test_the_optimal_token_baseline_is_the_groups_mean_weighted_by_the_score_so_far(
+    softmax: nn.Module, sample: Sample
+) -> None:
+    """Token by token; nothing where no other row of the group has one."""
+    rollout = sample(softmax)
+    mask = torch.arange(rollout.mask.shape[1]) < torch.tensor([2, 5, 4, 1, 3, 5])[: len(rollout.mask)].unsqueeze(1)
+    rollout = replace(rollout, mask=mask, group=torch.arange(len(mask)) // 2)
+    returns = torch.randn(mask.shape).where(mask, 0.0)
+    probs = softmax(rollout.obs).probs.detach()
+    found = optimal_token_baseline(rollout, returns, policy=softmax)
+
+    def energy(j: int, t: int) -> float:
+        chosen = torch.nn.functional.one_hot(rollout.action[j], probs.shape[-1])
+        return float((chosen - probs[j]).square().sum(-1)[: t + 1].sum())
+
+    for i in range(len(mask)):
+        for t in range(mask.shape[1]):
+            rows = [j for j in range(len(mask)) if j // 2 == i // 2 and mask[j, t]]
+            wanted = 0.0
+            if mask[i, t] and len(rows) > 1:
+                total = sum(energy(j, t) for j in rows)
+                wanted = sum(energy(j, t) * float(returns[j, t]) for j in rows) / total
+            assert found[i, t].item() == pytest.approx(wanted, abs=1e-12), (i, t)
+    assert_close(optimal_token_baseline(rollout, returns, policy=softmax, micro_batch=2), found)
+
+
+def test_the_token_baseline_of_a_density_is_refused(sample: Sample) -> None:
+    class Gaussian(nn.Module):
+        def forward(self, obs: Tensor) -> torch.distributions.Distribution:
+            return torch.distributions.Normal(obs[..., 0], 1.0)
+
+    rollout = sample(Gaussian())
+    with pytest.raises(UserError, match="needs the probabilities of all actions"):
+        optimal_token_baseline(rollout, rollout.reward, policy=Gaussian())
+
+
+def test_of_equal_returns_nothing_is_left_to_the_bit(softmax: nn.Module, sample: Sample) -> None:
+    """A rounding would be as large as any other advantage once they are standardized."""
+    rollout = sample(softmax)
+    rollout = replace(rollout, group=torch.arange(len(rollout.group)) // 3)
+    returns = torch.tensor([0.1, -0.3])[rollout.group].unsqueeze(1).expand_as(rollout.reward)
+    baseline = optimal_token_baseline(rollout, returns, policy=softmax)
+    shared = rollout.mask & (baseline != 0)
+    assert shared.any()
+    assert torch.equal(baseline[shared], returns[shared])
+
+
+def test_without_another_row_the_optimal_baseline_is_0_and_not_the_rows_own_return(
+    policy: nn.Module, sample: Sample
+) -> None:
+    rollout = sample(policy).rows(slice(0, 1))
+    assert optimal_baseline(rollout, torch.full_like(rollout.reward, 3.0), policy=policy).eq(0).all()

@@ -1,6 +1,8 @@
 """KL and its estimates, against sums over every outcome."""
 
+from collections.abc import Callable
 from functools import partial
+from math import log
 
 import pytest
 import torch
@@ -10,15 +12,21 @@ from torch.testing import assert_close
 
 from policygrad.divergences import (
     AdaptiveCoefficient,
+    AdaptiveEntropy,
     at_action,
+    binary_kl,
+    binary_total_variation,
     k1,
     k2,
     k3,
     kl,
+    kl_from_old,
     over_actions,
     reweighted,
+    squared_row,
     straight_through,
     to_reference,
+    total_variation,
 )
 from policygrad.rollout import Batch
 
@@ -269,3 +277,70 @@ def test_an_action_behind_the_mask_that_one_of_the_two_would_never_take_has_no_g
         (slope,) = torch.autograd.grad(found.sum(), policy.logits)
         assert slope.isfinite().all()
         assert found[0, 1] == 0
+
+
+# How far from the old policy
+
+
+def test_half_the_squared_log_ratio_of_a_row_is_shared_by_its_decisions() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
+    new, old = torch.randn(2, 3, 3)
+    found = squared_row(new, old, mask)
+    assert found.shape == (3, 1)
+    assert_close((found * mask).sum(1)[:2], (new - old).where(mask, 0.0).sum(1)[:2] ** 2 / 2)
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize(("binary", "whole"), [(binary_total_variation, total_variation), (binary_kl, kl_from_old)])
+def test_the_divergence_of_one_action_is_that_of_two_classes_and_at_most_that_of_all(
+    binary: Callable[..., Tensor], whole: Callable[..., Tensor]
+) -> None:
+    p, q, batch = every_action(*(x.detach() for x in two_policies()))
+    batch = batch._replace(logp=q.log_prob(batch.action))
+    logp = p.log_prob(batch.action)
+    found, all_of_it = binary(p, batch, logp), whole(p, batch, logp, old=lambda obs: q)
+    for a in range(5):
+        x, y = float(logp[a].exp()), float(batch.logp[a].exp())
+        two = abs(x - y) if binary is binary_total_variation else y * log(y / x) + (1 - y) * log((1 - y) / (1 - x))
+        assert found[a].item() == pytest.approx(two)
+    assert (found <= all_of_it + 1e-12).all()
+    each = (p.probs[0, 0], q.probs[0, 0])
+    over_all = (
+        (each[0] - each[1]).abs().sum() / 2 if whole is total_variation else (each[1] * (each[1] / each[0]).log()).sum()
+    )
+    assert_close(all_of_it, over_all.expand(5, 1))
+
+
+@pytest.mark.parametrize("logp", [0.0, -1e-30, -800.0])
+def test_the_binary_kl_of_a_sure_action_is_no_nan(logp: float) -> None:
+    x = torch.full((1, 1), logp)
+    batch = Batch(x, x, x, x == x, x, x, x, x)
+    assert binary_kl(None, batch, x).item() == 0
+    assert not binary_kl(None, batch, torch.full((1, 1), -0.5)).isnan()
+
+
+def test_the_bonus_of_entropy_grows_while_there_is_too_little_and_is_off_above() -> None:
+    rule = AdaptiveEntropy(0.5, 0.1, start=0.3)
+    value, found = rule.value, []
+    for entropy in (0.4, 0.5, 0.6, 0.6, 0.4):
+        used = rule.adapt({"entropy": torch.tensor(entropy)})
+        found.append((round(float(used["entropy_coefficient"]), 6), round(rule.raised, 6), round(float(rule.value), 6)))
+    assert found == [(0.3, 0.4, 0.4), (0.4, 0.5, 0.5), (0.5, 0.4, 0.0), (0.0, 0.3, 0.0), (0.0, 0.4, 0.4)]
+    assert rule.value is value, "a compiled objective keeps it"
+    rule.adapt({})
+    assert rule.raised == pytest.approx(0.4), "an update that was dropped says nothing"
+    other = AdaptiveEntropy(0.5, 0.1)
+    other.load_state_dict(rule.state_dict())
+    assert other.state_dict() == rule.state_dict()
+
+
+def test_it_does_not_fall_below_0() -> None:
+    rule = AdaptiveEntropy(0.5, 0.1)
+    rule.adapt({"entropy": torch.tensor(2.0)})
+    assert rule.raised == rule.value == 0
+
+
+@pytest.mark.parametrize(("target", "step", "start"), [(0.0, 0.1, 0.0), (1.0, 0.0, 0.0), (1.0, 0.1, -1.0)])
+def test_an_impossible_target_of_entropy_is_refused(target: float, step: float, start: float) -> None:
+    with pytest.raises(ValueError, match="entropy"):
+        AdaptiveEntropy(target, step, start)

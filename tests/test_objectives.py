@@ -1,5 +1,6 @@
 """What is maximized: tables of values and slopes, and the one gradient that all share at the old policy."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,11 +14,15 @@ from policygrad.objectives import (
     clipped_surrogate,
     clipped_weight,
     dual_clip,
+    gamma_weight,
     penalized_surrogate,
+    sigmoid_gate,
     squared_error,
     surrogate,
+    within_divergence,
+    without_drifted,
 )
-from policygrad.rollout import Rollout
+from policygrad.rollout import Batch, Rollout
 from policygrad.score import score, token_ratio
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -175,3 +180,54 @@ def test_clipped_squared_error_without_a_clip_is_the_squared_error() -> None:
     assert_close(
         torch.autograd.grad(clipped_squared_error(value, target, old, INF).sum(), value)[0], 2 * (value - target)
     )
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.5), (-2.0, 4.0)])
+def test_the_sigmoid_gate_has_the_slope_of_the_score_at_1_and_less_beside_it(
+    ratio: float, advantage: float, tau: float
+) -> None:
+    def gate(r: Tensor) -> Tensor:
+        return sigmoid_gate(LOGP, r, torch.full((1, 1), advantage), positive=1.5, negative=4.0)
+
+    value, slope = value_and_slope(gate, ratio)
+    s = 1 / (1 + math.exp(-tau * (ratio - 1)))
+    assert value == pytest.approx(4 / tau * s * advantage)
+    assert slope == pytest.approx(4 * s * (1 - s) * advantage)
+    assert (abs(slope) == pytest.approx(abs(advantage))) == (ratio == 1.0)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("advantage", "power", "rate"), [(2.0, 2.0, 3.0), (-2.0, 3.0, 2.0)])
+def test_the_gamma_weight_is_1_at_1_and_has_the_gradient_of_the_score(
+    ratio: float, advantage: float, power: float, rate: float
+) -> None:
+    def gain(logp: Tensor) -> Tensor:
+        w = torch.full((1, 1), ratio, requires_grad=True)
+        return gamma_weight(logp, w, torch.full((1, 1), advantage), positive=(2.0, 3.0), negative=(3.0, 2.0))
+
+    weight = ratio**power * math.exp(rate * (1 - ratio))
+    assert value_and_slope(gain, -0.7) == pytest.approx((weight * advantage * -0.7, weight * advantage))
+    assert (weight == 1) == (ratio == 1)
+
+
+def batch_of(logp_old: list[list[float]], advantage: list[list[float]], mask: list[list[bool]] | None = None) -> Batch:
+    old, a = torch.tensor(logp_old), torch.tensor(advantage)
+    counts = torch.ones_like(old, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    return Batch(old, old, old, counts, old, a, old, old)
+
+
+def test_a_decision_is_left_out_where_its_divergence_is_too_large_on_the_side_that_the_advantage_favors() -> None:
+    batch = batch_of([[-1.0] * 6], [[1.0, 1.0, 1.0, -1.0, -1.0, 0.0]])
+    logp = torch.tensor([[-0.5, -0.9, -1.5, -1.5, -0.5, -0.5]])
+    keep = within_divergence(None, batch, logp, divergence=lambda d, b, x: (x - b.logp).abs(), bound=0.3)
+    assert keep.tolist() == [[False, True, True, False, True, True]]
+
+
+def test_a_bad_row_is_left_out_where_the_policy_has_moved_away_from_it() -> None:
+    """By the mean over its decisions alone; a row that has become likelier, or was good, stays."""
+    old = [[-1.0, -1.0, -1.0]] * 4
+    batch = batch_of(old, [[-1.0] * 3, [-1.0] * 3, [1.0] * 3, [-1.0] * 3], [[True, True, False]] * 4)
+    logp = torch.tensor([[-2.0, -1.4, 9.0], [-1.4, -1.4, -99.0], [-9.0, -9.0, 0.0], [-0.1, -0.1, -9.0]])
+    keep = without_drifted(None, batch, logp, bound=0.5)  # means: 0.7, 0.4, 8, -0.9
+    assert keep[:, :2].tolist() == [[False] * 2, [True] * 2, [True] * 2, [True] * 2]

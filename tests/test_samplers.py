@@ -25,6 +25,7 @@ from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, completions, prefix_state, sequence_kl
 from policygrad.rollout import Rollout
 from policygrad.samplers import (
+    Following,
     InUnits,
     KLCharged,
     Overlapped,
@@ -629,3 +630,18 @@ def test_it_finds_a_reward_that_noise_seldom_does(seed: int) -> None:
     loop = assemble("ppo", policy, sample, critic=critic, **settings)
     rows = [row for row, _ in zip(loop, range(60), strict=False)]
     assert rows[-1]["return"] > 0.9
+
+
+def test_the_policy_that_sampled_is_remembered(policy: OnPrefixes) -> None:
+    """Also while the one that learns moves on; the next rollout is of another."""
+    old = token_policy(9)
+    follow = Following(CompletionSampler(WORLD, 3, 4), old)
+    follow(policy)
+    before = parameters(policy).clone()
+    assert torch.equal(parameters(old), before)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.1)
+    assert torch.equal(parameters(old), before)
+    follow(policy)
+    assert torch.equal(parameters(old), parameters(policy))

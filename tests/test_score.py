@@ -9,7 +9,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from policygrad.rollout import Rollout, decisions
-from policygrad.score import log_probabilities, log_ratio, score, sequence_ratio, token_ratio
+from policygrad.score import (
+    bounded,
+    log_probabilities,
+    log_ratio,
+    product_ratio,
+    score,
+    sequence_ratio,
+    sequence_token_ratio,
+    token_ratio,
+)
 from policygrad.weights import per_token
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -44,7 +53,7 @@ def test_sequence_ratio_is_the_geometric_mean_of_the_rows_token_ratios() -> None
     assert ratio[2, 0] == 1
 
 
-@pytest.mark.parametrize("ratio", [token_ratio, sequence_ratio])
+@pytest.mark.parametrize("ratio", [token_ratio, sequence_ratio, sequence_token_ratio, product_ratio])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e4])
 def test_ratios_and_their_gradients_do_not_see_behind_the_mask(ratio: object, garbage: float) -> None:
     old, clean = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
@@ -57,7 +66,7 @@ def test_ratios_and_their_gradients_do_not_see_behind_the_mask(ratio: object, ga
     assert dirty.grad[~MASK].eq(0).all()
 
 
-@pytest.mark.parametrize("ratio", [token_ratio, sequence_ratio])
+@pytest.mark.parametrize("ratio", [token_ratio, sequence_ratio, sequence_token_ratio, product_ratio])
 def test_the_ratio_of_a_policy_to_itself_is_exactly_1(ratio: object) -> None:
     logp = torch.randn(3, 4)
     assert ratio(logp, logp, MASK).eq(1).all()
@@ -89,3 +98,35 @@ def test_log_probabilities_are_those_of_the_actions_taken_whatever_is_scored_at_
     tree = replace(rollout, obs={"eye": rollout.obs})
     policy.register_forward_pre_hook(lambda module, inputs: inputs[0]["eye"], prepend=True)
     assert_close(log_probabilities(policy, tree, micro_batch), rollout.logp)
+
+
+def test_product_ratio_is_that_of_the_whole_row() -> None:
+    p, q = torch.rand(3, 4), torch.rand(3, 4)
+    ratio = product_ratio(p.log(), q.log(), MASK)
+    assert_close(ratio[0, 0], (p[0] / q[0]).prod())
+    assert_close(ratio[1, 0], p[1, 1] * p[1, 3] / (q[1, 1] * q[1, 3]))
+    assert ratio[2, 0] == 1
+
+
+def test_sequence_token_ratio_has_the_rows_value_and_each_tokens_gradient() -> None:
+    logp, old = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    s = sequence_ratio(logp, old, MASK).detach()
+    ratio = sequence_token_ratio(logp, old, MASK)
+    assert_close(ratio.detach(), s.expand(3, 4))
+    (slope,) = torch.autograd.grad((ratio * torch.arange(12.0).view(3, 4)).sum(), logp)
+    assert_close(slope, (s * torch.arange(12.0).view(3, 4)).where(MASK, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "difference", "value", "slope"),
+    [(2.0, 0.5, 0.3, 0.0), (2.0, 0.2, 0.2, 1.0), (2.0, -0.5, -0.5, 1.0), (-2.0, -0.5, -0.3, 0.0), (-2.0, 0.5, 0.5, 1.0),
+     (0.0, 0.5, 0.5, 1.0)],
+)  # fmt: skip
+def test_bounded_stops_where_the_advantage_favors_going_further(
+    advantage: float, difference: float, value: float, slope: float
+) -> None:
+    old = torch.full((1, 1), -1.0)
+    logp = (old + difference).requires_grad_()
+    found = bounded(logp, old, torch.full((1, 1), advantage), 0.3)
+    assert (found - old).item() == pytest.approx(value)
+    assert torch.autograd.grad(found.sum(), logp)[0].item() == slope

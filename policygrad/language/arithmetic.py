@@ -15,6 +15,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from policygrad.errors import UserError
+from policygrad.language.models import small_llama
 
 CHARACTERS = "0123456789+=,:"
 NUMBERS = 1000  # both numbers of a problem are below this
@@ -118,19 +119,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def configuration(hidden: int = 96, layers: int = 3) -> LlamaConfig:
     """The configuration of a small Llama."""
-    vocabulary = tokenizer()
-    return LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=vocabulary.pad_token_id,
-        eos_token_id=vocabulary.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
+    return small_llama(tokenizer(), hidden, layers, context=64)
 
 
 def model(hidden: int = 96, layers: int = 3) -> LlamaForCausalLM:

@@ -184,16 +184,7 @@ class _Row:
 
 def stepped(environment: Environment, text: str) -> tuple[Messages | None, float, bool]:
     """environment.step(text), checked. Raises UserError for anything that is not (messages or None, reward, end)."""
-    try:
-        found = environment.step(text)
-    except UserError:
-        raise
-    except Exception as error:
-        said = one_line(error, 70) or "no message"
-        name = type(environment).__name__
-        raise UserError(
-            f"step of {name} raised {type(error).__name__}: {said}: fix it (--debug shows where)"
-        ) from error
+    found = _asked(environment, "step", text)
     if not isinstance(found, tuple) or len(found) != 3:
         raise UserError(f"step returned {shortened(found)}: return (messages or None, reward, whether it is the end)")
     heard, reward, end = found
@@ -241,17 +232,20 @@ def starts(make: Callable[[], Environment], count: int, first: int = 0) -> list[
 
 def begun(environment: Environment, seed: int) -> Messages:
     """environment.reset(seed), checked. Raises UserError for anything that is not text or messages."""
+    return checked(_asked(environment, "reset", seed), "reset")
+
+
+def _asked(environment: Environment, what: str, argument: str | int) -> Any:
+    """environment.what(argument). Raises UserError in the place of what it raises."""
     try:
-        found = environment.reset(seed)
+        return getattr(environment, what)(argument)
     except UserError:
         raise
     except Exception as error:
-        said = one_line(error, 70) or "no message"
-        name = type(environment).__name__
+        said, name = one_line(error, 70) or "no message", type(environment).__name__
         raise UserError(
-            f"reset of {name} raised {type(error).__name__}: {said}: fix it (--debug shows where)"
+            f"{what} of {name} raised {type(error).__name__}: {said}: fix it (--debug shows where)"
         ) from error
-    return checked(found, "reset")
 
 
 def from_seed(make: Callable[[], Environment]) -> Begin:

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from policygrad.language import data
 from policygrad.language.completions import Completions, Request
 from policygrad.language.conversations import Dialogue, Message, Messages, from_seed, starts
+from policygrad.language.models import small_llama
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.sampler import request_of
 from policygrad.language.tasks import prepared
@@ -121,19 +122,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def configuration(hidden: int = 64, layers: int = 2) -> LlamaConfig:
     """The configuration of a small Llama."""
-    vocabulary = tokenizer()
-    return LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=192,
-        pad_token_id=vocabulary.pad_token_id,
-        eos_token_id=vocabulary.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
+    return small_llama(tokenizer(), hidden, layers, context=192)
 
 
 def model(hidden: int = 64, layers: int = 2) -> LlamaForCausalLM:

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import add_metadata, check_directory, check_file, damaged, read_json
@@ -19,6 +19,22 @@ from policygrad.language.adapters import add_adapter as add_adapter
 from policygrad.language.policies import LanguagePolicy, ValueModel, causal, trunk
 
 LAYERS = 10_000  # more than any model has; each would be built before its weights are missed
+
+
+def small_llama(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, *, context: int) -> LlamaConfig:
+    """The configuration of a small Llama with four heads, for the tasks that bring a model of their own."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
 
 
 def located(name: str) -> str:

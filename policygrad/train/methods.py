@@ -21,7 +21,7 @@ class Method:
     summary: str
     objective: Literal["reinforce", "actor_critic", "surrogate", "ppo", "grpo", "clone"]
     update: Literal["ascend", "natural", "trust_region"] = "ascend"
-    source: str = ""  # the paper
+    source: str = ""  # the paper, as arXiv's number or author and year
     defaults: dict[str, Any] = field(default_factory=dict)
     on: dict[str, dict[str, Any]] = field(default_factory=dict)  # world -> defaults there
 

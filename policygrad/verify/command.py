@@ -83,6 +83,8 @@ def verify(options: VerifyOptions, function: Advantage | None = None, loss: Loss
         if loss is not None and options.loss is not None:
             if options.world not in ("all", "tokens"):
                 raise UserError(f"--world is {options.world}, and a loss is of the world of tokens: leave it out")
+            if function is not None:
+                raise UserError("--estimator and --loss have tables of their own: ask for one at a time")
             at = token_setting(options.seed)
             advance("loss")
             section = Section("tokens", loss_rows(options.loss, loss, at), at.on_policy, at.gradient)

@@ -8,19 +8,19 @@ from typing import Any
 from rich.console import Console
 
 from policygrad.errors import UserError
+from policygrad.train.options import Options
 from policygrad.verify.command import estimator_table, exactly
-from policygrad.verify.methods import ONE_STEP, method_rows, options_at
+from policygrad.verify.methods import method_rows, options_at
 from policygrad.verify.settings import token_setting
 from policygrad.verify.statistics import Finding, Section, judged
 
-# The options that make up the estimator; the others say how long, how fast and from what it learns.
-ESTIMATOR = (
-    "credit", "lam", "n", "rho_bar", "c_bar", "baseline", "discounted", "group_baseline", "group_scale",
-    "normalize_advantages", "learn_from", "learn_from_share", "weights", "ratio", "gain", "clip_low", "clip_high",
-    "sigmoid_positive", "sigmoid_negative", "gamma_power_positive", "gamma_power_negative", "gamma_rate_positive",
-    "gamma_rate_negative", "token_clip", "dual_clip", "divergence_mask", "divergence_bound", "drift_bound",
-    "kl_old_coefficient", "kl_old_estimate", "entropy_coefficient",
-)  # fmt: skip
+# The options of credit and objective, which stand together; the others say how long, how fast and on what it learns.
+_NAMES = [f.name for f in fields(Options)]
+ESTIMATOR = {
+    name
+    for name in _NAMES[_NAMES.index("credit") : _NAMES.index("learning_rate")]
+    if name != "gamma" and not name.startswith("kl_ref")  # the world's own; and another objective
+}
 
 
 def findings(options: Any) -> list[Finding]:
@@ -31,8 +31,8 @@ def findings(options: Any) -> list[Finding]:
     with exactly():
         at = token_setting(0)
         plain = options_at(options.method, at)
-        known = {f.name for f in fields(plain)} - ONE_STEP.keys()
-        chosen = replace(plain, **{x: getattr(options, x) for x in ESTIMATOR if x in known and hasattr(options, x)})
+        known = {f.name for f in fields(plain)} & ESTIMATOR
+        chosen = replace(plain, **{name: getattr(options, name) for name in known})
         found = judged(Section("tokens", method_rows(at, chosen), at.on_policy, at.gradient), 20_000)
     return [replace(f, name=f.name.removeprefix(f"{options.method}, ")) for f in found]
 
@@ -46,6 +46,6 @@ def shown(options: Any, anyway: bool) -> None:
     wrong = [f.name for f in found if f.verdict == "WRONG"]
     if wrong and not anyway:
         raise UserError(
-            f"{wrong[0]} this combination does not expect what is written out for it (see its row): change it, or "
+            f"{wrong[0]}, this combination does not expect what is written out for it (see its row): change it, or "
             "train with --anyway"
         )

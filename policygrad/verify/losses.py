@@ -26,6 +26,7 @@ from policygrad.verify.methods import method_rows, options_at
 from policygrad.verify.settings import GROUP, Setting
 from policygrad.verify.statistics import Row, moments
 from policygrad.verify.updates import Check
+from policygrad.verify.user import CALL_SECONDS, limited
 from policygrad.weights import per_row
 
 Loss = Callable[..., Any]
@@ -84,9 +85,21 @@ def adapter_of(name: str, loss: Loss) -> Adapter:
     )
 
 
+def made(name: str, loss: Loss) -> Loss:
+    """The loss; of a class, such as OpenRLHF's modules, an object with its defaults. Raises UserError without any."""
+    if not inspect.isclass(loss):
+        return loss
+    try:
+        found: Any = loss()
+        return found
+    except Exception as error:
+        raised = f"{type(error).__name__}: {one_line(error, 60)}"
+        raise UserError(f"{ending(name, 40)}() raised {raised}: name a function, or an object of the class") from error
+
+
 def _parameters(loss: Loss) -> set[str]:
     try:
-        return set(inspect.signature(loss).parameters)
+        return set(inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters)
     except (TypeError, ValueError):  # of a function without a signature
         return set()
 
@@ -96,17 +109,19 @@ class LossObjective(Objective):
 
     def __init__(self, policy: nn.Module, name: str, loss: Loss) -> None:
         super().__init__()
-        self.policy, self.name, self.loss, self.adapter = policy, name, loss, adapter_of(name, loss)
+        self.policy, self.name, self.loss = policy, name, made(name, loss)
+        self.adapter = adapter_of(name, self.loss)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         logp = self.policy(batch.obs).log_prob(batch.action).where(batch.mask, 0.0)
         return -self.value(logp, batch.logp, batch.advantage, batch.mask), {}
 
     def value(self, logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-        """The loss. Raises UserError if it raises, or returns anything but one number."""
+        """The loss. Raises UserError if it raises, exits, hangs, or returns anything but one number."""
         try:
-            found = self.adapter(self.loss, logp, logp_old.clone(), advantage.clone(), mask.clone())
-        except Exception as error:
+            with limited(CALL_SECONDS):
+                found = self.adapter(self.loss, logp, logp_old.clone(), advantage.clone(), mask.clone())
+        except (Exception, SystemExit) as error:
             raised = f"{type(error).__name__}: {one_line(error, 80)}"
             raise UserError(f"{ending(self.name, 50)} raised {raised}: fix the loss") from error
         found = found[0] if isinstance(found, tuple | list) and found else found

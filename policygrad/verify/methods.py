@@ -54,13 +54,15 @@ def method_rows(at: Setting, options: Any) -> list[Row]:
     for off in (False, True) if reads_ratio else (False,):
         experience = of_size(at, options, off, size)
         learner = _composed(at, options, at.table, experience.rollout)
+        sampled = learner.sample(at.seen(at.table_old if off else at.table))  # by the policy whose rollout it is
         row = Row(
             f"{options.method}, {'off' if off else 'on'} policy",
             learner.credit,
             learner.objective,
             WEIGHTS[options.weights],
             size,
-            experience=replace(experience, rollout=learner.sample(learner.objective.policy)),
+            one_by_one=getattr(options, "divergence_mask", "none") == "kl",  # torch's KL looks at values
+            experience=replace(experience, rollout=sampled),
         )
         rows.append(_expecting(row, options, at, experience, off))
     return [replace(row, exact=exact) for row in (*rows, as_it_runs(at, options))]

@@ -96,7 +96,7 @@ def _called(
     """One call, of copies. Raises UserError if it raises, exits, hangs, or returns anything but real numbers [B, T]."""
     arrays = [x.clone() for x in (reward, value, terminated, ended)]
     try:
-        with _limited(CALL_SECONDS):
+        with limited(CALL_SECONDS):
             advantage: Any = function(arrays[0], arrays[1], arrays[2], arrays[3], gamma)
     except (Exception, SystemExit) as error:
         raised = f"{type(error).__name__}: {one_line(error, 80)}"
@@ -115,7 +115,7 @@ def _called(
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in a block that takes longer. Only the main thread of a Unix process can be interrupted."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

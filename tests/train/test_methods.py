@@ -1,5 +1,6 @@
 """Every line of the table: its expected gradient is its definition, and the variants differ by what they exchange."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -86,6 +87,11 @@ def test_a_method_is_found_by_any_spelling_of_its_name() -> None:
             assert method_named(name) is method
     for alias, name in ALIASES.items():
         assert method_named(alias) is METHODS[name]
+
+
+def test_a_method_of_the_table_names_its_paper() -> None:
+    for method in TABLE:
+        assert re.fullmatch(r"arXiv \d{4}\.\d{5}|[A-Z]\w+( et al\.)? \d{4}", method.source), method.name
 
 
 @pytest.mark.parametrize(("name", "advice"), [("gprpo", "did you mean grpo"), ("sac_v9_x", "there are")])

@@ -7,6 +7,7 @@ import torch
 
 from policygrad.errors import UserError
 from policygrad.functions import load_function
+from policygrad.verify import losses
 from policygrad.verify.command import run, verify
 from policygrad.verify.losses import Configuration, adapter_of
 from policygrad.verify.options import VerifyOptions
@@ -26,6 +27,20 @@ class OpenRLHF:
         return -((ratio * advantages * log_probs * action_mask).sum() / action_mask.sum()), None
 
 openrlhf = OpenRLHF()
+
+class Module(torch.nn.Module):
+    def __init__(self, clip=0.2):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None):
+        r = (log_probs - old_log_probs).exp()
+        gain = torch.min(r * advantages, r.clamp(1 - self.clip, 1 + self.clip) * advantages)
+        return -(gain * action_mask).sum() / action_mask.sum(), None, None, None
+
+class Unmade:
+    def __init__(self, clip):
+        self.clip = clip
 
 def trl(per_token_logps, old_per_token_logps, advantages, completion_mask):
     r, a = (per_token_logps - old_per_token_logps).exp(), advantages.unsqueeze(1)
@@ -55,6 +70,13 @@ def constant(log_probs, old_log_probs, advantages, action_mask=None):
 def infinite(log_probs, old_log_probs, advantages, action_mask=None):
     return (log_probs * advantages).sum() / 0
 
+def exits(log_probs, old_log_probs, advantages, action_mask=None):
+    raise SystemExit("no license")
+
+def hangs(log_probs, old_log_probs, advantages, action_mask=None):
+    while True:
+        pass
+
 def others(logits, labels):
     return logits.sum()
 """
@@ -72,7 +94,9 @@ def report(file: str, name: str):
     return verify(VerifyOptions(loss=named), loss=load_function(named, what="loss"))
 
 
-@pytest.mark.parametrize(("name", "method"), [("verl", "skywork_or1"), ("openrlhf", "cispo"), ("trl", "grpo")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("verl", "skywork_or1"), ("openrlhf", "cispo"), ("trl", "grpo"), ("Module", "skywork_or1")]
+)
 def test_a_loss_is_known_by_its_gradient_on_and_off_policy(file: str, name: str, method: str) -> None:
     """Clipped and averaged by token, clipped weights by token, clipped and averaged by row."""
     found = report(file, name)
@@ -97,10 +121,14 @@ def test_what_a_loss_must_not_depend_on_is_found(file: str, name: str, which: li
         ("of_each", r"returned \[\d+, 3\]: return one number that has a gradient"),
         ("constant", r"returned \[\]: return one number that has a gradient"),
         ("infinite", "returned a number that is not finite"),
+        ("exits", "raised SystemExit: no license: fix the loss"),
+        ("hangs", "raised TimeoutError: a call took more than 1 seconds: fix the loss"),
+        ("Unmade", r"Unmade\(\) raised TypeError"),
         ("others", "has no argument log_prob .verl., log_probs .OpenRLHF. or per_token_logps .TRL."),
     ],
 )
-def test_one_that_fails_is_one_line(file: str, name: str, said: str) -> None:
+def test_one_that_fails_is_one_line(file: str, name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CALL_SECONDS", 1.0)
     with pytest.raises(UserError, match=said) as raised:
         report(file, name)
     assert len(str(raised.value)) <= 200
@@ -111,6 +139,8 @@ def test_it_is_of_the_world_of_tokens(file: str) -> None:
     options = VerifyOptions(loss=f"{file}:trl", world="chain")
     with pytest.raises(UserError, match="--world is chain"):
         verify(options, loss=load_function(f"{file}:trl"))
+    with pytest.raises(UserError, match="ask for one at a time"):
+        verify(VerifyOptions(loss="x:y", estimator="x:z"), lambda *_: torch.zeros(1), load_function(f"{file}:trl"))
 
 
 def test_the_command_prints_it_and_ends_with_1_where_something_is_wrong(

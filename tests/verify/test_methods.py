@@ -94,3 +94,43 @@ def test_a_run_leaves_the_policy_of_the_setting_as_it_was(random):
     row = as_it_runs(random, options_at("actor_critic", random))
     assert torch.equal(random.table.theta, before)
     assert row.measured.mean.norm() > 0
+
+
+FREE = {"clip_low": torch.inf, "clip_high": torch.inf}
+TIGHT = [
+    {"divergence_mask": "binary_tv", "divergence_bound": 0.02, **FREE},
+    {"divergence_mask": "binary_kl", "divergence_bound": 1e-3, **FREE},
+    {"divergence_mask": "tv", "divergence_bound": 0.05, **FREE},
+    {"divergence_mask": "kl", "divergence_bound": 0.01, **FREE},
+    {"drift_bound": 0.02, **FREE},
+    {"dual_clip": 1.05, "clip_high": 9.0},
+    {"token_clip": 0.05, **FREE},
+    {"token_clip": 0.05, "ratio": "sequence", **FREE},
+    {"token_clip": 0.05, "ratio": "product", **FREE},
+    {"ratio": "product", "clip_low": 0.1, "clip_high": 0.1},
+    {"ratio": "sequence_token", "clip_low": 0.01, "clip_high": 0.02},
+    {"gain": "weight", "ratio": "product", "clip_low": 0.1, "clip_high": 0.1},
+    {"gain": "sigmoid", "ratio": "sequence", "sigmoid_positive": 3.0, "sigmoid_negative": 7.0},
+    {"gain": "gamma", "gamma_power_positive": 1.5, "gamma_rate_negative": 0.5},
+    {"gain": "score"},
+    {"kl_old_coefficient": 0.5},
+    {"kl_old_coefficient": 0.5, "kl_old_estimate": "squared_row"},
+    {"group_baseline": "other_best", "weights": "token"},
+    {"group_scale": "batch", "group_baseline": "leave_one_out"},
+    {"learn_from": "high_entropy", "learn_from_share": 0.5},
+    {"credit": "trajectory_return", "baseline": "length_weighted"},
+    {"credit": "reward_to_go", "baseline": "token", "normalize_advantages": "batch"},
+]
+
+
+@pytest.mark.parametrize("values", TIGHT, ids=str)
+def test_grpo_with_other_options_expects_what_is_written_out_and_they_have_a_say(values, tokens):
+    """On policy, off it and as it runs. Off policy every bound is met: without it, it is another gradient."""
+    options = options_at("grpo", tokens)
+    without = FREE if FREE.items() <= values.items() else {}
+    chosen, plain = (type(options)(**{**vars(options), **x}) for x in (values, without))
+    assert set(verdicts(tokens, chosen).values()) <= {"unbiased", "biased"}
+    found, other = (
+        next(row.expected for row in method_rows(tokens, x) if row.name.endswith("off policy")) for x in (chosen, plain)
+    )
+    assert (found - other).norm() > 1e-3
