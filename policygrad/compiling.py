@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.callback import callback_handler
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
@@ -23,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from policygrad.errors import Note, one_line
 
-VALUE = "value of the objective"  # among the metrics of a compiled step
+VALUE, MOVED = "value of the objective", "whether the parameters moved"  # among the metrics of a compiled step
 BACKEND = "inductor"  # torch.compile's
+# Guards on modules, functions and classes: what is imported stays what it is.
+CODE = {"MODULE_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH"}
 INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -48,14 +51,18 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
         function.__defaults__,
         function.__closure__,
     )
-    compiled, works = torch.compile(own, fullgraph=True, backend=BACKEND), None
+    compiled: Any = None
+    works: bool | None = None
 
     def call(*arguments: Any) -> Any:
-        nonlocal works
+        nonlocal compiled, works
         if works is False:
             return otherwise(*arguments)
-        for x in tree_leaves(arguments[:varying]):
-            torch._dynamo.maybe_mark_dynamic(x, 0)
+        if compiled is None:
+            compiled = torch.compile(own, fullgraph=True, backend=BACKEND, options=_options(arguments))
+        if varying:
+            for x in tree_leaves(arguments[:varying]):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
             with _undisturbed():
                 result = compiled(*arguments)
@@ -71,19 +78,43 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
     return call
 
 
+def _options(arguments: Any) -> dict[str, Any]:
+    """How a graph of these arguments is made. On a CPU, what calls the kernels is C++, too."""
+    options: dict[str, Any] = {"guard_filter_fn": _of_data}
+    if BACKEND == "inductor" and all(x.device.type == "cpu" for x in tree_leaves(arguments) if isinstance(x, Tensor)):
+        options["cpp_wrapper"] = True
+    return options
+
+
+def _of_data(guards: list[Any]) -> list[bool]:
+    """Which of a graph's guards are checked at each call: all but those that code is still the same.
+
+    Without these a call takes less time. What a run may change (shapes, types, numbers, modes) is checked.
+    """
+    return [x.guard_type not in CODE for x in guards]
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Interrupts come after the block: torch's compiler ends the process on an exception in its midst."""
+    """If a graph is made in the block, interrupts come after it: torch's compiler ends the process on an exception in
+    its midst."""
     if threading.current_thread() is not threading.main_thread():  # others are not interrupted
         yield
         return
     came: list[int] = []
-    handlers = {number: x for number in INTERRUPTS if callable(x := signal.getsignal(number))}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: came.append(number))
+    handlers: dict[int, Any] = {}
+
+    def hold(*_: Any) -> None:
+        for number in INTERRUPTS:
+            if number not in handlers and callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+                signal.signal(number, lambda number, frame: came.append(number))
+
+    callback_handler.register_start_callback(hold)
     try:
         yield
     finally:
+        callback_handler.remove_start_callback(hold)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in came[:1]:
@@ -110,7 +141,8 @@ def gradient_step(
 
     The optimizer has taken a step before; its rates may change after this, its other settings may not. parts: its
     parameters by whose norm they are scaled together. varying: batches have different numbers of rows. If a gradient is
-    not finite, nothing changes. What has no graph is not stepped: the result is None, and a Note says why.
+    not finite, or no decision counts, nothing changes, and MOVED is False. What has no graph is not stepped: the result
+    is None, and a Note says why.
     """
 
     # Not read from the optimizer inside the graph: it would be another graph for another rate.
@@ -128,7 +160,7 @@ def gradient_step(
             if max_grad_norm < math.inf:
                 share = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 gradients |= {p: x * share for p in found if (x := gradients[p]) is not None}
-        finite = torch.stack([value.detach().reshape(()), *norms.values()]).isfinite().all()
+        moved = torch.stack([value.detach().reshape(()), *norms.values()]).isfinite().all() & batch.mask.any()
         with torch.no_grad():
             for (group, *settings), rate, state in zip(groups, rates, states, strict=True):
                 reached = [p for p in group if gradients[p] is not None]
@@ -136,19 +168,24 @@ def gradient_step(
                 before = [x.clone() for x in changing]
                 rule(reached, [gradients[p] for p in reached], state, rate, *settings)
                 for x, old in zip(changing, before, strict=True):
-                    x.copy_(x.where(finite, old))
-        return {**metrics, **norms, VALUE: value.detach()}
+                    x.copy_(x.where(moved, old))
+        return {**metrics, **norms, VALUE: value.detach(), MOVED: moved}
 
     compiled = graph(step, lambda *arguments: None, int(varying))
+    states: list[list[dict[str, Tensor]]] = []
+    found_in: tuple[Any, int] | None = None  # the optimizer's state that they are of, and its length
 
     def update(batch: Any) -> dict[str, Tensor] | None:
+        nonlocal states, found_in
+        if found_in is None or found_in[0] is not optimizer.state or found_in[1] != len(optimizer.state):
+            states = [
+                [optimizer.state[p] for p in group["params"] if p in optimizer.state]
+                for group in optimizer.param_groups
+            ]
+            found_in = optimizer.state, len(optimizer.state)
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group in optimizer.param_groups]
-        states = [
-            [optimizer.state[p] for p in group["params"] if p in optimizer.state] for group in optimizer.param_groups
-        ]
         found = compiled(batch, rates, states)
-        checked = [VALUE, *(f"{name}gradient_norm" for name in parts)]
-        if found is not None and not all(found[name].isfinite() for name in checked):
+        if found is not None and not found[MOVED]:
             for x in (entry["step"] for state in states for entry in state if "step" in entry):
                 x -= 1  # here, because a graph loses what it writes to one number of float64
         return found

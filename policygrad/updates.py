@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from policygrad import ranks
-from policygrad.compiling import VALUE, gradient, gradient_step, has_rule
+from policygrad.compiling import MOVED, VALUE, gradient, gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
 from policygrad.rollout import Batch, Split, micro_batches, parts_of
@@ -86,6 +86,19 @@ def ascend(
         if first:
             parts, step, graph = _parts(objective, optimizers), None, None
         parted, measured = ((), {}) if micro_batch is None else parts_of(batch.obs, micro_batch)
+        graphed = compiled and len(parted) < 2 and len(optimizers) == 1 and _begun(optimizers)
+        if graphed and ranks.size() == 1 and (step is not None or has_rule(optimizers[0])):
+            if step is None:
+                step = gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
+            if (found := step(batch)) is not None:
+                checked = objective
+                value = found.pop(VALUE)
+                if not found.pop(MOVED):
+                    norms = {x: found[f"{x}gradient_norm"] for x in parts}
+                    if batch.mask.any():
+                        _check_finite({"the objective": value} | _norms(norms))
+                    found |= {f"{x}gradient_norm": torch.zeros_like(norm) for x, norm in norms.items()}
+                return {**found, **measured}
         whole_weight, counts = _everywhere(batch)
         if not counts:
             with torch.no_grad():
@@ -93,25 +106,14 @@ def ascend(
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
-        alone = whole_weight is None
-        graphed = compiled and len(parted) < 2 and len(optimizers) == 1 and has_rule(optimizers[0])
-        graphed = graphed and _begun(optimizers)
-        if alone and graphed:
-            step = step or gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
-            if (found := step(batch)) is not None:
-                checked = objective
-                _check_finite(
-                    {"the objective": found.pop(VALUE)} | _norms({x: found[f"{x}gradient_norm"] for x in parts})
-                )
-                return {**found, **measured}
-        if alone:
+        if whole_weight is None:
             parted_batch: Any = micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]
             whole, total = _backward(objective, parted_batch)
         else:
             rows = parted if len(parted) > 1 else len(batch.mask)
             own = list(micro_batches(batch, rows, whole_weight))
             owners = [p for found in parts.values() for p in found]
-            if graphed:
+            if graphed and (graph is not None or has_rule(optimizers[0])):
                 graph = graph or gradient(objective, owners, varying)
             whole, total = _backward_everywhere(objective, batch, own, owners, graph)
         if first:

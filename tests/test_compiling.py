@@ -112,6 +112,49 @@ def count_compilations() -> None:
     assert not torch._dynamo.utils.counters["stats"]
 
 
+class Scaled(ValueObjective):
+    """A value objective times a number that may change; its negative out of training."""
+
+    scale = 1.0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = super().forward(batch)
+        return self.scale * (value if self.training else -value), metrics
+
+
+def change_what_a_graph_is_of() -> None:
+    """Numbers of the objective, its mode and shapes change, and a batch has no decision: steps are the plain ones."""
+    warnings.simplefilter("error", Note)
+    compiling.BACKEND = "aot_eager"
+    torch.set_default_dtype(torch.float64)
+    objectives = [Scaled(critic()) for _ in range(2)]
+    optimizers = [torch.optim.Adam(x.parameters(), lr=0.1, eps=1.0) for x in objectives]  # not blind to the scale
+    updates = [ascend(x, compiled=way) for x, way in zip(optimizers, (False, True), strict=True)]
+    torch.manual_seed(0)
+    graphs = []
+    for change in ("begin", "none", "scale", "mode", "rows", "masked", "none"):
+        part = batch(rows=9 if change == "rows" else 20)
+        if change == "masked":
+            part = part._replace(mask=part.mask & False, weight=0 * part.weight)
+        before = deepcopy([x.state_dict() for x in (objectives[1], optimizers[1])])
+        for x in objectives:
+            if change == "scale":
+                x.scale = 3.0
+            if change == "mode":
+                x.eval()
+        found = [update(objective, part) for update, objective in zip(updates, objectives, strict=True)]
+        assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+        assert_close(list(objectives[1].parameters()), list(objectives[0].parameters()), rtol=0, atol=1e-12)
+        after = [x.state_dict() for x in (objectives[1], optimizers[1])]
+        if change == "masked":
+            assert_close([after[0], after[1]["state"]], [before[0], before[1]["state"]], rtol=0, atol=0)
+            assert found[1]["critic_gradient_norm"] == 0
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[:2] == [0, 1]
+    assert graphs == sorted(graphs)
+    assert graphs[2:5] == [2, 3, 4]  # one more for each change
+
+
 def interrupt_the_compiler() -> None:
     """Ctrl-C while a step is compiled: it is taken, and then the interrupt comes."""
 
@@ -141,7 +184,9 @@ BY_THE_COMPILER = pytest.param(
 )
 
 
-@pytest.mark.parametrize("check", [BY_THE_COMPILER, count_compilations, interrupt_the_compiler])
+@pytest.mark.parametrize(
+    "check", [BY_THE_COMPILER, count_compilations, change_what_a_graph_is_of, interrupt_the_compiler]
+)
 def test_in_its_own_process(check: Callable[[], None]) -> None:
     in_its_own_process(check)
 

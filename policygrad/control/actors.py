@@ -121,6 +121,11 @@ class PerceptronActor(Actor):
             for (bias, weight), activation in zip(layers[:-1], activations, strict=True)
         ]
         self.last = layers[-1]
+        plain = isinstance(policy.encode, Flatten) and policy.memory is None and policy.mask is None
+        self.given: Tensor | None = None  # where observations go that the first layer takes as they are
+        if plain and device.type == "cpu":
+            self.given = torch.empty(rows, layers[0][1].shape[0], dtype=layers[0][1].dtype)
+            self.given_host = self.given.numpy()
         self.choose = policy.head.choice()
         self.outputs: list[Tensor] = []  # blocks [block, B, F]
         self.t = 0
@@ -129,14 +134,7 @@ class PerceptronActor(Actor):
         k = self.t % self.block
         if k == 0:
             self._next_block()
-        x = as_tensor(obs, self.device)
-        allowed = None if self.policy.mask is None else x[:, self.policy.mask] != 0
-        plain = isinstance(self.policy.encode, Flatten) and x.is_floating_point()
-        x = x.reshape(self.rows, -1) if plain else self.policy.encode(x.unsqueeze(1)).squeeze(1)
-        if self.policy.memory is not None:
-            begins = as_tensor(start, self.device).unsqueeze(1)
-            x, self.state = self.policy.memory.unrolled(x.unsqueeze(1), begins, self.state)
-            x = x.squeeze(1)
+        x, allowed = self._encoded(obs, start)
         for bias, weight, memory, activate in self.hidden:
             x = activate(torch.addmm(bias, x, weight, out=memory))
         torch.addmm(self.last[0], x, self.last[1], out=self.outputs[-1][k])
@@ -148,6 +146,20 @@ class PerceptronActor(Actor):
         self.t += 1
         action = self.choose(output, None if self.noise is None else self.noise[k])
         return action, self.policy.head.to_environment(action)
+
+    def _encoded(self, obs: np.ndarray, start: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """What the first layer takes [B, F], and the actions that are allowed, where there are masks."""
+        if self.given is not None and obs.dtype == self.given_host.dtype:
+            np.copyto(self.given_host, obs.reshape(self.rows, -1))
+            return self.given, None
+        x = as_tensor(obs, self.device)
+        allowed = None if self.policy.mask is None else x[:, self.policy.mask] != 0
+        x = self.policy.encode(x.unsqueeze(1)).squeeze(1)
+        if self.policy.memory is not None:
+            begins = as_tensor(start, self.device).unsqueeze(1)
+            x, self.state = self.policy.memory.unrolled(x.unsqueeze(1), begins, self.state)
+            x = x.squeeze(1)
+        return x, allowed
 
     def log_probabilities(self, action: Tensor) -> Tensor:
         output = torch.cat(self.outputs)[: self.t].transpose(0, 1)

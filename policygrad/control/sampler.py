@@ -129,7 +129,7 @@ class Sampler:
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
         stepping.reset() if self.whole_episodes else stepping.go_on()
-        failed: Any = False
+        failed: Any = stepping.resetting & False
         for t in range(self.length):
             obs, mask = stepping.now(), ~stepping.resetting
             if memories is not None:
@@ -140,12 +140,16 @@ class Sampler:
             except NonFiniteError as error:
                 error.evidence = {"obs": obs, "mask": mask}
                 raise
-            step = stepping.step(taken)._asdict()
-            counts = step.pop("counts")
-            columns.write(t, obs=obs, action=action, mask=counts, **step)
-            if t and (cut := mask & ~counts).any():  # obs is where these episodes were cut, by their environments
-                columns.columns["ended"][cut, t - 1] = True
-            failed = failed | (mask & ~counts)
+            restarts, step = stepping.restarts, stepping.step(taken)
+            columns.write(
+                t, obs=obs, action=action, mask=step.counts, reward=step.reward, terminated=step.terminated,
+                ended=step.ended, final=step.final,
+            )  # fmt: skip
+            if stepping.restarts > restarts:
+                cut = mask & ~step.counts
+                failed = failed | cut
+                if t:  # obs is where these episodes were cut, by their environments
+                    columns.columns["ended"][cut, t - 1] = True
             if self.whole_episodes and stepping.resetting.all():
                 break
         if self.whole_episodes:

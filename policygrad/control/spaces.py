@@ -273,7 +273,7 @@ def units(space: spaces.Box) -> Units:
 
 def in_box(numbers: np.ndarray, space: spaces.Box) -> np.ndarray:
     """float64 numbers [B, ...] in the Box's shape and dtype, clipped at its bounds; rounded if it holds integers."""
-    numbers = np.clip(numbers.reshape(-1, *space.shape), space.low, space.high)
+    numbers = np.minimum(np.maximum(numbers.reshape(-1, *space.shape), space.low), space.high)  # np.clip takes longer
     return (np.rint(numbers) if space.dtype.kind in "iu" else numbers).astype(space.dtype)
 
 

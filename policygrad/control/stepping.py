@@ -80,6 +80,8 @@ class Stepping:
         if isinstance(seed, int) and seed < 0:
             raise UserError(f"seed is {seed}: choose 0 or more")
         self.environments, self.observation_space, self.same_step = environments, space, mode == AutoresetMode.SAME_STEP
+        base = environments.unwrapped
+        self.agents = base if isinstance(base, Agents) else None
         self.whole_episodes, self.group_size = whole_episodes, group_size
         self.observation_normalizer, self.reward_scaler = observation_normalizer, reward_scaler
         self.seeded, self.generator = seed is not None, np.random.default_rng(seed)
@@ -159,8 +161,9 @@ class Stepping:
 
     def _taken(self, obs: Any, reward: Any, terminated: Arrays, truncated: Arrays, info: Any) -> Step:
         """What the environments' step returned, checked and counted."""
-        renewed = self._renewed(info) & ~self.resetting
-        counts = ~self.resetting & ~renewed
+        renewed, counts = self._renewed(info), ~self.resetting
+        if renewed is not None:
+            counts = counts & ~renewed
         reward = self._rewarded(reward, counts)
         terminated, ended = terminated & counts, (terminated | truncated) & counts
         if not self.same_step and info:
@@ -173,14 +176,16 @@ class Stepping:
             numbers = self._numbers(info.get("final_info") if self.same_step else info)
             for i in self._where(ended):
                 self.ending[i] = _numbers_of(numbers, i)
-        self.finish(ended)
-        if renewed.any():  # their episodes were cut, and are none to report
+            self.finish(ended)
+        cut, begun = ended, self.resetting
+        if renewed is not None:  # their episodes were cut, and are none to report
             self.episode_return[renewed], self.episode_length[renewed] = 0.0, 0
+            cut, begun = ended | renewed, self.resetting | renewed
         if self.reward_scaler is not None:
-            reward = self._scaled(reward, ended | renewed, counts)
-        self.starting = self.resetting | renewed | (ended & self.same_step)
+            reward = self._scaled(reward, cut, counts)
+        self.starting = begun | (ended & self.same_step)
         if self.whole_episodes:
-            self.resetting = self.resetting | ended | renewed
+            self.resetting = begun | ended
         else:
             self.resetting = (ended & (not self.same_step)) | self._waiting()
         final = self._received(self._final(obs, ended, info), ended & False) if self.same_step else None
@@ -189,19 +194,18 @@ class Stepping:
 
     def _waiting(self) -> Any:
         """Which rows are of agents that do not act in the next step, [B]."""
-        base = self.environments.unwrapped
-        return base.waiting.copy() if isinstance(base, Agents) else self.resetting & False
+        return self.resetting & False if self.agents is None else self.agents.waiting.copy()
 
-    def _renewed(self, info: dict[str, Any]) -> Arrays:
-        """Which environments failed in this step and were made anew, [B]; each is said in a note."""
-        renewed = np.zeros_like(self.resetting)
-        if RESTARTED in info:
-            renewed |= info[f"_{RESTARTED}"]
-            for i in np.flatnonzero(renewed):
-                self.restarts += 1
-                said = f"environment {i} of {len(renewed)} was made anew, and its episode is cut"
-                warnings.warn(f"{said}: it {one_line(info[RESTARTED][i], 100)}", Note, stacklevel=4)
-        return renewed
+    def _renewed(self, info: dict[str, Any]) -> Arrays | None:
+        """Which environments failed in this step and were made anew, [B]; each is said in a note. None: no one."""
+        if RESTARTED not in info:
+            return None
+        renewed = np.asarray(info[f"_{RESTARTED}"], dtype=bool)
+        for i in np.flatnonzero(renewed):
+            self.restarts += 1
+            said = f"environment {i} of {len(renewed)} was made anew, and its episode is cut"
+            warnings.warn(f"{said}: it {one_line(info[RESTARTED][i], 100)}", Note, stacklevel=4)
+        return renewed & ~self.resetting
 
     def finish(self, ended: Arrays) -> None:
         """Count the episodes of these environments as finished."""

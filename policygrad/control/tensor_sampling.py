@@ -52,8 +52,8 @@ class TensorStepping(Stepping):
     def _where(self, chosen: Tensor) -> list[int]:
         return chosen.nonzero()[:, 0].tolist()
 
-    def _renewed(self, info: dict[str, Any]) -> Any:
-        return self.resetting & False  # none is made anew
+    def _renewed(self, info: dict[str, Any]) -> None:
+        return None  # none is made anew
 
     def _numbers(self, info: Any) -> Any:
         numbers = info if isinstance(info, dict) else {}
