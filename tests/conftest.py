@@ -21,8 +21,9 @@ THREADS = int(os.environ.get("TEST_THREADS", "1"))
 
 @pytest.fixture(autouse=True)
 def seed_and_threads() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:  # as in what a shell starts in the background, or under nohup
+            signal.signal(number, usual)
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
 

@@ -288,7 +288,7 @@ def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
     start = time.monotonic()
     while not path.exists() or not path.stat().st_size:
         assert all(process.poll() is None for process in processes)
-        assert time.monotonic() - start < 90
+        assert time.monotonic() - start < 300  # so that nothing waits for ever; a busy machine takes its time
         time.sleep(0.05)
 
 
