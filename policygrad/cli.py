@@ -604,7 +604,7 @@ def _composed(rest: list[str]) -> tuple[list[str], bool]:
 
 
 def _train(rest: list[str]) -> int:
-    composes, anyway = rest[:1] == ["compose"], False
+    composes, anyway = [x.lower() for x in rest[:1]] == ["compose"], False
     if composes:
         rest, anyway = _composed(rest[1:])
     found = _asked("train", rest, _command, {"out", "preset", "json", "samples", "seeds", "processes"})
