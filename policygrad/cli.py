@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import io
 import json
 import logging
@@ -429,7 +430,9 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141, None
     if isinstance(error, OSError):
-        return 2, " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return fixable(within(said, 150) + ": make room, or choose another place" * full)
     return None, None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -856,6 +857,16 @@ def test_too_little_memory_is_one_line(policygrad: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cli, "_dispatch", run)
     assert_one_line(policygrad("train"), f"there is not enough memory ({error}): lower num_envs")
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(policygrad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(rest: list[str]) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/" + "x" * 300)
+
+    monkeypatch.setattr(cli, "_dispatch", run)
+    said = policygrad("train")
+    assert_one_line(said, "No space left on device")
+    assert said.err.endswith(": make room, or choose another place\n")
 
 
 def test_a_damaged_preset_is_one_line_that_names_its_file(
