@@ -840,6 +840,7 @@ def violations(o: Outcome) -> list[str]:
     if o.code in (2, 130) and "--debug" not in words and not o.err.startswith("usage:"):
         mine = [line for line in message if line.startswith("policygrad: ")]
         loud = "faulty:loud-v0" in words or any("prints" in x for x in words)
+        loud |= "compose" in map(str.lower, words)  # whose row of verify stands before everything else
         if len(mine) != 1 or (len(message) > 1 and not loud):
             found.append(f"{len(message)} lines on standard error")
         elif len(mine[0]) - len("policygrad: ") > LINE:
