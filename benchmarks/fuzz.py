@@ -5,10 +5,10 @@
     python benchmarks/fuzz.py --only 1234            one case, with all that it prints
 
 A case is a command line, made from its seed alone, that runs in a child of this process with a directory, a time limit
-and a memory limit of its own. Checked of each: an exit code of 0, 2, 130 or (verify) 1; no traceback; for code 2, one
-line on standard error of at most 200 characters; with --json and code 0, one JSON object on standard output and nothing
-else; nothing written outside its directory. A case at its time limit gets SIGINT, and must end as an interrupt does.
-Exits with 1 if anything is violated.
+and a memory limit of its own. Checked of each: an exit code of 0, 2, 130 or (verify, check, reproduce) 1; no traceback;
+for code 2, one line on standard error of at most 200 characters; with --json and code 0, one JSON object on standard
+output and nothing else; nothing written outside its directory. A case at its time limit gets SIGINT, and must end as an
+interrupt does. Exits with 1 if anything is violated.
 """
 
 import argparse
@@ -108,7 +108,13 @@ def furnish(place: Path) -> None:
     (place / "odd.jsonl").write_text('{"prompt": 3}\n{"prompt": null}\n[1]\n')
     (place / "binary.parquet").write_bytes(bytes(range(256)) * 10)
     (place / "latin.csv").write_bytes("prompt,answer\né,1\n".encode("latin-1"))
-    (place / "mine.py").write_text(FUNCTIONS)
+    (place / "mine.py").write_text(FUNCTIONS + TALKS + LOSSES)
+    moves = [{"observation": [0.0, 0.1, 0.0, 0.1], "action": k % 2, "episode": k // 3} for k in range(9)]
+    (place / "moves.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moves))
+    worse = [{"observation": [0.0, 0.1, 0.0], "action": 7}, {"observation": None, "action": "left"}]
+    (place / "worse.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worse))
+    answered = [{"prompt": row["prompt"], "completion": str(row["answer"])} for row in rows]
+    (place / "answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered))
     (place / "syntax.py").write_text("def f(:\n")
     (place / "quits.py").write_text("raise SystemExit(4)\n")
     for name, words in RUNS.items():
@@ -117,7 +123,7 @@ def furnish(place: Path) -> None:
 
 
 FUNCTIONS = """
-import os, sys, time
+import asyncio, os, sys, time
 import torch
 def one(completions, **_): return [1.0] * len(completions)
 def nothing(completions, **_): return [None] * len(completions)
@@ -149,7 +155,66 @@ def exits(*_): os._exit
 number = 3
 class Thing: pass
 """
-FUNCTION_NAMES = re.findall(r"^(?:def|class) (\w+)", FUNCTIONS, re.MULTILINE) + ["number", "absent"]
+TALKS = '''
+class Talk:
+    """An environment to talk to."""
+    def reset(self, seed): self.seed, self.turns = seed, 0; return f"{seed % 7}+1="
+    def step(self, text): self.turns += 1; return "and?", float(len(text)), self.turns == 2
+class Chat(Talk):
+    def reset(self, seed): return [{"role": "user", "content": super().reset(seed)}]
+class Bare(Talk):
+    def step(self, text): return text
+class Mute(Talk):
+    def step(self, text): return "", 0.0, False
+class Nan(Talk):
+    def step(self, text): return None, float("nan"), True
+class Unjudged(Talk):
+    def step(self, text): return None, None, True
+class Never(Talk):
+    def step(self, text): return "more" * 100, 0.0, False
+class Raises(Talk):
+    def step(self, text): raise ValueError("out of luck " * 50)
+class Leaves(Talk):
+    def step(self, text): sys.exit(3)
+class Cancels(Talk):
+    def reset(self, seed): raise asyncio.CancelledError("gone")
+class Another(Talk):
+    def reset(self, seed): return str(time.monotonic())
+def add(a: int, b: int) -> int:
+    """Add.
+
+    Args:
+        a: one.
+        b: the other.
+    """
+    return a + b
+def untyped(a): return a
+def slips(a: int) -> int:
+    """Slip.
+
+    Args:
+        a: where.
+    """
+    raise asyncio.CancelledError("gone")
+'''
+LOSSES = """
+def plain(log_probs, old_log_probs, advantages, action_mask):
+    return -((log_probs - old_log_probs).exp() * advantages * action_mask).sum() / action_mask.sum()
+def of_trl(per_token_logps, old_per_token_logps, advantages, completion_mask):
+    return -(per_token_logps * advantages[:, None] * completion_mask).sum(), {}
+def no_gradient(log_probs, old_log_probs, advantages, action_mask): return log_probs.detach().sum()
+def a_vector(log_probs, old_log_probs, advantages, action_mask): return log_probs.sum(1)
+def a_nan(log_probs, old_log_probs, advantages, action_mask): return log_probs.sum() * float("nan")
+def cancelled(log_probs, old_log_probs, advantages, action_mask): raise asyncio.CancelledError("gone")
+def leaves(log_probs, old_log_probs, advantages, action_mask): sys.exit(3)
+def in_place(log_probs, old_log_probs, advantages, action_mask):
+    advantages.zero_(); action_mask.zero_(); return log_probs.sum()
+class Module(torch.nn.Module):
+    def forward(self, log_probs, old_log_probs, advantages, action_mask): return -(log_probs * advantages).sum()
+"""
+NAMED = r"^(?:def|class) (\w+)"
+FUNCTION_NAMES = re.findall(NAMED, FUNCTIONS, re.MULTILINE) + ["number", "absent"]
+TALK_NAMES, LOSS_NAMES = (re.findall(NAMED, x, re.MULTILINE) for x in (TALKS, LOSSES))
 TINY = split("--model @model --dataset @prompts.jsonl --reward exact_match")
 SMALL = {
     "control": split("iterations=1 num_envs=2 num_steps=8 minibatch_size=8 hidden=4 epochs=1 episode_steps=8",
@@ -167,6 +232,30 @@ RUNS = {
     "exact-run": split("train ppo exact:bandit --iterations 1 --num-envs 2 --minibatch-size 2"),
     "language-run": ["train", "grpo", *TINY, *GRPO],
     "reward-run": split("reward-model --model @model --dataset @pairs.jsonl --held-out 4 --batch-size 8"),
+    "memory-run": split(
+        "train ppo policygrad/TMaze-v0 --preset none --memory gru --memory-size 4 --iterations 1",
+        "--num-envs 2 --num-steps 32 --hidden 4",
+    ),
+    "wrapped-run": split(
+        "train ppo CartPole-v1 --preset none --wrap NormalizeObservation --wrap TimeLimit:20",
+        "--iterations 1 --num-envs 2 --num-steps 32 --hidden 4",
+    ),
+    "talk-run": [
+        "train",
+        "grpo",
+        "@mine.py:Talk",
+        "--model",
+        "@model",
+        "--tool",
+        "@mine.py:add",
+        "--starts",
+        "8",
+        *GRPO[:6],
+        "--max-tokens",
+        "24",
+        *GRPO[8:],
+    ],
+    "cloned-run": split("clone CartPole-v1 @moves.jsonl --iterations 2 --hidden 4"),
 }
 TASKS = {
     "control": split("CartPole-v1 Pendulum-v1 FrozenLake-v1 Acrobot-v1 CliffWalking-v1 MountainCarContinuous-v0"),
@@ -177,7 +266,21 @@ WRONG_TASKS = split(
     "@mine.py:Thing @mine.py:number @mine.py:absent @syntax.py:f @quits.py:f @prompts.jsonl @empty.jsonl @model faulty",
     "faulty: :CartPole-v1 CartPole-v1: policygrad train ppo arithmetics",
 )
-PATHS = split("@control-run @exact-run @language-run @reward-run @model @prompts.jsonl @nowhere @mine.py @")
+PATHS = split(
+    "@control-run @exact-run @language-run @reward-run @model @prompts.jsonl @nowhere @mine.py @",
+    "@memory-run @wrapped-run @talk-run @cloned-run",
+)
+WRAPS = split(
+    "TimeLimit:5 RescaleAction:-1,1 NormalizeObservation NormalizeReward FrameStackObservation:2 ClipReward:0,1",
+    "RecordVideo:1 TimeLimit TimeLimit:[ FrameStackObservation:999999999999 StickyAction:0.5 timelimit:3 os:system",
+)
+# Values that fit an option by its name, where its type says too little.
+USUAL = {
+    "wrap": WRAPS, "tool": split("python @mine.py:add @mine.py:untyped @mine.py:slips @mine.py:absent os:system"),
+    "memory": split("gru lstm transformer"), "policy_keys": split("x observation"), "critic_keys": split("x"),
+    "demonstrations": split("@moves.jsonl @worse.jsonl"), "env_options": split("{} {\"x\":1} [ 3"),
+    "log": split("wandb mlflow trackio"), "start": split("@control-run @nowhere"),
+}  # fmt: skip
 
 
 # Cases
@@ -199,11 +302,8 @@ def usage(chance: random.Random) -> Case:
     from policygrad.train.methods import ALIASES, METHODS
 
     commands = [
-        "train",
-        "eval",
-        "list",
-        "verify",
-        "reward-model",
+        *split("train eval list verify reward-model clone resume reproduce elo watch export tune compare report push"),
+        *split("check compose"),
         "trian",
         "help",
         "TRAIN",
@@ -239,13 +339,13 @@ def method(chance: random.Random) -> tuple[str, str]:
     return (chance.choice(["pppo", "dqn", "", "ppo ", "p po", *ODD]), name) if chance.random() < 0.03 else (typed, name)
 
 
-def train(chance: random.Random, world: str, task: list[str], most: int = 3) -> Case:
-    """Training with a small budget and a few options, of which some are good."""
+def train(chance: random.Random, world: str, task: list[str], most: int = 3, **more: str) -> Case:
+    """Training with a small budget and a few options, of which some are good. more: another budget."""
     from policygrad.train.options import EPISODIC, Options, has_critic, options_of
 
     typed, name = method(chance)
     known = {f.name: f for f in fields(options_of(name, world))}
-    given = {x: value for x, value in (pair.split("=") for pair in SMALL[world]) if x in known}
+    given = {x: value for x, value in (pair.split("=") for pair in SMALL[world]) if x in known} | more
     if known["credit"].default in EPISODIC:
         given.pop("num_steps", None)
     else:
@@ -296,6 +396,8 @@ def good(chance: random.Random, f: Any) -> str | None:
     kind, text = f.type, str(f.type)
     if kind is bool or kind == "bool":
         return None
+    if f.name in USUAL:
+        return chance.choice(USUAL[f.name])
     if get_origin(kind) is not None and "Literal" in text:
         return str(chance.choice([x for x in get_args(kind) if isinstance(x, str)] or ["x"]))
     if "tuple" in text:
@@ -384,6 +486,77 @@ def evaluation(chance: random.Random) -> Case:
     return Case("", words)
 
 
+def conversations(chance: random.Random) -> Case:
+    """Environments to talk to, of which most fail, and tools."""
+    task = pick(chance, ["lookup", *(f"@mine.py:{x}" for x in TALK_NAMES), "@mine.py:Talk", "@mine.py:Thing"], 0.05)
+    model = [] if task == "lookup" else ["--model", "@model"]
+    case = train(chance, "language", [task, *model], most=1, max_tokens=chance.choice(["24", "60"]))
+    if chance.random() < 0.4:
+        case.words += ["--tool", pick(chance, USUAL["tool"])]
+    if chance.random() < 0.3:
+        case.words += [chance.choice(["--turns", "--turn-tokens", "--starts"]), pick(chance, ["1", "3", "8", "0", "x"])]
+    return case
+
+
+def compositions(chance: random.Random) -> Case:
+    """Methods put together, whose rows of verify come first."""
+    case = train(chance, *chance.choice([("exact", ["exact:bandit"]), ("control", ["CartPole-v1"])]), most=3)
+    case.words[1] = chance.choice(["compose", "compose", "Compose"])
+    if chance.random() < 0.4:
+        case.words += ["--update", pick(chance, split("ascend natural trust_region sideways"))]
+    return Case("", [*case.words, *(["--anyway"] if chance.random() < 0.7 else [])], occupied)
+
+
+def losses(chance: random.Random) -> Case:
+    """Losses of one's own."""
+    words = ["verify", "--loss", pick(chance, [*(f"@mine.py:{x}" for x in LOSS_NAMES), "@mine.py:one", "@quits.py:f"])]
+    return Case("", [*words, *(["--json"] if chance.random() < 0.3 else [])])
+
+
+def cloning(chance: random.Random) -> Case:
+    """Demonstrations, of an environment and of a language model."""
+    if chance.random() < 0.6:
+        words = ["clone", pick(chance, [*TASKS["control"][:2], "CartPole-v1", "exact:chain"])]
+        words += [pick(chance, split("@moves.jsonl @moves.jsonl @worse.jsonl @empty.jsonl @binary.parquet @nowhere"))]
+        words += split("--iterations 2 --hidden 4")
+    else:
+        words = [
+            "clone",
+            "--model",
+            "@model",
+            "--dataset",
+            pick(chance, split("@answered.jsonl @prompts.jsonl @odd.jsonl")),
+        ]
+        words += split("--iterations 2 --prompts-per-rollout 2 --held-out 2 --max-tokens 5")
+    more = {"--validation": ["0", "0.5", "1"], "--seed": ["1", "-1"], "--out": ["run", "full", "file"], "--wrap": WRAPS}
+    more["--columns"] = ["completion=answer", "a=b", "x"]
+    for word, values in more.items():
+        if chance.random() < 0.15:
+            words += [word, pick(chance, values)]
+    words += ["--json"] if chance.random() < 0.3 else []
+    return Case("", words, occupied)
+
+
+def checks(chance: random.Random) -> Case:
+    """Whether a gradient depends on how its batch is split."""
+    case = train(chance, "exact" if chance.random() < 0.3 else "control", ["CartPole-v1"], most=1)
+    case.words[0] = "check"
+    if chance.random() < 0.3:
+        case.words += [chance.choice(["--ranks", "--tolerance"]), pick(chance, ["1", "2", "0", "1e-30", "x"])]
+    return case
+
+
+def searches(chance: random.Random) -> Case:
+    """Trials, and seeds that make no sense."""
+    case = train(chance, "control", ["CartPole-v1"], most=1)
+    if chance.random() < 0.5:
+        case.words += ["--seeds", pick(chance, split("-1 3-1 x 0-99999999 0,0 , 1-2-3 --"), 0.3)]
+    else:
+        case.words[0] = "tune"
+        case.words += ["--trials", pick(chance, ["1", "0", "-1", "x"])]
+    return case
+
+
 # What is done with a run, besides eval, and words that belong to it.
 USES = {
     "resume": ["--iterations 1", "--steps 64", "--json", "--trust", "--device cpu"],
@@ -392,13 +565,19 @@ USES = {
     "report": ["run", "--out page.html", "--out here/"],
     "export": ["--format onnx", "--format torch-export", "--out here", "--trust"],
     "watch": ["--out film.gif", "--max-steps 3", "--episodes 1", "--seed 3", "--greedy", "--sampled", "--trust"],
+    "elo": ["--games 2", "--players 2", "--json", "--trust"],
+    "push": ["me/run", "--private", "--episodes 1", "--trust"],
 }
+
+
+IN_CONTROL = split("memory-run wrapped-run cloned-run")
+NEWER = [*IN_CONTROL, "talk-run"]
 
 
 def runs(chance: random.Random) -> Case:
     """Options of the commands on runs, on a good run and on paths that are none."""
     name = chance.choice(list(USES))
-    run = chance.choice(["control-run", "control-run", "exact-run", "language-run"])
+    run = chance.choice(["control-run", "control-run", *split("exact-run language-run"), *NEWER])
     words = [name, "run" if chance.random() < 0.8 else chance.choice([*ODD, "nowhere", "@reward-run", "@mine.py"])]
     words += [word for word in USES[name] if chance.random() < 0.3]
     if chance.random() < 0.2:
@@ -415,9 +594,10 @@ def copied(place: Path, run: str) -> None:
 
 def hostile(chance: random.Random) -> Case:
     """A run's directory that is damaged, or that somebody else has written."""
-    run = chance.choice(["control-run", "control-run", "exact-run", "language-run", "reward-run"])
+    run = chance.choice(["control-run", "control-run", "exact-run", "language-run", "reward-run", *NEWER])
     seed = chance.random()
-    words = ["eval", "run", *(["--episodes", "1"] if run == "control-run" else [])]
+    words = ["eval", "run", *(["--episodes", "1"] if run in (*IN_CONTROL, "control-run") else [])]
+    words += ["--trust"] if run == "talk-run" and chance.random() < 0.7 else []
     if run == "reward-run":
         words = ["train", "grpo", *TINY[:4], "--reward", "run", *GRPO]
     elif run == "language-run" and chance.random() < 0.3:
@@ -544,6 +724,7 @@ def reward_models(chance: random.Random) -> Case:
 
 KINDS = [usage] * 2 + [control] * 5 + [exact] * 2 + [language] * 3 + [environments] * 3 + [evaluation] * 2
 KINDS += [hostile] * 6 + [runs] * 3 + [lists] + [verification] + [reward_models] * 2
+KINDS += [conversations] * 2 + [compositions] + [losses] + [cloning] * 2 + [checks] + [searches]
 
 # Running them
 
@@ -651,7 +832,7 @@ def violations(o: Outcome) -> list[str]:
     """What is wrong with the answer."""
     words, found = o.case.words, []
     message = [line for line in o.err.splitlines() if line.strip() and not ASIDE.match(line)]
-    allowed = {0, 2, 130} | ({1} if {"verify", "reproduce"} & set(words) else set())
+    allowed = {0, 2, 130} | ({1} if {"verify", "reproduce", "check"} & set(words) else set())
     if o.code not in allowed:
         found.append(f"exit code {o.code}")
     if "Traceback (most recent call last)" in o.out + o.err and "--debug" not in words:
@@ -659,6 +840,7 @@ def violations(o: Outcome) -> list[str]:
     if o.code in (2, 130) and "--debug" not in words and not o.err.startswith("usage:"):
         mine = [line for line in message if line.startswith("policygrad: ")]
         loud = "faulty:loud-v0" in words or any("prints" in x for x in words)
+        loud |= "compose" in map(str.lower, words)  # whose row of verify stands before everything else
         if len(mine) != 1 or (len(message) > 1 and not loud):
             found.append(f"{len(message)} lines on standard error")
         elif len(mine[0]) - len("policygrad: ") > LINE:

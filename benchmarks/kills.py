@@ -1,6 +1,6 @@
 """Kill runs at random moments, and hold what they leave to what it says.
 
-    python benchmarks/kills.py [N]      N kills (20) of each kind in each world; exits with 1 if one leaves less
+    python benchmarks/kills.py [N [RUN...]]   N kills (20) of each kind of each run; exits with 1 if one leaves less
 
 Each run is ended by SIGKILL or SIGTERM at a random moment after its directory first holds a run. It saves after every
 iteration, so that many kills fall into a save. What is left is loaded, and the same run is trained again to the
@@ -40,10 +40,31 @@ WORLDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"prompts_per_rollout": 2, "completions": 2, "max_tokens": 8, "held_out": 2, "learning_rate": 1e-4}
         | {"evaluate_every": 0, "evaluation_completions": 1, "threads": 1, "preset": "none"},
     ),
+    "memory": (
+        "ppo",
+        "policygrad/TMaze-v0",
+        {"num_envs": 4, "num_steps": 32, "minibatch_size": 64, "preset": "none", "memory": "gru", "memory_size": 8},
+    ),
+    "wrapped": (
+        "ppo",
+        "CartPole-v1",
+        {"num_envs": 4, "num_steps": 64, "minibatch_size": 64, "preset": "none"}
+        | {"wrap": "NormalizeObservation", "compile": "off"},
+    ),
+    "conversations": (
+        "grpo",
+        "lookup",
+        {"prompts_per_rollout": 2, "completions": 2, "max_tokens": 40, "held_out": 2, "learning_rate": 1e-4}
+        | {"evaluate_every": 0, "evaluation_completions": 1, "threads": 1, "preset": "none"},
+    ),
 }
-LONG = {"control": {"steps": 10**9}, "exact": {"steps": 10**9}, "language": {"iterations": 10**6}}
+LONG = {name: {"steps": 10**9} for name in WORLDS} | {
+    name: {"iterations": 10**6} for name in ("language", "conversations")
+}
 PROCESSES = multiprocessing.get_context("forkserver")  # each run is a process of its own that need not import torch
-PROCESSES.set_forkserver_preload(["policygrad.train.training", *(f"policygrad.train.worlds.{x}" for x in WORLDS)])
+PROCESSES.set_forkserver_preload(
+    ["policygrad.train.training", *(f"policygrad.train.worlds.{x}" for x in ("control", "exact", "language"))]
+)
 
 
 def command(arguments: list[str], errors: Path) -> None:
@@ -113,8 +134,8 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     draw, faults = random.Random(0), []
-    print("| world | signal | runs | sound |\n|---|---|---|---|")
-    for world in WORLDS:
+    print("| run | signal | runs | sound |\n|---|---|---|---|")
+    for world in sys.argv[2:] or WORLDS:
         for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
             with tempfile.TemporaryDirectory() as place:
                 directories = [Path(place, str(i)) for i in range(count)]

@@ -196,9 +196,12 @@ def mean_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
 def batch_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The sample standard deviation of all returns, of all groups (Lite PPO, arXiv 2508.08221).
 
-    Infinity where it is 0, so that the advantage is 0.
+    Infinity where it is 0, so that the advantage is 0. A row that is alone in its group is left out: it is compared
+    with nothing, as are rows to which no reward applies.
     """
-    return group_scale(returns, torch.zeros_like(group))
+    alone = (group.unsqueeze(1) == group.unsqueeze(0)).sum(1) == 1
+    apart = torch.arange(1, len(group) + 1, device=group.device, dtype=group.dtype)
+    return group_scale(returns, torch.where(alone, apart, torch.zeros_like(group)))
 
 
 def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

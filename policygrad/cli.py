@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import io
 import json
 import logging
@@ -330,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with _stopped_by_signals():
             code = _dispatch(rest) if _alone() else _dispatch_rank(rest)
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
+    except BaseException as error:  # code of the user's may raise what is no Exception, such as CancelledError
         code, line = _ending(error)
         if code is None:
             _of_ranks(f"{type(error).__name__}: {one_line(error, 90)}; its traceback is above", error)
@@ -407,24 +408,41 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
         number = next((x.number for x in stops if isinstance(x, Stopped)), int(signal.SIGINT))
         return 128 + number, f"stopped; {kept or 'nothing was saved'}"
     told = [x for x in chain if isinstance(x, UserError)]
-    if told and isinstance(error, UserError | OSError | EOFError):
-        line = str(told[0])
+
+    def fixable(line: str) -> tuple[int, str]:
         return 2, f"{line}; {kept}" if kept is not None and len(line) + len(kept) <= LONGEST - 2 else line
+
+    if told and isinstance(error, UserError | OSError | EOFError):
+        return fixable(str(told[0]))
     if isinstance(error, SystemExit):
-        return (
-            2,
-            f"code that was called ended the program, by exit({shortened(error.code, 60)}): let it return or raise",
-        )
+        said = f"ended the program, by exit({shortened(error.code, 40)})"
+        return fixable(f"code that was called{_where(error)} {said}: let it return or raise")
+    if not isinstance(error, Exception):
+        said = f"raised {type(error).__name__} ({one_line(error, 40)}), which is no Exception"
+        return fixable(f"code that was called{_where(error)} {said}: let it raise another error")
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         said = one_line(error, 80)
-        return 2, f"there is not enough memory ({said}): lower num_envs, num_steps, hidden, completions or another size"
+        return fixable(
+            f"there is not enough memory ({said}): lower num_envs, num_steps, hidden, completions or another size"
+        )
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141, None
     if isinstance(error, OSError):
-        return 2, " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return fixable(within(said, 150) + ": make room, or choose another place" * full)
     return None, None
+
+
+def _where(error: BaseException) -> str:
+    """The user's function that raised an error, as the end of a phrase; nothing if none is on the way."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).is_relative_to(Path(__file__).parent):
+        return ""
+    last = frames[-1]
+    return f" ({one_line(last.name, 30)}, {one_line(Path(last.filename).name, 40)} line {last.lineno})"
 
 
 @contextlib.contextmanager
@@ -589,7 +607,7 @@ def _composed(rest: list[str]) -> tuple[list[str], bool]:
 
 
 def _train(rest: list[str]) -> int:
-    composes, anyway = rest[:1] == ["compose"], False
+    composes, anyway = [x.lower() for x in rest[:1]] == ["compose"], False
     if composes:
         rest, anyway = _composed(rest[1:])
     found = _asked("train", rest, _command, {"out", "preset", "json", "samples", "seeds", "processes"})
@@ -652,7 +670,9 @@ def _begun(out: Path) -> bool:
 
 def _clone(rest: list[str]) -> int:
     """`policygrad clone TASK DATA` is `policygrad train clone TASK --demonstrations DATA`."""
-    (_, data, *_), words = _free_first(rest)
+    (task, data, *_), words = _free_first(rest)
+    if data is not None and re.search(r"\.(jsonl|parquet|hdf5)$", task) and not re.search(r"\.\w+$", data):
+        raise UserError(f"the task comes first: policygrad clone {one_line(data, 60)} {one_line(task, 60)}")
     if data is not None:
         del words[1]
         words.append(f"--demonstrations={data}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from policygrad.errors import UserError, one_line
+from policygrad.errors import UserError, one_line, shortened
 
 TIME_LIMIT = 1800.0  # seconds that a rank waits for the others, unless it is told another number
 JOINING = 300.0  # seconds that it waits for them at the start
@@ -282,6 +282,7 @@ def join() -> None:
         raise UserError("this build of torch has no torch.distributed: install one that has, or use one process")
     store = None
     if not dist.is_initialized():
+        _check_number()
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
             limit = timedelta(seconds=JOINING)
@@ -301,6 +302,16 @@ def join() -> None:
             raise UserError(f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT") from error
     _joined = Processes(store)
     limit_to(TIME_LIMIT)
+
+
+def _check_number() -> None:
+    """Raise UserError for a number of this process, or of all, that cannot be: the others would be waited for."""
+    number, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+        raise UserError(
+            f"RANK is {shortened(number, 20)} and WORLD_SIZE {shortened(count, 20)}: ranks are 0 to WORLD_SIZE - 1; "
+            "start them by torchrun, which sets both"
+        )
 
 
 def limit_to(seconds: float) -> None:

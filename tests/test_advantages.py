@@ -344,6 +344,9 @@ def test_the_batchs_deviation_is_over_all_groups() -> None:
     returns, group = torch.randn(6), torch.tensor([0, 0, 1, 1, 2, 2])
     assert_close(batch_scale(returns, group), returns.std().expand(6))
     assert batch_scale(torch.full((6,), 0.1), group).isinf().all()
+    apart = torch.tensor([0, 0, 1, 1, 2, 3])  # two that are compared with nothing
+    expected = torch.cat([returns[:4].std().expand(4), torch.full((2,), torch.inf)])
+    assert_close(batch_scale(returns, apart), expected)
 
 
 def test_the_mean_weighted_by_length_is_that_of_the_tokens(sample: Callable[..., Rollout], policy: nn.Module) -> None:

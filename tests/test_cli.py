@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -770,9 +771,81 @@ def test_code_that_ends_the_program_is_an_error_and_no_success(
 ) -> None:
     (tmp_path / "exits.py").write_text(EXITS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    said = policygrad("train", "ppo", "exits:Exits-v0", *PPO[3:])
+    said = policygrad("train", "ppo", "exits:Exits-v0", *PPO[3:], "--out", "run")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "exit" in said.err.lower()
+    assert "code that was called (step, exits.py line 5) ended the program, by exit(0)" in said.err
+    assert "the policy of iteration 0 (0 steps) is kept in run" in said.err
+
+
+CANCELS = """
+import asyncio, probes
+class Cancels(probes.Known):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+    def step(self, action):
+        self.count += 1
+        if self.count > 9:
+            raise asyncio.CancelledError("no client")
+        return super().step(action)
+class Stop(BaseException):
+    pass
+class Talk:
+    def reset(self, seed):
+        return "7 + 5 ="
+    def step(self, text):
+        raise Stop("no more")
+def loss(log_probs, old_log_probs, advantages, action_mask):
+    raise Stop("no more")
+def estimator(reward, value, terminated, ended, gamma):
+    raise Stop("no more")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("train", "ppo", "cancels.py:Cancels", "--num-steps", "8", "--num-envs", "2", "--minibatch-size", "8",
+             "--iterations", "3",
+             "--preset", "none", "--out", "run"),
+            r"code that was called \(step, cancels.py line 10\) raised CancelledError \(no client\), which is no "
+            r"Exception: let it raise another error; the policy of iteration 1 \(\d+ steps\) is kept in run",
+        ),
+        (
+            ("train", "grpo", "cancels.py:Talk", "--model", "model", "--max-tokens", "8", "--held-out", "2"),
+            r"\(step, cancels.py line 18\) raised Stop \(no more\), which is no Exception",
+        ),
+        (("verify", "--loss", "cancels.py:loss"), r"\(loss, cancels.py line 20\) raised Stop \(no more\)"),
+        (
+            ("verify", "--estimator", "cancels.py:estimator", "--world", "bandit", "--samples", "1000"),
+            r"raised Stop",
+        ),
+    ],
+    ids=["environment", "conversation", "loss", "estimator"],
+)  # fmt: skip
+def test_an_error_that_is_no_exception_is_one_line_as_well(
+    policygrad: Any, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "cancels.py").write_text(CANCELS)
+    if "model" in words:
+        write_model(tmp_path / "model")
+    found = policygrad(*words)
+    assert_one_line(found, "")
+    assert re.search(said, found.err)
+
+
+def test_a_demonstration_file_before_its_task_is_one_line(policygrad: Any) -> None:
+    said = policygrad("clone", "moves.jsonl", "CartPole-v1")
+    assert_one_line(said, "the task comes first: policygrad clone CartPole-v1 moves.jsonl")
+
+
+def test_a_file_of_another_kind_is_not_written_over(policygrad: Any, tmp_path: Path) -> None:
+    policygrad("train", "ppo", "exact:chain", "--steps", 64, "--out", "run")
+    (tmp_path / "mine.py").write_text("mine")
+    assert_one_line(policygrad("report", "run", "--out", "mine.py"), "out is 'mine.py': a report is an .html file")
+    assert_one_line(policygrad("watch", "run", "--out", "mine.py"), "a transcript is a .txt or an .md file")
+    assert (tmp_path / "mine.py").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -784,6 +857,16 @@ def test_too_little_memory_is_one_line(policygrad: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cli, "_dispatch", run)
     assert_one_line(policygrad("train"), f"there is not enough memory ({error}): lower num_envs")
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(policygrad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(rest: list[str]) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/" + "x" * 300)
+
+    monkeypatch.setattr(cli, "_dispatch", run)
+    said = policygrad("train")
+    assert_one_line(said, "No space left on device")
+    assert said.err.endswith(": make room, or choose another place\n")
 
 
 def test_a_damaged_preset_is_one_line_that_names_its_file(

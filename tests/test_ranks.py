@@ -322,3 +322,12 @@ def test_layouts_are_what_they_say(tmp_path: Path, float64: None) -> None:
     assert all(not part.mask.any() for part in Problem("empty").parts[1:])
     first, second = Problem("cut").parts
     assert {*first.group.tolist()} & {*second.group.tolist()}
+
+
+@pytest.mark.parametrize(("number", "count"), [("5", "2"), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "x"), ("", "2")])
+def test_a_number_that_no_rank_has_is_said_at_once(number: str, count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would be waited for, as long as they may take."""
+    for name, x in (("RANK", number), ("WORLD_SIZE", count), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, x)
+    with pytest.raises(UserError, match=f"RANK is '{number}' and WORLD_SIZE '{count}': ranks are 0 to WORLD_SIZE - 1"):
+        ranks.join()

@@ -7,6 +7,7 @@ A policy with memory is asked about rows of steps, with what it remembered befor
 A row may hold parts of several episodes. Where one starts, the memory is empty.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -246,8 +247,11 @@ def measured_memory(inputs: int, options: dict[str, Any]) -> tuple[int, int]:
     """The parameters of a memory, and its features, before memory is taken for it. options: the policy's; {}: none."""
     if not options:
         return 0, inputs
-    with torch.device("meta"):
-        made = make_memory(options["memory"], inputs, options["memory_size"], options["memory_window"], False)
+    try:
+        with torch.device("meta"):
+            made = make_memory(options["memory"], inputs, options["memory_size"], options["memory_window"], False)
+    except (RuntimeError, TypeError):  # so many bytes that torch has no number for them
+        return sys.maxsize, options["memory_size"]
     return (0, inputs) if made is None else (sum(p.numel() for p in made.parameters()), made.size)
 
 

@@ -148,7 +148,11 @@ class Wrappers:
         return merged(copies) | self.around.learned()
 
     def take(self, learned: Learned) -> bool:
-        """Give all copies what others have learned together. Returns whether they are in reach, not in processes."""
+        """Give all copies what others have learned together. Returns whether they are in reach, not in processes.
+
+        Raises UserError where the wrappers are not those that learned.
+        """
+        _check_all(self.learned(), learned)
         for x in (*self.copies, self.around):
             x.set(learned)
         return not isinstance(self.base, AsyncVectorEnv | Processes)
@@ -166,9 +170,7 @@ class Wrappers:
                 f"{name} learns in processes, out of reach: evaluate on a callable that makes the environment"
             )
         given = own if learned is None else learned
-        for name in {*own, *given}:
-            if name.endswith(".count"):
-                _check(name, own, given)
+        _check_all(own, given)
         layers = [*self.copies, self.around]
         before = [x.numbers() for x in layers]
         for x in layers:
@@ -229,6 +231,12 @@ def merged(copies: list[Learned]) -> Learned:
         variance = (share * (variances + (means - mean) ** 2)).sum(0)
         found |= {f"{place}.mean": mean, f"{place}.var": variance, f"{place}.count": total}
     return found
+
+
+def _check_all(own: Learned, given: Learned) -> None:
+    for name in sorted({*own, *given}):
+        if name.endswith(".count"):
+            _check(name, own, given)
 
 
 def _check(name: str, own: Learned, given: Learned) -> None:

@@ -5,12 +5,15 @@ keeps these names, and a run is data.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
 import gymnasium
+import numpy as np
 
+from policygrad.control.checks import check_memory
 from policygrad.errors import UserError, listed, one_line, shortened
 
 NAMES = (
@@ -48,6 +51,11 @@ def wrapper(text: str) -> Wrap:
     named = {x: _plain(y) for x, y in named.items()}
 
     def wrap(environment: gymnasium.Env) -> gymnasium.Env:
+        check_memory(
+            _least_size(name, environment.observation_space, [*_numbers([positional, *named.values()])]),
+            f"wrap {shortened(text, 60)}",
+            "make it smaller",
+        )
         try:
             module = import_module("minigrid.wrappers" if name in MINIGRID else "gymnasium.wrappers")
             return getattr(module, name)(environment, *positional, **named)
@@ -65,6 +73,28 @@ def wrapped(environment: gymnasium.Env, wraps: Sequence[Wrap]) -> gymnasium.Env:
     for wrap in wraps:
         environment = wrap(environment)
     return environment
+
+
+def _least_size(name: str, space: gymnasium.Space, numbers: Sequence[int]) -> int:
+    """At least how many bytes a wrapper with these numbers as arguments takes; 0 if they say nothing about it."""
+    largest = max(numbers, default=0)
+    match name:
+        case "FrameStackObservation" | "DiscretizeObservation" | "DiscretizeAction":
+            return largest * max(1, math.prod(space.shape or ()) * np.dtype(space.dtype or np.uint8).itemsize)
+        case "ResizeObservation":
+            return math.prod(numbers)
+        case "AtariPreprocessing" | "ViewSizeWrapper" | "RGBImgObsWrapper" | "RGBImgPartialObsWrapper":
+            return largest**2
+    return 0
+
+
+def _numbers(x: Any) -> Iterator[int]:
+    """The whole numbers in an argument."""
+    if isinstance(x, tuple | list):
+        for part in x:
+            yield from _numbers(part)
+    elif isinstance(x, int):
+        yield int(x)
 
 
 def _plain(x: Any) -> Any:

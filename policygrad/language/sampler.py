@@ -287,7 +287,8 @@ class CompletionSampler(PromptSampler):
     With `dataset_weight`, one for each data set, an epoch has as many prompts as there are, each set its share of them:
     of a large set other prompts in each epoch, those of a small set several times.
 
-    decouple_rewards: see decoupled; metrics are of the rewards as they were.
+    decouple_rewards: see decoupled; what an environment gave is one of the rewards, and all stand at the last decision.
+    Metrics are of the rewards as they were.
 
     A completion to which no reward applies counts neither in the update nor in its group and the metrics of reward.
     P of a rollout is that of its longest prompt, up to a multiple of MULTIPLE, and T is the token limit. Raises
@@ -334,11 +335,20 @@ class CompletionSampler(PromptSampler):
         self.completions += len(answers.texts)
         metrics = {**self._metrics(answers), "sampling_seconds": seconds}
         if self.decouple_rewards:
-            parts = torch.stack([*answers.parts.values()], 1)
-            weights = getattr(self.judge, "weights", [1.0] * parts.shape[1])
-            reward = decoupled(parts, torch.tensor(weights, dtype=parts.dtype), self.request.completions)
-            answers = replace(answers, reward=reward)
+            answers = self._decoupled(answers)
         return as_rollout(answers, self.request.completions, self.cut, self.cut_penalty, metrics)
+
+    def _decoupled(self, answers: Answers) -> Answers:
+        """Answers whose reward is that of `decoupled`, at their last decision. What an environment gave is one reward
+        more, of weight 1. Completions that do not count are in no group."""
+        parts, weights = [*answers.parts.values()], [*getattr(self.judge, "weights", [1.0] * len(answers.parts))]
+        if answers.earned is not None:
+            parts, weights = [*parts, answers.earned.sum(1).to(answers.reward)], [*weights, 1.0]
+        each = torch.stack(parts, 1)
+        out = answers.reward.isnan() | ((self.cut == "masked") & answers.completions.cut.to(each.device))
+        each = each.where(~out.unsqueeze(1), torch.nan)
+        reward = decoupled(each, torch.tensor(weights, dtype=each.dtype), self.request.completions)
+        return replace(answers, reward=reward, earned=None)
 
     def _metrics(self, answers: Answers) -> dict[str, float]:
         done, reward = answers.completions, answers.reward.double()

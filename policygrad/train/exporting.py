@@ -28,7 +28,7 @@ from policygrad.control.checks import stored_dtype
 from policygrad.control.masks import random_masks
 from policygrad.control.spaces import Flat, FlatActions
 from policygrad.control.tensors import normalized, to_environment
-from policygrad.errors import UserError, ending, one_line, shortened, type_of
+from policygrad.errors import Note, UserError, ending, listed, one_line, shortened, type_of
 from policygrad.files import as_path, write_bytes
 from policygrad.rollout import state_size
 from policygrad.train.run import Run, arithmetic
@@ -70,6 +70,9 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
     missing = [name for name in PACKAGES if find_spec(name) is None] if format == "onnx" else []
     if missing:
         raise UserError(f"{', '.join(missing)} must be installed for ONNX: pip install policygrad[export]")
+    if names := _around(run):
+        said = f"the graph takes observations as the environment's wrappers give them ({listed(names, 80)})"
+        warnings.warn(f"{said}, and its actions go to the outermost one", Note, stacklevel=2)
     with arithmetic(run.world, run.options.threads):
         content = _graph_in(format, run)
     try:
@@ -101,6 +104,13 @@ class Acting(nn.Module):
         obs = obs.to(torch.get_default_dtype()) if obs.is_floating_point() else obs
         certain = self.mode(obs.unsqueeze(1))
         return to_environment(certain.sample()[:, 0], certain.distribution, self.space)
+
+
+def _around(run: Run) -> list[str]:
+    """The wrappers around the environment, as far as they are known: the options', and those that have learned."""
+    world: Any = run.world
+    learned = [x.partition(".")[0] for x in world.learned() or {} if x.endswith(".count")]
+    return list(dict.fromkeys([*(x.partition(":")[0] for x in run.options.wrap), *learned]))
 
 
 def _graph_in(format: Format, run: Run) -> bytes:

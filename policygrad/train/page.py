@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from policygrad.errors import UserError, ending, one_line
+from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import LARGEST_JSON, as_path, check_file, damaged, parse_json, read_json, write_bytes
 from policygrad.train.comparison import AXES, Recorded, recorded, runs_in
 from policygrad.train.findings import SCORES, Course, Finding, findings
@@ -92,11 +92,14 @@ class Reported:
 def report(*runs: Any, out: Path | str = "report.html") -> Path:
     """Write a page about runs, or about all runs in directories: configuration, curves, illnesses, samples, video.
 
-    Returns its path. Raises UserError for a directory that holds no run or is damaged, and if `out` cannot be written.
+    out: a file, .html or .htm, or a directory. Returns its path. Raises UserError for a directory that holds no run or
+    is damaged, and if `out` cannot be written.
     """
     place = as_path(out)
     if place.is_dir():
         place = place / "report.html"
+    if place.suffix not in (".html", ".htm"):  # a file of another kind is something else's, and would be lost
+        raise UserError(f"out is {shortened(str(out))}: a report is an .html file")
     content = html_of(gathered(runs))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from policygrad.train.samples import as_text
 
 SMALLEST = 320  # pixels of a frame's width; smaller frames are enlarged by a whole factor
 SUFFIXES = (".mp4", ".gif")
+TEXTS = (".txt", ".md")  # of a transcript; another file is something else's, and would be lost
 SAMPLES = 4  # prompts of a transcript, or episodes
 ACTIONS = 3  # numbers of an action in the caption
 COLUMNS = (0.0, 0.2, 0.36, 0.6)  # where its parts begin, in widths, so that nothing moves as numbers grow
@@ -97,8 +98,13 @@ def video(
 class Filmed(gymnasium.Wrapper):
     """Shows a frame after each reset and step, with a caption: episode, step, return and action.
 
-    around: the vector environment that holds the environment, if it was made to be filmed.
+    around: the vector environment that holds the environment, if it was made to be filmed, as the run makes its own.
     """
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the run's wrappers and masks are around the environment already."""
+        return self.around is not None
 
     def __init__(self, environment: gymnasium.Env, around: VectorEnv | None = None) -> None:
         super().__init__(environment)
@@ -298,10 +304,12 @@ def transcript(
 ) -> str:
     """What a policy says to its first held-out prompts, with its rewards; on an exact world, its episodes.
 
-    samples: prompts, or episodes. completions: of each prompt. out: a file to write it to.
+    samples: prompts, or episodes. completions: of each prompt. out: a file to write it to, .txt or .md.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}: ask for at least one")
+    if out is not None and as_path(out).suffix not in TEXTS:
+        raise UserError(f"out is {shortened(str(out))}: a transcript is a .txt or an .md file")
     said = _answers if run.world.kind == "language" else _episodes
     text = said(run, SAMPLES if samples is None else samples, 1 if completions is None else completions, seed, greedy)
     if out is not None:

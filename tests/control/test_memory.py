@@ -465,5 +465,8 @@ def test_a_memory_is_measured_before_it_is_made() -> None:
         weights = sum(p.numel() for p in memory.parameters())
         assert measured_memory(3, {"memory": kind, "memory_size": 4, "memory_window": 3}) == (weights, 4)
     assert measured_memory(3, {}) == (0, 3)
+    for kind in ("gru", "lstm", "transformer"):  # of so many that torch cannot count the bytes
+        weights, _ = measured_memory(3, {"memory": kind, "memory_size": 10**12, "memory_window": 3})
+        assert weights > 10**18
     with pytest.raises(UserError, match="memory is nothing: choose none, gru, lstm or transformer"):
         make_memory("nothing", 3, 4, 3, True)

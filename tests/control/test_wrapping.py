@@ -82,8 +82,15 @@ def test_every_name_is_a_wrapper_of_gymnasium_and_none_writes_or_opens() -> None
         ("TimeLimit:0", "does not fit the environment or its arguments"),
         ("RescaleAction:-1,1", "does not fit the environment or its arguments"),
         ("x" * 500, "no wrapper is called"),
+        ("FrameStackObservation:1000000000000", "would take .* GiB, and .* are free here: make it smaller"),
+        ('FrameStackObservation:{"stack_size": 1000000000000}', "would take .* GiB"),
+        ("ResizeObservation:[10000000,10000000]", "would take .* GiB"),
+        ("AtariPreprocessing:30,4,100000000", "would take .* GiB"),
     ],
-    ids=["writes", "code", "case", "no JSON", "deep", "no argument", "zero", "another space", "long"],
+    ids=[
+        *("writes", "code", "case", "no JSON", "deep", "no argument", "zero", "another space", "long"),
+        *("large", "large by name", "pixels", "a screen"),
+    ],
 )
 def test_what_cannot_be_is_one_line(text: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
@@ -112,6 +119,27 @@ def test_the_run_keeps_them_for_evaluation_and_resuming(tmp_path: Path) -> None:
     pg.resume(tmp_path / "run", iterations=1, progress=False)
     with pytest.raises(UserError, match="hand in a function"):
         run.evaluate(3, environment=gymnasium.make("Pendulum-v1"))
+
+
+@pytest.mark.parametrize(
+    ("task", "wrap", "options"),
+    [
+        ("Pendulum-v1", ["TimeLimit:9", "RescaleAction:-1,1"], {}),
+        ("CartPole-v1", ["NormalizeObservation", "RepeatAction:2"], {}),
+        ("Taxi-v4", ["TimeLimit:9"], {"action_mask": "info"}),
+    ],
+    ids=["actions", "statistics", "masks"],
+)
+def test_what_is_filmed_is_what_is_evaluated(
+    task: str, wrap: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The run's wrappers are around the environment once, with what they learned."""
+    pytest.importorskip("pygame")
+    run = pg.train("ppo", task, out=tmp_path / "run", wrap=wrap, **SMALL, **options)
+    found = pg.watch(tmp_path / "run", tmp_path / "film.gif", max_steps=12)
+    one = pg.load(tmp_path / "run").evaluate(1, max_steps=12)
+    assert (found.returns, found.lengths) == (one.returns, one.lengths)
+    assert run.evaluate(1, max_steps=12).returns == found.returns
 
 
 def test_a_file_names_none_that_reaches_out(tmp_path: Path) -> None:

@@ -205,6 +205,33 @@ def test_a_judge_sees_the_last_turn_and_its_reward_stands_at_the_last_decision()
     assert set(sampler.last.parts) == {"judge"}
 
 
+@pytest.mark.parametrize("judged", [False, True])
+def test_what_an_environment_gives_is_one_of_the_decoupled_rewards(judged: bool) -> None:
+    """With a judge, or alone: each standardized within its group, and their sum at the last decision."""
+
+    class Drawn(Echo):
+        def step(self, text: str) -> Any:
+            heard, _, end = super().step(text)
+            return heard, float(sum(map(ord, text)) % 97), end
+
+    def first(completions: list[Any], **_: Any) -> list[float]:
+        return [float(ord((x[0]["content"] + " ")[0])) for x in completions]
+
+    judge = Rewards([first], [0.5]) if judged else None
+    sampler, _, rollout, _ = held("qwen", Drawn, judge=judge, decouple_rewards=True)
+    assert sampler.last is not None
+    assert sampler.last.earned is not None
+    own = sampler.last.earned.sum(1).view(2, 3)
+    assert own.std(1).min() > 0
+
+    def apart(x: Tensor) -> Tensor:
+        return ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)).flatten()
+
+    wanted = apart(own) + (0.5 * apart(sampler.last.parts["first"].view(2, 3)) if judged else 0.0)
+    assert_close(rollout.reward.sum(1), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(rollout.reward != 0, rollout.terminated)
+
+
 @families
 @pytest.mark.parametrize("max_tokens", [5, 40, 60])
 def test_a_conversation_that_meets_a_limit_is_cut(family: str, max_tokens: int) -> None:

@@ -29,6 +29,9 @@ from policygrad.language.tasks import prepared
 from policygrad.rollout import Rollout
 from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups
 from policygrad.score import log_probabilities
+from policygrad.train.compose import credit_of
+from policygrad.train.methods import METHODS
+from policygrad.train.options import compares_groups, options_of
 from policygrad.weights import per_budget, per_episode, per_row, per_token
 
 TOKENIZER = arithmetic.tokenizer()
@@ -266,6 +269,31 @@ def test_masked_it_does_not_count_and_its_group_is_judged_without_it() -> None:
     assert mixed, "there is a group with both"
     total = policy(rollout.obs).log_prob(rollout.action)[cut].sum()
     assert not gradients(total, policy).any()
+
+
+GROUPED = [x for x in METHODS if compares_groups(options_of(x, "language")())]
+
+
+@pytest.mark.parametrize("method", GROUPED)
+@pytest.mark.parametrize("why", ["no reward applies", "cut"])
+def test_what_does_not_count_leaves_the_credit_of_every_method(method: str, why: str) -> None:
+    """Each advantage is that of a rollout without those rows, whatever it is compared with, group or batch."""
+
+    def sparse(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if i % 5 == 3 else 3.0 + x for i, x in enumerate(digits(completions))]
+
+    judge = Rewards([sparse] if why == "no reward applies" else [digits])
+    cut = "kept" if why == "no reward applies" else "masked"
+    sampler = made(judge=judge, cut=cut, prompts_per_rollout=5, request=replace(REQUEST, max_tokens=24))
+    policy = made_policy()
+    rollout, options = sampler(policy), options_of(method, "language")()
+    assign = credit_of(options, policy, None)
+    keep = rollout.mask.any(1)
+    assert 5 < int(keep.sum()) < 20
+    found, wanted = assign(rollout).advantage[keep], assign(rollout.rows(keep.nonzero()[:, 0])).advantage
+    mask = rollout.mask[keep]
+    assert wanted.where(mask, 0.0).std() > 0
+    assert_close(found.where(mask, 0.0), wanted.where(mask, 0.0), rtol=1e-4, atol=1e-5)
 
 
 def test_what_becomes_of_a_cut_completion_has_three_names() -> None:
@@ -696,6 +724,29 @@ def test_each_reward_is_standardized_in_its_group_before_they_are_added() -> Non
             wanted.append(total if known else nan)
     assert_close(decoupled(parts, torch.tensor(weights), 3), torch.tensor(wanted), equal_nan=True)
     assert decoupled(parts, torch.tensor(weights), 3)[3] == 0
+
+
+def test_decoupled_rewards_leave_out_what_does_not_count() -> None:
+    """The group's mean and deviation are of the completions that count, as elsewhere."""
+
+    def lengths(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    request = replace(REQUEST, max_tokens=24)
+    sampler = made(judge=Rewards([lengths, digits]), cut="masked", decouple_rewards=True, request=request)
+    rollout = sampler(made_policy())
+    cut, parts = sampler.last.completions.cut, sampler.last.parts
+    mixed = 0
+    for i in (~cut).nonzero()[:, 0].tolist():
+        others = [j for j in range(12) if j // 4 == i // 4 and not cut[j]]
+        mixed += 1 < len(others) < 4
+        wanted = 0.0
+        for part in parts.values():
+            known = part[others].tolist()
+            spread = statistics.stdev(known) if len(known) > 1 else 0.0
+            wanted += (part[i].item() - statistics.mean(known)) / spread if spread else 0.0
+        assert rollout.reward[i].sum().item() == pytest.approx(wanted, abs=1e-5)
+    assert mixed, "there is a group with both"
 
 
 def test_decoupled_rewards_are_learned_from_and_the_metrics_are_of_those_there_were() -> None:

@@ -20,7 +20,7 @@ from torch.distributions import Categorical
 import policygrad as pg
 from policygrad import cli
 from policygrad.control.spaces import FlatActions
-from policygrad.errors import UserError
+from policygrad.errors import Note, UserError
 from policygrad.train.exporting import TOLERANCE, observations
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -291,6 +291,16 @@ def test_a_run_of_elsewhere_is_data(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["export", str(tmp_path / "run"), "--format", "torch-export", "--environment", "probes:Known-v0"])
     assert stop.value.code == 0
+
+
+def test_what_wrappers_change_before_the_graph_is_said(tmp_path: Path) -> None:
+    """The graph's input is what the outermost wrapper gives: a user of it has to know."""
+    run = pg.train("ppo", "CartPole-v1", wrap=["ClipReward:-1,1", "NormalizeObservation"], **FEW)
+    with pytest.warns(Note, match=r"wrappers give them \(ClipReward, NormalizeObservation\)") as notes:
+        path = pg.export(run, out=tmp_path / "policy.onnx")
+    assert len(str(notes[0].message)) <= 200
+    obs = observations(run.world)
+    check_same(loaded(path)(obs), taken(run, obs))
 
 
 def test_the_command_says_what_it_wrote_and_nothing_else(pendulum: Any, capfd: pytest.CaptureFixture[str]) -> None:

@@ -704,6 +704,19 @@ def test_statistics_of_wrappers_begin_where_they_were(tmp_path: Path) -> None:
     np.testing.assert_allclose(learned[name], first.world.learned()[name], rtol=1e-6)  # these are float32
 
 
+def test_statistics_of_wrappers_that_only_one_of_two_runs_has_are_one_line(tmp_path: Path) -> None:
+    """The policy expects observations as they were: nothing else would say that they are in another unit."""
+    values = known("ppo", vectorization="sync")
+    pg.train("ppo", "CartPole-v1", out=tmp_path / "plain", **values)
+    pg.train("ppo", "CartPole-v1", out=tmp_path / "wrapped", wrap=["NormalizeObservation"], **values)
+    with pytest.raises(UserError, match="training had NormalizeObservation around the environment, and here it is mis"):
+        Training("ppo", "CartPole-v1", start=tmp_path / "wrapped", **values)
+    for vectorization in ("sync", "async"):
+        given = values | {"vectorization": vectorization, "wrap": ["NormalizeObservation"]}
+        with pytest.raises(UserError, match="NormalizeObservation has statistics, and training had none"):
+            Training("ppo", "CartPole-v1", start=tmp_path / "plain", **given)
+
+
 # A directory from anyone
 
 

@@ -191,6 +191,8 @@ class ControlWorld(World):
         The options of the environment are the task's own, and so is EnvPool, whose environments may have other spaces.
         """
         options = self.options
+        if isinstance(another, gymnasium.Env) and getattr(another, "is_prepared", False):
+            return {}  # it was made by this, to be filmed
         if options.wrap and isinstance(self.task if another is None else another, gymnasium.Env | VectorEnv):
             raise OptionError(
                 "wrap", "wrap is of environments made here, and this one is made: wrap it, or hand in a function"
@@ -259,6 +261,8 @@ class ControlWorld(World):
             )
         weights, features = measured(space, encoder, channels, options.policy_keys)
         more, features = measured_memory(features, self._memory())
+        advice = "lower memory_size" + (" or memory_window" if self._memory().get("memory") == "transformer" else "")
+        check_memory(4 * 2 * 4 * more, f"a memory of {one_line(features, 40)} features", advice)
         weights, sizes = weights + more, [features, *options.hidden]
         weights += sum(inputs * outputs for inputs, outputs in pairwise(sizes))
         said = f"networks with hidden {one_line(list(options.hidden), 40)}"
@@ -318,7 +322,7 @@ class ControlWorld(World):
             except (KeyError, ValueError) as error:
                 raise damaged(path, f"the statistics of observations make no sense: {one_line(error)}") from error
         learned = {name: x.numpy() for name, x in part_of(tensors, "wrappers.").items()}
-        if learned and self.wrappers is not None and not self.wrappers.take(learned):
+        if self.wrappers is not None and not self.wrappers.take(learned) and learned:
             warnings.warn("the wrappers of the environment learn in processes: theirs begin anew", Note, stacklevel=2)
 
     def _check_beginning(self, directory: Path) -> None:

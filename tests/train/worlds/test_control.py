@@ -481,6 +481,12 @@ def test_the_share_of_successes_is_in_the_line() -> None:
         ({"num_envs": 10**9}, "1000000000 environments would take .* GiB, and .* are free here: lower num_envs"),
         ({"num_steps": 10**12}, "a rollout of 2 environments and 1000000000000 steps would take .*: lower num_envs or"),
         ({"hidden": (10**9, 10**9)}, r"networks with hidden \[1000000000, 1000000000\] would take .*: lower hidden"),
+        ({"memory": "gru", "memory_size": 10**9}, "a memory of 1000000000 features would take .*: lower memory_size$"),
+        ({"memory": "lstm", "memory_size": 10**6}, "a memory of 1000000 features would take .*: lower memory_size$"),
+        (
+            {"memory": "transformer", "memory_window": 10**10},
+            "a memory of 64 features would take .*: lower memory_size or memory_window",
+        ),
     ],
 )
 def test_sizes_beyond_memory_are_refused_before_they_are_allocated(options: dict[str, Any], said: str) -> None:
