@@ -124,6 +124,7 @@ class Keywords(TypedDict, total=False):
     learn_from_share: float
     normalize_advantages: Literal["none", "batch", "minibatch"]
     weights: Literal["token", "row", "episode", "budget"]
+    symmetry: str | None
     entropy_coefficient: float
     entropy_target: float | None
     entropy_step: float

@@ -349,6 +349,11 @@ class Options:
     weights: Literal["token", "row", "episode", "budget"] = option("token",
         "Average over decisions: all equally; mean per row; sum per row; or sum per row / maximum row length.")
 
+    symmetry: str | None = option(None,
+        "Learn from each decision's reflection too, in a task that it leaves as it is: module:function or "
+        "file.py:function of (obs, action), tensors [B, T, ...], which returns the reflected two.",
+        TEXT, **CONTROL, objective=("surrogate", "ppo", "grpo"))
+
     # Objective
     entropy_coefficient: float = option(0.0,
         "Coefficient of the entropy in the objective.",
@@ -759,6 +764,14 @@ def _sampling_conflicts(o: Any) -> Any:
             f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
             "off_policy_actor_critic, or a method with a ratio such as ppo",
         )
+    if getattr(o, "symmetry", None) is not None:
+        if o.normalize_observations:
+            said = "symmetry reflects observations as the environment gives them, and normalized ones have lost theirs"
+            yield "normalize_observations", f"{said}: leave one out"
+        if o.memory != "none":
+            yield "memory", "symmetry is for policies without memory, since it reflects single steps: leave one out"
+        if getattr(o, "gain", "surrogate") == "score":
+            yield "gain", "symmetry needs a ratio, and gain score has none: leave one of the two out"
     if o.opponent == "self":
         for name, given in (("overlap", o.overlap), ("wrap", o.wrap), ("vectorization", o.vectorization == "async")):
             if given:

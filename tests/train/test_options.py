@@ -203,6 +203,7 @@ VALUES: dict[str, Any] = {
     "critic_learning_rate": 0.03,
     "critic_epochs": 2,
     "critic_minibatch_size": 3,
+    "symmetry": "probes:mirror",
     "demonstrations": [{"observation": [0.0, 1.0, 2.0], "action": [0.5, -0.5]}] * 20,
     "validation": 0.5,
 }
