@@ -501,6 +501,8 @@ def compiles(options: Any) -> bool:
         return wanted == "on"
     if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known
         return False
+    if getattr(options, "agents", "shared") == "separate":  # how many rows are whose differs from batch to batch
+        return False
     if getattr(options, "memory", "none") != "none":  # a graph of every step of a row takes minutes to make
         return False
     steps = math.inf if options.steps is None else options.steps

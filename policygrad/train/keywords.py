@@ -40,6 +40,7 @@ class Keywords(TypedDict, total=False):
     action_mask: Literal["auto", "info", "off"]
     opponent: Literal["random", "self"]
     freeze_every: int
+    agents: Literal["shared", "separate"]
     restart_envs: int
     overlap: bool
     env_options: str | dict[str, Any] | None

@@ -147,6 +147,9 @@ class Options:
         "in RUN/selves. Evaluations are against a random player.", **CONTROL, **SAMPLED)
     freeze_every: int = option(10,
         "Iterations between the selves that are frozen as opponents.", COUNT, **CONTROL, opponent=("self",))
+    agents: Literal["shared", "separate"] = option("shared",
+        "Parameters of the agents of a game: one policy and critic for all, or a policy and a critic for each.",
+        **CONTROL, **SAMPLED)
     restart_envs: int = option(0,
         "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
         "is cut.", NOT_NEGATIVE, **CONTROL, **SAMPLED)
@@ -764,6 +767,18 @@ def _sampling_conflicts(o: Any) -> Any:
             f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
             "off_policy_actor_critic, or a method with a ratio such as ppo",
         )
+    if o.agents == "separate":
+        unfit = {
+            "compile": o.compile == "on",
+            "overlap": o.overlap,
+            "opponent": o.opponent == "self",
+            "divergence_mask": getattr(o, "divergence_mask", "none") == "tv",
+            "baseline": getattr(o, "baseline", "") in ("optimal", "token"),
+        }
+        for name, given in unfit.items():
+            if given:
+                said = "agents separate has a policy for each agent, whose rows differ from batch to batch"
+                yield name, f"{said}: leave {name} {getattr(o, name)} out"
     if getattr(o, "symmetry", None) is not None:
         if o.normalize_observations:
             said = "symmetry reflects observations as the environment gives them, and normalized ones have lost theirs"
