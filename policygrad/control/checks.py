@@ -60,14 +60,12 @@ def _is_outside(numbers: np.ndarray, space: spaces.Space) -> bool:
     """Whether a number is none of a space of finitely many. The bounds of a Box are not checked."""
     match space:
         case spaces.Discrete():
-            least, most = space.start, space.start + space.n - 1
+            return not space.start <= int(numbers) < space.start + space.n
         case spaces.MultiDiscrete():
-            least, most = space.start, space.start + space.nvec - 1
-        case spaces.MultiBinary():
-            least, most = 0, 1
-        case _:
-            return False
-    return bool(((numbers < least) | (numbers > most)).any())
+            return bool(((numbers < space.start) | (numbers >= space.start + space.nvec)).any())
+        case spaces.MultiBinary():  # masks have many numbers, every step: as unsigned ones, -1 is 255
+            return bool(numbers.view(np.uint8).max(initial=0) > 1)
+    return False
 
 
 def finite_numbers(info: Any) -> dict[str, float]:
