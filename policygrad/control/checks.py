@@ -60,12 +60,16 @@ def _is_outside(numbers: np.ndarray, space: spaces.Space) -> bool:
     """Whether a number is none of a space of finitely many. The bounds of a Box are not checked."""
     match space:
         case spaces.Discrete():
-            return not space.start <= int(numbers) < space.start + space.n
+            least, most = space.start, space.start + space.n - 1
         case spaces.MultiDiscrete():
-            return bool(((numbers < space.start) | (numbers >= space.start + space.nvec)).any())
-        case spaces.MultiBinary():  # masks have many numbers, every step: as unsigned ones, -1 is 255
+            least, most = space.start, space.start + space.nvec - 1
+        case spaces.MultiBinary() if numbers.dtype == np.int8:  # a mask at every step: as unsigned ones, -1 is 255
             return bool(numbers.view(np.uint8).max(initial=0) > 1)
-    return False
+        case spaces.MultiBinary():
+            least, most = 0, 1
+        case _:
+            return False
+    return bool(((numbers < least) | (numbers > most)).any())
 
 
 def finite_numbers(info: Any) -> dict[str, float]:
