@@ -149,7 +149,9 @@ def _vectors(name: str, values: Sequence[Any], space: spaces.Space) -> np.ndarra
         )
         if isinstance(value, Mapping) != isinstance(space, spaces.Dict) or set(own) != set(keys):
             kind = (
-                f"a dict with the keys {listed(keys, 60)}" if isinstance(space, spaces.Dict) else f"{len(keys)} parts"
+                f"a dict with the keys {listed(map(str, keys), 60)}"
+                if isinstance(space, spaces.Dict)
+                else f"{len(keys)} parts"
             )
             raise UserError(f"row {i} of the demonstrations: {name} is {shortened(value, 40)}: give {kind}")
     return np.concatenate([_vectors(f"{name} {key}", [x[key] for x in values], space[key]) for key in keys], 1)  # type: ignore[index]
