@@ -23,6 +23,7 @@ from policygrad import (
     returns as returns,
     samplers as samplers,
     score as score,
+    symmetry as symmetry,
     turns as turns,
     updates as updates,
     verify as verify,

@@ -1028,12 +1028,16 @@ def _elo(rest: list[str]) -> int:
     command = _parse(Elo, rest, "elo")
     with _aside(command.json):
         _quiet()
-        from policygrad.train.elo import elo, summary, table
+        from policygrad.files import write_json
+        from policygrad.train.elo import KEPT, elo, summary, table
+        from policygrad.train.hub import on_hub
         from policygrad.train.run import Run
 
         repeated = {} if command.environment is None else {"environment": command.environment}
         run = Run.load(command.run, trust=command.trust, **repeated)
         ratings = elo(run, games=command.games, players=command.players, seed=command.seed)
+        if not on_hub(command.run):
+            write_json(command.run / KEPT, summary(ratings))
     print(json.dumps(summary(ratings)) if command.json else table(ratings))
     return 0
 

@@ -222,3 +222,8 @@ gymnasium.register(
 )
 for _space in (spaces.Sequence(spaces.Discrete(2)), spaces.Text(5)):
     gymnasium.register(f"{type(_space).__name__}Actions-v0", entry_point=Known, kwargs={"actions": _space})
+
+
+def mirror(obs: Any, action: Any) -> tuple[Any, Any]:
+    """A reflection, as the option symmetry takes it."""
+    return -obs, action

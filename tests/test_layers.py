@@ -16,7 +16,9 @@ LAYER = {
     "ranks": -1,
     **dict.fromkeys(["errors", "files", "functions", "lazy", "machine", "rollout", "weights"], 0),
     **dict.fromkeys(["score", "returns", "advantages", "divergences", "objectives", "diagnostics"], 1),
-    **dict.fromkeys(["compiling", "linalg", "updates", "guards", "noise", "critics", "credit", "turns", "samplers"], 2),
+    **dict.fromkeys(
+        ["compiling", "linalg", "updates", "guards", "noise", "critics", "credit", "turns", "samplers", "symmetry"], 2
+    ),
     **dict.fromkeys(["algorithms"], 3),
     **dict.fromkeys(["verify", "train", "cli"], 4),
 }

@@ -63,6 +63,8 @@ def _is_outside(numbers: np.ndarray, space: spaces.Space) -> bool:
             least, most = space.start, space.start + space.n - 1
         case spaces.MultiDiscrete():
             least, most = space.start, space.start + space.nvec - 1
+        case spaces.MultiBinary() if numbers.dtype == np.int8:  # a mask at every step: as unsigned ones, -1 is 255
+            return bool(numbers.view(np.uint8).max(initial=0) > 1)
         case spaces.MultiBinary():
             least, most = 0, 1
         case _:

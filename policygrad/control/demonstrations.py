@@ -11,7 +11,7 @@ from torch import nn
 
 from policygrad import ranks
 from policygrad.control.checks import as_tensor, checked_distribution, checked_member, stored
-from policygrad.control.masks import check_mask_space, check_masks, choices
+from policygrad.control.masks import check_mask_space, check_masks, choices, is_box
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.spaces import Flat, FlatActions, flat, from_environment
 from policygrad.errors import UserError, listed, one_line, shortened, type_of
@@ -66,12 +66,13 @@ def transitions(
     """Columns of transitions, checked: every observation and action must be one of its space.
 
     columns: observation and action, [N, ...]; and reward, terminated, truncated and episode, [N], as far as they are
-    known. An episode ends where one of the last three says so. The bounds of a Box hold for actions alone, as in
+    known. Actions of a Dict are dicts, and those of a Tuple are lists; they become vectors [N, D], as FlatActions has
+    them. An episode ends where one of the last three says so. The bounds of a Box hold for actions alone, as in
     sampling. masked: whether a part `action_mask` of an observation says which actions are allowed. Raises UserError
     that names the first row that is wrong, counted from 0.
     """
-    if isinstance(action_space, FlatActions | spaces.Dict | spaces.Tuple):
-        raise UserError("demonstrations of Dict and Tuple actions cannot be read yet: use a space of one part")
+    if isinstance(action_space, spaces.Dict | spaces.Tuple):
+        action_space = FlatActions(action_space)
     for name in COLUMNS[:2]:
         if name not in columns:
             raise UserError(f"the demonstrations have no column {name!r}, only {listed(columns)}: rename one")
@@ -88,7 +89,10 @@ def transitions(
         observation = checked_column("observation", columns["observation"], observation_space)
     else:
         observation = _flattened(columns["observation"], observation_space)
-    action = checked_column("action", columns["action"], action_space, bounded=True)
+    if isinstance(action_space, FlatActions):
+        action = _vectors("action", columns["action"], action_space.of)
+    else:
+        action = checked_column("action", columns["action"], action_space, bounded=True)
     if masked and not isinstance(observation_space, spaces.Box | spaces.Discrete):
         _check_allowed(observation, action, flat(observation_space), action_space)
     number = spaces.Box(-np.inf, np.inf, (), np.float64)
@@ -134,6 +138,33 @@ def _flattened(values: Any, space: spaces.Space) -> np.ndarray:
     return found
 
 
+def _vectors(name: str, values: Sequence[Any], space: spaces.Space) -> np.ndarray:
+    """Actions of a Dict or Tuple, nested as it may be, as vectors [N, D] of float64, each part checked as a column."""
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return checked_column(name, values, space, bounded=True).reshape(len(values), -1).astype(np.float64)
+    keys = list(space.spaces) if isinstance(space, spaces.Dict) else list(range(len(space.spaces)))
+    for i, value in enumerate(values):
+        own = (
+            list(value) if isinstance(value, Mapping) else range(len(value)) if isinstance(value, list | tuple) else ()
+        )
+        if isinstance(value, Mapping) != isinstance(space, spaces.Dict) or set(own) != set(keys):
+            kind = (
+                f"a dict with the keys {listed(map(str, keys), 60)}"
+                if isinstance(space, spaces.Dict)
+                else f"{len(keys)} parts"
+            )
+            raise UserError(f"row {i} of the demonstrations: {name} is {shortened(value, 40)}: give {kind}")
+    return np.concatenate([_vectors(f"{name} {key}", [x[key] for x in values], space[key]) for key in keys], 1)  # type: ignore[index]
+
+
+def _choices_of(action: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """What was chosen in each part of actions [N, ...] that has choices, from 0, [N, parts]; a Box has none."""
+    if not isinstance(space, FlatActions):
+        return from_environment(action, space).reshape(len(action), -1).astype(int)
+    parts = [_choices_of(action[:, where], part) for part, where in space.parts if not is_box(part)]
+    return np.concatenate(parts, 1)
+
+
 def _check_allowed(observation: np.ndarray, action: np.ndarray, space: spaces.Space, action_space: Any) -> None:
     """Raise UserError for masks of actions that make no sense, and for an action that its mask forbids."""
     if not isinstance(space, Flat) or space.mask is None:
@@ -141,7 +172,7 @@ def _check_allowed(observation: np.ndarray, action: np.ndarray, space: spaces.Sp
     check_mask_space(space, action_space)
     check_masks(observation, np.ones(len(action), dtype=bool), space, action_space, "row")
     first = np.cumsum([0, *choices(action_space)[:-1]])  # the place of each part's first choice
-    chosen = first + from_environment(action, action_space).reshape(len(action), -1).astype(int)
+    chosen = first + _choices_of(action, action_space)
     allowed = np.take_along_axis(observation[:, space.mask], chosen, 1).all(1)
     if not allowed.all():
         i = int(np.flatnonzero(~allowed)[0])

@@ -66,6 +66,7 @@ def make_environments(
     restarts: int = 0,
     wrap: Sequence[str] = (),
     action_mask: str = "auto",
+    agents: str = "shared",
     opponents: Opponents | None = None,
     env_options: Mapping[str, Any] | None = None,
 ) -> VectorEnv:
@@ -79,8 +80,9 @@ def make_environments(
     start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
     dies or hangs, is made anew (RESTARTED says so in its info). wrap: Gymnasium's wrappers by name, the first one
     inside (see wrapping.py). With either, auto takes no native form. action_mask: where the mask of allowed actions is
-    (see masks.py); auto: in the key action_mask of Dict observations, info: in the info, off: nowhere. env_options go
-    to gymnasium.make, the class or the function. Dict, Tuple and other composite observations are flattened into a Box;
+    (see masks.py); auto: in the key action_mask of Dict observations, info: in the info, off: nowhere. agents: separate
+    lets observations of a game of several say whose they are (separate.py). env_options go to gymnasium.make, the class
+    or the function. Dict, Tuple and other composite observations are flattened into a Box;
     that of a Dict or Tuple is a Flat, which knows its parts.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
@@ -90,6 +92,7 @@ def make_environments(
         raise UserError(f"num_envs is {num_envs}: ask for at least one environment")
     _check_choice("vectorization", vectorization, ("auto", "sync", "async", "envpool"))
     _check_choice("action_mask", action_mask, ("auto", "info", "off"))
+    _check_choice("agents", agents, ("shared", "separate"))
     if isinstance(environment, gymnasium.Env | VectorEnv):
         unread = {"restarts": restarts, "wrap": wrap, "env_options": env_options}
         unread_names = [name for name, x in unread.items() if x]
@@ -101,7 +104,7 @@ def make_environments(
                 raise UserError("EnvPool's environments are one object, neither made anew nor wrapped one by one")
             return _flat(EnvPool(environment, num_envs, dict(env_options or {})), action_mask)
         spec, make = _maker(environment, dict(env_options or {}))
-        native = vectorization == "auto" and not (restarts or wraps)
+        native = vectorization == "auto" and not (restarts or wraps or agents == "separate")
         if native and spec is not None and spec.vector_entry_point is not None:
             how: Any = {"vectorization_mode": "vector_entry_point", **(env_options or {})}
             return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)
@@ -114,11 +117,14 @@ def make_environments(
             environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
         _distinct(environments)
         environments.spec = spec
+        if agents == "separate":
+            close(environments)
+            raise UserError(f"agents separate is for games of several agents, and {name} is none: leave agents out")
         return environments
     except GameFound as found:
         if vectorization == "async":
             raise
-        return _flat(_games(found.environment, make, num_envs, wraps, restarts), action_mask)
+        return _flat(_games(found.environment, make, num_envs, wraps, restarts, agents), action_mask)
     except UserError:
         raise
     except Exception as error:
@@ -139,7 +145,7 @@ def _one(
     return lambda: _prepared(made(), name, made if restarts else None, restarts, action_mask)
 
 
-def _games(first: Any, make: Callable[[], Any], count: int, wraps: Sequence[Any], restarts: int) -> Agents:
+def _games(first: Any, make: Callable[[], Any], count: int, wraps: Sequence[Any], restarts: int, agents: str) -> Agents:
     """`count` games of several agents. first: one of them, which is made."""
     for option, given in (("wrap", wraps), ("restart_envs", restarts)):
         if given:
@@ -149,7 +155,7 @@ def _games(first: Any, make: Callable[[], Any], count: int, wraps: Sequence[Any]
             )
     made = [first, *(make() for _ in range(count - 1))]
     check_distinct([getattr(x, "unwrapped", x) for x in made])
-    return Agents(made)
+    return Agents(made, separate=agents == "separate")
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

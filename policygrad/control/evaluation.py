@@ -22,6 +22,7 @@ from policygrad.control.players import agents_of
 from policygrad.control.policies import Policy
 from policygrad.control.processes import Processes
 from policygrad.control.sampler import Sampler
+from policygrad.control.separate import SeparatePolicies
 from policygrad.control.spaces import describe
 from policygrad.control.stepping import info_means
 from policygrad.control.wrappers import Learned, Wrappers
@@ -78,13 +79,15 @@ def evaluate(
     vectorization: str = "auto",
     wrap: Sequence[str] = (),
     action_mask: str = "auto",
+    agents: str = "shared",
     env_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Play `episodes` whole episodes, the same number in every copy of the environment, plus or minus one.
 
     Taking the first episodes to finish would over-represent short ones. Where rows are agents, these are games, with
     an episode for each agent. Actions are the mode of the policy's distribution unless `stochastic`. environment,
-    vectorization, wrap, action_mask and env_options: as make_environments takes them; what was made here is closed.
+    vectorization, wrap, action_mask, agents and env_options: as make_environments takes them; what was made here is
+    closed.
     Environments and actions have random numbers of their own, which follow from the seed and are not those of training.
 
     The normalizer's statistics are frozen, and so are those of wrappers in the environment: `learned` in training
@@ -109,7 +112,7 @@ def evaluate(
     if vectorization != "envpool":  # whose options are its own
         env_options = judged(environment, env_options)
     how: dict[str, Any] = {"vectorization": vectorization, "wrap": wrap, "action_mask": action_mask}
-    how |= {"env_options": env_options}
+    how |= {"agents": agents, "env_options": env_options}
     environments = make_environments(environment, 1 if single else min(episodes, 16), **how)
     with ExitStack() as stack:
         if not isinstance(environment, gymnasium.Env | VectorEnv):
@@ -170,7 +173,7 @@ def _own_arithmetic(seed: int, threads: int | None) -> Iterator[None]:
 
 def _check_spaces(policy: nn.Module, environments: VectorEnv, name: str) -> None:
     """Raise UserError for an environment of other spaces than the policy's, as far as the policy reads them."""
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, Policy | SeparatePolicies):
         return
     for what, trained, space in (
         ("observation", policy.observation_space, environments.single_observation_space),

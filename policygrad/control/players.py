@@ -22,7 +22,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 
 from policygrad.control.checks import checked_flag, checked_member, checked_number, finite_numbers
 from policygrad.control.replay import LONGEST, digest
-from policygrad.control.spaces import MASK
+from policygrad.control.spaces import AGENT, MASK
 from policygrad.errors import Note, UserError, listed, one_line, shortened
 
 # Ids of PettingZoo's families: how they begin, the package of their modules, and what to install.
@@ -204,18 +204,24 @@ class Agents(VectorEnv):
 
     environments: one for each game. A row acts while its agent lives; the next game of its own begins when the last of
     the agents has ended, in the step after that. waiting [B]: rows that the next step does not ask for a decision,
-    since their agents have ended, are not there yet, or are in a game that is over.
+    since their agents have ended, are not there yet, or are in a game that is over. separate: observations say whose
+    they are, in the key `agent_index` of a Dict beside their own keys (or `observation`), so that each agent may have a
+    policy of its own.
 
     The seed of a reset decides all games to come. Raises UserError for agents of different spaces, and for an
     environment that breaks PettingZoo's rules about who is in `agents`.
     """
 
-    def __init__(self, environments: list[Any]) -> None:
+    def __init__(self, environments: list[Any], separate: bool = False) -> None:
         first = environments[0]
         self.agents = list(getattr(first, "possible_agents", ()))
-        self.single_observation_space = shared_space(first, self.agents, "observation")
+        of_agent = shared_space(first, self.agents, "observation")
+        self.separate, self.single_observation_space = separate, of_agent
+        if separate:
+            keys = of_agent.spaces if isinstance(of_agent, spaces.Dict) else {"observation": of_agent}
+            self.single_observation_space = spaces.Dict({**keys, AGENT: spaces.Discrete(len(self.agents))})
         self.single_action_space = shared_space(first, self.agents, "action")
-        self.games = [Game(x, self.agents, self.single_observation_space) for x in environments]
+        self.games = [Game(x, self.agents, of_agent) for x in environments]
         self.num_envs, self.metadata = len(self.games) * len(self.agents), {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -277,6 +283,9 @@ class Agents(VectorEnv):
 
     def _batch(self) -> Any:
         rows = [x for one in self.games for x in one.obs]
+        if self.separate:
+            parts = ((x if isinstance(x, Mapping) else {"observation": x}) for x in rows)
+            rows = [{**x, AGENT: k % len(self.agents)} for k, x in enumerate(parts)]
         empty: Any = create_empty_array(self.single_observation_space, len(rows))
         return concatenate(self.single_observation_space, rows, empty)
 

@@ -12,13 +12,16 @@ from policygrad.errors import UserError, type_of
 
 MASK = "action_mask"  # the key of a Dict observation that says which actions are allowed
 
+AGENT = "agent_index"  # the key that says which agent sees it, where each has its own parameters
+
 
 class Flat(spaces.Box):
     """A Dict or Tuple observation as one vector [N], as gymnasium.spaces.flatten makes it, which knows its parts.
 
     slices: where each part is, by its key, or its number in a Tuple. leaves: (key, space, place) of every part that is
     no Dict or Tuple itself, in order. mask: where the `action_mask` of a Dict is; None if it has none, or if not
-    `masked`. kept [N]: the numbers that no normalization may change, those of masks and images.
+    `masked`. kept [N]: the numbers that no normalization may change, those of masks, images and
+    an agent's number.
     """
 
     def __init__(self, of: spaces.Dict | spaces.Tuple, masked: bool = True) -> None:
@@ -38,8 +41,9 @@ class Flat(spaces.Box):
                 start = place.stop
             self.slices[str(name)] = slice(first, start)
         self.mask = self.slices.get(MASK) if masked and isinstance(of, spaces.Dict) else None
-        if self.mask is not None:
-            self.kept[self.mask] = True
+        for unscaled in (self.mask, self.slices.get(AGENT)):
+            if unscaled is not None:
+                self.kept[unscaled] = True
 
     def parts(self, obs: Tensor) -> dict[str, Tensor]:
         """The parts of observations [..., N], by their keys, each [..., n]."""

@@ -40,4 +40,5 @@ from policygrad.exact.worlds import (
     garnet as garnet,
     two_states as two_states,
     with_clock as with_clock,
+    with_history as with_history,
 )

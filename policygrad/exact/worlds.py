@@ -1,12 +1,14 @@
-"""Tabular Markov decision processes small enough to solve: bandit, chain, cliff, Garnet, two states; and a clock."""
+"""Tabular Markov decision processes small enough to solve: bandit, chain, cliff, Garnet, two states; with a clock, or
+with all that was seen."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from policygrad.errors import UserError
@@ -146,6 +148,32 @@ def with_clock(world: World, horizon: int) -> World:
         start=start.flatten(),
         time_limit=None,
     )
+
+
+def with_history(world: World, look: Int[Tensor, " S"], horizon: int) -> tuple[World, Int[Tensor, "_ T"]]:
+    """The same world, terminating after `horizon` steps, with all that was seen in the state.
+
+    look: what each state looks like, numbers from 0; states that look the same are hidden from a policy that sees only
+    this, and one with memory knows the looks so far. Returns the world, whose states are a history and the state under
+    it, and what was seen up to and in each of them, followed by -1.
+    """
+    (states, actions), looks = world.reward.shape, int(look.max()) + 1
+    firsts = [states * sum(looks**k for k in range(t)) for t in range(horizon + 1)]  # of each time
+    size = firsts[-1]
+    transition = torch.zeros(size, actions, size, dtype=DTYPE)
+    histories = torch.full((size, horizon), -1)
+    for t in range(horizon):
+        for before, past in enumerate(itertools.product(range(looks), repeat=t)):
+            for s in range(states):
+                here, seen = firsts[t] + before * states + s, int(look[s])
+                histories[here, : t + 1] = torch.tensor([*past, seen])
+                if t + 1 < horizon:
+                    there = firsts[t + 1] + (before * looks + seen) * states
+                    transition[here, :, there : there + states] = world.transition[s]
+    start = torch.zeros(size, dtype=DTYPE)
+    start[:states] = world.start
+    reward = world.reward.repeat(size // states, 1)
+    return replace(world, transition=transition, reward=reward, start=start, time_limit=None), histories
 
 
 # Small worlds by name. Each has a time limit, so any method can be trained on it. `tokens` is a world of completions,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.encoders import measured
 from policygrad.control.memory import measured_memory
+from policygrad.control.separate import SeparatePolicies
 from policygrad.control.spaces import kept_of, rebuild
 from policygrad.control.wrappers import Learned
 from policygrad.errors import UserError, ending, one_line, shortened
@@ -175,14 +176,15 @@ def read_policy(directory: Path, policy: nn.Module | None = None) -> Saved:
             encoded = own["observation_space"], own["encoder"], own["channels"], own["keys"]
             memory = {name: own[name] for name in ("memory", "memory_size", "memory_window")}
             check_size(*encoded, memory, layers, tensors)
-            policy = Policy.from_description(description["policy"])
+            kind = SeparatePolicies if own.get("agents") == "separate" else Policy
+            policy = kind.from_description(own)
         except Exception as error:  # Gymnasium, numpy and torch may raise anything here
             raise damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
     fill(policy, part_of(tensors, "policy."), weights)
     normalizer = None
     if description["normalizes_observations"] is not False:
         statistics = {name: x.numpy() for name, x in part_of(tensors, "observations.").items()}
-        known: Any = policy.observation_space if isinstance(policy, Policy) else None
+        known: Any = policy.observation_space if isinstance(policy, Policy | SeparatePolicies) else None
         try:
             normalizer = normalizer_of(statistics, None if known is None else known.shape)
             normalizer.kept = None if known is None else kept_of(known)

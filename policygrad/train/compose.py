@@ -54,6 +54,7 @@ from policygrad.divergences import (
     total_variation,
 )
 from policygrad.errors import UserError
+from policygrad.functions import load_function
 from policygrad.guards import Guard
 from policygrad.noise import NoiseMeter
 from policygrad.objectives import (
@@ -77,6 +78,7 @@ from policygrad.samplers import (
     WholeRows,
     WithoutFlatGroups,
 )
+from policygrad.symmetry import mirrored
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
@@ -198,6 +200,11 @@ def compose(
     objective = objective_of(options, policy, critic, coefficients, anchor, old)
     update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
     guard = Guard(skip=options.on_nonfinite == "skip")
+    mirror = getattr(options, "symmetry", None)
+    if mirror is not None:
+        if state_size(policy):
+            raise OptionError("symmetry", "symmetry is for policies without memory: what it reflects is single steps")
+        update = mirrored(update, load_function(mirror, what="symmetry"))
     meter = NoiseMeter(due) if getattr(options, "gradient_noise", "off") == "exact" else None
     update = update if meter is None else meter(update)
     fit: Fit = no_fit
@@ -493,6 +500,8 @@ def compiles(options: Any) -> bool:
     if wanted != "auto":
         return wanted == "on"
     if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known
+        return False
+    if getattr(options, "agents", "shared") == "separate":  # how many rows are whose differs from batch to batch
         return False
     if getattr(options, "memory", "none") != "none":  # a graph of every step of a row takes minutes to make
         return False

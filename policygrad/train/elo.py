@@ -16,6 +16,7 @@ from policygrad.train.run import Run, arithmetic
 from policygrad.train.worlds.control import SELVES
 
 RANDOM = "random"
+KEPT = "elo.json"  # where the command leaves the ratings in a run's directory, for its report
 SCALE = 400 / math.log(10)  # a rating's points for a factor e in the odds
 
 

@@ -26,6 +26,7 @@ from policygrad.control import ObservationNormalizer
 from policygrad.control.acting import Mode
 from policygrad.control.checks import stored_dtype
 from policygrad.control.masks import random_masks
+from policygrad.control.separate import SeparatePolicies
 from policygrad.control.spaces import Flat, FlatActions
 from policygrad.control.tensors import normalized, to_environment
 from policygrad.errors import Note, UserError, ending, listed, one_line, shortened, type_of
@@ -58,6 +59,8 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
     if run.world.kind == "language":
         where = "RUN/model" if run.directory is None else f"{ending(str(run.directory), 60)}/model"
         raise UserError(f"a language model needs no export: {where} is in Hugging Face's layout already")
+    if isinstance(run.policy, SeparatePolicies):
+        raise UserError("export is of one policy, and this run has one for each agent: use policygrad.load and act")
     if run.world.kind == "control" and state_size(run.policy):
         raise UserError("export is of policies without memory, and this one has a state: use policygrad.load and act")
     if run.world.kind != "control":

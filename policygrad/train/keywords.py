@@ -40,6 +40,7 @@ class Keywords(TypedDict, total=False):
     action_mask: Literal["auto", "info", "off"]
     opponent: Literal["random", "self"]
     freeze_every: int
+    agents: Literal["shared", "separate"]
     restart_envs: int
     overlap: bool
     env_options: str | dict[str, Any] | None
@@ -124,6 +125,7 @@ class Keywords(TypedDict, total=False):
     learn_from_share: float
     normalize_advantages: Literal["none", "batch", "minibatch"]
     weights: Literal["token", "row", "episode", "budget"]
+    symmetry: str | None
     entropy_coefficient: float
     entropy_target: float | None
     entropy_step: float

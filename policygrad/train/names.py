@@ -28,9 +28,11 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     "env_options": (),
     "demonstrations": (),
+    "symmetry": (),
 }
-# What a run keeps itself, so that loading it does not read the name; a model is kept unless it is an adapter's base.
-KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset", "demonstrations")
+# What a run keeps itself, or needs in training alone, so that loading it does not read the name; a model is kept unless
+# it is an adapter's base.
+KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset", "demonstrations", "symmetry")
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 
 

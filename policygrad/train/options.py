@@ -147,6 +147,9 @@ class Options:
         "in RUN/selves. Evaluations are against a random player.", **CONTROL, **SAMPLED)
     freeze_every: int = option(10,
         "Iterations between the selves that are frozen as opponents.", COUNT, **CONTROL, opponent=("self",))
+    agents: Literal["shared", "separate"] = option("shared",
+        "Parameters of the agents of a game: one policy and critic for all, or a policy and a critic for each.",
+        **CONTROL, **SAMPLED)
     restart_envs: int = option(0,
         "Times that each environment is made anew if it raises an error, dies or hangs (step_time_limit); its episode "
         "is cut.", NOT_NEGATIVE, **CONTROL, **SAMPLED)
@@ -348,6 +351,11 @@ class Options:
         "Standardize advantages over the batch or over each minibatch.", **SAMPLED)
     weights: Literal["token", "row", "episode", "budget"] = option("token",
         "Average over decisions: all equally; mean per row; sum per row; or sum per row / maximum row length.")
+
+    symmetry: str | None = option(None,
+        "Learn from each decision's reflection too, in a task that it leaves as it is: module:function or "
+        "file.py:function of (obs, action), tensors [B, T, ...], which returns the reflected two.",
+        TEXT, **CONTROL, objective=("surrogate", "ppo", "grpo"))
 
     # Objective
     entropy_coefficient: float = option(0.0,
@@ -759,6 +767,26 @@ def _sampling_conflicts(o: Any) -> Any:
             f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
             "off_policy_actor_critic, or a method with a ratio such as ppo",
         )
+    if o.agents == "separate":
+        unfit = {
+            "compile": o.compile == "on",
+            "overlap": o.overlap,
+            "opponent": o.opponent == "self",
+            "divergence_mask": getattr(o, "divergence_mask", "none") == "tv",
+            "baseline": getattr(o, "baseline", "") in ("optimal", "token"),
+        }
+        for name, given in unfit.items():
+            if given:
+                said = "agents separate has a policy for each agent, whose rows differ from batch to batch"
+                yield name, f"{said}: leave {name} {getattr(o, name)} out"
+    if getattr(o, "symmetry", None) is not None:
+        if o.normalize_observations:
+            said = "symmetry reflects observations as the environment gives them, and normalized ones have lost theirs"
+            yield "normalize_observations", f"{said}: leave one out"
+        if o.memory != "none":
+            yield "memory", "symmetry is for policies without memory, since it reflects single steps: leave one out"
+        if getattr(o, "gain", "surrogate") == "score":
+            yield "gain", "symmetry needs a ratio, and gain score has none: leave one of the two out"
     if o.opponent == "self":
         for name, given in (("overlap", o.overlap), ("wrap", o.wrap), ("vectorization", o.vectorization == "async")):
             if given:

@@ -139,7 +139,15 @@ def html_of(runs: Sequence[Reported], live: bool = False) -> str:
         title += f", {len(runs)} runs"
     subtitle = "a report by policygrad" + (", while the run goes on" if live else "")
     rest = "".join(
-        [_unchanged(runs), _films(runs), _evaluations(runs), _samples(runs), _configuration(runs), _machine(runs)]
+        [
+            _unchanged(runs),
+            _films(runs),
+            _evaluations(runs),
+            _ratings(runs),
+            _samples(runs),
+            _configuration(runs),
+            _machine(runs),
+        ]
     )
     parts = {
         "title": escape(title), "subtitle": subtitle, "cards": _cards(runs), "findings": _findings(runs), "rest": rest,
@@ -350,6 +358,21 @@ def _evaluations(runs: Sequence[Reported]) -> str:
             plain = [key for key in keys if all(isinstance(x.get(key), int | float) for x in cells)]  # type: ignore
             rows += [[f"{name} {key}", *(_number(x[key]) for x in cells)] for key in plain]  # type: ignore[index]
     return "<h2>Evaluation</h2>" + _table(["", *columns], rows) + best
+
+
+def _ratings(runs: Sequence[Reported]) -> str:
+    """The ratings that `policygrad elo` has left, of the selves of each run."""
+    names, parts = ("player", "elo", "games", "wins", "draws", "losses"), []
+    for one in runs:
+        found = _object(Path(one.run.place) / "elo.json").get("ratings")
+        rows = [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
+        numbers = [[x.get(name) for name in names] for x in rows]
+        sound = [x for x in numbers if all(isinstance(y, int | float) for y in x[1:])]
+        if sound:
+            title = f"<h3>{escape(one.name)}</h3>" if len(runs) > 1 else ""
+            lines = [[one_line(x[0], 40), f"{x[1]:.0f}", *map(_number, x[2:])] for x in sound]
+            parts.append(title + _table(("player", "Elo", *names[2:]), lines, text=1))
+    return f"<h2>Elo ratings of earlier selves</h2>{''.join(parts)}" if parts else ""
 
 
 def _best(one: Reported, named: bool) -> str:

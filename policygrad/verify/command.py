@@ -20,6 +20,7 @@ from policygrad.functions import load_function
 from policygrad.verify.control import control_rows, forbidding, harder_sections
 from policygrad.verify.conversations import conversation_sections
 from policygrad.verify.losses import Loss, loss_checks, loss_rows
+from policygrad.verify.memory import memory_sections
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
 from policygrad.verify.settings import NAMES, Setting, setting_of, token_setting
@@ -30,7 +31,8 @@ from policygrad.verify.user import Advantage, user_rows
 
 # Their rows repeat those of the random world.
 BRIEF = ("random, two episodes a row", "random, with holes", "random, cut rows with holes", "random, forbidden actions",
-         "random, forbidden actions, methods", "random, hidden states", "chain", "bandit", "cliff")  # fmt: skip
+         "random, forbidden actions, methods", "random, hidden states", "random, GRU", "random, LSTM",
+         "random, GRU, two episodes a row", "random, LSTM, two episodes a row", "chain", "bandit", "cliff")  # fmt: skip
 SAMPLES = (1_000, 200_000)
 STYLES = {"unbiased": "green", "biased": "yellow", "no closed form": "yellow", "WRONG": "bold red"}
 LEGEND = """\
@@ -113,6 +115,8 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
                 yield method_section(at)
                 yield from (with_user(*harder) for harder in harder_sections(options.seed))
                 yield method_section(forbidding(options.seed))
+                for at, section in memory_sections(options.seed):
+                    yield with_user(at, section)
     if options.world in ("all", "tokens"):
         at = token_setting(options.seed)
         yield with_user(at, token_section(at))

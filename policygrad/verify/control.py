@@ -185,11 +185,11 @@ def harder_sections(seed: int) -> Iterator[tuple[Setting, Section]]:
     cut_gradient = weighted_gradient(visits, cut.probs, action_value(cut.world, cut.probs), cut.scores)
     yield cut, Section(cut.name, bootstrapped_rows(cut), cut.on_policy, cut_gradient)
     pairs = in_pairs(cut, "random, two cut episodes a row")
-    yield pairs, Section(pairs.name, _doubled(bootstrapped_rows(pairs)), pairs.on_policy, 2 * cut_gradient)
+    yield pairs, Section(pairs.name, doubled(bootstrapped_rows(pairs)), pairs.on_policy, 2 * cut_gradient)
     pairs = in_pairs(whole, "random, two episodes a row")
     alone = [row for row in (*reinforce_rows(pairs), *bootstrapped_rows(pairs)) if row.size == 1]
     alone = [row for row in alone if row.experience is pairs.on_policy]
-    yield pairs, Section(pairs.name, _doubled(alone), pairs.on_policy, 2 * whole.gradient)
+    yield pairs, Section(pairs.name, doubled(alone), pairs.on_policy, 2 * whole.gradient)
     holes = holed(whole, "random, with holes")
     silent = holed(whole, "random, with holes", hole=-1)  # where the critics below have a 0 behind their last state
     rows = control_rows(holes) + [replace(row, name=f"{row.name}, 0 in holes") for row in _zero_rows(silent)]
@@ -226,5 +226,6 @@ def _zero_rows(at: Setting) -> list[Row]:
     ]
 
 
-def _doubled(rows: list[Row]) -> list[Row]:
+def doubled(rows: list[Row]) -> list[Row]:
+    """The same rows, of two episodes each."""
     return [replace(row, expected=None if row.expected is None else 2 * row.expected) for row in rows]

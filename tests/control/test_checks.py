@@ -48,6 +48,8 @@ def test_valid_observations_pass_through(space: spaces.Space, obs: np.ndarray) -
         (IMAGE, np.array([[256, 0]]), "uint8"),
         (IMAGE, np.array([[-1, 0]]), "uint8"),
         (spaces.Discrete(3, start=2), np.array([1]), "Discrete"),
+        (spaces.MultiBinary(2), np.array([[1, -1]], np.int8), "MultiBinary"),
+        (spaces.MultiBinary(2), np.array([[0, 2]], np.int8), "MultiBinary"),
         (spaces.Discrete(3, start=2), np.array([5]), "Discrete"),
     ],
 )

@@ -231,11 +231,64 @@ def test_columns_that_are_missing_are_named() -> None:
         transitions({"observation": [], "action": []}, OBS, FOUR)
 
 
-def test_actions_of_several_parts_are_refused_for_now() -> None:
-    parts = spaces.Dict({"a": FOUR, "b": BOX})
-    for space in (parts, FlatActions(parts)):
-        with pytest.raises(UserError, match="Dict and Tuple actions cannot be read yet"):
-            transitions({"observation": [[0.0] * 3], "action": [[2.0, 0.0, 0.0]]}, OBS, space)
+OF_PARTS = spaces.Dict({"a": FOUR, "b": spaces.Tuple([BOX, spaces.MultiBinary(2)])})
+
+
+def test_actions_of_several_parts_are_vectors_of_their_numbers() -> None:
+    middle = (BOX.low + BOX.high) / 2
+    rows = [{"a": FOUR.start + k, "b": [middle.tolist(), [k % 2, 1]]} for k in range(4)]
+    for space in (OF_PARTS, FlatActions(OF_PARTS)):
+        found = transitions({"observation": [[0.0] * 3] * 4, "action": rows}, OBS, space)
+        expected = [[FOUR.start + k, *middle.ravel(), k % 2, 1] for k in range(4)]
+        np.testing.assert_array_equal(found.action, np.array(expected, np.float64))
+    again = FlatActions(OF_PARTS).structured(found.action)
+    np.testing.assert_array_equal(again["a"], [x["a"] for x in rows])
+    np.testing.assert_array_equal(again["b"][1], [x["b"][1] for x in rows])
+
+
+def test_they_are_scored_as_their_parts_are() -> None:
+    """log pi of the whole is the sum over the parts, each scored by a policy's own distribution of it."""
+    torch.manual_seed(0)
+    flat_actions = FlatActions(OF_PARTS)
+    policy = Policy(OBS, flat_actions, hidden=(4,))
+    middle = ((BOX.low + BOX.high) / 2).tolist()
+    rows = [{"a": FOUR.start + k, "b": [middle, [k % 2, 1]]} for k in range(4)]
+    given = {"observation": [[0.1 * k] * 3 for k in range(4)], "action": rows}
+    rollout = demonstrated(policy, transitions(given, OBS, flat_actions), flat_actions)
+    found = policy(rollout.obs)
+    a, box, coins = found.parts
+    expected = (
+        a.log_prob(torch.arange(4).unsqueeze(1))
+        + box.log_prob(torch.zeros(4, 1, len(middle)))
+        + coins.log_prob(torch.tensor([[[float(k % 2), 1.0]] for k in range(4)]))
+    )
+    torch.testing.assert_close(found.log_prob(rollout.action), expected)
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ({"a": FOUR.start}, "a dict with the keys a, b"),
+        ([1, 2], "a dict with the keys a, b"),
+        ({"a": FOUR.start, "b": [[0.0, 0.0]]}, "action b is .*: give 2 parts"),
+        ({"a": FOUR.start - 1, "b": [[0.0, 0.0], [0, 1]]}, "action a is .* outside"),
+        ({"a": FOUR.start, "b": [[0.0, 0.0], [0, 2]]}, "action b 1 is .* outside"),
+    ],
+)
+def test_a_wrong_part_is_named(action: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        transitions({"observation": [[0.0] * 3], "action": [action]}, OBS, OF_PARTS)
+    assert len(str(raised.value)) <= 200
+
+
+def test_an_action_whose_part_the_mask_forbids_is_refused() -> None:
+    space = spaces.Dict({"a": spaces.Discrete(3), "b": spaces.Box(-1.0, 1.0, (1,)), "c": spaces.MultiBinary(1)})
+    seen = spaces.Dict({"action_mask": spaces.MultiBinary(5), "x": spaces.Box(-1.0, 1.0, (2,))})
+    obs = {"action_mask": [1, 0, 1, 1, 0], "x": [0.0, 0.0]}
+    transitions({"observation": [obs], "action": [{"a": 2, "b": [0.5], "c": [0]}]}, seen, space)
+    for a, c in ((1, 0), (2, 1)):
+        with pytest.raises(UserError, match="forbids"):
+            transitions({"observation": [obs], "action": [{"a": a, "b": [0.5], "c": [c]}]}, seen, space)
 
 
 def test_columns_of_different_lengths_are_refused() -> None:

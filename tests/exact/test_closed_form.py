@@ -17,6 +17,7 @@ from policygrad.exact.worlds import (
     garnet,
     two_states,
     with_clock,
+    with_history,
     world_named,
 )
 
@@ -210,6 +211,25 @@ def test_a_clock_ends_a_world_and_leaves_its_rewards():
         reach = reach @ exact.transition_under(world, probs)
     torch.testing.assert_close(exact.expected_return(clocked, probs.repeat(horizon, 1)), j)
     assert blind_to_time(tabular(3, 2), horizon).shape == (12, 2, 6)
+
+
+def test_a_history_is_what_was_seen_and_leaves_the_world_as_it_is():
+    world, horizon, look = garnet(3, 2, 2), 3, torch.tensor([0, 1, 0])
+    seeing, histories = with_history(world, look, horizon)
+    newest = histories.gather(1, (histories >= 0).sum(1, keepdim=True) - 1).squeeze(1)
+    state = torch.arange(3).repeat(7)
+    assert torch.equal(newest, look[state])
+    probs = table(world)  # of the state under the history
+    j = exact.expected_return(with_clock(world, horizon), probs.repeat(horizon, 1))
+    torch.testing.assert_close(exact.expected_return(seeing, probs[state]), j)
+    here, action, there = seeing.transition.nonzero(as_tuple=True)
+    torch.testing.assert_close(
+        seeing.transition[here, action, there], world.transition[state[here], action, state[there]]
+    )
+    for before, after in zip(histories[here].tolist(), histories[there].tolist(), strict=True):
+        seen = [x for x in before if x >= 0]
+        assert after[: len(seen)] == seen  # the history goes on, by one look
+        assert sum(x >= 0 for x in after) == len(seen) + 1
 
 
 def test_worlds_are_what_they_say():

@@ -76,6 +76,21 @@ def test_overlap_is_refused_where_nothing_corrects_for_it(method: str) -> None:
         run(method, overlap=True)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"normalize_observations": True}, "normalized ones"),
+        ({"memory": "gru"}, "single steps"),
+        ({"symmetry": "probes:Known"}, "it takes .obs, action."),
+        ({"symmetry": "probes:mirrored"}, "did you mean mirror"),
+    ],
+)
+def test_symmetry_is_refused_where_nothing_can_be_reflected(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        run("ppo", **{"symmetry": "probes:mirror"} | values)
+    assert len(str(raised.value)) <= 200
+
+
 def test_the_penalty_stays_without_a_target() -> None:
     assert set(column(run("ppo", kl_old_coefficient=0.5), "kl_old_coefficient")) == {0.5}
 

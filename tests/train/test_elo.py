@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from policygrad import cli
 from policygrad.control.seats import Opponents, Seat, play
 from policygrad.errors import UserError
 from policygrad.train.elo import chosen, fitted, table
+from policygrad.train.page import gathered, html_of
 
 
 def share(a: float, b: float) -> float:
@@ -109,6 +111,29 @@ def test_the_command(of_self_play: Path, capsys: pytest.CaptureFixture[str]) -> 
             cli.main(["elo", str(of_self_play), "--trust", "--games", "2", *rest])
         assert not stop.value.code
         assert len(read(capsys.readouterr().out)) == (4 if rest else 5)
+
+
+def test_the_report_shows_what_the_command_found(of_self_play: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (of_self_play / "elo.json").unlink(missing_ok=True)
+    assert "Elo" not in html_of(gathered([of_self_play]))
+    with pytest.raises(SystemExit):
+        cli.main(["elo", str(of_self_play), "--trust", "--games", "2", "--json"])
+    page = html_of(gathered([of_self_play]))
+    for rating in json.loads(capsys.readouterr().out)["ratings"]:
+        cells = [rating["player"], f"{rating['elo']:.0f}", *(str(rating[x]) for x in ("games", "wins", "draws"))]
+        assert re.search("</td><td[^>]*>".join(map(re.escape, cells)), page), rating
+    wrong = {
+        "ratings": [
+            {"player": "<b>", "elo": "<i>"},
+            3,
+            {"player": "<u>", **dict.fromkeys(("elo", "games", "wins", "draws", "losses"), 1)},
+        ]
+    }
+    (of_self_play / "elo.json").write_text(json.dumps(wrong))
+    page = html_of(gathered([of_self_play]))
+    assert "<i>" not in page
+    assert "<u>" not in page
+    assert "&lt;u&gt;" in page
 
 
 def test_what_cannot_be_rated(of_self_play: Path, tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ VALUES: dict[str, Any] = {
     "critic_learning_rate": 0.03,
     "critic_epochs": 2,
     "critic_minibatch_size": 3,
+    "symmetry": "probes:mirror",
     "demonstrations": [{"observation": [0.0, 1.0, 2.0], "action": [0.5, -0.5]}] * 20,
     "validation": 0.5,
 }
@@ -212,7 +213,7 @@ OF_EXACT = {"steps", "iterations", "seed", "evaluate_every", "num_envs", "episod
 ELSEWHERE = {"compile", "profile", "overlap", "device", "threads", "vectorization", "step_time_limit", "micro_batch"}
 ELSEWHERE |= {"checkpoint_every", "checkpoints", "keep_best", "log", "start", "evaluation_patience", "wrap"}
 ELSEWHERE |= {"gradient_noise", "on_nonfinite", "restart_envs", "action_mask"}
-ELSEWHERE |= {"policy_keys", "critic_keys", "opponent", "freeze_every", "rank_time_limit"}
+ELSEWHERE |= {"policy_keys", "critic_keys", "opponent", "freeze_every", "rank_time_limit", "agents"}
 # No step on a table oversteps its radius, so that none is shortened.
 # On the way to a policy; the spaces of this environment are the same with all of its options.
 UNREAD = {("clone", "env_options"), ("clone", "weights")}

@@ -29,6 +29,7 @@ from policygrad.algorithms.grpo import GRPOObjective
 from policygrad.algorithms.ppo import PPOObjective
 from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.algorithms.trpo import SurrogateObjective
+from policygrad.control import memory
 from policygrad.verify.command import exactly, sections
 from policygrad.verify.options import VerifyOptions
 from policygrad.verify.statistics import judge, moments
@@ -273,6 +274,13 @@ FAULTS = {
     "losses normalized by the minibatch": (rollout, "minibatches", "updates", unscaled_minibatches),
     "equal advantages over their deviation": (advantages, "standardize", "updates",
         lambda f: lambda x, mask: (x - x.mean()) / x.std()),
+    # Memory
+    "a memory that the end of an episode does not empty": (memory.Recurrent, "unrolled",
+        "random, GRU, two episodes a row", lambda f: lambda self, x, start, state: f(self, x, start & False, state)),
+    "no gradient back in time": (memory.GRU, "step", "random, GRU",
+        lambda f: lambda self, x, state: f(self, x, state.detach())),
+    "the gates of an LSTM exchanged": (memory.LSTM, "step", "random, LSTM",
+        lambda f: lambda self, x, state: f(self, torch.cat([x[:, self.size :], x[:, : self.size]], 1), state)),
     # Updates (pitfalls 5 to 7)
     "parameters not restored": (updates, "trust_region_step", "updates", not_restored),
     "the line search ignored": (updates, "trust_region_step", "updates", search_ignored),

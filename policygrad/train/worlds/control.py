@@ -29,6 +29,7 @@ from policygrad.control.memoryless import refuse_memory
 from policygrad.control.players import agents_of
 from policygrad.control.replay import restore, state_of
 from policygrad.control.seats import Frozen, Selves
+from policygrad.control.separate import SeparateCritics, SeparatePolicies
 from policygrad.control.spaces import describe, has_densities, is_image, kept_of, rebuild
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
@@ -136,7 +137,9 @@ class ControlWorld(World):
                 self._check_networks(observation_space)
                 keys = options.policy_keys
                 how = self._shape() | self._memory() | of_boxes
-                self.policy = Policy(observation_space, action_space, keys=keys, **how)
+                self.policy = (SeparatePolicies if self._separate else Policy)(
+                    observation_space, action_space, keys=keys, **how
+                )
             except UserError as error:
                 named = ("encoder", "channels", *heads)
                 name = next((x for x in named if str(error).startswith(x)), None)
@@ -198,10 +201,16 @@ class ControlWorld(World):
                 "wrap", "wrap is of environments made here, and this one is made: wrap it, or hand in a function"
             )
         how: dict[str, Any] = {"wrap": options.wrap, "action_mask": options.action_mask}
+        how |= {"agents": "separate"} if self._separate else {}
         if another is None:
             how |= {"env_options": json.loads(options.env_options or "{}")}
             how |= {"vectorization": "envpool"} if options.vectorization == "envpool" else {}
         return how
+
+    @property
+    def _separate(self) -> bool:
+        """Whether each agent of a game has parameters of its own."""
+        return getattr(self.options, "agents", "shared") == "separate"
 
     def _memory(self) -> dict[str, Any]:
         """The options of the memory, those that are read."""
@@ -234,17 +243,18 @@ class ControlWorld(World):
         if compares_groups(options) and getattr(options, "baseline", "") == "token" and not single:
             raise OptionError("baseline", "baseline token is of one Discrete action: use length_weighted or mean")
 
-    def _critic(self, space: gymnasium.Space) -> Critic:
+    def _critic(self, space: gymnasium.Space) -> Critic | SeparateCritics:
         """A critic as the options say."""
         how = self._memory()
         kind = self.options.critic_memory if how else "none"
         if kind == "shared":
             if self.options.critic_keys:
                 raise UserError("keys is of an encoder of the critic's own, and critic_memory is shared: leave one out")
-            how, of = {}, cast(Policy, self.policy)
+            how, of = {}, cast(Any, self.policy)
         else:
             how, of = how if kind == "own" else {}, None
-        return Critic(space, keys=self.options.critic_keys, of=of, **self._shape(), **how)
+        kind = SeparateCritics if self._separate else Critic
+        return kind(space, keys=self.options.critic_keys, of=of, **self._shape(), **how)
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
@@ -351,7 +361,7 @@ class ControlWorld(World):
         self.statistics, self.trained_on = saved.learned, saved.environment
         if self.normalizer is not None and policy is not None:
             self.normalizer.kept = kept_of(self.observation_space)
-        if isinstance(self.policy, Policy):
+        if isinstance(self.policy, Policy | SeparatePolicies):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         if has_critic(self.options) and saved.critic:
             space: Any = describe(self.observation_space)

@@ -230,3 +230,43 @@ def test_other_methods_take_no_demonstrations(demonstrations: Rows, file: Path) 
         pg.clone("CartPole-v1", file, gamma=0.5, progress=False)
     with pytest.raises(OptionError, match="transitions all count equally"):
         pg.clone("CartPole-v1", file, weights="row", progress=False)
+
+
+class Steering(gymnasium.Env[Any, Any]):
+    """Two numbers are seen: the first one's sign is the gear, and the second one the wheel. Four steps long."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Dict(
+        {"gear": gymnasium.spaces.Discrete(2), "wheel": gymnasium.spaces.Box(-1, 1, (1,), np.float32)}
+    )
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self.seen(), {}
+
+    def seen(self) -> np.ndarray:
+        self.obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.obs
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        reward = float(action["gear"] == int(self.obs[0] > 0)) - abs(float(action["wheel"][0] - self.obs[1]))
+        self.t += 1
+        return self.seen(), reward, self.t == 4, False, {}
+
+
+def test_actions_of_several_parts_are_cloned_from_a_file(tmp_path: Path) -> None:
+    """Each part alone, right, has a share in the return, whose largest value is 4."""
+    drawn = np.random.default_rng(0).uniform(-1, 1, (400, 2))
+    rows = [{"observation": x.tolist(), "action": {"gear": int(x[0] > 0), "wheel": [x[1]]}} for x in drawn]
+    path = tmp_path / "steering.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how: dict[str, Any] = {
+        "preset": "none",
+        "progress": False,
+        "hidden": (32,),
+        "learning_rate": 0.01,
+        "validation": 0.0,
+    }
+    cloned = pg.clone(Steering, str(path), iterations=30, **how)
+    assert cloned.evaluate(50).return_mean > 3
