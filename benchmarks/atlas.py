@@ -126,7 +126,8 @@ def credit_of(o: Any) -> str:
     else:
         found = {"gae": f"GAE({o.lam:g})", "vtrace": "V-trace", "n_step": f"{o.n}-step"}[o.credit]
     found += ", standardized" if o.normalize_advantages == "batch" else ""
-    return found + (", where entropy is high" if getattr(o, "learn_from", "all") != "all" else "")
+    where = {"all": "", "high_entropy": ", where entropy is high", "low_covariance": ", less where it covaries"}
+    return found + where[getattr(o, "learn_from", "all")]
 
 
 def objective_of(o: Any) -> str:
@@ -155,7 +156,9 @@ def objective_of(o: Any) -> str:
     if getattr(o, "drift_bound", math.inf) < math.inf:
         more.append(f"without bad rows of drift > {o.drift_bound:g}")
     if getattr(o, "kl_old_coefficient", 0.0):
-        more.append(f"- {o.kl_old_coefficient / 2:g} (log W)^2")
+        squared = f"- {o.kl_old_coefficient / 2:g} (log W)^2"
+        charged = f"- {o.kl_old_coefficient:g} |log r| where it covaries most"
+        more.append(squared if o.kl_old_estimate == "squared_row" else charged)
     if getattr(o, "entropy_target", None) is not None:
         more.append("+ c H, c by a target")
     return ", ".join([found, *more])

@@ -30,7 +30,16 @@ class Credit(NamedTuple):
     value: Float[Tensor, "B T"]  # 0 without a critic
 
 
-Assign = Callable[[Rollout], Credit]
+class Charged(NamedTuple):
+    """Credit, and what the objective's penalty of KL(old, new) counts at each decision, [B, T]."""
+
+    advantage: Float[Tensor, "B T"]
+    target: Float[Tensor, "B T"]
+    value: Float[Tensor, "B T"]
+    charge: Float[Tensor, "B T"]
+
+
+Assign = Callable[[Rollout], Any]  # a Credit, or Charged
 
 
 def baselined(
@@ -159,6 +168,59 @@ def selected(assign: Assign, keep: Callable[[Rollout], Tensor]) -> Assign:
         return credit._replace(advantage=credit.advantage.where(keep(rollout), 0.0))
 
     return _like(assign, chosen)
+
+
+def covariance(rollout: Rollout, advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """(A - mean A) (log pi - mean log pi), of the policy that sampled; the means are over all decisions, of all ranks.
+
+    Its mean is the covariance that drives the entropy down at a policy-gradient step (Cui et al. 2025, arXiv
+    2505.22617, section 3): likely actions that were good, and unlikely ones that were bad. 0 behind the mask.
+    """
+    count = ranks.sum(rollout.mask.sum()).clamp(min=1)
+
+    def centered(x: Tensor) -> Tensor:
+        return x - ranks.sum(x.where(rollout.mask, 0.0).sum()) / count
+
+    return (centered(advantage) * centered(rollout.logp)).where(rollout.mask, 0.0)
+
+
+def covariance_thinned(assign: Assign, *, low: float, high: float, share: float) -> Assign:
+    """The same credit, its advantage weakened where low < covariance < high (Clip-Cov, arXiv 2505.22617, section 4).
+
+    The paper draws k = max(1, floor(share N)) of the N decisions at random among the n whose covariance is between the
+    bounds, and takes their gradient away. Here the advantage of all n is multiplied by 1 - min(k, n) / n, the
+    probability of not being drawn: the same gradient on average, without the noise of the draw.
+    """
+
+    def thinned(rollout: Rollout) -> Credit:
+        credit = assign(rollout)
+        found = covariance(rollout, credit.advantage)
+        within = (found > low) & (found < high) & rollout.mask
+        drawn, count = _share_of(rollout.mask, share), ranks.sum(within.sum())
+        kept = 1 - drawn.minimum(count) / count.clamp(min=1)
+        return credit._replace(advantage=torch.where(within, kept * credit.advantage, credit.advantage))
+
+    return _like(assign, thinned)
+
+
+def covariance_charged(assign: Assign, *, share: float) -> Assign:
+    """The same credit, with a charge of 1 at the k = max(1, floor(share N)) of N decisions whose covariance is largest,
+    and 0 at the others (KL-Cov, arXiv 2505.22617, section 4). Of equal ones all are charged.
+    """
+
+    def charged(rollout: Rollout) -> Charged:
+        credit = assign(rollout)
+        found = covariance(rollout, credit.advantage).where(rollout.mask, -torch.inf)
+        ranked = ranks.gathered(found.flatten())[0].sort(descending=True).values
+        least = ranked.gather(0, (_share_of(rollout.mask, share) - 1).reshape(1))
+        return Charged(*credit, ((found >= least) & rollout.mask).to(credit.advantage.dtype))
+
+    return _like(assign, charged)
+
+
+def _share_of(mask: Bool[Tensor, "B T"], share: float) -> Int[Tensor, ""]:
+    """max(1, floor(share N)), with N the decisions of all ranks."""
+    return (share * ranks.sum(mask.sum())).floor().long().clamp(min=1)
 
 
 @torch.no_grad()

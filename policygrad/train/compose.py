@@ -26,6 +26,8 @@ from policygrad.credit import (
     Assign,
     baselined,
     bootstrapped,
+    covariance_charged,
+    covariance_thinned,
     demonstrated,
     discounted,
     grouped,
@@ -40,6 +42,7 @@ from policygrad.divergences import (
     AdaptiveCoefficient,
     AdaptiveEntropy,
     Divergence,
+    absolute,
     at_action,
     binary_kl,
     binary_total_variation,
@@ -122,7 +125,9 @@ GROUP_SCALES = {
     "std": advantages.group_scale, "none": advantages.unit_scale, "mean": advantages.mean_scale,
     "batch": advantages.batch_scale,
 }  # fmt: skip
-PENALTIES: dict[str, Penalty] = {"k3": lambda logp, logp_old, mask: k3(logp_old, logp), "squared_row": squared_row}
+PENALTIES: dict[str, Penalty] = {
+    "k3": lambda logp, logp_old, mask: k3(logp_old, logp), "absolute": absolute, "squared_row": squared_row,
+}  # fmt: skip
 FROM_OLD: dict[str, Callable[..., Tensor]] = {
     "binary_tv": binary_total_variation, "binary_kl": binary_kl, "tv": total_variation, "kl": kl_from_old,
 }  # fmt: skip
@@ -294,6 +299,11 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
     if getattr(options, "learn_from", "all") == "high_entropy":
         share = options.learn_from_share
         credit = selected(credit, partial(high_entropy, policy=policy, share=share, micro_batch=micro_batch))
+    if getattr(options, "kl_old_share", 1.0) < 1:
+        credit = covariance_charged(credit, share=options.kl_old_share)
+    if getattr(options, "learn_from", "all") == "low_covariance":
+        bounds = {"low": options.covariance_low, "high": options.covariance_high}
+        credit = covariance_thinned(credit, share=options.covariance_share, **bounds)
     return discounted(credit, gamma) if options.discounted else credit
 
 

@@ -120,8 +120,11 @@ class Keywords(TypedDict, total=False):
     discounted: bool
     group_baseline: Literal["mean", "leave_one_out", "other_best"]
     group_scale: Literal["std", "none", "mean", "batch"]
-    learn_from: Literal["all", "high_entropy"]
+    learn_from: Literal["all", "high_entropy", "low_covariance"]
     learn_from_share: float
+    covariance_share: float
+    covariance_low: float
+    covariance_high: float
     normalize_advantages: Literal["none", "batch", "minibatch"]
     weights: Literal["token", "row", "episode", "budget"]
     entropy_coefficient: float
@@ -146,7 +149,8 @@ class Keywords(TypedDict, total=False):
     drift_bound: float
     kl_old_coefficient: float
     kl_old_target: float
-    kl_old_estimate: Literal["k3", "squared_row"]
+    kl_old_estimate: Literal["k3", "absolute", "squared_row"]
+    kl_old_share: float
     target_kl: float
     kl_ref: Literal["none", "reward", "loss"]
     kl_ref_coefficient: float

@@ -195,6 +195,17 @@ TABLE = (
         source="arXiv 2506.01939",
     ),
     Method(
+        "clip_cov", "GRPO by token that learns less where the log-probability covaries most with the advantage.",
+        "grpo", defaults={**_GROUP, "weights": "token", "learn_from": "low_covariance"},
+        source="arXiv 2505.22617",
+    ),
+    Method(
+        "kl_cov", "Policy gradient by token; KL(old, new) is charged where log-probability and advantage covary most.",
+        "grpo", defaults={**_GROUP, **_UNCLIPPED, "weights": "token", "kl_old_coefficient": 1.0,
+                          "kl_old_estimate": "absolute", "kl_old_share": 2e-4},
+        source="arXiv 2505.22617",
+    ),
+    Method(
         "skywork_or1", "GRPO by token, with an entropy bonus that adapts to a target (Skywork-OR1).",
         "grpo", defaults={**_GROUP, "weights": "token", "entropy_target": 0.2},
         source="arXiv 2505.22312",

@@ -44,6 +44,7 @@ POSSIBLY_INFINITE = Bound(lambda x: x >= 0, "0 or more")
 COUNT = Bound(lambda x: x >= 1, "at least 1")
 TWO = Bound(lambda x: x >= 2, "at least 2")
 UNIT = Bound(lambda x: 0 <= x <= 1, "between 0 and 1")
+PART = Bound(lambda x: 0 < x <= 1, "more than 0 and at most 1")
 FRACTION = Bound(lambda x: 0 < x < 1, "more than 0 and less than 1")
 SHARE = Bound(lambda x: 0 <= x < 1, "0 or more and less than 1")
 ABOVE_1 = Bound(lambda x: x > 1, "more than 1")
@@ -339,11 +340,20 @@ class Options:
     group_scale: Literal["std", "none", "mean", "batch"] = option("std",
         "Divisor of a group's advantages: its standard deviation, none, its mean return (for rewards that are not "
         "negative), or the standard deviation of all returns.", credit=("group",))
-    learn_from: Literal["all", "high_entropy"] = option("all",
-        "Decisions that are learned from: all, or those where the policy's entropy is largest (learn_from_share).",
+    learn_from: Literal["all", "high_entropy", "low_covariance"] = option("all",
+        "Decisions that are learned from: all, those where the policy's entropy is largest (learn_from_share), or all "
+        "but a share of those where log-probability and advantage covary most (covariance_share).",
         objective=("grpo",))
     learn_from_share: float = option(0.2, "The share of such decisions.", FRACTION, objective=("grpo",),
         learn_from=("high_entropy",))
+    covariance_share: float = option(0.0002,
+        "Clip-Cov: decisions left out of those between covariance_low and covariance_high, as a share of all, at least "
+        "one; on average, by weights.", FRACTION, objective=("grpo",), learn_from=("low_covariance",))
+    covariance_low: float = option(1.0,
+        "Lower bound of (A - mean A)(log pi - mean log pi) of such decisions.", objective=("grpo",),
+        learn_from=("low_covariance",))
+    covariance_high: float = option(5.0,
+        "Upper bound of the same.", objective=("grpo",), learn_from=("low_covariance",))
     normalize_advantages: Literal["none", "batch", "minibatch"] = option("none",
         "Standardize advantages over the batch or over each minibatch.", **SAMPLED)
     weights: Literal["token", "row", "episode", "budget"] = option("token",
@@ -407,8 +417,12 @@ class Options:
         "Initial beta of the penalty beta KL(old, new); 0: no penalty.", NOT_NEGATIVE, **MINIBATCHES)
     kl_old_target: float = option(math.inf,
         "Target KL(old, new) of an update, to which beta adapts; inf: beta is constant.", POSITIVE, **MINIBATCHES)
-    kl_old_estimate: Literal["k3", "squared_row"] = option("k3",
-        "Estimate of that KL: k3 of each decision, or half the squared log-ratio of whole rows.", objective=("grpo",))
+    kl_old_estimate: Literal["k3", "absolute", "squared_row"] = option("k3",
+        "Estimate of that KL: k3 or the absolute log-ratio of each decision, or half the squared log-ratio of whole "
+        "rows.", objective=("grpo",))
+    kl_old_share: float = option(1.0,
+        "KL-Cov: charge that KL only to this share of the decisions, those where log-probability and advantage covary "
+        "most, at least one; 1: to all.", PART, objective=("grpo",))
     target_kl: float = option(math.inf,
         "End the epochs early if a minibatch's KL(old, new) exceeds 1.5 times this value.", POSITIVE, **MINIBATCHES)
     kl_ref: Literal["none", "reward", "loss"] = option("none",
@@ -702,6 +716,13 @@ def _conflicts(o: Any) -> Any:
         yield "kl_old_target", "kl_old_target adapts kl_old_coefficient, which is 0: set that too"
     if getattr(o, "kl_old_coefficient", None) == 0 and getattr(o, "kl_old_estimate", "k3") != "k3":
         yield "kl_old_estimate", "kl_old_estimate is of kl_old_coefficient, which is 0: set that too"
+    if getattr(o, "kl_old_share", 1.0) < 1 and (o.kl_old_coefficient == 0 or o.kl_old_estimate == "squared_row"):
+        wanted = (
+            "kl_old_coefficient, which is 0" if o.kl_old_coefficient == 0 else "single decisions, not of squared_row"
+        )
+        yield "kl_old_share", f"kl_old_share is of {wanted}: change that too, or leave it out"
+    if getattr(o, "learn_from", "all") == "low_covariance" and o.covariance_low >= o.covariance_high:
+        yield "covariance_low", "covariance_low is not below covariance_high: lower it, or nothing is between them"
     if o.kl_ref == "loss" and method.objective != "grpo":
         yield (
             "kl_ref",

@@ -141,7 +141,8 @@ _REASONS: dict[str, Callable[[Any, bool, bool], bool]] = {
         or (o.credit == "group" and o.group_scale in ("std", "batch"))
     ),
     "1/mean": lambda o, off, together: o.credit == "group" and o.group_scale == "mean",
-    "few tokens": lambda o, off, together: getattr(o, "learn_from", "all") != "all",
+    "few tokens": lambda o, off, together: getattr(o, "learn_from", "all") == "high_entropy",
+    "by covariance": lambda o, off, together: getattr(o, "learn_from", "all") == "low_covariance",
     "by token": lambda o, off, together: o.weights == "token",
     "1/|y|": lambda o, off, together: (
         o.weights == "row" or (o.weights != "episode" and getattr(o, "ratio", "token") == "sequence")
