@@ -121,7 +121,14 @@ def credit_of(o: Any) -> str:
         over = {"std": " over std", "none": "", "mean": " over mean", "batch": " over the batch's std"}
         found = less[o.group_baseline] + over[o.group_scale]
     elif o.credit in ("reward_to_go", "trajectory_return"):
-        less = {"none": "", "value": " - V", "length_weighted": " - mean by length", "token": " - mean by score"}
+        less = {
+            "none": "",
+            "value": " - V",
+            "start_value": " - V(x)",
+            "greedy": " - R of the mode",
+            "length_weighted": " - mean by length",
+            "token": " - mean by score",
+        }
         found = ("G" if o.credit == "reward_to_go" else "R") + less.get(o.baseline, f" - {o.baseline}")
     else:
         found = {"gae": f"GAE({o.lam:g})", "vtrace": "V-trace", "n_step": f"{o.n}-step"}[o.credit]

@@ -62,18 +62,27 @@ def baselined(
     return _reading(assign, **_modules_in(baseline))
 
 
-def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: Split = None) -> Assign:
+def bootstrapped(
+    critic: nn.Module,
+    estimate: Callable[..., Tensor],
+    *,
+    of_critic: Callable[..., Tensor] | None = None,
+    micro_batch: Split = None,
+) -> Assign:
     """A = estimate(reward, value, terminated, ended), target = A + V, value = V.
 
     estimate: a partial of gae, n_step_advantage or monte_carlo_advantage that takes these four arrays. The value is
-    [B, T + 1], the others are [B, T]. micro_batch: rows that the critic computes at a time.
+    [B, T + 1], the others are [B, T]. of_critic: the estimate that the target is made of, if that is another (the
+    decoupled GAE of VC-PPO and VAPO, arXiv 2504.05118). micro_batch: rows that the critic computes at a time.
     """
 
     def assign(rollout: Rollout) -> Credit:
         value = bootstrap_values(critic, rollout, micro_batch)
         steps = _Decisions(rollout)
-        advantage = steps.back(estimate(steps.reward, steps.values(value), steps.terminated, steps.ended))
-        return Credit(advantage, advantage + value[:, :-1], value[:, :-1])
+        arrays = steps.reward, steps.values(value), steps.terminated, steps.ended
+        advantage = steps.back(estimate(*arrays))
+        error = advantage if of_critic is None else steps.back(of_critic(*arrays))
+        return Credit(advantage, error + value[:, :-1], value[:, :-1])
 
     return _reading(assign, critic=critic)
 
@@ -213,7 +222,8 @@ def covariance_charged(assign: Assign, *, share: float) -> Assign:
         found = covariance(rollout, credit.advantage).where(rollout.mask, -torch.inf)
         ranked = ranks.gathered(found.flatten())[0].sort(descending=True).values
         least = ranked.gather(0, (_share_of(rollout.mask, share) - 1).reshape(1))
-        return Charged(*credit, ((found >= least) & rollout.mask).to(credit.advantage.dtype))
+        charge = ((found >= least) & rollout.mask).to(credit.advantage.dtype)
+        return Charged(credit.advantage, credit.target, credit.value, charge)
 
     return _like(assign, charged)
 

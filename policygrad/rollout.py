@@ -45,6 +45,7 @@ class Rollout:
     metrics: dict[str, Any] = field(default_factory=dict)  # the sampler's metrics, numbers or tensors: return, ...
     importance: Float[Tensor, "B T"] | None = None  # truncated pi_old / sampling policy; None: they agree
     state: Int[Tensor, "B T"] | None = None  # decisions where the environment says the same share a number
+    greedy: Float[Tensor, " B"] | None = None  # return of an episode of the policy's mode from the row's start
 
     def __post_init__(self) -> None:
         for name in ("reward", "logp", "importance"):

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from policygrad.advantages import (
     gae,
+    gae_by_length,
     group_mean,
     group_scale,
     leave_one_out,
@@ -663,6 +664,35 @@ def test_high_entropy_is_the_share_of_decisions_with_the_most(
     assert wanted.sum() == count
     for rows in (None, 2):
         assert torch.equal(high_entropy(rollout, policy=softmax, share=share, micro_batch=rows), wanted)
+
+
+# Two lambdas
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_lambda_by_length_is_that_of_each_row_alone(
+    alpha: float, softmax: nn.Module, critic: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    """Rows of one episode, as completions are, with holes in them."""
+    rollout = sample(softmax)
+    found = bootstrapped(critic, partial(gae_by_length, gamma=GAMMA, alpha=alpha))(rollout)
+    for i in range(len(rollout.mask)):
+        row = rollout.rows(slice(i, i + 1))
+        count = int(row.mask.sum())
+        lam = max(0.0, 1 - 1 / (alpha * count)) if count else 0.0
+        alone = bootstrapped(critic, partial(gae, gamma=GAMMA, lam=lam))(row)
+        close(found.advantage[i][row.mask[0]], alone.advantage[row.mask])
+
+
+def test_the_critic_has_a_lambda_of_its_own(
+    softmax: nn.Module, critic: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    of_policy, of_critic = (partial(gae, gamma=GAMMA, lam=lam) for lam in (0.3, 1.0))
+    both = bootstrapped(critic, of_policy, of_critic=of_critic)(rollout)
+    assert torch.equal(both.advantage, bootstrapped(critic, of_policy)(rollout).advantage)
+    assert torch.equal(both.target, bootstrapped(critic, of_critic)(rollout).target)
+    assert not torch.equal(both.target, bootstrapped(critic, of_policy)(rollout).target)
 
 
 def by_draws(kept: list[float], share: float, low: float, high: float, found: list[float]) -> list[float]:

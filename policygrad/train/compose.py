@@ -36,7 +36,15 @@ from policygrad.credit import (
     standardized,
     vtrace,
 )
-from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, optimal_token_baseline, value_baseline
+from policygrad.critics import (
+    Fit,
+    fit_critic,
+    no_fit,
+    optimal_baseline,
+    optimal_token_baseline,
+    start_value_baseline,
+    value_baseline,
+)
 from policygrad.diagnostics import after_update
 from policygrad.divergences import (
     AdaptiveCoefficient,
@@ -74,6 +82,7 @@ from policygrad.samplers import (
     InUnits,
     KLCharged,
     Overlapped,
+    Refreshed,
     Rescored,
     Sample,
     Together,
@@ -116,6 +125,7 @@ BASELINES = {
     "none": advantages.no_baseline,
     "mean": advantages.mean_baseline,
     "time_mean": advantages.time_mean_baseline,
+    "greedy": advantages.greedy_baseline,
     "length_weighted": advantages.length_weighted_mean,
 }
 GROUP_BASELINES = {
@@ -257,6 +267,8 @@ def assemble(
         options = replace(options, compile="off")
     if has_critic(options) and critic is None:
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
+    if getattr(options, "critic_warmup", 0):
+        raise OptionError("critic_warmup", "critic_warmup counts the iterations of a run: use train, or leave it out")
     if options.gamma is None and (options.credit != "group" or options.discounted):
         raise UserError("gamma is None, which is for train on an exact world: give the discount factor")
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
@@ -277,6 +289,7 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
             "optimal": partial(optimal_baseline, policy=policy),
             "token": partial(optimal_token_baseline, policy=policy, micro_batch=micro_batch),
             "value": partial(value_baseline, critic=critic),  # type: ignore[arg-type]
+            "start_value": partial(start_value_baseline, critic=critic),  # type: ignore[arg-type]
         }
         credit = baselined(partial(RETURNS[options.credit], gamma=gamma), baselines[options.baseline])
     elif options.credit == "vtrace":
@@ -288,12 +301,17 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
         credit = bootstrapped_by_turn(critic, gamma=gamma, lam=options.lam, micro_batch=micro_batch)
     else:
         assert critic is not None
+        alpha, of_critic = getattr(options, "length_adaptive_lam", None), getattr(options, "critic_lam", None)
         estimates: dict[str, Callable[..., Tensor]] = {
-            "gae": partial(advantages.gae, gamma=gamma, lam=options.lam),
+            "gae": partial(advantages.gae, gamma=gamma, lam=options.lam)
+            if alpha is None
+            else partial(advantages.gae_by_length, gamma=gamma, alpha=alpha),
             "n_step": partial(advantages.n_step_advantage, gamma=gamma, n=options.n),
             "monte_carlo": partial(advantages.monte_carlo_advantage, gamma=gamma),
         }
-        credit = bootstrapped(critic, estimates[options.credit], micro_batch=micro_batch)
+        target = None if of_critic is None else partial(advantages.gae, gamma=gamma, lam=of_critic)
+        target = target if options.credit == "gae" else None
+        credit = bootstrapped(critic, estimates[options.credit], of_critic=target, micro_batch=micro_batch)
     if options.normalize_advantages == "batch":
         credit = standardized(credit)
     if getattr(options, "learn_from", "all") == "high_entropy":
@@ -477,6 +495,10 @@ def wrapped(
             low=options.importance_low, drop=options.importance_outside == "drop",
             normalize=options.importance_normalized,
         )  # fmt: skip
+    if reference is not None and options.reference_every is not None:
+        sample = Refreshed(sample, reference, every=options.reference_every)
+    if reference is not None and options.reference_decay is not None:
+        sample = Refreshed(sample, reference, decay=options.reference_decay)
     if reference is not None and options.kl_ref == "reward":
         sample = KLCharged(sample, reference, coefficients["kl_ref"], micro_batch)
     if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):

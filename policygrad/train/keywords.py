@@ -111,10 +111,14 @@ class Keywords(TypedDict, total=False):
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"]
     gamma: float | None
     lam: float
+    length_adaptive_lam: float | None
+    critic_lam: float | None
     n: int
     rho_bar: float
     c_bar: float
-    baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"]
+    baseline: Literal[
+        "none", "mean", "time_mean", "optimal", "greedy", "length_weighted", "token", "value", "start_value"
+    ]
     turn_level: bool
     state_weight: float
     discounted: bool
@@ -156,6 +160,8 @@ class Keywords(TypedDict, total=False):
     kl_ref_coefficient: float
     kl_ref_target: float
     kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"]
+    reference_every: int | None
+    reference_decay: float | None
     learning_rate: float | None
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
@@ -178,6 +184,7 @@ class Keywords(TypedDict, total=False):
     step_rule: Literal["kl_radius", "learning_rate"]
     natural_learning_rate: float
     critic_learning_rate: float | None
+    critic_warmup: int
     critic_epochs: int
     critic_minibatch_size: int
 

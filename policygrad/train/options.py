@@ -71,6 +71,7 @@ CLIPPED: When = {"gain": ("surrogate", "weight")}
 GAUSSIAN: When = {"distribution": ("normal", "squashed")}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
+OF_CRITIC = ("value", "start_value")  # baselines of a return that are learned
 OF_GROUPS = ("length_weighted", "token")  # baselines of a return that compare the rows of a group
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
 
@@ -316,15 +317,22 @@ class Options:
     gamma: float | None = option(0.99, "Discount factor; None: the exact world's own.", UNIT, **SAMPLED)
     lam: float = option(0.95,
         "Lambda of GAE and V-trace: 0 gives the TD error, 1 gives Monte Carlo.", UNIT, credit=("gae", "vtrace"))
+    length_adaptive_lam: float | None = option(None,
+        "Lambda of the advantage by the length l of its completion or episode: 1 - 1 / (this * l), at least 0 "
+        "(VAPO: 0.05); None: lam.", RATE, world=("language", "exact"), credit=("gae",))
+    critic_lam: float | None = option(None,
+        "Lambda of the critic's target; None: that of the advantage.", UNIT, credit=("gae",))
     n: int = option(5, "Rewards in the n-step return before it bootstraps from the critic.", COUNT, credit=("n_step",))
     rho_bar: float = option(1.0,
         "Bound of the ratio in V-trace's TD error; it sets the policy whose value is learned.",
         POSITIVE, credit=("vtrace",))
     c_bar: float = option(1.0, "Bound of the ratio in V-trace's traces.", POSITIVE, credit=("vtrace",))
-    baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"] = option("value",
+    baseline: Literal[
+        "none", "mean", "time_mean", "optimal", "greedy", "length_weighted", "token", "value", "start_value"
+    ] = option("value",
         "Baseline of the return: none, the other episodes' mean, their mean at the same step, the constant of least "
-        "variance; of a group, the mean weighted by length, or the best number for each token; or a learned value.",
-        **RETURNS)
+        "variance, the return of one more episode by the policy's mode; of a group, the mean weighted by length, or "
+        "the best number for each token; or a learned value, of each state or of the start.", **RETURNS)
     turn_level: bool = option(False,
         "GAE from turn to turn of a conversation, whose tokens share an advantage, instead of from token to token.",
         **LANGUAGE, credit=("gae",))
@@ -437,6 +445,13 @@ class Options:
         "Estimate in the loss: straight_through and exact have the correct gradient, k3 is GRPO's, k1 has none.",
         objective=("grpo",), kl_ref=("loss",))
 
+    reference_every: int | None = option(None,
+        "Iterations after which the reference becomes the policy as it is, again and again; None: it stays.",
+        COUNT, **SAMPLED, kl_ref=("reward", "loss"))
+    reference_decay: float | None = option(None,
+        "Decay of a reference that is the exponential moving average of the policy; None: it stays.",
+        FRACTION, **SAMPLED, kl_ref=("reward", "loss"))
+
     # Update
     learning_rate: float | None = option(0.0003,
         "Learning rate of the policy; also of the critic if they share the optimizer. None, for a language "
@@ -492,6 +507,8 @@ class Options:
         "hub id of another model with the same tokenizer.", **LANGUAGE, **SAMPLED)
     critic_learning_rate: float | None = option(None,
         "Learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE, **SAMPLED)
+    critic_warmup: int = option(0,
+        "First iterations in which only the critic learns.", NOT_NEGATIVE, **ASCEND, **SAMPLED)
     critic_epochs: int = option(10,
         "Passes over the rollout to fit a critic with its own optimizer.",
         COUNT, objective=("reinforce", "surrogate", "grpo"))
@@ -516,13 +533,18 @@ def has_critic(options: Any) -> bool:
     """Whether the credit needs a critic."""
     if not hasattr(options, "credit"):  # that of demonstrations
         return False
-    return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline == "value")
+    return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline in OF_CRITIC)
 
 
 def compares_groups(options: Any) -> bool:
     """Whether the credit compares the rows of a group."""
     credit = getattr(options, "credit", None)
     return credit == "group" or (credit in RETURNS["credit"] and options.baseline in OF_GROUPS)
+
+
+def compares_greedy(options: Any) -> bool:
+    """Whether the baseline is the return of the policy's mode."""
+    return getattr(options, "credit", None) in RETURNS["credit"] and options.baseline == "greedy"
 
 
 @cache
@@ -666,6 +688,8 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "group_size", "group_size is read only where credit is group, or the baseline of a group's: leave it out"
         )
+    if f.name == "lam" and getattr(options, "length_adaptive_lam", None) is not None:
+        raise OptionError("lam", "lam is read only without length_adaptive_lam: leave one of the two out")
     if f.name == "entropy_step" and options.entropy_target is None:
         raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
@@ -677,7 +701,14 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "evaluation_split", "evaluation_split is of evaluation_dataset: set that too, or leave it out"
         )
-    critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate", "critic_memory"}
+    critics = {
+        "critic_warmup",
+        "critic_epochs",
+        "critic_minibatch_size",
+        "critic",
+        "critic_learning_rate",
+        "critic_memory",
+    }
     if KNOWN[options.method].update != "ascend":  # then the optimizer is the critic's alone
         critics |= {"optimizer", "weight_decay", "momentum", "adam_epsilon", "learning_rate_schedule", "warmup"}
     if f.name in critics and not has_critic(options):
@@ -728,6 +759,12 @@ def _conflicts(o: Any) -> Any:
             "kl_ref",
             f"kl_ref is loss, and {o.method} has no such term: use kl_ref reward, or a method of grpo's family",
         )
+    if o.reference_every is not None and o.reference_decay is not None:
+        yield "reference_decay", "reference_every and reference_decay are two ways to move the reference: leave one out"
+    if o.kl_ref != "none" and getattr(o, "lora_rank", 0):
+        for name in ("reference_every", "reference_decay"):
+            if getattr(o, name) is not None:
+                yield name, f"{name} moves a copy of the model, and with lora_rank the reference is none: leave it out"
     if o.critic_learning_rate is None and has_critic(o) and not hasattr(o, "learning_rate"):
         yield (
             "critic_learning_rate",
@@ -793,6 +830,12 @@ def _language_conflicts(o: Any) -> Any:
             "decouple_rewards",
             "decouple_rewards compares the completions of a prompt, and completions is 1: raise it",
         )
+    if getattr(o, "decouple_rewards", False) and compares_greedy(o):
+        said = "decouple_rewards standardizes rewards within a group, and baseline greedy compares them with another's"
+        yield "decouple_rewards", f"{said}: leave one out"
+    for name in ("length_adaptive_lam", "critic_lam"):
+        if getattr(o, "turn_level", False) and getattr(o, name) is not None:
+            yield name, f"{name} is of tokens, and turn_level takes lam from turn to turn: leave one out"
     if getattr(o, "turn_level", False) and o.discounted:
         yield (
             "discounted",

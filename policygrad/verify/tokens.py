@@ -153,6 +153,8 @@ def group_rows(at: Setting) -> list[Row]:
             weights="token"),
         row("GAE(0.95) by token, exact critic", LEANS, "ppo", 1, critic=at.value),
         row("GAE(0.95) by token, zero critic", LEANS, "ppo", 1, critic=nothing),
+        row("GAE by token, lambda by length (VAPO), wrong critic", LEANS, "ppo", 1, critic=at.wrong_value,
+            length_adaptive_lam=0.8),
     ]  # fmt: skip
 
 

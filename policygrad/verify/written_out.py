@@ -41,7 +41,8 @@ def expectation(
     sampled = at.probs_old if off_policy else at.probs
     ratio = (at.probs / sampled)[states, rollout.action].where(mask, 1.0)
     at_states = value[states].where(mask, 0.0)
-    advantage = _advantage(options, rollout.reward, mask, ratio, at_states, index, together, _energy(at, rollout))
+    other = _energy(at, rollout), rollout.greedy
+    advantage = _advantage(options, rollout.reward, mask, ratio, at_states, index, together, *other)
     if options.normalize_advantages == "batch":
         advantage = _standardized(advantage, mask[index], together)
     covaries = _covariance(advantage, sampled.log()[states, rollout.action][index], mask[index], together)
@@ -90,6 +91,7 @@ def _advantage(
     index: Tensor,
     together: bool,
     energy: Tensor,
+    greedy: Tensor | None,
 ) -> Tensor:
     """[K, size, T]."""
     after = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)  # nothing is left at the end
@@ -101,8 +103,14 @@ def _advantage(
             returns = _onward(reward, o.gamma)
             returns = returns[:, :1].expand_as(reward) if o.credit == "trajectory_return" else returns
             seen = returns[index].where(mask[index], 0.0)
+            if o.baseline == "greedy" and greedy is not None:
+                return returns[index] - greedy[index].unsqueeze(2)
             return returns[index] - _baseline(o, seen, mask[index], value[index], together, energy[index])
         case "gae":
+            if getattr(o, "length_adaptive_lam", None) is not None:
+                lam = (1 - 1 / (o.length_adaptive_lam * mask.sum(1))).clamp(min=0).tolist()
+                rows = [_onward(delta[i : i + 1], o.gamma * x) for i, x in enumerate(lam)]
+                return torch.cat(rows)[index]
             return _onward(delta, o.gamma * o.lam)[index]
         case "monte_carlo":
             return _onward(delta, o.gamma)[index]
@@ -229,6 +237,8 @@ def _baseline(o: Any, returns: Tensor, mask: Tensor, value: Tensor, together: bo
             return torch.zeros_like(returns)
         case "value":
             return value
+        case "start_value":
+            return value[..., :1].expand_as(returns)
         case "mean":
             return others(returns.sum(2, keepdim=True)) / others(mask.sum(2, keepdim=True))
         case "time_mean":

@@ -56,6 +56,7 @@ from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.errors import UserError
 from policygrad.exact.closed_form import expected_return
 from policygrad.exact.enumeration import batches
+from policygrad.exact.policies import TabularCritic
 from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, completions, groups, prefix_state
 from policygrad.objectives import clipped_surrogate, clipped_weight
@@ -400,6 +401,24 @@ def written_out_credit(name: str, rollout: Rollout) -> list[float]:
     elif name == "lite_ppo":
         scale = score.std()
     return ((score - score.mean(1, keepdim=True)) / scale).flatten().tolist()
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_dro_is_the_squared_error_of_its_paper(tau: float, policy: OnPrefixes) -> None:
+    """-(1 / 2 tau) E[(R - V(x) - tau log(pi / pi_old))^2], whose expansion is the line's objective and a constant."""
+    for seed in range(3):
+        rollout = old_rollout(token_policy(seed, near=policy, distance=0.9))
+        values = OnPrefixes(WORLD, TabularCritic(torch.linspace(-1.0, 1.0, len(TREE.start))))
+        at_start = values(rollout.obs)[:, 0].tolist()
+        logp = table(policy).log()[prefix_state(WORLD, rollout.obs), rollout.action]
+        total = torch.zeros(())
+        for i in range(8):
+            log_w = sum(logp[i, t] - rollout.logp[i, t] for t in range(3) if rollout.mask[i, t])
+            total = total - (rollout.reward[i].sum() - at_start[i] - tau * log_w) ** 2 / (2 * tau)
+        found = iteration(partial(line("dro"), critic=values), policy, lambda _, x=rollout: x, kl_old_coefficient=tau)[
+            0
+        ]
+        close(found, gradient(total / 8, policy))
 
 
 @pytest.mark.parametrize("low", [0.1, 0.2, inf])

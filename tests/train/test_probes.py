@@ -35,6 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 GROUP = {"learning_rate": 0.03, "num_envs": 64, "epochs": 4}
 SETTINGS |= {name: GROUP for name, method in METHODS.items() if method.objective == "grpo"}
+SETTINGS["remax"] = SETTINGS["reinforce"]
+SETTINGS["dro"] = SETTINGS["reinforce"] | {"kl_old_coefficient": 0.1}
 # Of grpo's family the first; on tokens all are tried (test_methods.py).
 every_method = pytest.mark.parametrize("method", list(SETTINGS)[:7])
 with_a_critic = pytest.mark.parametrize(

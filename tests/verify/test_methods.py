@@ -64,6 +64,7 @@ def test_one_of_a_new_value_is_measured_and_has_no_closed_form(monkeypatch, toke
     "values",
     [
         {"credit": "gae", "lam": 0.7, "normalize_advantages": "none"},
+        {"credit": "gae", "length_adaptive_lam": 0.7},
         {"credit": "n_step", "n": 2, "normalize_advantages": "batch"},
         {"credit": "monte_carlo", "clip_low": 0.05, "clip_high": 0.1},
         {"credit": "vtrace", "lam": 0.8, "rho_bar": 1.05, "c_bar": 0.9},

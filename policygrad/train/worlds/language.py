@@ -40,7 +40,7 @@ from policygrad.language.warmup import OWN, RECIPE, warmed_up
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.hub import directory_of
 from policygrad.train.methods import KNOWN
-from policygrad.train.options import OptionError, has_critic, with_rate
+from policygrad.train.options import OptionError, compares_greedy, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
@@ -101,6 +101,7 @@ class LanguageWorld(World):
                 cut=options.cut,
                 cut_penalty=options.cut_penalty,
                 decouple_rewards=options.decouple_rewards,
+                greedy=compares_greedy(options),
                 dataset_weight=options.dataset_weight,
                 engine=own.engine or generate,
                 seed=options.seed,
