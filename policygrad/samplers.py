@@ -126,10 +126,11 @@ class Refreshed(Wrapper):
     @torch.no_grad()
     def __call__(self, policy: nn.Module) -> Rollout:
         if self.rollouts and self.rollouts % self.every == 0:
-            for own, new in zip(self.reference.parameters(), policy.parameters(), strict=True):
+            moved = zip(self.reference.parameters(), policy.parameters(), strict=True)
+            for own, new in moved:
                 own.copy_(new if self.decay == 0 else self.decay * own + (1 - self.decay) * new)
-            for own, new in zip(self.reference.buffers(), policy.buffers(), strict=True):
-                own.copy_(new)
+            for held, seen in zip(self.reference.buffers(), policy.buffers(), strict=True):
+                held.copy_(seen)
         self.rollouts += 1
         return self.sample(policy)
 

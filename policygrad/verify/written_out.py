@@ -64,10 +64,13 @@ def expectation(
     return torch.einsum("bt,btn->n", each, at.scores[states, rollout.action])
 
 
-def corrected(at: Setting, size: int, level: str, low: float, bound: float, drop: bool) -> Float[Tensor, " N"]:
+def corrected(
+    at: Setting, size: int, level: str, low: float, bound: float, drop: bool, normalized: bool = False
+) -> Float[Tensor, " N"]:
     """What leave-one-out credit expects of an engine's completions, weighed by pi / engine within [low, bound].
 
-    The engine is the setting's old policy. Each completion is summed over its tokens.
+    The engine is the setting's old policy. Each completion is summed over its tokens. normalized: over the mean weight
+    of the batch's tokens.
     """
     rollout = at.off_policy.rollout
     index, probability = at.off_policy.batches(size)
@@ -78,7 +81,10 @@ def corrected(at: Setting, size: int, level: str, low: float, bound: float, drop
     weight = weight.where((weight >= low) & (weight <= bound), 0.0) if drop else weight.clamp(low, bound)
     returns = rollout.reward.sum(1)[index]
     advantage = returns - (returns.sum(1, keepdim=True) - returns) / (size - 1)
-    slope = (weight.expand_as(each)[index] * advantage.unsqueeze(-1) / size).where(mask[index], 0.0)
+    taken, counted = weight.expand_as(each)[index], mask[index]
+    if normalized:
+        taken = taken * counted.sum((1, 2), keepdim=True) / taken.where(counted, 0.0).sum((1, 2), keepdim=True)
+    slope = (taken * advantage.unsqueeze(-1) / size).where(counted, 0.0)
     return torch.einsum("k,kbt,kbtn->n", probability, slope, at.scores[states, rollout.action][index])
 
 
