@@ -160,6 +160,7 @@ class Keywords(TypedDict, total=False):
     kl_ref_coefficient: float
     kl_ref_target: float
     kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"]
+    teacher: str | None
     reference_every: int | None
     reference_decay: float | None
     learning_rate: float | None

@@ -20,6 +20,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "model": (),
     "base_model": (),
     "tokenizer": (),
+    "teacher": (),
     "dataset": (),
     "evaluation_dataset": (),
     "critic": ("copy", "shared"),
@@ -30,7 +31,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "demonstrations": (),
 }
 # What a run keeps itself, so that loading it does not read the name; a model is kept unless it is an adapter's base.
-KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset", "demonstrations")
+KEPT = ("start", "model", "base_model", "tokenizer", "teacher", "dataset", "evaluation_dataset", "demonstrations")
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 
 

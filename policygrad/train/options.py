@@ -445,6 +445,9 @@ class Options:
         "Estimate in the loss: straight_through and exact have the correct gradient, k3 is GRPO's, k1 has none.",
         objective=("grpo",), kl_ref=("loss",))
 
+    teacher: str | None = option(None,
+        "Model that the policy is drawn to: the reference, in place of the policy's start, with the same tokenizer. "
+        "Without a reward nothing else is learned.", TEXT, **LANGUAGE, **SAMPLED, kl_ref=("reward", "loss"))
     reference_every: int | None = option(None,
         "Iterations after which the reference becomes the policy as it is, again and again; None: it stays.",
         COUNT, **SAMPLED, kl_ref=("reward", "loss"))
@@ -825,6 +828,9 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
+    for name in ("reference_every", "reference_decay"):
+        if getattr(o, "teacher", None) is not None and getattr(o, name) is not None:
+            yield name, f"{name} moves the reference, and a teacher stays as it is: leave one out"
     if getattr(o, "decouple_rewards", False) and o.completions < 2:
         yield (
             "decouple_rewards",
