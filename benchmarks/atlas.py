@@ -164,7 +164,7 @@ def objective_of(o: Any) -> str:
         more.append(f"without bad rows of drift > {o.drift_bound:g}")
     if getattr(o, "kl_old_coefficient", 0.0):
         squared = f"- {o.kl_old_coefficient / 2:g} (log W)^2"
-        charged = f"- {o.kl_old_coefficient:g} |log r| where it covaries most"
+        charged = f"- {o.kl_old_coefficient:g} abs(log r) where it covaries most"
         more.append(squared if o.kl_old_estimate == "squared_row" else charged)
     if getattr(o, "entropy_target", None) is not None:
         more.append("+ c H, c by a target")
@@ -222,7 +222,7 @@ def draw(path: Path, entries: list[Entry], distance: float) -> None:
     ):
         axes.set_xscale("symlog", linthresh=1e-3, linscale=0.4)
         axes.set_yscale("log")
-        axes.set_xlim(-2e-4, 1.0)
+        axes.set_xlim(-2e-4, 2.0)
         axes.set_ylim(6, 160)
         axes.set_yticks([10, 20, 50, 100], ["10", "20", "50", "100"])
         axes.grid(color=GRID, linewidth=0.6)

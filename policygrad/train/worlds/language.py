@@ -430,12 +430,12 @@ class LanguageWorld(World):
         attention = "eager" if self._natural() else options.attention
         model = models.load_model(options.teacher, attention=attention, what="teacher", **how)
         tokenizer = models.load_tokenizer(options.teacher, trust_remote_code=options.trust_remote_code)
-        words = [x.get_output_embeddings().weight.shape[0] for x in (model, causal(self.policy.model))]  # type: ignore
+        words = [x.get_output_embeddings().weight.shape[0] for x in (model, causal(self.policy.model))]
         if tokenizer.get_vocab() != self.prompts.tokenizer.get_vocab() or words[0] != words[1]:
             said = f"the teacher {ending(options.teacher, 60)} has other tokens than the policy"
             raise OptionError("teacher", f"{said}: give a model of the same family")
         policy = self.policy
-        given = {"temperature": policy.temperature, "autocast": policy.autocast, "chunk": policy.chunk}
+        given: dict[str, Any] = {"temperature": policy.temperature, "autocast": policy.autocast, "chunk": policy.chunk}
         taught = LanguagePolicy(model, shared=policy.shared and can_share(LanguagePolicy(model)), **given)
         return taught.to(options.device).requires_grad_(False)
 
