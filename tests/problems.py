@@ -80,6 +80,7 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
         torch.arange(4) // 2,
         torch.randn_like(obs[:, 0]),
         memoryless=not reads_rows(options),
+        greedy=torch.arange(4) / 4,
     )
     coefficients, anchor = {}, None
     if options.kl_ref == "loss":

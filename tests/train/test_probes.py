@@ -84,7 +84,8 @@ def test_reward_is_the_observation_and_so_is_the_value(method: str) -> None:
 @with_a_critic
 def test_a_delayed_reward_is_discounted(method: str) -> None:
     run = trained(method, DelayedReward)
-    assert [value(run, 0), value(run, 1)] == pytest.approx([GAMMA, 1], abs=0.1)
+    later = GAMMA if method == "dro" else 1  # whose critic is of the whole episode, wherever it is asked
+    assert [value(run, 0), value(run, 1)] == pytest.approx([GAMMA, later], abs=0.1)
 
 
 @every_method
