@@ -148,7 +148,7 @@ def test_rows_are_those_the_index_names_in_every_column(
     rollout = numbered(sample, softmax)
     chosen = rollout.rows(index)
     assert chosen.group.tolist() == (10 * torch.arange(6)[index]).tolist()
-    assert len(flat(chosen)) == 12
+    assert len(flat(chosen)) == 13
     for x, whole in zip(flat(chosen), flat(rollout), strict=True):
         assert torch.equal(x, whole[index])
     assert chosen.memoryless
