@@ -121,12 +121,20 @@ def credit_of(o: Any) -> str:
         over = {"std": " over std", "none": "", "mean": " over mean", "batch": " over the batch's std"}
         found = less[o.group_baseline] + over[o.group_scale]
     elif o.credit in ("reward_to_go", "trajectory_return"):
-        less = {"none": "", "value": " - V", "length_weighted": " - mean by length", "token": " - mean by score"}
+        less = {
+            "none": "",
+            "value": " - V",
+            "start_value": " - V(x)",
+            "greedy": " - R of the mode",
+            "length_weighted": " - mean by length",
+            "token": " - mean by score",
+        }
         found = ("G" if o.credit == "reward_to_go" else "R") + less.get(o.baseline, f" - {o.baseline}")
     else:
         found = {"gae": f"GAE({o.lam:g})", "vtrace": "V-trace", "n_step": f"{o.n}-step"}[o.credit]
     found += ", standardized" if o.normalize_advantages == "batch" else ""
-    return found + (", where entropy is high" if getattr(o, "learn_from", "all") != "all" else "")
+    where = {"all": "", "high_entropy": ", where entropy is high", "low_covariance": ", less where it covaries"}
+    return found + where[getattr(o, "learn_from", "all")]
 
 
 def objective_of(o: Any) -> str:
@@ -155,7 +163,9 @@ def objective_of(o: Any) -> str:
     if getattr(o, "drift_bound", math.inf) < math.inf:
         more.append(f"without bad rows of drift > {o.drift_bound:g}")
     if getattr(o, "kl_old_coefficient", 0.0):
-        more.append(f"- {o.kl_old_coefficient / 2:g} (log W)^2")
+        squared = f"- {o.kl_old_coefficient / 2:g} (log W)^2"
+        charged = f"- {o.kl_old_coefficient:g} abs(log r) where it covaries most"
+        more.append(squared if o.kl_old_estimate == "squared_row" else charged)
     if getattr(o, "entropy_target", None) is not None:
         more.append("+ c H, c by a target")
     return ", ".join([found, *more])
@@ -212,7 +222,7 @@ def draw(path: Path, entries: list[Entry], distance: float) -> None:
     ):
         axes.set_xscale("symlog", linthresh=1e-3, linscale=0.4)
         axes.set_yscale("log")
-        axes.set_xlim(-2e-4, 1.0)
+        axes.set_xlim(-2e-4, 2.0)
         axes.set_ylim(6, 160)
         axes.set_yticks([10, 20, 50, 100], ["10", "20", "50", "100"])
         axes.grid(color=GRID, linewidth=0.6)

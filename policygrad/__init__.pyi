@@ -128,7 +128,11 @@ two_sided_grpo: _Assembled
 masked_grpo: _Assembled
 forking_tokens: _Assembled
 skywork_or1: _Assembled
+clip_cov: _Assembled
+kl_cov: _Assembled
 opmd: _Assembled
+remax: _Assembled
+dro: _Assembled
 reinforce_plus_plus_baseline: _Assembled
 
 __version__: str

@@ -60,6 +60,19 @@ def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float
     return torch.zeros_like(returns).scatter(1, order, mean.where(others > 0, 0.0))
 
 
+def greedy_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """b_i = the return of the most likely episode from the row's start (ReMax, Li et al. 2023, arXiv 2310.10505).
+
+    It does not depend on what the row did, so the gradient stays unbiased, and no critic is needed; it costs one more
+    episode for each start. Raises UserError if the rollout does not know it: Rollout.greedy.
+    """
+    if rollout.greedy is None:
+        raise UserError(
+            "the greedy baseline needs the greedy policy's returns, and the sampler has none: make it with greedy=True"
+        )
+    return rollout.greedy.unsqueeze(1).expand_as(returns)
+
+
 def optimal_constant_baseline(
     returns_score: Float[Tensor, " B"], score_score: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
@@ -103,6 +116,24 @@ def gae(
     delta drops V(s_{t+1}) at `terminated`; the sum stops at `ended`, which includes time limits. A_t is the
     lambda-return minus the value.
     """
+    return lambda_return(reward, value, terminated, ended, gamma, lam) - value[:, :-1]
+
+
+def gae_by_length(
+    reward: Float[Tensor, "B T"],
+    value: Float[Tensor, "B T+1"],
+    terminated: Bool[Tensor, "B T"],
+    ended: Bool[Tensor, "B T"],
+    gamma: float,
+    alpha: float,
+) -> Float[Tensor, "B T"]:
+    """GAE with lam = max(0, 1 - 1 / (alpha l)), l the steps of the row's episode (VAPO, arXiv 2504.05118).
+
+    The weights of its TD errors then add up to alpha l, a share of the row's length, where those of one lambda would
+    add up to the same for all. Each row is one episode, with its end or the row's.
+    """
+    steps = torch.where(ended.any(1), ended.int().argmax(1) + 1, ended.shape[1]).unsqueeze(1)
+    lam = (1 - 1 / (alpha * steps.to(reward.dtype))).clamp(min=0).expand_as(reward)
     return lambda_return(reward, value, terminated, ended, gamma, lam) - value[:, :-1]
 
 

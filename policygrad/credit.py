@@ -30,7 +30,16 @@ class Credit(NamedTuple):
     value: Float[Tensor, "B T"]  # 0 without a critic
 
 
-Assign = Callable[[Rollout], Credit]
+class Charged(NamedTuple):
+    """Credit, and what the objective's penalty of KL(old, new) counts at each decision, [B, T]."""
+
+    advantage: Float[Tensor, "B T"]
+    target: Float[Tensor, "B T"]
+    value: Float[Tensor, "B T"]
+    charge: Float[Tensor, "B T"]
+
+
+Assign = Callable[[Rollout], Any]  # a Credit, or Charged
 
 
 def baselined(
@@ -53,18 +62,27 @@ def baselined(
     return _reading(assign, **_modules_in(baseline))
 
 
-def bootstrapped(critic: nn.Module, estimate: Callable[..., Tensor], *, micro_batch: Split = None) -> Assign:
+def bootstrapped(
+    critic: nn.Module,
+    estimate: Callable[..., Tensor],
+    *,
+    of_critic: Callable[..., Tensor] | None = None,
+    micro_batch: Split = None,
+) -> Assign:
     """A = estimate(reward, value, terminated, ended), target = A + V, value = V.
 
     estimate: a partial of gae, n_step_advantage or monte_carlo_advantage that takes these four arrays. The value is
-    [B, T + 1], the others are [B, T]. micro_batch: rows that the critic computes at a time.
+    [B, T + 1], the others are [B, T]. of_critic: the estimate that the target is made of, if that is another (the
+    decoupled GAE of VC-PPO and VAPO, arXiv 2504.05118). micro_batch: rows that the critic computes at a time.
     """
 
     def assign(rollout: Rollout) -> Credit:
         value = bootstrap_values(critic, rollout, micro_batch)
         steps = _Decisions(rollout)
-        advantage = steps.back(estimate(steps.reward, steps.values(value), steps.terminated, steps.ended))
-        return Credit(advantage, advantage + value[:, :-1], value[:, :-1])
+        arrays = steps.reward, steps.values(value), steps.terminated, steps.ended
+        advantage = steps.back(estimate(*arrays))
+        error = advantage if of_critic is None else steps.back(of_critic(*arrays))
+        return Credit(advantage, error + value[:, :-1], value[:, :-1])
 
     return _reading(assign, critic=critic)
 
@@ -159,6 +177,60 @@ def selected(assign: Assign, keep: Callable[[Rollout], Tensor]) -> Assign:
         return credit._replace(advantage=credit.advantage.where(keep(rollout), 0.0))
 
     return _like(assign, chosen)
+
+
+def covariance(rollout: Rollout, advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """(A - mean A) (log pi - mean log pi), of the policy that sampled; the means are over all decisions, of all ranks.
+
+    Its mean is the covariance that drives the entropy down at a policy-gradient step (Cui et al. 2025, arXiv
+    2505.22617, section 3): likely actions that were good, and unlikely ones that were bad. 0 behind the mask.
+    """
+    count = ranks.sum(rollout.mask.sum()).clamp(min=1)
+
+    def centered(x: Tensor) -> Tensor:
+        return x - ranks.sum(x.where(rollout.mask, 0.0).sum()) / count
+
+    return (centered(advantage) * centered(rollout.logp)).where(rollout.mask, 0.0)
+
+
+def covariance_thinned(assign: Assign, *, low: float, high: float, share: float) -> Assign:
+    """The same credit, its advantage weakened where low < covariance < high (Clip-Cov, arXiv 2505.22617, section 4).
+
+    The paper draws k = max(1, floor(share N)) of the N decisions at random among the n whose covariance is between the
+    bounds, and takes their gradient away. Here the advantage of all n is multiplied by 1 - min(k, n) / n, the
+    probability of not being drawn: the same gradient on average, without the noise of the draw.
+    """
+
+    def thinned(rollout: Rollout) -> Credit:
+        credit = assign(rollout)
+        found = covariance(rollout, credit.advantage)
+        within = (found > low) & (found < high) & rollout.mask
+        drawn, count = _share_of(rollout.mask, share), ranks.sum(within.sum())
+        kept = 1 - drawn.minimum(count) / count.clamp(min=1)
+        return credit._replace(advantage=torch.where(within, kept * credit.advantage, credit.advantage))
+
+    return _like(assign, thinned)
+
+
+def covariance_charged(assign: Assign, *, share: float) -> Assign:
+    """The same credit, with a charge of 1 at the k = max(1, floor(share N)) of N decisions whose covariance is largest,
+    and 0 at the others (KL-Cov, arXiv 2505.22617, section 4). Of equal ones all are charged.
+    """
+
+    def charged(rollout: Rollout) -> Charged:
+        credit = assign(rollout)
+        found = covariance(rollout, credit.advantage).where(rollout.mask, -torch.inf)
+        ranked = ranks.gathered(found.flatten())[0].sort(descending=True).values
+        least = ranked.gather(0, (_share_of(rollout.mask, share) - 1).reshape(1))
+        charge = ((found >= least) & rollout.mask).to(credit.advantage.dtype)
+        return Charged(credit.advantage, credit.target, credit.value, charge)
+
+    return _like(assign, charged)
+
+
+def _share_of(mask: Bool[Tensor, "B T"], share: float) -> Int[Tensor, ""]:
+    """max(1, floor(share N)), with N the decisions of all ranks."""
+    return (share * ranks.sum(mask.sum())).floor().long().clamp(min=1)
 
 
 @torch.no_grad()

@@ -119,6 +119,12 @@ def value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: n
         return _of_every_step(critic(rollout.obs), rollout)
 
 
+def start_value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, critic: nn.Module) -> Float[Tensor, "B T"]:
+    """b = V of the row's first decision, V(x) of a prompt, at all of its decisions (DRO, arXiv 2405.19107)."""
+    value = value_baseline(rollout, returns, critic=critic)
+    return value.gather(1, rollout.mask.int().argmax(1, keepdim=True)).expand_as(returns)
+
+
 def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
     """b_i = the constant that minimizes the variance of the gradient, estimated from the other rows; 0 without any."""
     origin = largest(returns, rollout.mask)

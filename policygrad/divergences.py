@@ -58,6 +58,19 @@ def squared_row(
     return total**2 / 2 / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def absolute(
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """|log(pi / pi_old)|: what the code of KL-Cov takes for KL(old, new) of a token (arXiv 2505.22617).
+
+    Its gradient has the same size however near the two are. Where they differ by rounding alone it is 0: rounding would
+    decide its sign.
+    """
+    difference = (logp - logp_old).where(mask, 0.0)
+    rounding = 8 * torch.finfo(logp.dtype).eps * (1 + logp_old.abs())
+    return difference.abs().where(difference.abs() > rounding, 0.0)
+
+
 # How far a policy pi is from pi_old at each decision of a batch: (distribution of pi, batch, log pi(a|s)) -> [B, T].
 
 

@@ -33,7 +33,9 @@ class Guard:
                     raise
                 if not self.skip:
                     blamed = NonFiniteError(f"{_first(batch)}{found}")
-                    blamed.evidence = batch._asdict()
+                    blamed.evidence = {
+                        name: x for name, x in batch._asdict().items() if name != "charge" or isinstance(x, Tensor)
+                    }
                     raise blamed from error
             self.skipped += 1
             return {}

@@ -48,7 +48,7 @@ def lambda_return(
     terminated: Bool[Tensor, "B T"],
     ended: Bool[Tensor, "B T"],
     gamma: float,
-    lam: float,
+    lam: float | Float[Tensor, "B T"],
 ) -> Float[Tensor, "B T"]:
     """G_t = r_t + gamma ((1 - lam) V(s_{t+1}) + lam G_{t+1}) (Sutton & Barto 2018, eq. 12.2 in recursive form).
 

@@ -45,6 +45,7 @@ class Rollout:
     metrics: dict[str, Any] = field(default_factory=dict)  # the sampler's metrics, numbers or tensors: return, ...
     importance: Float[Tensor, "B T"] | None = None  # truncated pi_old / sampling policy; None: they agree
     state: Int[Tensor, "B T"] | None = None  # decisions where the environment says the same share a number
+    greedy: Float[Tensor, " B"] | None = None  # return of an episode of the policy's mode from the row's start
 
     def __post_init__(self) -> None:
         for name in ("reward", "logp", "importance"):
@@ -95,6 +96,7 @@ class Batch(NamedTuple):
     advantage: Tensor
     target: Tensor  # the critic's target; 0 if there is none
     value: Tensor  # the critic's prediction when credit was assigned; 0 without a critic
+    charge: Tensor | tuple[()] = ()  # what a penalty of KL(old, new) counts at each decision; (), no leaf: 1 everywhere
 
 
 def decisions(
@@ -103,6 +105,7 @@ def decisions(
     advantage: Float[Tensor, "B T"],
     target: Float[Tensor, "B T"] | None = None,
     value: Float[Tensor, "B T"] | None = None,
+    charge: Float[Tensor, "B T"] | tuple[()] = (),
 ) -> Batch:
     """Join a rollout with its credit. Every column is 0 behind the mask.
 
@@ -118,7 +121,8 @@ def decisions(
         weight = weight * rollout.importance
     columns = [rollout.logp, weight, advantage, zero if target is None else target, zero if value is None else value]
     logp, weight, advantage, target, value = (torch.where(rollout.mask, x, 0.0) for x in columns)
-    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value)
+    charge = torch.where(rollout.mask, charge, 0.0) if isinstance(charge, Tensor) else ()
+    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value, charge)
     pieces = rollout.mask.shape[1] if rollout.memoryless else rollout.pieces
     return tree_map(lambda x: x.unflatten(1, (pieces, -1)).flatten(0, 1), batch) if pieces > 1 else batch
 

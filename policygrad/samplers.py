@@ -106,6 +106,43 @@ class Following(Wrapper):
         return self.sample(policy)
 
 
+class Refreshed(Wrapper):
+    """Bring the reference of a KL penalty nearer to the policy before rollouts, but not before the first.
+
+    every: each so many rollouts it becomes the policy as it is. decay: before each it becomes decay times itself plus
+    1 - decay times the policy, an exponential moving average. The reference is a copy of the policy, and part of the
+    state. Raises UserError if the reference has no parameters of its own, as the model under an adapter.
+    """
+
+    def __init__(self, sample: Sample, reference: nn.Module, *, every: int = 1, decay: float = 0.0) -> None:
+        super().__init__(sample)
+        if not any(True for _ in reference.parameters()):
+            raise UserError(
+                "the reference is the model under the adapter, which stays as it is: leave out reference_every and "
+                "reference_decay, or train all weights"
+            )
+        self.reference, self.every, self.decay, self.rollouts = reference, every, decay, 0
+
+    @torch.no_grad()
+    def __call__(self, policy: nn.Module) -> Rollout:
+        if self.rollouts and self.rollouts % self.every == 0:
+            moved = zip(self.reference.parameters(), policy.parameters(), strict=True)
+            for own, new in moved:
+                own.copy_(new if self.decay == 0 else self.decay * own + (1 - self.decay) * new)
+            for held, seen in zip(self.reference.buffers(), policy.buffers(), strict=True):
+                held.copy_(seen)
+        self.rollouts += 1
+        return self.sample(policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "reference": self.reference.state_dict(), "rollouts": self.rollouts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.reference.load_state_dict(state["reference"])
+        self.rollouts = int(state["rollouts"])
+
+
 class Together(Wrapper):
     """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
 

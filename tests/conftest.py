@@ -179,6 +179,7 @@ def sample() -> Callable[..., Rollout]:
         nowhere = torch.zeros(rows, steps, dtype=torch.bool)
         made = {"obs": obs, "action": action, "logp": logp, "reward": torch.randn(rows, steps), "mask": mask}
         made |= {"terminated": nowhere, "ended": nowhere, "group": torch.arange(rows) // 2}
+        made |= {"greedy": torch.arange(rows) / rows}
         return Rollout(**(made | columns))
 
     return sample

@@ -26,7 +26,7 @@ from policygrad.exact.tokens import (
 from policygrad.rollout import Rollout
 from policygrad.train.compose import Learner, compose
 from policygrad.train.methods import METHODS
-from policygrad.train.options import options_of
+from policygrad.train.options import has_critic, options_of
 from policygrad.updates import ascend
 
 # Completions (0,), (1, 0), (1, 1, 0) and (1, 1, 1) of each prompt; two of the first prompt's are worth the same.
@@ -37,7 +37,8 @@ TREE = tree(WORLD)
 Sample = Callable[[nn.Module], Rollout]
 Method = Callable[..., Iterator[dict[str, Any]]]  # (policy, sample, optimizer, **options)
 # The lines of the table that exchange one piece of GRPO.
-FAMILY = [name for name, method in METHODS.items() if method.objective == "grpo"]
+# Those of GRPO's objective, without a critic.
+FAMILY = [n for n, x in METHODS.items() if x.objective == "grpo" and not has_critic(options_of(n, "exact")())]
 
 
 def composed(

@@ -46,6 +46,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 TRACED = ["reinforce", "actor_critic", "ppo", "ppo with all", "trpo of whole rows"]
 TRACED += [name for name in SETTINGS if "reference" in name]
 TRACED += ["dppo", "dppo over all actions", "sapo", "gmpo", "gspo_token", "vespo", "masked_grpo", "skywork_or1", "opmd"]
+TRACED += ["clip_cov", "kl_cov", "dro"]
 
 
 def kinds(name: str) -> list[str]:
@@ -79,6 +80,7 @@ def problem(name: str, kind: str) -> tuple[Objective, Batch]:
         torch.arange(4) // 2,
         torch.randn_like(obs[:, 0]),
         memoryless=not reads_rows(options),
+        greedy=torch.arange(4) / 4,
     )
     coefficients, anchor = {}, None
     if options.kl_ref == "loss":

@@ -71,7 +71,8 @@ class Problem:
         ended = torch.zeros(rows, steps, dtype=torch.bool)
         ended[:, -1] = True  # longer rows get holes after it
         group = (first + torch.arange(rows)) // 2
-        return Rollout(obs, action, logp, torch.randn(rows, steps), ended, ended, mask, group, memoryless=False)
+        columns = (obs, action, logp, torch.randn(rows, steps), ended, ended, mask, group)
+        return Rollout(*columns, memoryless=False, greedy=torch.arange(first, first + rows) / 10)
 
     def learner(self, case: str, rollout: Rollout) -> Any:
         """The method on a copy of the policy, always on this rollout."""

@@ -1,6 +1,7 @@
 """Every credit against its definition, written out decision by decision; and that holes in the mask are not there."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 from policygrad.advantages import (
     gae,
+    gae_by_length,
     group_mean,
     group_scale,
     leave_one_out,
@@ -34,6 +36,8 @@ from policygrad.credit import (
     bootstrapped,
     check_modules,
     check_rows,
+    covariance_charged,
+    covariance_thinned,
     demonstrated,
     discounted,
     grouped,
@@ -660,3 +664,73 @@ def test_high_entropy_is_the_share_of_decisions_with_the_most(
     assert wanted.sum() == count
     for rows in (None, 2):
         assert torch.equal(high_entropy(rollout, policy=softmax, share=share, micro_batch=rows), wanted)
+
+
+# Two lambdas
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_lambda_by_length_is_that_of_each_row_alone(
+    alpha: float, softmax: nn.Module, critic: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    """Rows of one episode, as completions are, with holes in them."""
+    rollout = sample(softmax)
+    found = bootstrapped(critic, partial(gae_by_length, gamma=GAMMA, alpha=alpha))(rollout)
+    for i in range(len(rollout.mask)):
+        row = rollout.rows(slice(i, i + 1))
+        count = int(row.mask.sum())
+        lam = max(0.0, 1 - 1 / (alpha * count)) if count else 0.0
+        alone = bootstrapped(critic, partial(gae, gamma=GAMMA, lam=lam))(row)
+        close(found.advantage[i][row.mask[0]], alone.advantage[row.mask])
+
+
+def test_the_critic_has_a_lambda_of_its_own(
+    softmax: nn.Module, critic: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    of_policy, of_critic = (partial(gae, gamma=GAMMA, lam=lam) for lam in (0.3, 1.0))
+    both = bootstrapped(critic, of_policy, of_critic=of_critic)(rollout)
+    assert torch.equal(both.advantage, bootstrapped(critic, of_policy)(rollout).advantage)
+    assert torch.equal(both.target, bootstrapped(critic, of_critic)(rollout).target)
+    assert not torch.equal(both.target, bootstrapped(critic, of_policy)(rollout).target)
+
+
+def by_draws(kept: list[float], share: float, low: float, high: float, found: list[float]) -> list[float]:
+    """The mean over all draws of the advantages that Clip-Cov leaves."""
+    within = [i for i, c in enumerate(found) if low < c < high]
+    count = min(max(1, math.floor(share * len(found))), len(within))
+    draws = list(itertools.combinations(within, count))
+    return [sum(x * (i not in draw) for draw in draws) / len(draws) for i, x in enumerate(kept)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "share"), [(0.02, 9.0, 0.01), (0.0, 0.2, 0.15), (-0.1, 0.5, 0.4), (9.0, 10.0, 0.5)]
+)
+def test_thinned_by_covariance_it_is_the_mean_over_all_draws(
+    low: float, high: float, share: float, softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    advantage = baselined()(rollout).advantage
+    logp, kept = rollout.logp[rollout.mask].tolist(), advantage[rollout.mask].tolist()
+    means = sum(logp) / len(logp), sum(kept) / len(kept)
+    found = [(a - means[1]) * (p - means[0]) for a, p in zip(kept, logp, strict=True)]
+    credit = covariance_thinned(baselined(), low=low, high=high, share=share)
+    close(credit(rollout).advantage[rollout.mask], torch.tensor(by_draws(kept, share, low, high, found)))
+    assert credit.whole_episodes, "it says of itself what the plain one does"
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5])
+def test_the_share_that_covaries_most_is_charged(
+    share: float, softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    rollout = sample(softmax)
+    plain = baselined()(rollout)
+    a, p = (x[rollout.mask].tolist() for x in (plain.advantage, rollout.logp))
+    found = [(x - sum(a) / len(a)) * (y - sum(p) / len(p)) for x, y in zip(a, p, strict=True)]
+    least = sorted(found, reverse=True)[max(1, math.floor(share * len(found))) - 1]
+    credit = covariance_charged(baselined(), share=share)(rollout)
+    assert credit.charge[rollout.mask].tolist() == [float(c >= least) for c in found]
+    assert torch.equal(credit.advantage, plain.advantage)
+    batch = decisions(rollout, per_token(rollout.mask), *credit)
+    assert torch.equal(batch.charge, credit.charge)
+    assert isinstance(decisions(rollout, per_token(rollout.mask), *plain).charge, tuple)

@@ -30,6 +30,7 @@ from policygrad.samplers import (
     KLCharged,
     Overlapped,
     RandomNetworkDistillation,
+    Refreshed,
     Rescored,
     WholeRows,
     WithoutFlatGroups,
@@ -645,3 +646,38 @@ def test_the_policy_that_sampled_is_remembered(policy: OnPrefixes) -> None:
     assert torch.equal(parameters(old), before)
     follow(policy)
     assert torch.equal(parameters(old), parameters(policy))
+
+
+@pytest.mark.parametrize(("every", "decay"), [(1, 0.0), (2, 0.0), (1, 0.75)])
+def test_a_reference_is_brought_nearer_before_rollouts(every: int, decay: float, policy: OnPrefixes) -> None:
+    """It is charged for what it is then, and goes on from its state."""
+    reference = token_policy(0)
+    sample = Refreshed(CompletionSampler(WORLD, 3, 4), reference, every=every, decay=decay)
+    wanted = parameters(policy).clone()
+    for k in range(5):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(1.0)
+        sample(policy)
+        if k and k % every == 0:
+            wanted = decay * wanted + (1 - decay) * parameters(policy)
+        close(parameters(reference), wanted)
+        if k == 2:
+            held = deepcopy(sample.state_dict())
+    other = token_policy(5)
+    again = Refreshed(CompletionSampler(WORLD, 3, 4), other, every=every, decay=decay)
+    again.load_state_dict(held)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.sub_(2.0)
+    for _ in range(2):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(1.0)
+        again(policy)
+    close(parameters(other), wanted)
+
+
+def test_a_reference_without_parameters_of_its_own_is_refused(policy: OnPrefixes) -> None:
+    with pytest.raises(UserError, match="the model under the adapter"):
+        Refreshed(CompletionSampler(WORLD, 3, 4), nn.Identity())

@@ -38,7 +38,8 @@ class GRPOObjective(Objective):
     ratio: of score.py. gain: of objectives.py, with clip: its (low, high), or None for a gain that has none.
     token_clip: see score.bounded; dual_clip: see objectives.dual_clip. filters: decisions that one of them does not
     keep add 0. anchor: a partial of divergences.to_reference; the coefficient is its beta. penalty: the estimate of
-    KL(old, new), such as divergences.squared_row, with its own coefficient. entropy_bonus: c_H, if it adapts.
+    KL(old, new), such as divergences.squared_row, with its own coefficient, times the batch's charge if it has one.
+    entropy_bonus: c_H, if it adapts.
 
     If the weights match the centering (by row, or rows of equal length), the objective is always 0 at ratio 1: watch
     reward, group_std, flat_groups and gradient_norm instead. clipped_weight keeps every gradient; for it,
@@ -81,7 +82,9 @@ class GRPOObjective(Objective):
             gain = gain.where(kept, 0.0)
             metrics["kept"] = average(kept.to(share.dtype), share)
         if self.divergence is not None and self.penalty is not None:
-            gain = penalized_surrogate(gain, self.divergence(logp, batch.logp, batch.mask), self.penalty.value)
+            divergence = self.divergence(logp, batch.logp, batch.mask)
+            divergence = divergence * batch.charge if isinstance(batch.charge, Tensor) else divergence
+            gain = penalized_surrogate(gain, divergence, self.penalty.value)
         if self.anchor is not None and self.coefficient is not None:
             divergence = self.anchor(distribution, batch, token_ratio(logp, batch.logp, batch.mask))
             gain = penalized_surrogate(gain, divergence, self.coefficient.value)

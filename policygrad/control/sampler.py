@@ -2,6 +2,7 @@
 
 import math
 import threading
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
 from policygrad import ranks
+from policygrad.control.acting import Mode
 from policygrad.control.actors import Actor, PerceptronActor, actor, not_finite
 from policygrad.control.checks import Arrays, as_tensor, check_entropy, check_memory, stored_dtype
 from policygrad.control.distributions import ClippedNormal, JointActions, ScaledBeta, SquashedNormal
@@ -44,6 +46,9 @@ class Sampler:
     observation_normalizer and reward_scaler: running statistics, part of the state. The policy is put in evaluation
     mode: with dropout the scored policy would differ from the sampled one.
 
+    greedy: with whole_episodes, before each rollout the policy's mode plays an episode from every start that follows
+    (Rollout.greedy); it counts in no metric or statistic.
+
     Of a policy with memory, observations are Rows. sequence_length: rows may be cut into pieces of so many steps, each
     with the memory before it; None: they stay whole. critic: one with memory of its own, which Rows then have too.
 
@@ -66,6 +71,7 @@ class Sampler:
         reward_scaler: RewardScaler | None = None,
         sequence_length: int | None = None,
         critic: nn.Module | None = None,
+        greedy: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         if steps < 1:
@@ -73,13 +79,15 @@ class Sampler:
         if sequence_length is not None and (whole_episodes or steps % sequence_length):
             rows = "whole episodes" if whole_episodes else f"{steps} steps"
             raise UserError(f"sequence_length is {sequence_length}, which does not divide rows of {rows}")
+        if greedy and not whole_episodes:
+            raise UserError("greedy plays whole episodes beside others: it needs whole_episodes=True")
         if not isinstance(environments, VectorEnv):
             given = one_line(environments, 40)
             raise UserError(f"{given} is no vector environment: make one of it, with make_environments")
         count, space = environments.num_envs, environments.single_observation_space
         self.group_size, self.one_group = _group_size(groups, count, whole_episodes), groups == "all"
         self.length, self.whole_episodes, self.device = steps, whole_episodes, torch.device(device)
-        self.pieces, self.critic = steps // (sequence_length or steps), critic
+        self.pieces, self.critic, self.greedy = steps // (sequence_length or steps), critic, greedy
         self.states: list[Tensor] | None = None  # memory after the last rollout, the policy's and the critic's
         self.busy = threading.RLock()
         self.of_tensors = isinstance(environments.unwrapped, TensorEnvironments)
@@ -122,6 +130,7 @@ class Sampler:
 
     def _sampled(self, policy: nn.Module) -> Rollout:
         policy.eval()
+        of_mode = self._of_mode(policy) if self.greedy else None
         stepping, act = self.stepping, self._actor(policy)
         memories = _Memories(self, policy, act) if state_size(policy) else None
         stepping.reward_sum, stepping.reward_count = 0.0, 0
@@ -192,8 +201,23 @@ class Sampler:
         metrics |= action_metrics(distribution, found["action"][found["mask"]], space)
         pieces = 1 if memories is None else self.pieces
         return Rollout(
-            **found, group=group, final_obs=stop, memoryless=memories is None, pieces=pieces, metrics=metrics
+            **found,
+            group=group,
+            final_obs=stop,
+            memoryless=memories is None,
+            pieces=pieces,
+            metrics=metrics,
+            greedy=of_mode,
         )
+
+    def _of_mode(self, policy: nn.Module) -> Tensor:
+        """The return of the policy's mode from each start of the next rollout, [B]. Nothing else has happened."""
+        stepping = self.stepping
+        stepping.seeded = True  # so that both resets draw their seeds, and the same
+        before = deepcopy(stepping.state_dict())
+        total, _, _ = self.play(Mode(policy))
+        stepping.load_state_dict(before)
+        return torch.as_tensor(total, dtype=torch.get_default_dtype(), device=self.device)
 
     def share(self) -> None:
         """Make the running statistics those of all ranks: each has merged only what it has seen itself."""

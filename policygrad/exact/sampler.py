@@ -19,15 +19,18 @@ from policygrad.rollout import Rollout
 class EpisodeSampler:
     """Each call plays `rows` episodes, one per row, of at most `horizon` steps (by default the world's time limit).
 
-    Longer episodes are truncated. Rows with the same start state form a group. The policy's distribution must have
-    `probs`. Raises UserError if rows < 1, or if there is neither a horizon nor a time limit.
+    Longer episodes are truncated. Rows with the same start state form a group. greedy: each row's start is played once
+    more, by the most likely actions (Rollout.greedy). The policy's distribution must have `probs`. Raises UserError if
+    rows < 1, or if there is neither a horizon nor a time limit.
     """
 
-    def __init__(self, world: World, rows: int, horizon: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, world: World, rows: int, horizon: int | None = None, seed: int = 0, *, greedy: bool = False
+    ) -> None:
         length = horizon or world.time_limit
         if length is None or rows < 1:
             raise UserError("a sampler needs at least one row, and a horizon where the world has no time limit")
-        self.world, self.rows, self.horizon = world, rows, length
+        self.world, self.rows, self.horizon, self.greedy = world, rows, length, greedy
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.episodes = 0  # so far
 
@@ -35,7 +38,10 @@ class EpisodeSampler:
         """Play with the current policy."""
         start = _draw(self.world.start.expand(self.rows, -1), self.generator)
         rollout = play(self.world, policy, start, self.horizon, self.generator)
-        return replace(rollout, group=start, metrics=_counted(self, rollout))
+        found = None
+        if self.greedy:
+            found = play(self.world, policy, start, self.horizon, self.generator, greedy=True).reward.sum(1)
+        return replace(rollout, group=start, greedy=found, metrics=_counted(self, rollout))
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "steps": self.steps, "episodes": self.episodes}
@@ -46,10 +52,15 @@ class EpisodeSampler:
 
 
 class CompletionSampler:
-    """Each call draws `prompts` prompts and answers each `completions` times; one prompt's rows form a group."""
+    """Each call draws `prompts` prompts and answers each `completions` times; one prompt's rows form a group.
 
-    def __init__(self, world: TokenWorld, prompts: int, completions: int, seed: int = 0) -> None:
-        self.world, self.prompts, self.completions = world, prompts, completions
+    greedy: it is answered once more, by the most likely tokens (Rollout.greedy).
+    """
+
+    def __init__(
+        self, world: TokenWorld, prompts: int, completions: int, seed: int = 0, *, greedy: bool = False
+    ) -> None:
+        self.world, self.prompts, self.completions, self.greedy = world, prompts, completions, greedy
         self.tree = tree(world)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.episodes = 0  # so far
@@ -62,13 +73,15 @@ class CompletionSampler:
         def see(state: Tensor, action: Tensor) -> Tensor:
             return token_row(self.world, start, action)
 
-        rollout = as_tokens(self.world, play(self.tree, policy, start, self.world.length, self.generator, see))
+        asked = self.tree, policy, start, self.world.length, self.generator, see
+        rollout = as_tokens(self.world, play(*asked))
+        found = play(*asked, greedy=True).reward.sum(1) if self.greedy else None
         group = ranks.apart(torch.arange(self.prompts).repeat_interleave(self.completions))
         metrics = _counted(self, rollout)
         if self.completions > 1:
             spread = rollout.reward.sum(1).view(-1, self.completions).std(1, correction=0)
             metrics |= {"group_std": float(spread.mean()), "flat_groups": float((spread == 0).double().mean())}
-        return replace(rollout, group=group, metrics={**metrics, "reward": metrics["return"]})
+        return replace(rollout, group=group, greedy=found, metrics={**metrics, "reward": metrics["return"]})
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "steps": self.steps, "episodes": self.episodes}
@@ -91,8 +104,9 @@ def play(
     horizon: int,
     generator: torch.Generator,
     see: Callable[[Tensor, Tensor], Tensor] = _newest,
+    greedy: bool = False,
 ) -> Rollout:
-    """Follow the policy from the given states: a_t ~ pi(.|o_t), s_{t+1} ~ P(.|s_t, a_t).
+    """Follow the policy from the given states: a_t ~ pi(.|o_t), or its mode if greedy; s_{t+1} ~ P(.|s_t, a_t).
 
     `see` turns the states [B, t + 1] and actions [B, t] so far into the policy's observation o_t [B, *].
     """
@@ -103,7 +117,7 @@ def play(
     for _ in range(horizon):
         alive = state[:, -1] != end
         probs = policy(see(state.where(state != end, 0), action)).probs[:, -1]
-        a = _draw(probs, generator).where(alive, 0)
+        a = (probs.argmax(1) if greedy else _draw(probs, generator)).where(alive, 0)
         logp.append(probs.gather(1, a.unsqueeze(1))[:, 0].log())
         to = _draw(outcome[state[:, -1].where(alive, 0), a], generator).where(alive, end)
         state = torch.cat([state, to.unsqueeze(1)], 1)

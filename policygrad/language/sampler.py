@@ -288,7 +288,8 @@ class CompletionSampler(PromptSampler):
     of a large set other prompts in each epoch, those of a small set several times.
 
     decouple_rewards: see decoupled; what an environment gave is one of the rewards, and all stand at the last decision.
-    Metrics are of the rewards as they were.
+    Metrics are of the rewards as they were. greedy: each prompt is answered once more, by the most likely tokens
+    (Rollout.greedy, and the metric greedy_reward); a cut or unjudged answer counts as others.
 
     A completion to which no reward applies counts neither in the update nor in its group and the metrics of reward.
     P of a rollout is that of its longest prompt, up to a multiple of MULTIPLE, and T is the token limit. Raises
@@ -307,6 +308,7 @@ class CompletionSampler(PromptSampler):
         cut: str = "kept",
         cut_penalty: float = 1.0,
         decouple_rewards: bool = False,
+        greedy: bool = False,
         dataset_weight: Sequence[float] = (),
         engine: Engine = generate,
         seed: int = 0,
@@ -318,7 +320,7 @@ class CompletionSampler(PromptSampler):
             raise UserError(f"cut is {cut!r}: give {', '.join(CUTS[:-1])} or {CUTS[-1]}")
         self.tokenizer, self.judge, self.request, self.engine = tokenizer, judge, request, engine
         self.answers, self.cut, self.cut_penalty = answers, cut, cut_penalty
-        self.decouple_rewards = decouple_rewards
+        self.decouple_rewards, self.greedy = decouple_rewards, greedy
         self.generator = torch.Generator(device=device).manual_seed(ranks.seed(seed))
         self.last: Answers | None = None
 
@@ -326,8 +328,10 @@ class CompletionSampler(PromptSampler):
         """Answer the next prompts with the policy, a LanguagePolicy, as it is now."""
         assert isinstance(policy, LanguagePolicy)
         start = time.perf_counter()
-        asked = (policy, self._next(), self.request, self.tokenizer, self.judge, self.generator, self.engine)
-        answers = self.answers(*asked)
+        prompts, how = self._next(), (self.tokenizer, self.judge, self.generator, self.engine)
+        answers = self.answers(policy, prompts, self.request, *how)
+        once = replace(self.request, completions=1, greedy=True)
+        likely = self.answers(policy, prompts, once, *how) if self.greedy else None
         seconds = time.perf_counter() - start
         check_judged([answers])
         self.last = answers
@@ -336,7 +340,12 @@ class CompletionSampler(PromptSampler):
         metrics = {**self._metrics(answers), "sampling_seconds": seconds}
         if self.decouple_rewards:
             answers = self._decoupled(answers)
-        return as_rollout(answers, self.request.completions, self.cut, self.cut_penalty, metrics)
+        found = as_rollout(answers, self.request.completions, self.cut, self.cut_penalty, metrics)
+        if likely is None:
+            return found
+        of_mode = as_rollout(likely, 1, self.cut, self.cut_penalty, {}).reward.sum(1)
+        metrics["greedy_reward"] = float(likely.reward.nanmean())
+        return replace(found, greedy=of_mode.repeat_interleave(self.request.completions), metrics=metrics)
 
     def _decoupled(self, answers: Answers) -> Answers:
         """Answers whose reward is that of `decoupled`, at their last decision. What an environment gave is one reward

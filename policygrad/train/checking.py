@@ -235,7 +235,9 @@ def _padded(batch: Batch, *, steps: bool) -> Batch:
     else:
         longer = False
     if longer:
-        columns = {name: more_steps(x) for name, x in batch._asdict().items() if name != "obs"}
+        columns = {
+            name: more_steps(x) for name, x in batch._asdict().items() if name != "obs" and isinstance(x, Tensor)
+        }
         columns["mask"][:, -MORE:] = False
         columns["weight"] = columns["weight"].where(columns["mask"], 0.0)
         batch = batch._replace(**columns)

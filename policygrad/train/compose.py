@@ -26,6 +26,8 @@ from policygrad.credit import (
     Assign,
     baselined,
     bootstrapped,
+    covariance_charged,
+    covariance_thinned,
     demonstrated,
     discounted,
     grouped,
@@ -34,12 +36,21 @@ from policygrad.credit import (
     standardized,
     vtrace,
 )
-from policygrad.critics import Fit, fit_critic, no_fit, optimal_baseline, optimal_token_baseline, value_baseline
+from policygrad.critics import (
+    Fit,
+    fit_critic,
+    no_fit,
+    optimal_baseline,
+    optimal_token_baseline,
+    start_value_baseline,
+    value_baseline,
+)
 from policygrad.diagnostics import after_update
 from policygrad.divergences import (
     AdaptiveCoefficient,
     AdaptiveEntropy,
     Divergence,
+    absolute,
     at_action,
     binary_kl,
     binary_total_variation,
@@ -72,6 +83,7 @@ from policygrad.samplers import (
     InUnits,
     KLCharged,
     Overlapped,
+    Refreshed,
     Rescored,
     Sample,
     Together,
@@ -115,6 +127,7 @@ BASELINES = {
     "none": advantages.no_baseline,
     "mean": advantages.mean_baseline,
     "time_mean": advantages.time_mean_baseline,
+    "greedy": advantages.greedy_baseline,
     "length_weighted": advantages.length_weighted_mean,
 }
 GROUP_BASELINES = {
@@ -124,7 +137,9 @@ GROUP_SCALES = {
     "std": advantages.group_scale, "none": advantages.unit_scale, "mean": advantages.mean_scale,
     "batch": advantages.batch_scale,
 }  # fmt: skip
-PENALTIES: dict[str, Penalty] = {"k3": lambda logp, logp_old, mask: k3(logp_old, logp), "squared_row": squared_row}
+PENALTIES: dict[str, Penalty] = {
+    "k3": lambda logp, logp_old, mask: k3(logp_old, logp), "absolute": absolute, "squared_row": squared_row,
+}  # fmt: skip
 FROM_OLD: dict[str, Callable[..., Tensor]] = {
     "binary_tv": binary_total_variation, "binary_kl": binary_kl, "tv": total_variation, "kl": kl_from_old,
 }  # fmt: skip
@@ -259,6 +274,8 @@ def assemble(
         options = replace(options, compile="off")
     if has_critic(options) and critic is None:
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
+    if getattr(options, "critic_warmup", 0):
+        raise OptionError("critic_warmup", "critic_warmup counts the iterations of a run: use train, or leave it out")
     if options.gamma is None and (options.credit != "group" or options.discounted):
         raise UserError("gamma is None, which is for train on an exact world: give the discount factor")
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
@@ -279,6 +296,7 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
             "optimal": partial(optimal_baseline, policy=policy),
             "token": partial(optimal_token_baseline, policy=policy, micro_batch=micro_batch),
             "value": partial(value_baseline, critic=critic),  # type: ignore[arg-type]
+            "start_value": partial(start_value_baseline, critic=critic),  # type: ignore[arg-type]
         }
         credit = baselined(partial(RETURNS[options.credit], gamma=gamma), baselines[options.baseline])
     elif options.credit == "vtrace":
@@ -290,17 +308,27 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
         credit = bootstrapped_by_turn(critic, gamma=gamma, lam=options.lam, micro_batch=micro_batch)
     else:
         assert critic is not None
+        alpha, of_critic = getattr(options, "length_adaptive_lam", None), getattr(options, "critic_lam", None)
         estimates: dict[str, Callable[..., Tensor]] = {
-            "gae": partial(advantages.gae, gamma=gamma, lam=options.lam),
+            "gae": partial(advantages.gae, gamma=gamma, lam=options.lam)
+            if alpha is None
+            else partial(advantages.gae_by_length, gamma=gamma, alpha=alpha),
             "n_step": partial(advantages.n_step_advantage, gamma=gamma, n=options.n),
             "monte_carlo": partial(advantages.monte_carlo_advantage, gamma=gamma),
         }
-        credit = bootstrapped(critic, estimates[options.credit], micro_batch=micro_batch)
+        target = None if of_critic is None else partial(advantages.gae, gamma=gamma, lam=of_critic)
+        target = target if options.credit == "gae" else None
+        credit = bootstrapped(critic, estimates[options.credit], of_critic=target, micro_batch=micro_batch)
     if options.normalize_advantages == "batch":
         credit = standardized(credit)
     if getattr(options, "learn_from", "all") == "high_entropy":
         share = options.learn_from_share
         credit = selected(credit, partial(high_entropy, policy=policy, share=share, micro_batch=micro_batch))
+    if getattr(options, "kl_old_share", 1.0) < 1:
+        credit = covariance_charged(credit, share=options.kl_old_share)
+    if getattr(options, "learn_from", "all") == "low_covariance":
+        bounds = {"low": options.covariance_low, "high": options.covariance_high}
+        credit = covariance_thinned(credit, share=options.covariance_share, **bounds)
     return discounted(credit, gamma) if options.discounted else credit
 
 
@@ -474,6 +502,10 @@ def wrapped(
             low=options.importance_low, drop=options.importance_outside == "drop",
             normalize=options.importance_normalized,
         )  # fmt: skip
+    if reference is not None and options.reference_every is not None:
+        sample = Refreshed(sample, reference, every=options.reference_every)
+    if reference is not None and options.reference_decay is not None:
+        sample = Refreshed(sample, reference, decay=options.reference_decay)
     if reference is not None and options.kl_ref == "reward":
         sample = KLCharged(sample, reference, coefficients["kl_ref"], micro_batch)
     if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):

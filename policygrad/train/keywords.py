@@ -112,17 +112,24 @@ class Keywords(TypedDict, total=False):
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"]
     gamma: float | None
     lam: float
+    length_adaptive_lam: float | None
+    critic_lam: float | None
     n: int
     rho_bar: float
     c_bar: float
-    baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"]
+    baseline: Literal[
+        "none", "mean", "time_mean", "optimal", "greedy", "length_weighted", "token", "value", "start_value"
+    ]
     turn_level: bool
     state_weight: float
     discounted: bool
     group_baseline: Literal["mean", "leave_one_out", "other_best"]
     group_scale: Literal["std", "none", "mean", "batch"]
-    learn_from: Literal["all", "high_entropy"]
+    learn_from: Literal["all", "high_entropy", "low_covariance"]
     learn_from_share: float
+    covariance_share: float
+    covariance_low: float
+    covariance_high: float
     normalize_advantages: Literal["none", "batch", "minibatch"]
     weights: Literal["token", "row", "episode", "budget"]
     symmetry: str | None
@@ -148,12 +155,16 @@ class Keywords(TypedDict, total=False):
     drift_bound: float
     kl_old_coefficient: float
     kl_old_target: float
-    kl_old_estimate: Literal["k3", "squared_row"]
+    kl_old_estimate: Literal["k3", "absolute", "squared_row"]
+    kl_old_share: float
     target_kl: float
     kl_ref: Literal["none", "reward", "loss"]
     kl_ref_coefficient: float
     kl_ref_target: float
     kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"]
+    teacher: str | None
+    reference_every: int | None
+    reference_decay: float | None
     learning_rate: float | None
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
@@ -176,6 +187,7 @@ class Keywords(TypedDict, total=False):
     step_rule: Literal["kl_radius", "learning_rate"]
     natural_learning_rate: float
     critic_learning_rate: float | None
+    critic_warmup: int
     critic_epochs: int
     critic_minibatch_size: int
 

@@ -53,6 +53,14 @@ TABLE = (
         source="Williams 1992",
     ),
     Method(
+        "remax", "REINFORCE with the reward of the most likely completion, or episode, as the baseline.", "reinforce",
+        defaults={"credit": "reward_to_go", "baseline": "greedy", "weights": "episode", "learning_rate": 3e-3},
+        on={"language": {"learning_rate": None, "max_grad_norm": 1.0, "kl_ref": "reward", "completions": 1,
+                         "prompts_per_rollout": 128},
+            "exact": _TABULAR},
+        source="arXiv 2310.10505",
+    ),
+    Method(
         "actor_critic", "Advantage actor-critic (A2C): log pi A with a bootstrapped advantage, one step a rollout.",
         "actor_critic", defaults=_A2C, on=_ONE_STEP,
         source="Mnih et al. 2016",
@@ -195,6 +203,17 @@ TABLE = (
         source="arXiv 2506.01939",
     ),
     Method(
+        "clip_cov", "GRPO by token that learns less where the log-probability covaries most with the advantage.",
+        "grpo", defaults={**_GROUP, "weights": "token", "learn_from": "low_covariance"},
+        source="arXiv 2505.22617",
+    ),
+    Method(
+        "kl_cov", "Policy gradient by token; KL(old, new) is charged where log-probability and advantage covary most.",
+        "grpo", defaults={**_GROUP, **_UNCLIPPED, "weights": "token", "kl_old_coefficient": 1.0,
+                          "kl_old_estimate": "absolute", "kl_old_share": 2e-4},
+        source="arXiv 2505.22617",
+    ),
+    Method(
         "skywork_or1", "GRPO by token, with an entropy bonus that adapts to a target (Skywork-OR1).",
         "grpo", defaults={**_GROUP, "weights": "token", "entropy_target": 0.2},
         source="arXiv 2505.22312",
@@ -204,6 +223,15 @@ TABLE = (
         "grpo", defaults={**_GROUP, "gain": "score", "group_scale": "none", "weights": "episode",
                           "kl_old_coefficient": 0.1, "kl_old_estimate": "squared_row"},
         source="arXiv 2501.12599",
+    ),
+    Method(
+        "dro", "Direct reward optimization: log pi (R - V(x)) minus the squared log-ratio of whole completions.",
+        "grpo", defaults={**_FITTED, "credit": "trajectory_return", "baseline": "start_value", "gain": "score",
+                          "weights": "episode", "minibatch_size": None, "max_grad_norm": 1.0,
+                          "kl_old_coefficient": 1.0, "kl_old_estimate": "squared_row"},
+        on={"language": {"critic_learning_rate": 1e-5, "completions": 1, "prompts_per_rollout": 128},
+            "exact": {"critic_learning_rate": 0.1}},
+        source="arXiv 2405.19107",
     ),
     Method(
         "reinforce_plus_plus_baseline", "REINFORCE++ with the group's mean as baseline, standardized over the batch.",
@@ -232,6 +260,8 @@ VARIANTS = (
      "adaptive beta"),
     ("PPO with both", "ppo --kl-old-coefficient 1 --kl-old-target 0.01", "clipped and penalized"),
     ("PPO with dual clip", "ppo --dual-clip 3", "a floor for bad actions that became likely"),
+    ("VAPO", "ppo --clip-high 0.28 --critic-lam 1 --length-adaptive-lam 0.05 --critic-warmup 50",
+     "for language: two lambdas, one of them by length, and a critic that begins first"),
     ("PPO without a critic", "ppo --credit group --group-baseline leave_one_out", "the other episodes as the baseline"),
     ("TRPO without a critic", "trpo --credit group", "a trust region for GRPO's credit"),
     ("natural gradient", "npg --step-rule learning_rate", "Kakade's plain learning rate along F^-1 g"),

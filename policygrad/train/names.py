@@ -20,6 +20,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "model": (),
     "base_model": (),
     "tokenizer": (),
+    "teacher": (),
     "dataset": (),
     "evaluation_dataset": (),
     "critic": ("copy", "shared"),
@@ -32,7 +33,9 @@ NAMES: dict[str, tuple[Any, ...]] = {
 }
 # What a run keeps itself, or needs in training alone, so that loading it does not read the name; a model is kept unless
 # it is an adapter's base.
-KEPT = ("start", "model", "base_model", "tokenizer", "dataset", "evaluation_dataset", "demonstrations", "symmetry")
+KEPT = (
+    "start", "model", "base_model", "tokenizer", "teacher", "dataset", "evaluation_dataset", "demonstrations", "symmetry",
+)  # fmt: skip
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 
 

@@ -44,6 +44,7 @@ POSSIBLY_INFINITE = Bound(lambda x: x >= 0, "0 or more")
 COUNT = Bound(lambda x: x >= 1, "at least 1")
 TWO = Bound(lambda x: x >= 2, "at least 2")
 UNIT = Bound(lambda x: 0 <= x <= 1, "between 0 and 1")
+PART = Bound(lambda x: 0 < x <= 1, "more than 0 and at most 1")
 FRACTION = Bound(lambda x: 0 < x < 1, "more than 0 and less than 1")
 SHARE = Bound(lambda x: 0 <= x < 1, "0 or more and less than 1")
 ABOVE_1 = Bound(lambda x: x > 1, "more than 1")
@@ -70,6 +71,7 @@ CLIPPED: When = {"gain": ("surrogate", "weight")}
 GAUSSIAN: When = {"distribution": ("normal", "squashed")}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
+OF_CRITIC = ("value", "start_value")  # baselines of a return that are learned
 OF_GROUPS = ("length_weighted", "token")  # baselines of a return that compare the rows of a group
 RETURNS: When = {"credit": ("reward_to_go", "trajectory_return")}
 
@@ -318,15 +320,22 @@ class Options:
     gamma: float | None = option(0.99, "Discount factor; None: the exact world's own.", UNIT, **SAMPLED)
     lam: float = option(0.95,
         "Lambda of GAE and V-trace: 0 gives the TD error, 1 gives Monte Carlo.", UNIT, credit=("gae", "vtrace"))
+    length_adaptive_lam: float | None = option(None,
+        "Lambda of the advantage by the length l of its completion or episode: 1 - 1 / (this * l), at least 0 "
+        "(VAPO: 0.05); None: lam.", RATE, world=("language", "exact"), credit=("gae",))
+    critic_lam: float | None = option(None,
+        "Lambda of the critic's target; None: that of the advantage.", UNIT, credit=("gae",))
     n: int = option(5, "Rewards in the n-step return before it bootstraps from the critic.", COUNT, credit=("n_step",))
     rho_bar: float = option(1.0,
         "Bound of the ratio in V-trace's TD error; it sets the policy whose value is learned.",
         POSITIVE, credit=("vtrace",))
     c_bar: float = option(1.0, "Bound of the ratio in V-trace's traces.", POSITIVE, credit=("vtrace",))
-    baseline: Literal["none", "mean", "time_mean", "optimal", "length_weighted", "token", "value"] = option("value",
+    baseline: Literal[
+        "none", "mean", "time_mean", "optimal", "greedy", "length_weighted", "token", "value", "start_value"
+    ] = option("value",
         "Baseline of the return: none, the other episodes' mean, their mean at the same step, the constant of least "
-        "variance; of a group, the mean weighted by length, or the best number for each token; or a learned value.",
-        **RETURNS)
+        "variance, the return of one more episode by the policy's mode; of a group, the mean weighted by length, or "
+        "the best number for each token; or a learned value, of each state or of the start.", **RETURNS)
     turn_level: bool = option(False,
         "GAE from turn to turn of a conversation, whose tokens share an advantage, instead of from token to token.",
         **LANGUAGE, credit=("gae",))
@@ -342,11 +351,20 @@ class Options:
     group_scale: Literal["std", "none", "mean", "batch"] = option("std",
         "Divisor of a group's advantages: its standard deviation, none, its mean return (for rewards that are not "
         "negative), or the standard deviation of all returns.", credit=("group",))
-    learn_from: Literal["all", "high_entropy"] = option("all",
-        "Decisions that are learned from: all, or those where the policy's entropy is largest (learn_from_share).",
+    learn_from: Literal["all", "high_entropy", "low_covariance"] = option("all",
+        "Decisions that are learned from: all, those where the policy's entropy is largest (learn_from_share), or all "
+        "but a share of those where log-probability and advantage covary most (covariance_share).",
         objective=("grpo",))
     learn_from_share: float = option(0.2, "The share of such decisions.", FRACTION, objective=("grpo",),
         learn_from=("high_entropy",))
+    covariance_share: float = option(0.0002,
+        "Clip-Cov: decisions left out of those between covariance_low and covariance_high, as a share of all, at least "
+        "one; on average, by weights.", FRACTION, objective=("grpo",), learn_from=("low_covariance",))
+    covariance_low: float = option(1.0,
+        "Lower bound of (A - mean A)(log pi - mean log pi) of such decisions.", objective=("grpo",),
+        learn_from=("low_covariance",))
+    covariance_high: float = option(5.0,
+        "Upper bound of the same.", objective=("grpo",), learn_from=("low_covariance",))
     normalize_advantages: Literal["none", "batch", "minibatch"] = option("none",
         "Standardize advantages over the batch or over each minibatch.", **SAMPLED)
     weights: Literal["token", "row", "episode", "budget"] = option("token",
@@ -415,8 +433,12 @@ class Options:
         "Initial beta of the penalty beta KL(old, new); 0: no penalty.", NOT_NEGATIVE, **MINIBATCHES)
     kl_old_target: float = option(math.inf,
         "Target KL(old, new) of an update, to which beta adapts; inf: beta is constant.", POSITIVE, **MINIBATCHES)
-    kl_old_estimate: Literal["k3", "squared_row"] = option("k3",
-        "Estimate of that KL: k3 of each decision, or half the squared log-ratio of whole rows.", objective=("grpo",))
+    kl_old_estimate: Literal["k3", "absolute", "squared_row"] = option("k3",
+        "Estimate of that KL: k3 or the absolute log-ratio of each decision, or half the squared log-ratio of whole "
+        "rows.", objective=("grpo",))
+    kl_old_share: float = option(1.0,
+        "KL-Cov: charge that KL only to this share of the decisions, those where log-probability and advantage covary "
+        "most, at least one; 1: to all.", PART, objective=("grpo",))
     target_kl: float = option(math.inf,
         "End the epochs early if a minibatch's KL(old, new) exceeds 1.5 times this value.", POSITIVE, **MINIBATCHES)
     kl_ref: Literal["none", "reward", "loss"] = option("none",
@@ -430,6 +452,16 @@ class Options:
     kl_ref_estimate: Literal["straight_through", "k1", "k2", "k3", "exact"] = option("straight_through",
         "Estimate in the loss: straight_through and exact have the correct gradient, k3 is GRPO's, k1 has none.",
         objective=("grpo",), kl_ref=("loss",))
+
+    teacher: str | None = option(None,
+        "Model that the policy is drawn to: the reference, in place of the policy's start, with the same tokenizer. "
+        "Without a reward nothing else is learned.", TEXT, **LANGUAGE, **SAMPLED, kl_ref=("reward", "loss"))
+    reference_every: int | None = option(None,
+        "Iterations after which the reference becomes the policy as it is, again and again; None: it stays.",
+        COUNT, **SAMPLED, kl_ref=("reward", "loss"))
+    reference_decay: float | None = option(None,
+        "Decay of a reference that is the exponential moving average of the policy; None: it stays.",
+        FRACTION, **SAMPLED, kl_ref=("reward", "loss"))
 
     # Update
     learning_rate: float | None = option(0.0003,
@@ -486,6 +518,8 @@ class Options:
         "hub id of another model with the same tokenizer.", **LANGUAGE, **SAMPLED)
     critic_learning_rate: float | None = option(None,
         "Learning rate of the critic, or only of its head on a shared trunk; None: the policy's.", RATE, **SAMPLED)
+    critic_warmup: int = option(0,
+        "First iterations in which only the critic learns.", NOT_NEGATIVE, **ASCEND, **SAMPLED)
     critic_epochs: int = option(10,
         "Passes over the rollout to fit a critic with its own optimizer.",
         COUNT, objective=("reinforce", "surrogate", "grpo"))
@@ -510,13 +544,18 @@ def has_critic(options: Any) -> bool:
     """Whether the credit needs a critic."""
     if not hasattr(options, "credit"):  # that of demonstrations
         return False
-    return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline == "value")
+    return options.credit in BOOTSTRAPPED or (options.credit != "group" and options.baseline in OF_CRITIC)
 
 
 def compares_groups(options: Any) -> bool:
     """Whether the credit compares the rows of a group."""
     credit = getattr(options, "credit", None)
     return credit == "group" or (credit in RETURNS["credit"] and options.baseline in OF_GROUPS)
+
+
+def compares_greedy(options: Any) -> bool:
+    """Whether the baseline is the return of the policy's mode."""
+    return getattr(options, "credit", None) in RETURNS["credit"] and options.baseline == "greedy"
 
 
 @cache
@@ -660,6 +699,8 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "group_size", "group_size is read only where credit is group, or the baseline of a group's: leave it out"
         )
+    if f.name == "lam" and getattr(options, "length_adaptive_lam", None) is not None:
+        raise OptionError("lam", "lam is read only without length_adaptive_lam: leave one of the two out")
     if f.name == "entropy_step" and options.entropy_target is None:
         raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
@@ -671,7 +712,14 @@ def _check_read(f: Field, options: Any) -> None:
         raise OptionError(
             "evaluation_split", "evaluation_split is of evaluation_dataset: set that too, or leave it out"
         )
-    critics = {"critic_epochs", "critic_minibatch_size", "critic", "critic_learning_rate", "critic_memory"}
+    critics = {
+        "critic_warmup",
+        "critic_epochs",
+        "critic_minibatch_size",
+        "critic",
+        "critic_learning_rate",
+        "critic_memory",
+    }
     if KNOWN[options.method].update != "ascend":  # then the optimizer is the critic's alone
         critics |= {"optimizer", "weight_decay", "momentum", "adam_epsilon", "learning_rate_schedule", "warmup"}
     if f.name in critics and not has_critic(options):
@@ -710,11 +758,24 @@ def _conflicts(o: Any) -> Any:
         yield "kl_old_target", "kl_old_target adapts kl_old_coefficient, which is 0: set that too"
     if getattr(o, "kl_old_coefficient", None) == 0 and getattr(o, "kl_old_estimate", "k3") != "k3":
         yield "kl_old_estimate", "kl_old_estimate is of kl_old_coefficient, which is 0: set that too"
+    if getattr(o, "kl_old_share", 1.0) < 1 and (o.kl_old_coefficient == 0 or o.kl_old_estimate == "squared_row"):
+        wanted = (
+            "kl_old_coefficient, which is 0" if o.kl_old_coefficient == 0 else "single decisions, not of squared_row"
+        )
+        yield "kl_old_share", f"kl_old_share is of {wanted}: change that too, or leave it out"
+    if getattr(o, "learn_from", "all") == "low_covariance" and o.covariance_low >= o.covariance_high:
+        yield "covariance_low", "covariance_low is not below covariance_high: lower it, or nothing is between them"
     if o.kl_ref == "loss" and method.objective != "grpo":
         yield (
             "kl_ref",
             f"kl_ref is loss, and {o.method} has no such term: use kl_ref reward, or a method of grpo's family",
         )
+    if o.reference_every is not None and o.reference_decay is not None:
+        yield "reference_decay", "reference_every and reference_decay are two ways to move the reference: leave one out"
+    if o.kl_ref != "none" and getattr(o, "lora_rank", 0):
+        for name in ("reference_every", "reference_decay"):
+            if getattr(o, name) is not None:
+                yield name, f"{name} moves a copy of the model, and with lora_rank the reference is none: leave it out"
     if o.critic_learning_rate is None and has_critic(o) and not hasattr(o, "learning_rate"):
         yield (
             "critic_learning_rate",
@@ -795,11 +856,20 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
+    for name in ("reference_every", "reference_decay"):
+        if getattr(o, "teacher", None) is not None and getattr(o, name) is not None:
+            yield name, f"{name} moves the reference, and a teacher stays as it is: leave one out"
     if getattr(o, "decouple_rewards", False) and o.completions < 2:
         yield (
             "decouple_rewards",
             "decouple_rewards compares the completions of a prompt, and completions is 1: raise it",
         )
+    if getattr(o, "decouple_rewards", False) and compares_greedy(o):
+        said = "decouple_rewards standardizes rewards within a group, and baseline greedy compares them with another's"
+        yield "decouple_rewards", f"{said}: leave one out"
+    for name in ("length_adaptive_lam", "critic_lam"):
+        if getattr(o, "turn_level", False) and getattr(o, name) is not None:
+            yield name, f"{name} is of tokens, and turn_level takes lam from turn to turn: leave one out"
     if getattr(o, "turn_level", False) and o.discounted:
         yield (
             "discounted",

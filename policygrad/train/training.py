@@ -600,8 +600,10 @@ class Training:
     def _schedule(self, share: float) -> None:
         """Set the learning rates of the next iteration."""
         factor = scheduled(self.options.learning_rate_schedule, self.options.warmup, share)
+        waits = self.iteration < getattr(self.options, "critic_warmup", 0)
+        of_policy = set(self.world.policy.parameters()) if waits else set()
         for group, rate in zip(self._groups(), self.rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * of_policy.isdisjoint(group["params"])
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.learner.optimizers for group in optimizer.param_groups]

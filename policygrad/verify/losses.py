@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from policygrad.errors import UserError, ending, one_line
 from policygrad.rollout import Batch, Rollout, decisions
@@ -181,9 +182,9 @@ def loss_checks(name: str, loss: Loss, at: Setting) -> list[Check]:
     def distance(found: Tensor) -> float:
         return float((found - plain).norm()) / size
 
-    padded = Batch(*(x if x.shape[1:] != batch.mask.shape[1:] else _padded(x) for x in batch))
+    padded = tree_map(lambda x: x if x.shape[1:] != batch.mask.shape[1:] else _padded(x), batch)
     behind = batch._replace(logp=batch.logp.where(batch.mask, 7.0), advantage=batch.advantage.where(batch.mask, -5.0))
-    halves = [Batch(*(x[rows] for x in batch)) for rows in (slice(0, 3), slice(3, None))]
+    halves = [tree_map(lambda x, rows=rows: x[rows], batch) for rows in (slice(0, 3), slice(3, None))]
     slopes = [whole(half.logp, half) for half in halves]
 
     def apart(counted: Callable[[Tensor], Tensor]) -> float:

@@ -12,17 +12,19 @@ from torch import Tensor
 from torch.func import vmap
 from torch.optim import SGD
 
+from policygrad.exact.closed_form import state_value
 from policygrad.exact.policies import SoftmaxPolicy
 from policygrad.rollout import Rollout
 from policygrad.train.compose import WEIGHTS, Learner, compose
 from policygrad.train.methods import METHODS
-from policygrad.train.options import OF_GROUPS, compares_groups, options_of
+from policygrad.train.options import OF_GROUPS, compares_greedy, compares_groups, options_of
 from policygrad.updates import ascend
 from policygrad.verify.settings import GROUP, Setting, of_size
 from policygrad.verify.statistics import Experience, Moments, Row, Section
 from policygrad.verify.tokens import exact_reward_gradient, succeeding
 from policygrad.verify.written_out import NoClosedForm, expectation
 
+ALONE = ("none", "greedy", "value", "start_value")  # baselines that look at no other row
 ONE_STEP = {"epochs": 1, "minibatch_size": None, "sampling_rounds": 1}  # on the whole rollout, as it was sampled
 
 
@@ -49,6 +51,8 @@ def method_rows(at: Setting, options: Any) -> list[Row]:
     if options.credit == "group" and options.group_scale == "mean":  # which is for rewards that are not negative
         at = succeeding(at)
         exact = exact_reward_gradient(at)
+    if compares_greedy(options):
+        at = with_greedy(at)
     reads_ratio = options.credit == "vtrace" or METHODS[options.method].objective not in ("reinforce", "actor_critic")
     size, rows = _size(options), []
     for off in (False, True) if reads_ratio else (False,):
@@ -73,6 +77,7 @@ def as_it_runs(at: Setting, options: Any) -> Row:
 
     Each batch is weighted by its probability, so that the step is the expected step. The update is plain `ascend`.
     """
+    at = with_greedy(at) if compares_greedy(options) else at
     size, off = (2 if compares_groups(options) else 1), options.credit == "vtrace"
     experience = at.off_policy if off else at.on_policy
     index, probability = experience.batches(size)
@@ -91,6 +96,21 @@ def as_it_runs(at: Setting, options: Any) -> Row:
     measured = Moments(step, torch.full((len(step),) * 2, torch.nan))
     row = Row(f"{options.method}, as it runs", learner.credit, learner.objective, weights, size, measured=measured)
     return _expecting(row, options, at, experience, off, together=True)
+
+
+def with_greedy(at: Setting) -> Setting:
+    """The same rows, which know what the policy's mode earns from their starts: its expected discounted return there.
+
+    Any number would do that does not depend on what the row did.
+    """
+    mode = torch.nn.functional.one_hot(at.probs.argmax(1), at.probs.shape[1]).to(at.probs.dtype)
+    value = state_value(at.world, mode)
+
+    def known(experience: Experience) -> Experience:
+        start = at.states(experience.rollout)[:, 0]
+        return replace(experience, rollout=replace(experience.rollout, greedy=value[start]))
+
+    return replace(at, on_policy=known(at.on_policy), off_policy=known(at.off_policy))
 
 
 def _composed(at: Setting, options: Any, table: SoftmaxPolicy, rollout: Rollout) -> Learner:
@@ -113,7 +133,7 @@ def _size(options: Any) -> int:
     """Rows of a batch: the fewest in which the method's credit means something."""
     if compares_groups(options):
         return GROUP
-    others = options.credit in ("reward_to_go", "trajectory_return") and options.baseline not in ("none", "value")
+    others = options.credit in ("reward_to_go", "trajectory_return") and options.baseline not in ALONE
     return 2 if others or options.normalize_advantages == "batch" else 1
 
 
@@ -141,7 +161,8 @@ _REASONS: dict[str, Callable[[Any, bool, bool], bool]] = {
         or (o.credit == "group" and o.group_scale in ("std", "batch"))
     ),
     "1/mean": lambda o, off, together: o.credit == "group" and o.group_scale == "mean",
-    "few tokens": lambda o, off, together: getattr(o, "learn_from", "all") != "all",
+    "few tokens": lambda o, off, together: getattr(o, "learn_from", "all") == "high_entropy",
+    "by covariance": lambda o, off, together: getattr(o, "learn_from", "all") == "low_covariance",
     "by token": lambda o, off, together: o.weights == "token",
     "1/|y|": lambda o, off, together: (
         o.weights == "row" or (o.weights != "episode" and getattr(o, "ratio", "token") == "sequence")

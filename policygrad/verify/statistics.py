@@ -54,6 +54,7 @@ class Row:
     of: str = "grad J"
     is_value: bool = False  # the estimate is the objective itself, not its gradient
     one_by_one: bool = False  # torch.func.vmap does not go through it
+    wrapped: Callable[[Rollout], Rollout] = lambda part: part  # what a wrapper of samplers makes of each batch
     experience: Experience | None = None  # its own, in place of the section's
     measured: Moments | None = None  # of an estimate that is not the row's gradient: what a method's own loop did
 
@@ -116,7 +117,7 @@ def estimates(row: Row, rollout: Rollout, index: Int[Tensor, "K B"]) -> Float[Te
     parameters = {f"policy.{name}": p.detach() for name, p in named if p.requires_grad}
 
     def value(parameters: dict[str, Tensor], index: Tensor) -> Tensor:
-        part = rollout.rows(index)
+        part = row.wrapped(rollout.rows(index))
         batch = decisions(part, row.weights(part.mask), *row.credit(part))
         return functional_call(row.objective, parameters, (batch,))[0]
 

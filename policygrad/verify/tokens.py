@@ -153,6 +153,8 @@ def group_rows(at: Setting) -> list[Row]:
             weights="token"),
         row("GAE(0.95) by token, exact critic", LEANS, "ppo", 1, critic=at.value),
         row("GAE(0.95) by token, zero critic", LEANS, "ppo", 1, critic=nothing),
+        row("GAE by token, lambda by length (VAPO), wrong critic", LEANS, "ppo", 1, critic=at.wrong_value,
+            length_adaptive_lam=0.8),
     ]  # fmt: skip
 
 
@@ -174,6 +176,14 @@ def engine_rows(at: Setting) -> list[Row]:
         made = row_of(at, f"an engine's completions, {name}", "rloo", size=GROUP, reason=reason)
         expected = corrected(at, GROUP, level, low, bound, drop)
         rows.append(replace(made, expected=expected, experience=replace(at.off_policy, rollout=rescored)))
+    for name, level, bound in (("by token, clipped above", "token", 1 + LOW), ("by completion", "product", INF)):
+
+        def of_batch(part: Rollout, level: str = level, bound: float = bound) -> Rollout:
+            return Rescored(lambda _: part, bound, ratio=RATIOS[level], normalize=True)(at.seen(at.table))
+
+        made = row_of(at, f"an engine's completions, {name}, normalized", "rloo", size=GROUP, off_policy=True)
+        expected = corrected(at, GROUP, level, 0.0, bound, False, normalized=True)
+        rows.append(replace(made, expected=expected, wrapped=of_batch, reason="weights over their mean"))
     return rows
 
 

@@ -41,27 +41,36 @@ def expectation(
     sampled = at.probs_old if off_policy else at.probs
     ratio = (at.probs / sampled)[states, rollout.action].where(mask, 1.0)
     at_states = value[states].where(mask, 0.0)
-    advantage = _advantage(options, rollout.reward, mask, ratio, at_states, index, together, _energy(at, rollout))
+    other = _energy(at, rollout), rollout.greedy
+    advantage = _advantage(options, rollout.reward, mask, ratio, at_states, index, together, *other)
     if options.normalize_advantages == "batch":
         advantage = _standardized(advantage, mask[index], together)
-    if getattr(options, "learn_from", "all") != "all":
-        advantage = advantage.where(_uncertain(options, at.probs[states][index], mask[index], together), 0.0)
+    covaries = _covariance(advantage, sampled.log()[states, rollout.action][index], mask[index], together)
+    charge = _charge(options, covaries, mask[index], together)
+    match getattr(options, "learn_from", "all"):
+        case "high_entropy":
+            advantage = advantage.where(_uncertain(options, at.probs[states][index], mask[index], together), 0.0)
+        case "low_covariance":
+            advantage = advantage * _undrawn(options, covaries, mask[index], together)
     if getattr(options, "discounted", False):
         advantage = advantage * options.gamma ** torch.arange(mask.shape[1])
     if options.normalize_advantages == "minibatch" and together:  # the loop's part
         advantage = _standardized(advantage, mask[index], together)
     new, old = at.probs[states][index], sampled[states][index]
     kept = _kept(options, advantage, ratio[index], mask[index], new, old, rollout.action[index])
-    slope = _slope(options, advantage, ratio[index], mask[index], _weight(options, mask[index]), kept)
+    slope = _slope(options, advantage, ratio[index], mask[index], _weight(options, mask[index]), kept, charge)
     taken = (probability[:, None, None] * slope).where(mask[index], 0.0).flatten(0, 1)
     each = torch.zeros_like(rollout.reward).index_add(0, index.flatten(), taken)
     return torch.einsum("bt,btn->n", each, at.scores[states, rollout.action])
 
 
-def corrected(at: Setting, size: int, level: str, low: float, bound: float, drop: bool) -> Float[Tensor, " N"]:
+def corrected(
+    at: Setting, size: int, level: str, low: float, bound: float, drop: bool, normalized: bool = False
+) -> Float[Tensor, " N"]:
     """What leave-one-out credit expects of an engine's completions, weighed by pi / engine within [low, bound].
 
-    The engine is the setting's old policy. Each completion is summed over its tokens.
+    The engine is the setting's old policy. Each completion is summed over its tokens. normalized: over the mean weight
+    of the batch's tokens.
     """
     rollout = at.off_policy.rollout
     index, probability = at.off_policy.batches(size)
@@ -72,7 +81,10 @@ def corrected(at: Setting, size: int, level: str, low: float, bound: float, drop
     weight = weight.where((weight >= low) & (weight <= bound), 0.0) if drop else weight.clamp(low, bound)
     returns = rollout.reward.sum(1)[index]
     advantage = returns - (returns.sum(1, keepdim=True) - returns) / (size - 1)
-    slope = (weight.expand_as(each)[index] * advantage.unsqueeze(-1) / size).where(mask[index], 0.0)
+    taken, counted = weight.expand_as(each)[index], mask[index]
+    if normalized:
+        taken = taken * counted.sum((1, 2), keepdim=True) / taken.where(counted, 0.0).sum((1, 2), keepdim=True)
+    slope = (taken * advantage.unsqueeze(-1) / size).where(counted, 0.0)
     return torch.einsum("k,kbt,kbtn->n", probability, slope, at.scores[states, rollout.action][index])
 
 
@@ -85,6 +97,7 @@ def _advantage(
     index: Tensor,
     together: bool,
     energy: Tensor,
+    greedy: Tensor | None,
 ) -> Tensor:
     """[K, size, T]."""
     after = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)  # nothing is left at the end
@@ -96,8 +109,14 @@ def _advantage(
             returns = _onward(reward, o.gamma)
             returns = returns[:, :1].expand_as(reward) if o.credit == "trajectory_return" else returns
             seen = returns[index].where(mask[index], 0.0)
+            if o.baseline == "greedy" and greedy is not None:
+                return returns[index] - greedy[index].unsqueeze(2)
             return returns[index] - _baseline(o, seen, mask[index], value[index], together, energy[index])
         case "gae":
+            if getattr(o, "length_adaptive_lam", None) is not None:
+                lam = (1 - 1 / (o.length_adaptive_lam * mask.sum(1))).clamp(min=0).tolist()
+                rows = [_onward(delta[i : i + 1], o.gamma * x) for i, x in enumerate(lam)]
+                return torch.cat(rows)[index]
             return _onward(delta, o.gamma * o.lam)[index]
         case "monte_carlo":
             return _onward(delta, o.gamma)[index]
@@ -164,6 +183,35 @@ def _uncertain(o: Any, probs: Tensor, mask: Tensor, together: bool) -> Tensor:
     return (above < o.learn_from_share * counted.sum(1, keepdim=True)).view(mask.shape) & mask
 
 
+def _covariance(advantage: Tensor, logp: Tensor, mask: Tensor, together: bool) -> Tensor:
+    """Of each decision, from the means over those of its batch, or of all batches together."""
+    over = (0, 1, 2) if together else (1, 2)
+    count = mask.sum(over, keepdim=True)
+    a, p = (x - x.where(mask, 0.0).sum(over, keepdim=True) / count for x in (advantage, logp))
+    return a * p
+
+
+def _undrawn(o: Any, found: Tensor, mask: Tensor, together: bool) -> Tensor:
+    """The probability that a decision is not among those drawn, whose number is a share of all, but at least 1."""
+    over = (0, 1, 2) if together else (1, 2)
+    within = mask & (found > o.covariance_low) & (found < o.covariance_high)
+    drawn = (o.covariance_share * mask.sum(over, keepdim=True)).long().clamp(min=1)
+    chance = (drawn / within.sum(over, keepdim=True)).clamp(max=1.0)
+    return (1 - chance).expand_as(found).where(within, 1.0)
+
+
+def _charge(o: Any, found: Tensor, mask: Tensor, together: bool) -> Tensor:
+    """1 at the share of decisions, at least 1, than which fewer have a larger covariance."""
+    if getattr(o, "kl_old_share", 1.0) == 1:
+        return mask.to(found.dtype)
+    flat, counted = (x.reshape(1, -1) if together else x.flatten(1) for x in (found, mask))
+    above = torch.stack(
+        [((x.unsqueeze(0) > x.unsqueeze(1) + 1e-12) & m).sum(1) for x, m in zip(flat, counted, strict=True)]
+    )
+    number = (o.kl_old_share * counted.sum(1, keepdim=True)).long().clamp(min=1)
+    return ((above < number).view(mask.shape) & mask).to(found.dtype)
+
+
 def _kept(o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, new: Tensor, old: Tensor, action: Tensor) -> Tensor:
     """Which decisions the objective learns from; new, old: the probabilities of all actions."""
     kept = torch.ones_like(mask)
@@ -195,6 +243,8 @@ def _baseline(o: Any, returns: Tensor, mask: Tensor, value: Tensor, together: bo
             return torch.zeros_like(returns)
         case "value":
             return value
+        case "start_value":
+            return value[..., :1].expand_as(returns)
         case "mean":
             return others(returns.sum(2, keepdim=True)) / others(mask.sum(2, keepdim=True))
         case "time_mean":
@@ -231,7 +281,9 @@ def _weight(o: Any, mask: Tensor) -> Tensor:
     raise NoClosedForm
 
 
-def _slope(o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+def _slope(
+    o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, weight: Tensor, kept: Tensor, charge: Tensor
+) -> Tensor:
     """The objective's derivative in each decision's log-probability."""
     if o.kl_ref != "none" or getattr(o, "entropy_coefficient", 0):
         raise NoClosedForm
@@ -252,9 +304,11 @@ def _slope(o: Any, advantage: Tensor, ratio: Tensor, mask: Tensor, weight: Tenso
         reached = (reached.sum(2, keepdim=True) / (length if by == "sequence" else 1)).expand_as(weight)
     found = found + reached.where(~beyond, 0.0)
     beta = getattr(o, "kl_old_coefficient", 0.0)
+    if getattr(o, "kl_old_estimate", "k3") == "absolute":
+        return found - beta * weight * charge * log_ratio.sign() * (log_ratio.abs() > 1e-12)
     if getattr(o, "kl_old_estimate", "k3") == "squared_row":
         return found - beta * weight.sum(2, keepdim=True) * log_ratio.sum(2, keepdim=True) / length
-    return found - beta * weight * (ratio - 1)
+    return found - beta * weight * charge * (ratio - 1)
 
 
 def _derivative(o: Any, named: str, r: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:

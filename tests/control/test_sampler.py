@@ -763,3 +763,42 @@ def test_where_there_is_no_range_there_is_no_share_at_its_bounds() -> None:
         sample = Sampler(vector(lambda space=space: Known(space)), 3)
         metrics = sample(Policy(spaces.Box(-np.inf, np.inf, (3,)), space)).metrics
         assert metrics.keys() & {"action_std", "bound_fraction"} == known
+
+
+@pytest.mark.parametrize(("vectorization", "groups"), [("sync", 2), ("sync", None), ("auto", None)])
+def test_the_greedy_return_is_that_of_the_mode_from_the_rows_own_start(vectorization: str, groups: Any) -> None:
+    """CartPole has no chance after its start, so its physics say what the mode earns from there."""
+    torch.manual_seed(0)
+    environments = make_environments("CartPole-v1", 4, vectorization=vectorization)
+    policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(8,))
+    sample = Sampler(environments, 30, seed=3, whole_episodes=True, groups=groups, greedy=True)
+    for _ in range(2):
+        rollout = sample(policy)
+        for i, found in enumerate(rollout.greedy.tolist()):
+            one = gymnasium.make("CartPole-v1").unwrapped
+            one.reset()
+            one.state, steps, over = rollout.obs[i, 0].double().tolist(), 0, False
+            while not over and steps < 30:
+                action = int(policy(torch.tensor(one.state).float().view(1, 1, 4)).probs.argmax())
+                steps, over = steps + 1, one.step(action)[2]
+            assert found == steps
+    assert sample.steps == int(sample.stepping.metrics()["steps"]) == rollout.metrics["steps"]
+    assert rollout.metrics["episodes"] == 8, "those of the mode are not counted"
+
+
+def test_greedy_leaves_what_is_sampled_as_it_is() -> None:
+    torch.manual_seed(0)
+    environments = [make_environments("CartPole-v1", 4, vectorization="sync") for _ in range(2)]
+    policy = Policy(environments[0].single_observation_space, environments[0].single_action_space, hidden=(8,))
+    samplers = [
+        Sampler(x, 30, seed=3, whole_episodes=True, groups=2, greedy=greedy)
+        for x, greedy in zip(environments, (False, True), strict=True)
+    ]
+    for _ in range(2):
+        plain, rollout = (sample(policy) for sample in samplers)
+        assert torch.equal(plain.obs, rollout.obs)
+        assert torch.equal(plain.action, rollout.action)
+        assert plain.metrics == rollout.metrics
+        assert plain.greedy is None
+    with pytest.raises(UserError, match="whole_episodes=True"):
+        Sampler(environments[0], 30, greedy=True)

@@ -159,3 +159,27 @@ def test_the_draws_are_those_of_the_seed():
     world = chain(4)
     first = EpisodeSampler(world, 3, 5, seed=3)(uniform(world)).action
     assert first.tolist() == [[1, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]
+
+
+def test_the_greedy_return_is_that_of_the_most_likely_actions_from_the_rows_start(float64):
+    """In worlds without chance; what is sampled first is as it was."""
+    world, nodes = chain(4, slip=0.0), tree(TOKENS)
+    control = SoftmaxPolicy(tabular(*world.reward.shape), torch.randn(world.reward.numel()))
+    table = SoftmaxPolicy(tabular(*nodes.reward.shape), torch.randn(nodes.reward.numel()))
+    for make, policy, on, probs in (
+        (lambda **o: EpisodeSampler(world, 6, 5, **o), control, world, probabilities(control)),
+        (lambda **o: CompletionSampler(TOKENS, 5, 3, **o), OnPrefixes(TOKENS, table), nodes, probabilities(table)),
+    ):
+        plain, rollout = make()(policy), make(greedy=True)(policy)
+        assert plain.greedy is None
+        assert torch.equal(plain.action, rollout.action)
+        starts = rollout.group if on is world else rollout.obs[:, 0] - TOKENS.vocabulary
+        for start, found in zip(starts.tolist(), rollout.greedy.tolist(), strict=True):
+            state, total = start, 0.0
+            for _ in range(5):
+                action = int(probs[state].argmax())
+                total += float(on.reward[state, action])
+                if not on.transition[state, action].any():
+                    break
+                state = int(on.transition[state, action].argmax())
+            assert found == pytest.approx(total)

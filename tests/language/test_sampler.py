@@ -764,3 +764,22 @@ def test_decoupled_rewards_are_learned_from_and_the_metrics_are_of_those_there_w
     reward = apart.reward.sum(1)
     assert reward.abs().max() < 3 * math.sqrt(size)
     assert_close(reward.view(-1, size).mean(1), torch.zeros(len(reward) // size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_greedy_return_is_the_reward_of_each_prompts_most_likely_completion(cut: str) -> None:
+    policy, plain = made_policy(), made(cut=cut)(made_policy())
+    rollout = made(cut=cut, greedy=True)(policy)
+    assert plain.greedy is None
+    assert torch.equal(plain.action, rollout.action), "what is sampled is as it was"
+    once = replace(REQUEST, completions=1, greedy=True)
+    wanted = []
+    for i in range(0, 12, 4):
+        prompt, mask = rollout.obs.prompt[i : i + 1], rollout.obs.prompt_mask[i : i + 1]
+        done = generate(policy, prompt, mask, once, torch.Generator())
+        text = TOKENIZER.batch_decode(done.ids(), skip_special_tokens=True)
+        of_cut = bool(done.cut[0])
+        worth = digits(text)[0] - (of_cut and cut == "penalized")
+        wanted += [0.0 if of_cut and cut == "masked" else worth] * 4
+    assert rollout.greedy.tolist() == pytest.approx(wanted)
+    assert "greedy_reward" in rollout.metrics

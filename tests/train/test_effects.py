@@ -277,3 +277,24 @@ def test_off_policy_credit_with_one_epoch_is_on_policy() -> None:
 def test_kl_is_that_of_the_update_also_where_it_is_one_step(method: str) -> None:
     given = {"baseline": "none"} if method == "reinforce_plus_plus" else {}
     assert all(row["kl_old"] > 1e-9 and row["effective_sample_size"] < 1 for row in run(method, **given).metrics)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("ppo", "adamw"), ("actor_critic", "muon"), ("dro", "adam")])
+def test_in_its_warm_up_only_the_critic_learns(method: str, optimizer: str) -> None:
+    values = small(method, iterations=4, steps=None, critic_warmup=2, optimizer=optimizer, weight_decay=0.1)
+    with pg.Training(method, "probes:Known-v0", **values) as training:
+        policy, critic = training.world.policy, training.world.critic
+        moved = []
+        for _ in range(4):
+            before = [torch.nn.utils.parameters_to_vector(x.parameters()).detach().clone() for x in (policy, critic)]
+            next(training)
+            after = [torch.nn.utils.parameters_to_vector(x.parameters()) for x in (policy, critic)]
+            moved.append([not torch.equal(x, y) for x, y in zip(before, after, strict=True)])
+    assert moved == [[False, True], [False, True], [True, True], [True, True]]
+
+
+def test_a_warm_up_is_of_a_run_and_of_a_critic() -> None:
+    with pytest.raises(UserError, match="critic_warmup is a critic's"):
+        run("grpo", critic_warmup=1)
+    with pytest.raises(UserError, match="critic_warmup counts the iterations of a run"):
+        pg.assemble("ppo", torch.nn.Linear(1, 1), lambda policy: policy, critic=torch.nn.Linear(1, 1), critic_warmup=1)

@@ -56,6 +56,7 @@ from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.errors import UserError
 from policygrad.exact.closed_form import expected_return
 from policygrad.exact.enumeration import batches
+from policygrad.exact.policies import TabularCritic
 from policygrad.exact.sampler import CompletionSampler
 from policygrad.exact.tokens import OnPrefixes, completions, groups, prefix_state
 from policygrad.objectives import clipped_surrogate, clipped_weight
@@ -183,10 +184,11 @@ AT_THE_OLD_POLICY = {
     "two_sided_grpo": per_row,
     "masked_grpo": per_row,
     "skywork_or1": per_token,
+    "kl_cov": per_token,
     "opmd": per_episode,
 }
 # Of those that look at single tokens or at the batch, `verify` has the definition.
-OF_VERIFY = {"otb", "forking_tokens", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+OF_VERIFY = {"clip_cov", "otb", "forking_tokens", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
 
 
 def variant(name: str) -> Method:
@@ -323,10 +325,35 @@ def written_out(name: str, ratio: list[list[Tensor]], logp: list[list[Tensor]], 
             drift = [-torch.stack(rs).log().mean().item() for rs in ratio]
             kept_rows = [(rs, a) for (rs, _, a), d in zip(each, drift, strict=True) if a >= 0 or d <= 0.5]
             return sum(sum(least(r, a, 0.2, 0.2) for r in rs) / len(rs) for rs, a in kept_rows) / rows
+        case "clip_cov":
+            covaries, within = covariances(ratio, logp, credit), 0
+            within = sum(1.0 < c < 5.0 for row in covaries for c in row)
+            drawn = min(max(int(2e-4 * total), 1), within)  # the mean over all draws of so many of them
+            value = torch.zeros(())
+            for (rs, _, a), cs in zip(each, covaries, strict=True):
+                for r, c in zip(rs, cs, strict=True):
+                    value = value + least(r, a, 0.2, 0.2) * (1 - drawn / within if 1.0 < c < 5.0 else 1.0)
+            return value / total
+        case "kl_cov":
+            covaries = covariances(ratio, logp, credit)
+            most = sorted((c for row in covaries for c in row), reverse=True)[max(int(2e-4 * total), 1) - 1]
+            value = torch.zeros(())
+            for (rs, _, a), cs in zip(each, covaries, strict=True):
+                for r, c in zip(rs, cs, strict=True):
+                    value = value + r * a - (r.log().abs() if c >= most else 0.0)
+            return value / total
         case "opmd":
             log_w = [torch.stack(rs).log().sum() for rs in ratio]
             return sum(sum(lps) * a - 0.1 / 2 * w**2 for (_, lps, a), w in zip(each, log_w, strict=True)) / rows
     raise AssertionError(name)
+
+
+def covariances(ratio: list[list[Tensor]], logp: list[list[Tensor]], credit: list[float]) -> list[list[float]]:
+    """(A - mean A) (log pi_old - mean log pi_old) of each decision, with the means over all of them."""
+    old = [[(lp - r.log()).item() for r, lp in zip(rs, lps, strict=True)] for rs, lps in zip(ratio, logp, strict=True)]
+    flat = [x for row in old for x in row]
+    mean, mean_credit = sum(flat) / len(flat), sum(a * len(r) for a, r in zip(credit, old, strict=True)) / len(flat)
+    return [[(a - mean_credit) * (x - mean) for x in row] for a, row in zip(credit, old, strict=True)]
 
 
 def old_rollout(old: OnPrefixes) -> Rollout:
@@ -334,7 +361,7 @@ def old_rollout(old: OnPrefixes) -> Rollout:
     return completions(WORLD, table(old))[0]
 
 
-@pytest.mark.parametrize("name", AT_THE_OLD_POLICY)
+@pytest.mark.parametrize("name", [*AT_THE_OLD_POLICY, "clip_cov"])
 def test_away_from_the_old_policy_the_gradient_is_that_of_the_papers_objective(name: str, policy: OnPrefixes) -> None:
     low, high, kept = 0.0, 0.0, 1.0
     for seed in range(12):
@@ -348,7 +375,8 @@ def test_away_from_the_old_policy_the_gradient_is_that_of_the_papers_objective(n
         close(found, defined)
         low, high = low + metrics.get("clip_fraction_low", 0.0), high + metrics.get("clip_fraction_high", 0.0)
         kept = min(kept, float(metrics.get("kept", 1.0)))
-    one_sided, unbounded = ("cispo", "dppo", "pass_at_k"), ("sapo", "gmpo", "vespo", "maxrl", "opo", "opmd")
+    one_sided = ("cispo", "dppo", "pass_at_k")
+    unbounded = ("sapo", "gmpo", "vespo", "maxrl", "opo", "opmd", "kl_cov")
     assert high > 0 or name in (*unbounded, "dppo"), "a bound that is not met is not tested"
     assert low > 0 or name in (*unbounded, *one_sided)
     assert (kept < 1) == (name in ("dppo", "masked_grpo"))
@@ -373,6 +401,24 @@ def written_out_credit(name: str, rollout: Rollout) -> list[float]:
     elif name == "lite_ppo":
         scale = score.std()
     return ((score - score.mean(1, keepdim=True)) / scale).flatten().tolist()
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_dro_is_the_squared_error_of_its_paper(tau: float, policy: OnPrefixes) -> None:
+    """-(1 / 2 tau) E[(R - V(x) - tau log(pi / pi_old))^2], whose expansion is the line's objective and a constant."""
+    for seed in range(3):
+        rollout = old_rollout(token_policy(seed, near=policy, distance=0.9))
+        values = OnPrefixes(WORLD, TabularCritic(torch.linspace(-1.0, 1.0, len(TREE.start))))
+        at_start = values(rollout.obs)[:, 0].tolist()
+        logp = table(policy).log()[prefix_state(WORLD, rollout.obs), rollout.action]
+        total = torch.zeros(())
+        for i in range(8):
+            log_w = sum(logp[i, t] - rollout.logp[i, t] for t in range(3) if rollout.mask[i, t])
+            total = total - (rollout.reward[i].sum() - at_start[i] - tau * log_w) ** 2 / (2 * tau)
+        found = iteration(partial(line("dro"), critic=values), policy, lambda _, x=rollout: x, kl_old_coefficient=tau)[
+            0
+        ]
+        close(found, gradient(total / 8, policy))
 
 
 @pytest.mark.parametrize("low", [0.1, 0.2, inf])
@@ -443,6 +489,8 @@ def test_each_is_one_exchange_away_from_grpo(world: str) -> None:
         "masked_grpo": {"drift_bound"},
         "forking_tokens": {"clip_high", "weights", "learn_from"},
         "skywork_or1": {"weights", "entropy_target"},
+        "clip_cov": {"weights", "learn_from"},
+        "kl_cov": {"weights", "clip_low", "clip_high", "kl_old_coefficient", "kl_old_estimate", "kl_old_share"},
         "opmd": {"gain", "group_scale", "weights", "kl_old_coefficient", "kl_old_estimate"},
         "reinforce_plus_plus_baseline": {"group_scale", "normalize_advantages", "weights"},
         "gdpo": {"group_scale", "normalize_advantages", "weights"},
@@ -669,7 +717,7 @@ def test_a_line_is_credited_as_its_options_say(
             ({"normalize_advantages": "batch"}, standardized(assign)),
             ({"normalize_advantages": "none", "discounted": True}, discounted(assign, GAMMA)),
         ):
-            everywhere = {"learn_from": "all"} if METHODS[name].objective == "grpo" else {}
+            everywhere = {"learn_from": "all", "kl_old_share": 1.0} if METHODS[name].objective == "grpo" else {}
             values = NUMBERS | {"gamma": GAMMA} | everywhere | options | more
             found = composed(name, softmax, sample, critic, **values).credit(rollout)
             for column, x, y in zip(found._fields, found, wanted(rollout), strict=True):

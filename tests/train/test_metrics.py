@@ -31,6 +31,8 @@ every_method = pytest.mark.parametrize("method", DISTINCT)
 GROUPS = {"clip_fraction_low", "clip_fraction_high", "group_std", "flat_groups", "updates"}
 OWN |= {name: GROUPS for name, method in METHODS.items() if method.objective == "grpo"}
 OWN["reinforce_plus_plus"] = GROUPS - {"group_std", "flat_groups"}
+OWN["dro"] = GROUPS - {"group_std", "flat_groups"} | CRITIC
+OWN["remax"] = set()
 
 
 def run(method: str, **options: Any) -> Run:

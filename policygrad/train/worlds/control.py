@@ -44,7 +44,7 @@ from policygrad.train.checkpoints import (
     read_policy,
     save_policy,
 )
-from policygrad.train.options import EPISODIC, OptionError, compares_groups, has_critic
+from policygrad.train.options import EPISODIC, OptionError, compares_greedy, compares_groups, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import DECISIONS, Own, World
 
@@ -304,6 +304,7 @@ class ControlWorld(World):
             observation_normalizer=self.normalizer,
             reward_scaler=RewardScaler(environments.num_envs, options.gamma) if options.scale_rewards else None,
             sequence_length=None if whole else options.sequence_length,
+            greedy=compares_greedy(options),
             device=options.device,
         )
 

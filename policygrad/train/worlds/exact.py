@@ -15,7 +15,7 @@ from policygrad.exact.sampler import CompletionSampler, EpisodeSampler
 from policygrad.exact.tokens import OnPrefixes, TokenWorld, token_world, tree
 from policygrad.exact.worlds import world_named
 from policygrad.train.checkpoints import Stage, load_tensors, write_tensors
-from policygrad.train.options import OptionError, has_critic
+from policygrad.train.options import OptionError, compares_greedy, has_critic
 from policygrad.train.reports import Curve, Row
 from policygrad.train.worlds.world import DECISIONS, Own, World
 
@@ -74,10 +74,11 @@ class ExactWorld(World):
 
     def sampler(self, rows: int, seed: int, completions: int = COMPLETIONS) -> Any:
         """A sampler of so many episodes; of `exact:tokens`, of so many answers, `completions` to each prompt."""
+        greedy = compares_greedy(self.options)
         if self.tokens is not None:
-            return CompletionSampler(self.tokens, rows // completions, completions, seed)
+            return CompletionSampler(self.tokens, rows // completions, completions, seed, greedy=greedy)
         horizon = self.options.episode_steps or self.world.time_limit or HORIZON
-        return EpisodeSampler(self.world, rows, horizon, seed)
+        return EpisodeSampler(self.world, rows, horizon, seed, greedy=greedy)
 
     def _make_tables(self) -> None:
         states, actions = self.world.reward.shape

@@ -22,7 +22,7 @@ from policygrad.language.completions import Request
 from policygrad.language.conversations import TURNS, Dialogue, Environment, begun, from_seed, starts, text_in
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
-from policygrad.language.policies import LanguagePolicy, causal, has_bfloat16, reference_of
+from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
 from policygrad.language.sampler import Answering, CompletionSampler, Prompts, answer, request_of
 from policygrad.language.tasks import (
     ARITHMETIC,
@@ -40,7 +40,7 @@ from policygrad.language.warmup import OWN, RECIPE, warmed_up
 from policygrad.train.checkpoints import Stage, finite
 from policygrad.train.hub import directory_of
 from policygrad.train.methods import KNOWN
-from policygrad.train.options import OptionError, has_critic, with_rate
+from policygrad.train.options import OptionError, compares_greedy, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
@@ -101,6 +101,7 @@ class LanguageWorld(World):
                 cut=options.cut,
                 cut_penalty=options.cut_penalty,
                 decouple_rewards=options.decouple_rewards,
+                greedy=compares_greedy(options),
                 dataset_weight=options.dataset_weight,
                 engine=own.engine or generate,
                 seed=options.seed,
@@ -157,7 +158,8 @@ class LanguageWorld(World):
         if not own and source is None:
             named = listed([self.task] if self.task else options.dataset)
             raise OptionError("model", f"there is no model to train on {named}: give model, a directory or a hub id")
-        if not own and self.make is None and not options.reward and self.needs_reward:
+        taught = getattr(options, "teacher", None) is not None
+        if not own and self.make is None and not options.reward and self.needs_reward and not taught:
             raise OptionError(
                 "reward", "nothing judges the completions: give reward, such as exact_match or my_rewards.py:function"
             )
@@ -166,7 +168,8 @@ class LanguageWorld(World):
         if saved is None:
             find = self._beginnings if self.make else self._problems if self.task == ARITHMETIC else self._examples
             train, held_out = find()
-        functions: list[Any] | None = [arithmetic.right if self.task == ARITHMETIC else unjudged]
+        plain = without_reward if taught else unjudged
+        functions: list[Any] | None = [arithmetic.right if self.task == ARITHMETIC else plain]
         if self.make is not None:
             functions = None
         if options.reward:
@@ -419,7 +422,22 @@ class LanguageWorld(World):
             write_samples(directory / "samples.jsonl", self.last.rows)
 
     def reference(self) -> nn.Module:
-        return reference_of(self.policy)
+        """The policy as it is now, frozen, or the teacher. Raises OptionError for one with other tokens."""
+        options = self.options
+        if options.teacher is None:
+            return reference_of(self.policy)
+        how = {name: getattr(options, name) for name in ("dtype", "trust", "trust_remote_code")}
+        attention = "eager" if self._natural() else options.attention
+        model = models.load_model(options.teacher, attention=attention, what="teacher", **how)
+        tokenizer = models.load_tokenizer(options.teacher, trust_remote_code=options.trust_remote_code)
+        words = [x.get_output_embeddings().weight.shape[0] for x in (model, causal(self.policy.model))]
+        if tokenizer.get_vocab() != self.prompts.tokenizer.get_vocab() or words[0] != words[1]:
+            said = f"the teacher {ending(options.teacher, 60)} has other tokens than the policy"
+            raise OptionError("teacher", f"{said}: give a model of the same family")
+        policy = self.policy
+        given: dict[str, Any] = {"temperature": policy.temperature, "autocast": policy.autocast, "chunk": policy.chunk}
+        taught = LanguagePolicy(model, shared=policy.shared and can_share(LanguagePolicy(model)), **given)
+        return taught.to(options.device).requires_grad_(False)
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """Answer each held-out prompt `count` times, with samples unless `greedy`."""
@@ -487,7 +505,8 @@ class LanguageWorld(World):
         parts += [f"length {row['length']:.0f}"]
         if row.get("masked") == 1:
             return [*parts, "no completion counts: nothing to learn"]
-        return parts + (["all groups flat: nothing to learn"] if row.get("flat_groups") == 1 else [])
+        flat = row.get("flat_groups") == 1 and getattr(self.options, "teacher", None) is None
+        return parts + (["all groups flat: nothing to learn"] if flat else [])
 
     def curve(self) -> Curve:
         return Curve(
@@ -522,6 +541,8 @@ class LanguageWorld(World):
         flat = [row["flat_groups"] for row in rows if "flat_groups" in row]
         judged = [] if run.before is None or run.after is None else verdict(run.before, run.after)
         notes = uncounted + judged
+        if getattr(self.options, "teacher", None) is not None:
+            return notes
         if flat and sum(flat) / len(flat) > 0.9:
             notes.append(
                 f"{sum(flat) / len(flat):.0%} of the groups were flat: all completions of a prompt had the same "
@@ -570,6 +591,11 @@ def started(make: Callable[[], Environment]) -> Environment:
 def unjudged(completions: list[Any], **_: Any) -> list[None]:
     """No reward for any completion."""
     return [None] * len(completions)
+
+
+def without_reward(completions: list[Any], **_: Any) -> list[float]:
+    """A reward of 0: a teacher alone is learned from."""
+    return [0.0] * len(completions)
 
 
 def examples_of(prompts: Prompts | None) -> list[dict[str, Any]]:

@@ -668,3 +668,72 @@ def test_a_changed_run_is_one_line_and_nothing_of_it_runs(
     assert len(str(raised.value)) <= 200
     assert "\n" not in str(raised.value)
     assert not (run / "ran").exists()
+
+
+def taught_by(language: dict[str, Any], teacher: Path, **options: Any) -> dict[str, Any]:
+    rest = {name: x for name, x in language.items() if name != "reward"}
+    ours = {"kl_ref": "loss", "kl_ref_estimate": "exact", "kl_ref_coefficient": 1.0, "teacher": str(teacher)}
+    return rest | ours | options
+
+
+@pytest.fixture
+def teacher(language: dict[str, Any], tmp_path: Path) -> Path:
+    """Another model with the same tokens."""
+    model = models.load_model(language["model"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    models.save_model(model, models.load_tokenizer(language["model"]), tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_teacher_alone_is_learned_from(rank: int, language: dict[str, Any], teacher: Path) -> None:
+    """The first KL is that of each token's distributions, summed by hand, at the prefixes that were sampled."""
+    options = taught_by(language, teacher, iterations=12, learning_rate=3e-2, lora_rank=rank, weights="token")
+    with Training("grpo", **options) as training:
+        objective, by_hand = training.learner.objective, []
+        plain, taught = objective.forward, objective.anchor.keywords["reference"]
+
+        def seen(batch: Any) -> Any:
+            with torch.no_grad():
+                p, q = (x(batch.obs).logits.log_softmax(-1)[batch.mask].tolist() for x in (objective.policy, taught))
+            each = [sum(math.exp(a) * (a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
+            by_hand.append(sum(each) / len(each))
+            return plain(batch)
+
+        objective.forward = seen
+        rows = list(training)
+    assert [row["kl_ref"] for row in rows] == pytest.approx(by_hand, rel=1e-4)
+    assert all(row["reward"] == 0 for row in rows)
+    assert rows[-1]["kl_ref"] < (0.9 if rank else 0.7) * rows[0]["kl_ref"]
+    assert not any(p.requires_grad for p in taught.parameters())
+
+
+def test_a_teacher_beside_a_reward_and_in_it(language: dict[str, Any], teacher: Path) -> None:
+    firsts = []
+    for more in ({}, {"teacher": str(teacher)}):
+        with Training("rloo", **language | {"kl_ref": "reward", "learning_rate": 1e-2} | more) as training:
+            firsts.append(next(training))
+    plain, taught = firsts
+    assert plain["kl_ref"] < 1e-6
+    assert taught["kl_ref"] > 1e-2
+    assert plain["reward"] == taught["reward"] > 0, "the reward is not the teacher's"
+
+
+def test_a_teacher_that_cannot_teach_is_refused_in_one_line(
+    language: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    models.save_model(tiny(vocab_size=24), models.load_tokenizer(language["model"]), tmp_path / "wide")
+    for options, said in (
+        (taught_by(language, tmp_path / "wide"), "other tokens than the policy: give a model of the same family"),
+        (taught_by(language, tmp_path / "nowhere"), "nowhere"),
+        (
+            taught_by(language, teacher, kl_ref="none", kl_ref_estimate="straight_through", kl_ref_coefficient=0.04),
+            "teacher is read only where kl_ref is reward or loss",
+        ),
+        (taught_by(language, teacher, reference_every=2), "a teacher stays as it is"),
+    ):
+        with pytest.raises(UserError, match=said) as raised:
+            pg.train("grpo", **options)
+        assert len(str(raised.value)) <= 200
