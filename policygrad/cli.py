@@ -590,6 +590,16 @@ def _asked(verb: str, rest: list[str], command_of: Any, more: set[str]) -> Asked
 # What `train compose` starts from, by its --update: a line of the table with that update.
 COMPOSED = {"ascend": "grpo", "natural": "npg", "trust_region": "trpo"}
 
+OF_COMPOSE = """\
+usage: policygrad train compose TASK [--update ascend|natural|trust_region] [--anyway] [options]
+
+Any credit, objective and update that fit together. Before it trains it prints its row of verify.
+  --update   what is done with the gradient; ascend by default
+  --anyway   train although the row says WRONG
+
+With this update it starts from {0}, whose options and defaults follow.
+"""
+
 
 def _composed(rest: list[str]) -> tuple[list[str], bool]:
     """`train compose TASK --update U` as `train METHOD TASK`, and whether --anyway was said."""
@@ -610,6 +620,8 @@ def _train(rest: list[str]) -> int:
     composes, anyway = [x.lower() for x in rest[:1]] == ["compose"], False
     if composes:
         rest, anyway = _composed(rest[1:])
+        if {"-h", "--help"} & set(rest):
+            print(OF_COMPOSE.format(rest[0]))
     found = _asked("train", rest, _command, {"out", "preset", "json", "samples", "seeds", "processes"})
     if found is None:
         return 0 if rest else 2

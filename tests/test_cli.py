@@ -1406,6 +1406,14 @@ def test_an_update_is_that_of_a_line_of_the_table(policygrad: Any, update: str, 
     assert json.loads(out)["method"] == method
 
 
+def test_the_help_of_compose_says_what_is_its_own(policygrad: Any) -> None:
+    code, out, _ = policygrad("train", "COMPOSE", "--update", "natural", "--help")
+    assert code == 0
+    assert out.startswith("usage: policygrad train compose TASK [--update ascend|natural|trust_region] [--anyway]")
+    assert "it starts from npg" in out
+    assert "compose" not in policygrad("train", "npg", "--help").out.split("TASK")[0]
+
+
 def test_a_combination_that_is_wrong_asks_for_anyway(policygrad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = compose.RATIOS["product"]
     monkeypatch.setitem(compose.RATIOS, "product", lambda logp, old, mask: right(logp, old, mask) ** 2)
