@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.callback import callback_handler
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
@@ -53,13 +52,14 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
     )
     compiled: Any = None
     works: bool | None = None
+    guards: Any = _of_data
 
     def call(*arguments: Any) -> Any:
-        nonlocal compiled, works
+        nonlocal compiled, works, guards
         if works is False:
             return otherwise(*arguments)
         if compiled is None:
-            compiled = torch.compile(own, fullgraph=True, backend=BACKEND, options=_options(arguments))
+            compiled = torch.compile(own, fullgraph=True, backend=BACKEND, options=_options(arguments, guards))
         if varying:
             for x in tree_leaves(arguments[:varying]):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -69,6 +69,10 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
         except Exception as error:
             if works:
                 raise
+            if guards is not None and isinstance(error, torch._dynamo.exc.InternalTorchDynamoError):
+                # To leave guards out torch makes them twice, and fails where one is of a NumPy array's passing copy.
+                compiled, guards = None, None
+                return call(*arguments)
             works = False
             warnings.warn(f"the update is not compiled ({one_line(error, 120)})", Note, stacklevel=2)
             return otherwise(*arguments)
@@ -78,9 +82,9 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
     return call
 
 
-def _options(arguments: Any) -> dict[str, Any]:
+def _options(arguments: Any, guards: Any) -> dict[str, Any]:
     """How a graph of these arguments is made. On a CPU, what calls the kernels is C++, too."""
-    options: dict[str, Any] = {"guard_filter_fn": _of_data}
+    options: dict[str, Any] = {} if guards is None else {"guard_filter_fn": guards}
     if BACKEND == "inductor" and all(x.device.type == "cpu" for x in tree_leaves(arguments) if isinstance(x, Tensor)):
         options["cpp_wrapper"] = True
     return options
@@ -110,11 +114,12 @@ def _undisturbed() -> Iterator[None]:
                 handlers[number] = handler
                 signal.signal(number, lambda number, frame: came.append(number))
 
-    callback_handler.register_start_callback(hold)
+    compiler = torch._dynamo.callback.callback_handler
+    compiler.register_start_callback(hold)
     try:
         yield
     finally:
-        callback_handler.remove_start_callback(hold)
+        compiler.remove_start_callback(hold)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in came[:1]:

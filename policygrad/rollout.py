@@ -161,6 +161,8 @@ def parts_of(obs: Any, micro_batch: Split) -> Parts:
 
 def in_parts(function: Callable[..., Tensor], micro_batch: Split, obs: Any, *columns: Tensor) -> Tensor:
     """function(obs, *columns), a row for each of theirs, computed one micro-batch after another."""
+    if micro_batch is None:
+        return function(obs, *columns)
     parts, _ = parts_of(obs, micro_batch)
     found = [function(*tree_map(lambda x, index=index: x[index], (obs, *columns))) for index in parts]
     return torch.cat(found)[torch.cat(list(parts)).argsort()]

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -155,6 +156,34 @@ def change_what_a_graph_is_of() -> None:
     assert graphs[2:5] == [2, 3, 4]  # one more for each change
 
 
+SIZES = (np.ones(3), np.full(3, 2.0))
+
+
+class WithArrays(ValueObjective):
+    """A value objective times numbers in NumPy's arrays, of which torch sees a passing copy."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = super().forward(batch)
+        one, two = (torch.as_tensor(x, dtype=value.dtype) for x in SIZES)
+        return (value * one * two).mean(), metrics
+
+
+def make_a_graph_of_arrays() -> None:
+    """A graph whose guards torch cannot choose among is made with all of them."""
+    warnings.simplefilter("error", Note)
+    compiling.BACKEND = "aot_eager"
+    torch.set_default_dtype(torch.float64)
+    objectives = [WithArrays(critic()) for _ in range(2)]
+    optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in objectives]
+    for way, objective, optimizer in zip((False, True), objectives, optimizers, strict=True):
+        torch.manual_seed(0)
+        update, part = ascend(optimizer, compiled=way), batch()
+        for _ in range(3):
+            update(objective, part)
+    assert_close(list(objectives[1].parameters()), list(objectives[0].parameters()), rtol=0, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
 def interrupt_the_compiler() -> None:
     """Ctrl-C while a step is compiled: it is taken, and then the interrupt comes."""
 
@@ -185,7 +214,8 @@ BY_THE_COMPILER = pytest.param(
 
 
 @pytest.mark.parametrize(
-    "check", [BY_THE_COMPILER, count_compilations, change_what_a_graph_is_of, interrupt_the_compiler]
+    "check",
+    [BY_THE_COMPILER, count_compilations, change_what_a_graph_is_of, make_a_graph_of_arrays, interrupt_the_compiler],
 )
 def test_in_its_own_process(check: Callable[[], None]) -> None:
     in_its_own_process(check)

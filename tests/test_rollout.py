@@ -480,7 +480,7 @@ def test_rows_are_cut_into_pieces_with_the_state_before_each(policy: nn.Module, 
     batch = credited(cut)
     assert batch.obs["place"].tolist() == batch.obs["state"].tolist() == [[i] for i in range(rows * steps)]
     columns = ("action", "logp", "reward", "terminated", "ended", "mask")
-    short = {name: getattr(cut, name)[:2, :4] for name in columns} | {"group": cut.group[:2]}
+    short = {name: getattr(cut, name)[:2, :4] for name in columns} | {"group": cut.group[:2], "greedy": None}
     twice = replace(cut, obs={"place": place[:2, :4], "state": torch.tensor([[0, 2], [5, 7]])}, pieces=2, **short)
     batch = credited(twice)
     assert batch.obs["place"].tolist() == [[0, 1], [2, 3], [5, 6], [7, 8]]

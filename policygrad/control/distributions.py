@@ -195,7 +195,7 @@ class SquashedNormal(ActionDistribution):
 
     def entropy(self) -> Tensor:
         """H(a) = H(u) + E log da/du, the expectation by quadrature: no noise, and differentiable."""
-        nodes, weights = (torch.as_tensor(x, dtype=self.mean.dtype, device=self.mean.device) for x in _QUADRATURE)
+        nodes, weights = (x.to(self.mean) for x in _QUADRATURE)
         u = self.mean.unsqueeze(-1) + self.normal.base_dist.stddev.unsqueeze(-1) * nodes
         slope = self._log_slope(u.movedim(-1, 0)).movedim(0, -1)
         return self.normal.entropy() + (slope * weights).sum((-1, -2))
@@ -307,7 +307,7 @@ def squashed(u: np.ndarray, space: spaces.Box) -> np.ndarray:
 # standard deviation of 2 and 2e-4 at 5; a Gauss-Hermite rule with as many nodes is off by 2e-2.
 _nodes = np.arange(-24, 25) / 4
 _density = np.exp(-(_nodes**2) / 2)
-_QUADRATURE = (_nodes, _density / _density.sum())
+_QUADRATURE = (torch.from_numpy(_nodes), torch.from_numpy(_density / _density.sum()))
 
 
 @register_kl(SquashedNormal, SquashedNormal)
