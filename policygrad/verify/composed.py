@@ -31,7 +31,7 @@ def findings(options: Any) -> list[Finding]:
     with exactly():
         at = token_setting(0)
         plain = options_at(options.method, at)
-        known = {f.name for f in fields(plain)} & ESTIMATOR
+        known = {f.name for f in fields(plain)} & {f.name for f in fields(options)} & ESTIMATOR  # of both worlds
         chosen = replace(plain, **{name: getattr(options, name) for name in known})
         found = judged(Section("tokens", method_rows(at, chosen), at.on_policy, at.gradient), 20_000)
     return [replace(f, name=f.name.removeprefix(f"{options.method}, ")) for f in found]

@@ -33,7 +33,8 @@ SMALL: dict[str, Any] = {"hidden": (8,), "num_envs": 4, "iterations": 2, "progre
 def test_every_method_trains_on_an_environment(method: str) -> None:
     run = pg.train(method, "CartPole-v1", **SMALL)
     assert len(run.metrics) == 2
-    assert (run.critic is None) == (METHODS[method].objective == "grpo")
+    without = method == "remax" or (METHODS[method].objective == "grpo" and method != "dro")
+    assert (run.critic is None) == without
     assert run.evaluate(2).episodes == 2
 
 
