@@ -109,7 +109,7 @@ def gae(
     terminated: Bool[Tensor, "B T"],
     ended: Bool[Tensor, "B T"],
     gamma: float,
-    lam: float,
+    lam: float | Float[Tensor, "B T"],
 ) -> Float[Tensor, "B T"]:
     """A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Schulman et al. 2016, eq. 16).
 
@@ -134,7 +134,7 @@ def gae_by_length(
     """
     steps = torch.where(ended.any(1), ended.int().argmax(1) + 1, ended.shape[1]).unsqueeze(1)
     lam = (1 - 1 / (alpha * steps.to(reward.dtype))).clamp(min=0).expand_as(reward)
-    return lambda_return(reward, value, terminated, ended, gamma, lam) - value[:, :-1]
+    return gae(reward, value, terminated, ended, gamma, lam)
 
 
 def n_step_advantage(

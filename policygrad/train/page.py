@@ -13,6 +13,7 @@ from typing import Any
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import LARGEST_JSON, as_path, check_file, damaged, parse_json, read_json, write_bytes
 from policygrad.train.comparison import AXES, Recorded, recorded, runs_in
+from policygrad.train.elo import KEPT as RATINGS
 from policygrad.train.findings import SCORES, Course, Finding, findings
 from policygrad.train.options import options_of
 
@@ -364,7 +365,7 @@ def _ratings(runs: Sequence[Reported]) -> str:
     """The ratings that `policygrad elo` has left, of the selves of each run."""
     names, parts = ("player", "elo", "games", "wins", "draws", "losses"), []
     for one in runs:
-        found = _object(Path(one.run.place) / "elo.json").get("ratings")
+        found = _object(Path(one.run.place) / RATINGS).get("ratings")
         rows = [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
         numbers = [[x.get(name) for name in names] for x in rows]
         sound = [x for x in numbers if all(isinstance(y, int | float) for y in x[1:])]
