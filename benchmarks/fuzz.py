@@ -46,7 +46,8 @@ LIMIT = 10.0  # seconds of a case
 GRACE = 60.0  # seconds from SIGINT to the end: an interrupt waits until the compiler is done
 MEMORY = 8 * 2**30  # bytes of address space
 LINE = 200  # characters of a message
-ASIDE = re.compile(r"(preset|note:|before:|after:) |.* left$")  # lines beside the message: the preset, the progress
+# Lines beside the message: the preset, what is tuned, the progress, a second fault when the environment is closed.
+ASIDE = re.compile(r"(preset|tuned:|note:|before:|after:) |.* left$|.* \(the results are kept\)$")
 
 
 def split(*lines: str) -> list[str]:
