@@ -59,6 +59,7 @@ def graph(function: Callable[..., Any], otherwise: Callable[..., Any], varying: 
         if works is False:
             return otherwise(*arguments)
         if compiled is None:
+            _look_for_instructions()
             compiled = torch.compile(own, fullgraph=True, backend=BACKEND, options=_options(arguments, guards))
         if varying:
             for x in tree_leaves(arguments[:varying]):
@@ -88,6 +89,17 @@ def _options(arguments: Any, guards: Any) -> dict[str, Any]:
     if BACKEND == "inductor" and all(x.device.type == "cpu" for x in tree_leaves(arguments) if isinstance(x, Tensor)):
         options["cpp_wrapper"] = True
     return options
+
+
+def _look_for_instructions() -> None:
+    """Begin to try which vector instructions can be compiled for. torch asks for them once it has traced the function.
+
+    It tries each in a process of its own, which takes a second in all, and here the tracing does not wait for it.
+    """
+    if BACKEND == "inductor":
+        from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401 - two threads must not import them
+
+        threading.Thread(target=cpu_vec_isa.valid_vec_isa_list, daemon=True).start()
 
 
 def _of_data(guards: list[Any]) -> list[bool]:

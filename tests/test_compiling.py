@@ -2,10 +2,12 @@
 
 import math
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -184,6 +186,21 @@ def make_a_graph_of_arrays() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def look_for_instructions() -> None:
+    """Vector instructions are tried in another thread, so that the tracing does not wait."""
+    from torch._inductor import cpu_vec_isa
+
+    seen: queue.Queue[threading.Thread] = queue.Queue()
+    cpu_vec_isa.valid_vec_isa_list = lambda: seen.put(threading.current_thread())
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
+    assert compiling.graph(double, double)(torch.ones(1)) == 2
+    assert seen.get(timeout=60) is not threading.main_thread()
+
+
 def interrupt_the_compiler() -> None:
     """Ctrl-C while a step is compiled: it is taken, and then the interrupt comes."""
 
@@ -215,7 +232,14 @@ BY_THE_COMPILER = pytest.param(
 
 @pytest.mark.parametrize(
     "check",
-    [BY_THE_COMPILER, count_compilations, change_what_a_graph_is_of, make_a_graph_of_arrays, interrupt_the_compiler],
+    [
+        BY_THE_COMPILER,
+        count_compilations,
+        change_what_a_graph_is_of,
+        make_a_graph_of_arrays,
+        look_for_instructions,
+        interrupt_the_compiler,
+    ],
 )
 def test_in_its_own_process(check: Callable[[], None]) -> None:
     in_its_own_process(check)
