@@ -291,6 +291,8 @@ class Reproduce:
     """Device; by default as before."""
     threads: int | None = None
     """CPU threads of torch; by default as before."""
+    ray: str | None = None
+    """Address of the Ray cluster that has the samplers; by default as before."""
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object at the end, and nothing else."""
 

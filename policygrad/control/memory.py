@@ -36,9 +36,11 @@ class Rows(NamedTuple):
 
     @staticmethod
     def join(rows: Sequence["Rows"]) -> "Rows":
-        """The rows of several, one after the other, each with the state before it alone."""
-        whole = [x._replace(state=x.state[:, :1], critic_state=x.critic_state[:, :1]) for x in rows]
-        return Rows(*(torch.cat(columns) for columns in zip(*whole, strict=True)))
+        """The rows of several, one after the other; whole, unless all are cut into as many pieces."""
+        pieces = {x.state.shape[1] for x in rows}
+        kept = pieces.pop() if len(pieces) == 1 else 1
+        cut = [x._replace(state=x.state[:, :kept], critic_state=x.critic_state[:, :kept]) for x in rows]
+        return Rows(*(torch.cat(columns) for columns in zip(*cut, strict=True)))
 
 
 class Memory(nn.Module, ABC):

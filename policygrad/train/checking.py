@@ -103,7 +103,7 @@ def check(
         world: Any = training.world
         options = _as_one_batch(training.options)
         with training._inside():
-            rollout = world.sample(world.policy)
+            rollout = training.sample(world.policy)
             rollout = replace(rollout, reward=rollout.reward.to(rollout.logp.dtype))  # environments give float32
             rows = len(rollout.mask)
             if rows < count:

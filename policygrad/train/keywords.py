@@ -43,6 +43,9 @@ class Keywords(TypedDict, total=False):
     agents: Literal["shared", "separate"]
     restart_envs: int
     overlap: bool
+    samplers: int | None
+    ray: str | None
+    policy_lag: int
     env_options: str | dict[str, Any] | None
     normalize_observations: bool
     scale_rewards: bool

@@ -30,12 +30,13 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "env_options": (),
     "demonstrations": (),
     "symmetry": (),
+    "ray": ("auto",),
 }
 # What a run keeps itself, or needs in training alone, so that loading it does not read the name; a model is kept unless
 # it is an adapter's base.
 KEPT = (
     "start", "model", "base_model", "tokenizer", "teacher",
-    "dataset", "evaluation_dataset", "demonstrations", "symmetry",
+    "dataset", "evaluation_dataset", "demonstrations", "symmetry", "ray",
 )  # fmt: skip
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 

@@ -99,7 +99,8 @@ class Options:
         "Run to begin from, or hub:NAME: its policy, and its critic and statistics where they fit; under any method.",
         TEXT)
     rank_time_limit: float = option(1800.0,
-        "Seconds that a process of several (torchrun) waits for the others before it gives up.", RATE)
+        "Seconds that a process of several (torchrun), or the learner of samplers, waits for others before it gives "
+        "up.", RATE)
     profile: bool = option(False,
         "Measure where the time goes: a table at the end, and trace.json in the run's directory for trace viewers.")
     checkpoint_every: int | None = option(None,
@@ -157,6 +158,15 @@ class Options:
         "is cut.", NOT_NEGATIVE, **CONTROL, **SAMPLED)
     overlap: bool = option(False,
         "Sample the next rollout while this one is learned from, with a policy one update old.", **CONTROL, **SAMPLED)
+    samplers: int | None = option(None,
+        "Remote samplers: actors of Ray that each sample a share of num_envs. None: this process samples.",
+        COUNT, **EPISODES, **SAMPLED)
+    ray: str | None = option(None,
+        "Address of the Ray cluster that has the samplers, HOST:PORT or auto. None: RAY_ADDRESS, or Ray starts here.",
+        TEXT, **EPISODES, **SAMPLED)
+    policy_lag: int = option(0,
+        "Updates that the policy of remote samplers may be behind at most, while they do not wait for each other; 0: "
+        "they wait, and one seed gives one result.", NOT_NEGATIVE, **EPISODES, **SAMPLED, credit=BOOTSTRAPPED)
     env_options: str | None = option(None,
         'Options of the environment as a JSON object, such as \'{"is_slippery": false}\'; from Python, a dict.',
         OBJECT, **CONTROL)
@@ -701,6 +711,8 @@ def _check_read(f: Field, options: Any) -> None:
         )
     if f.name == "lam" and getattr(options, "length_adaptive_lam", None) is not None:
         raise OptionError("lam", "lam is read only without length_adaptive_lam: leave one of the two out")
+    if f.name in ("ray", "policy_lag") and options.samplers is None:
+        raise OptionError(f.name, f"{f.name} is of samplers, which is None: set that too, or leave {f.name} out")
     if f.name == "entropy_step" and options.entropy_target is None:
         raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
@@ -797,6 +809,8 @@ def _conflicts(o: Any) -> Any:
         group = getattr(o, "group_size", None)
         if group is not None and rows % group:
             yield "group_size", f"group_size is {group}, which does not divide num_envs, {rows}"
+        if o.samplers is not None:
+            yield from _remote_conflicts(o, rows // (group or 1))
         yield from _sizes(o)
 
 
@@ -853,6 +867,48 @@ def _sampling_conflicts(o: Any) -> Any:
             if given:
                 why = "between its rollouts, with the observations of the game itself, and in this process"
                 yield name, f"opponent self freezes and plays the policy {why}: leave {name} out"
+
+
+def _remote_conflicts(o: Any, shared: int) -> Any:
+    """Conflicts of remote samplers, which share so many environments or groups of them."""
+    of_control = o.world == "control"
+    if o.samplers > shared:
+        each = "" if getattr(o, "group_size", None) is None else f" in groups of {o.group_size}"
+        said = f"samplers is {o.samplers:,}, and num_envs is {o.num_envs:,}{each}: a sampler would have no work"
+        yield "samplers", f"{said}; give at most {shared:,} samplers"
+    if o.policy_lag and shared % o.samplers:
+        said = f"samplers is {o.samplers:,}, which does not divide num_envs, {o.num_envs:,}"
+        yield "samplers", f"{said}: with policy_lag each has as many, whichever are the first"
+    if o.policy_lag and (said := _uncorrected(o)):
+        yield "policy_lag", f"policy_lag {said}"
+    unfit = {
+        "overlap": of_control and o.overlap,
+        "opponent": of_control and o.opponent == "self",
+        "profile": o.profile,
+        "normalize_observations": of_control and o.normalize_observations,
+        "scale_rewards": of_control and o.scale_rewards,
+    }
+    why = {
+        "overlap": "samplers have policy_lag for this",
+        "opponent": "samplers do not have the earlier selves",
+        "profile": "profile follows one process, and samplers are others",
+    }
+    for name, given in unfit.items():
+        if given:
+            said = why.get(name, f"samplers share no running statistics, and {name} is one")
+            yield name, f"{said}: leave {name} or samplers out"
+
+
+def _uncorrected(o: Any) -> str:
+    """Why a method must not learn from a policy that is some updates old; empty if it may."""
+    if getattr(o, "divergence_mask", "none") in ("tv", "kl"):
+        return "needs the policy that sampled, and divergence_mask reads the newest old one: use a binary one"
+    if KNOWN[o.method].objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
+        return (
+            f"learns from a policy some updates old, and {o.method} does not correct for that: use "
+            "off_policy_actor_critic, or a method with a ratio such as ppo"
+        )
+    return ""
 
 
 def _language_conflicts(o: Any) -> Any:

@@ -164,6 +164,7 @@ class Training:
         self.clock, self.last = 0.0, Row()  # seconds spent in the loop, and the newest row
         self.resumed: dict[str, Any] | None = None  # of a run that goes on: where its log was
         self.lock: Lock | None = None
+        self.remote: Any = None  # samplers in other processes
         made: list[Path] | None = None
         for name in options.log if directory is not None else ():
             if not installed(name):
@@ -172,6 +173,8 @@ class Training:
         try:
             with self._inside():
                 ranks.in_turn(lambda: self.world.build(own, progress and ranks.rank() == 0))
+                if getattr(options, "samplers", None) is not None:
+                    self.remote = self._remote(own)
                 with ranks.agreed():
                     in_checkpoint = checkpoint and not self._charged() and not self._frozen()
                     if getattr(options, "start", None) and not in_checkpoint:
@@ -185,7 +188,7 @@ class Training:
                         options,
                         self.world.policy,
                         self.world.critic,
-                        self.world.sample,
+                        self.sample,
                         self.world.reference,
                         self._due,
                     )
@@ -206,7 +209,7 @@ class Training:
             self.random = Generators(ranks.seed(options.seed), options.device) if ranks.size() > 1 else self.random
         except BaseException:
             with warnings.catch_warnings(action="ignore", category=Note):  # there are no results to speak of
-                self.world.close()
+                self._shut()
             if directory is not None and made is not None:
                 release(directory, made, WRITTEN)
             if self.lock is not None:
@@ -214,6 +217,21 @@ class Training:
             raise
         self.rates = [group["lr"] for group in self._groups()]
         self._schedule(0.0)
+
+    @property
+    def sample(self) -> Any:
+        """The sampler of the world, or the samplers in other processes."""
+        return self.world.sample if self.remote is None else self.remote
+
+    def _remote(self, own: Own) -> Any:
+        """Samplers in other processes, which make the world's policy anew."""
+        from policygrad.train.remote import Remote
+
+        if own != Own():
+            raise UserError("samplers make policy and critic anew, from options, and one is handed in: leave one out")
+        options = self.options
+        how = {"lag": options.policy_lag, "address": options.ray, "limit": options.rank_time_limit}
+        return Remote(self.world, options.samplers, **how)
 
     @classmethod
     def resume(
@@ -256,7 +274,7 @@ class Training:
                 with ranks.agreed(), of_a_checkpoint():
                     training._go_on(checkpoint, directory)
             except BaseException:
-                training.world.close()
+                training._shut()
                 raise
             training.lock = lock
         except BaseException:
@@ -397,7 +415,7 @@ class Training:
     def __next__(self) -> Row:
         """Train for one iteration. Raises StopIteration at the end, and UserError if a number is not finite."""
         if self.done:
-            self.world.close()
+            self._shut()
             raise StopIteration
         start = time.perf_counter()
         try:
@@ -461,7 +479,7 @@ class Training:
         own: dict[str, Any] = {
             "random": self.random.state_dict(),
             "sample": self.learner.sample.state_dict(),  # type: ignore[attr-defined]
-            "surroundings": self.world.surroundings(),
+            "surroundings": None if self.remote else self.world.surroundings(),  # else they are the samplers'
         }
         if ranks.size() > 1:
             own = {"ranks": ranks.objects(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, own))}
@@ -489,7 +507,7 @@ class Training:
         self.learner.guard.skipped, self.counted = self.dropped, float(state["counted"])
         self.run.best = self.best.summary()
         with self._inside():  # environments may draw from the global generators
-            lost = self.world.restore(state["surroundings"])
+            lost = None if self.remote else self.world.restore(state["surroundings"])
         found = self.world.modules().load_state_dict(state["modules"], strict=False)
         if found.unexpected_keys or set(found.missing_keys) - self._frozen():
             raise ValueError(f"other modules: {listed([*found.unexpected_keys, *found.missing_keys])}")
@@ -510,9 +528,15 @@ class Training:
 
     def close(self) -> None:
         """Close the environments, and let other processes write to the directory; the policy stays usable."""
-        self.world.close()
+        self._shut()
         if self.lock is not None:
             self.lock.release()
+
+    def _shut(self) -> None:
+        """End what samples."""
+        if self.remote is not None:
+            self.remote.close()
+        self.world.close()
 
     def __enter__(self) -> "Training":
         return self
@@ -535,7 +559,7 @@ class Training:
         """Whether the current iteration's row may be kept."""
         if getattr(self.options, "overlap", False):  # the sampler is at the next rollout, and not to be waited for
             return True
-        share = self._share(float(ranks.total(self.world.sample.steps)), self.iteration + 1)
+        share = self._share(float(ranks.total(self.sample.steps)), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
 
     def _noise(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -701,10 +725,14 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
     Raises OptionError for what several ranks cannot have, or one process has no use for.
     """
     if ranks.size() == 1:
-        if defaults is not None and options.rank_time_limit != defaults.rank_time_limit:
+        alone = getattr(options, "samplers", None) is None
+        if defaults is not None and options.rank_time_limit != defaults.rank_time_limit and alone:
             said = "rank_time_limit is of several ranks, and this is one process"
             raise OptionError("rank_time_limit", f"{said}: start it by torchrun, or leave it out")
         return options
+    if getattr(options, "samplers", None) is not None:
+        said = "samplers are of one learner, and ranks sample for themselves"
+        raise OptionError("samplers", f"{said}: leave out samplers or torchrun")
     learned = getattr(options, "normalize_observations", False) or getattr(options, "scale_rewards", False)
     if getattr(options, "overlap", False) and learned:
         said = "overlap is on, and ranks share running statistics between rollouts"

@@ -103,7 +103,9 @@ class ControlWorld(World):
             vectorization = "sync"  # a native vector environment takes one seed for all
         if ranks.size() > 1 and not self.mine:
             raise UserError("several ranks need environments of their own: hand in a function that makes one")
-        count = self.rows_of_rank("num_envs", getattr(options, "group_size", None) or 1)
+        together = getattr(options, "group_size", None) or 1
+        remote = getattr(options, "samplers", None) is not None  # then nothing is sampled here
+        count = together if remote else self.rows_of_rank("num_envs", together)
         check_memory(2**11 * count, f"{count} environments", "lower num_envs")
         limit = {"step_time_limit": options.step_time_limit} if vectorization == "async" else {}
         if options.restart_envs and (not self.mine or vectorization == "envpool"):
@@ -574,7 +576,7 @@ class ControlWorld(World):
 
     def curve(self) -> Curve:
         points = ("evaluation", "mean return of an evaluation") if self.judged else None
-        if self.sample.stepping.finished:
+        if self._recent():
             return Curve(points=points)
         return Curve(points=points, y=("reward_per_step", "mean reward of a step in a rollout"))
 
