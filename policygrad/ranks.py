@@ -205,11 +205,28 @@ def device(name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and size() > 1 else name
 
 
+def portion(count: int) -> int:
+    """This rank's part of a number: those of all ranks add up to it."""
+    own = share(count)
+    return own.stop - own.start
+
+
 def seed(seed: int) -> int:
     """A rank's own seed, for what it samples; alone the seed itself."""
-    if size() == 1:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed} {rank()}".encode()).digest()[:8], "big") >> 1
+    return seed if size() == 1 else _hashed(f"{seed} {rank()}")
+
+
+def seed_from(seed_: int, iteration: int) -> int:
+    """A rank's own seed of a run that goes on after an iteration with another number of ranks.
+
+    It is not that of the beginning, whose random numbers the run has learned from already.
+    """
+    return seed(_hashed(f"{seed_} after iteration {iteration}"))
+
+
+def _hashed(text: str) -> int:
+    """A number of 63 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 # Processes

@@ -1,7 +1,7 @@
 """Wrappers around samplers. Each changes one thing about the rollout."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -38,6 +38,11 @@ class Wrapper(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """Go on from the states of another number of ranks: what all of them have is restored, counts are divided
+        among the ranks that there are, and what each has of its own is drawn anew from the seed."""
+        self.sample.divide_anew([x["sample"] for x in states], seed)  # type: ignore[attr-defined]
 
 
 class WholeRows(Wrapper):
@@ -139,6 +144,13 @@ class Refreshed(Wrapper):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self._restore(state)
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        super().divide_anew(states, seed)
+        self._restore(states[0])
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.reference.load_state_dict(state["reference"])
         self.rollouts = int(state["rollouts"])
 
@@ -147,6 +159,7 @@ class Together(Wrapper):
     """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
 
     A sampler with running statistics has a method share(), which makes them those of all ranks after each rollout.
+    Its state is the inner sampler's: one process, which has no use for this wrapper, goes on from it.
     """
 
     def __call__(self, policy: nn.Module) -> Rollout:
@@ -155,6 +168,15 @@ class Together(Wrapper):
         if hasattr(self.sample, "share"):
             self.sample.share()
         return rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sample.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
 
 
 class InUnits(Wrapper):
@@ -201,6 +223,10 @@ class KLCharged(Wrapper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.coefficient.load_state_dict(state["coefficient"])
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        super().divide_anew(states, seed)
+        self.coefficient.load_state_dict(states[0]["coefficient"])
 
 
 class RandomNetworkDistillation(Wrapper):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from policygrad import ranks
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
-from policygrad.files import as_path, check_real
+from policygrad.files import as_path, check_real, read_json
 from policygrad.guards import as_non_finite
 from policygrad.noise import noise_of_moments
 from policygrad.train import presets
@@ -37,7 +37,15 @@ from policygrad.train.options import OptionError, has_critic, options_of, valida
 from policygrad.train.profiling import Profile
 from policygrad.train.recording import complete, unwritable
 from policygrad.train.reports import Row, read_rows
-from policygrad.train.resuming import Written, check_resumable, extended, longer, of_a_checkpoint, rows_apart
+from policygrad.train.resuming import (
+    Written,
+    check_resumable,
+    extended,
+    longer,
+    of_a_checkpoint,
+    processes,
+    rows_apart,
+)
 from policygrad.train.run import Run, arithmetic, check_device
 from policygrad.train.snapshots import digest, read_checkpoint
 from policygrad.train.worlds import OWN_TASKS, kind_of, world_of
@@ -280,7 +288,15 @@ class Training:
         training = cls.__new__(cls)
         training.tuned = {}
         world = world_of(found.kind, found.method)(found.task, found.options)
-        run = Run(found.method, world.options, found.preset, world, directory, totals=found.totals)
+        run = Run(
+            found.method,
+            world.options,
+            found.preset,
+            world,
+            directory,
+            totals=found.totals,
+            ranks_before=found.ranks_before,
+        )
         if directory is not None:
             run.places.add(directory.resolve())
         own = Own(policy, None if isinstance(critic, str) else critic, engine, found.rows)
@@ -308,6 +324,7 @@ class Training:
             said = f"the checkpoint is of {listed(changed, 90)}"
             warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
         self.load_state_dict(checkpoint["training"])
+        self._count_ranks(checkpoint)
         (name, size), rows = checkpoint["log"]["events"], int(checkpoint["log"]["metrics"])
         self.resumed = {"metrics": rows, "events": (str(name), int(size))}
         self.last = {str(name): float(x) for name, x in checkpoint["last"].items()}
@@ -328,9 +345,28 @@ class Training:
             if self.options.learning_rate_schedule != "constant" or self.options.warmup:
                 said = f"learning_rate_schedule {self.options.learning_rate_schedule} is of the whole run"
                 warnings.warn(f"{said}: with more of it, the rates are higher from here on", Note, stacklevel=3)
-            if self.run.directory is not None:
-                self.run.describe(directory)
+        if self.run.directory is not None and (longer(self.options, checkpoint) or self._counts_otherwise(directory)):
+            self.run.describe(directory)
         self._mark()
+
+    def _counts_otherwise(self, directory: Path) -> bool:
+        """Whether config.json says other numbers of ranks."""
+        written, now = read_json(directory / "config.json"), self.run.configuration()
+        return any(written.get(name) != now[name] for name in ("ranks", "ranks_before"))
+
+    def _count_ranks(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how many ranks have trained the run until now, and say so if there are as many no longer."""
+        was = len(checkpoint["training"].get("ranks", "1"))
+        earlier = [x for x in self.run.ranks_before if x["iteration"] < self.iteration]
+        now = [] if was == ranks.size() else [{"iteration": self.iteration, "ranks": was}]
+        self.run.ranks_before = earlier + now
+        if now:
+            said = f"the run was trained by {processes(was)}, and goes on with {processes(ranks.size())}"
+            warnings.warn(
+                f"{said}: from the same parameters and counts, and on rows that are drawn anew from the seed",
+                Note,
+                stacklevel=4,
+            )
 
     def check_own(self, checkpoint: dict[str, Any], directory: Path, function: str) -> None:
         """Raise UserError if an object that was handed in is missing."""
@@ -480,16 +516,22 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state_dict of a run with the same options, and as many ranks."""
-        if "ranks" in state:
-            state = {**state, **state["ranks"][ranks.rank()]}
+        """Restore the state_dict of a run with the same options.
+
+        Of another number of ranks: what all ranks have, and what each has of its own is drawn anew from the seed.
+        """
+        held, lost = state.get("ranks", [state]), None  # what each rank had of its own
+        same = len(held) == ranks.size()
         self.iteration, self.done = int(state["iteration"]), bool(state["done"])
         self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
         self.best, self.dropped = Best(**state["best"]), int(state["dropped"])
         self.learner.guard.skipped, self.counted = self.dropped, float(state["counted"])
         self.run.best = self.best.summary()
         with self._inside():  # environments may draw from the global generators
-            lost = self.world.restore(state["surroundings"])
+            if same:
+                lost = self.world.restore(held[ranks.rank()]["surroundings"])
+            else:
+                self.world.restore_common(held[0]["surroundings"])
         found = self.world.modules().load_state_dict(state["modules"], strict=False)
         if found.unexpected_keys or set(found.missing_keys) - self._frozen():
             raise ValueError(f"other modules: {listed([*found.unexpected_keys, *found.missing_keys])}")
@@ -497,8 +539,14 @@ class Training:
             optimizer.load_state_dict(saved)
         for name, saved in state["coefficients"].items():
             self.learner.coefficients[name].load_state_dict(saved)
-        self.learner.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
-        self.random.load_state_dict(state["random"])
+        sample: Any = self.learner.sample
+        if same:
+            sample.load_state_dict(held[ranks.rank()]["sample"])
+            self.random.load_state_dict(held[ranks.rank()]["random"])
+        else:
+            seed = ranks.seed_from(self.options.seed, self.iteration)
+            sample.divide_anew([x["sample"] for x in held], seed)
+            self.random = Generators(seed, self.options.device)
         if lost is not None:
             warnings.warn(lost, Note, stacklevel=2)
 

@@ -170,6 +170,10 @@ class World(ABC):
         """
         return None
 
+    def restore_common(self, surroundings: Any) -> None:
+        """Bring back what all ranks have in common of what `surroundings` returned. Raises UserError as restore."""
+        return
+
     def after(self, iteration: int) -> None:
         """So many iterations are over."""
         return
