@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -168,6 +169,30 @@ class Together(Wrapper):
         if hasattr(self.sample, "share"):
             self.sample.share()
         return rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sample.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
+
+
+class Gathered(Wrapper):
+    """Sample with all weights of a policy that is sharded over ranks: each makes as many passes as its rows need.
+
+    whole: policy -> a block with all of its weights. Its state is the inner sampler's, as Together's.
+    """
+
+    def __init__(self, sample: Sample, whole: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+        super().__init__(sample)
+        self.whole = whole
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        with self.whole(policy):
+            return self.sample(policy)
 
     def state_dict(self) -> dict[str, Any]:
         return self.sample.state_dict()  # type: ignore[attr-defined]

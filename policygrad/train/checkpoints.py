@@ -212,8 +212,9 @@ def normalizer_of(statistics: dict[str, np.ndarray], shape: tuple[int, ...] | No
 
 
 def finite(module: nn.Module) -> bool:
-    """Are all parameters finite? In one look."""
-    largest = torch._foreach_norm([p.detach() for p in module.parameters()], math.inf)
+    """Are all parameters finite, or this rank's part of them? In one look."""
+    own = [ranks.local(p.detach()) for p in module.parameters()]
+    largest = torch._foreach_norm([x for x in own if x.numel()], math.inf)
     return bool(torch.stack([x.float() for x in largest]).isfinite().all())
 
 

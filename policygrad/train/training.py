@@ -186,6 +186,10 @@ class Training:
                         self.world.begin_from(directory_of(options.start))
                     self.world.after(0)
                     self.start = "" if directory is None else digest(self._kept_from_the_start())
+                if getattr(options, "shard", False):
+                    ranks.check_alike("at the start, the", {"policy": self._parameters()})
+                    self.world.shard()
+                with ranks.agreed():
                     if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
                         options = replace(options, compile=checkpoint["compiled"])
                     self.compiled = "on" if compiles(options) else "off"
@@ -208,7 +212,7 @@ class Training:
                         self._begin(directory)
                 ranks.check_alike("at the start, the", {"policy": self._parameters()})
                 if self.world.judged:
-                    self.run.before = ranks.from_first(self.run.judge)
+                    self.run.before = self._judgement()
                     self._score(self.world.judged, self.run.before.score, 0)
                 self._mark()
             self.random = Generators(ranks.seed(options.seed), options.device) if ranks.size() > 1 else self.random
@@ -447,7 +451,9 @@ class Training:
         with self._inside():
             if self.learner.meter is not None:
                 self.learner.meter.begin()
-            metrics = self._of_all(_next(self.iterations, self.iteration + 1))
+            metrics = _next(self.iterations, self.iteration + 1)
+            self.world.cut()
+            metrics = self._of_all(metrics)
             row = _as_row({**metrics, **self._noise(metrics)})
             self.iteration, self.counted = self.iteration + 1, row["steps"]
             dropped, self.dropped = self.learner.guard.skipped - self.dropped, self.learner.guard.skipped
@@ -489,7 +495,7 @@ class Training:
 
     def _parameters(self) -> list[float]:
         """Numbers that differ where the parameters of two ranks do."""
-        return World.fingerprint(self.world) if ranks.size() > 1 else []
+        return World.fingerprint(self.world) if ranks.size() > 1 and not self.world.sharded else []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during the run. Of several ranks, all have to ask for it at once."""
@@ -509,8 +515,8 @@ class Training:
             "best": vars(self.best),
             "dropped": self.dropped,
             "counted": self.counted,
-            "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
-            "optimizers": [x.state_dict() for x in self.learner.optimizers],
+            "modules": {name: x for name, x in self.world.collect().items() if name not in frozen},
+            "optimizers": ranks.assembled([x.state_dict() for x in self.learner.optimizers]),
             "coefficients": {name: x.state_dict() for name, x in self.learner.coefficients.items()},
             **own,
         }
@@ -532,11 +538,13 @@ class Training:
                 lost = self.world.restore(held[ranks.rank()]["surroundings"])
             else:
                 self.world.restore_common(held[0]["surroundings"])
-        found = self.world.modules().load_state_dict(state["modules"], strict=False)
+        here = self.world.modules().state_dict()
+        modules = {name: ranks.cut_as(x, here.get(name)) for name, x in state["modules"].items()}
+        found = self.world.modules().load_state_dict(modules, strict=False)
         if found.unexpected_keys or set(found.missing_keys) - self._frozen():
             raise ValueError(f"other modules: {listed([*found.unexpected_keys, *found.missing_keys])}")
         for optimizer, saved in zip(self.learner.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(_cut_as(saved, optimizer))
         for name, saved in state["coefficients"].items():
             self.learner.coefficients[name].load_state_dict(saved)
         sample: Any = self.learner.sample
@@ -613,9 +621,14 @@ class Training:
         if self.iteration == 1:
             self.run.metrics.append(self._before(row))
         if self.done or self._judged(self.iteration):
-            self.run.after = ranks.from_first(self.run.judge)
+            self.run.after = self._judgement()
             row |= self.world.scores(self.run.after)
             self._score(name, row[name], int(row["steps"]))
+
+    def _judgement(self) -> Any:
+        """An evaluation, which rank 0 makes for all."""
+        with self.world.whole():
+            return ranks.from_first(self.run.judge)
 
     def _score(self, metric: str, score: float, steps: int) -> None:
         """Take a score of the current policy."""
@@ -662,7 +675,7 @@ class Training:
         Where updates were dropped, a metric may be infinite for the same reason, and the row goes without it.
         """
         at = f"training stopped in iteration {self.iteration}, after {row['steps']:,.0f} steps, because"
-        if not self.sound():
+        if ranks.some(not self.sound()) if self.world.sharded else not self.sound():
             raise NonFiniteError(f"{at} a parameter is not finite: lower learning_rate")
         for name, x in row.items():
             if not math.isfinite(x) and not dropped:
@@ -752,12 +765,22 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
         if defaults is not None and options.rank_time_limit != defaults.rank_time_limit:
             said = "rank_time_limit is of several ranks, and this is one process"
             raise OptionError("rank_time_limit", f"{said}: start it by torchrun, or leave it out")
-        return options
+        if getattr(options, "shard", False) and defaults is not None:
+            said = "shard is of several ranks, and this is one process: start it by torchrun, or leave it out"
+            raise OptionError("shard", said)
+        return replace(options, shard=False) if getattr(options, "shard", False) else options
     learned = getattr(options, "normalize_observations", False) or getattr(options, "scale_rewards", False)
     if getattr(options, "overlap", False) and learned:
         said = "overlap is on, and ranks share running statistics between rollouts"
         raise OptionError("overlap", f"{said}: leave out overlap, or normalize_observations and scale_rewards")
     return replace(options, device=ranks.device(options.device))
+
+
+def _cut_as(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, with the numbers of each parameter sharded as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {name: ranks.cut_as(x, parameters[i]) for name, x in one.items()} for i, one in saved["state"].items()}
+    return {**saved, "state": state}
 
 
 def _next(iterations: Iterator[Any], iteration: int) -> Any:
