@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.encoders import measured
 from policygrad.control.memory import measured_memory

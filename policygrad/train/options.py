@@ -867,19 +867,18 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "divergence_mask": (lambda x: x in ("tv", "kl"), "it keeps a whole copy of the policy"),
     "baseline": (lambda x: x == "optimal", "it needs the score of each row"),
     "gradient_noise": (lambda x: x == "exact", "it needs the gradient of each row"),
-    "gradient_checkpointing": (bool, "blocks would be gathered again in the midst of the backward pass"),
+    "autocast": (lambda x: x != "none", "the backward pass would keep 16-bit copies of all weights, whole"),
     "reference_every": (lambda x: x is not None, "a sharded reference stays as it is"),
     "reference_decay": (lambda x: x is not None, "a sharded reference stays as it is"),
     "shared_prompts": (lambda x: x == "on", "ranks would pass through it a different number of times"),
-    "demonstrations": (lambda x: True, "clone learns with whole weights"),
 }
 
 
 def _language_conflicts(o: Any) -> Any:
+    if getattr(o, "shard", False) and KNOWN[o.method].objective == "clone":
+        yield "shard", "shard is not for clone, which learns with whole weights: leave it out"
     for name, (refused, why) in NOT_SHARDED.items() if getattr(o, "shard", False) else ():
         if hasattr(o, name) and refused(x := getattr(o, name)):
-            if name == "demonstrations":
-                yield "shard", f"shard is not for clone: {why}; leave it out"
             yield name, f"{name} is {shortened(x, 20)}, and not with shard, since {why}: leave one of the two out"
     for name in ("reference_every", "reference_decay"):
         if getattr(o, "teacher", None) is not None and getattr(o, name) is not None:

@@ -12,7 +12,7 @@ from tiny_models import tiny
 from torch import nn
 
 from policygrad import ranks
-from policygrad.language import sharding
+from policygrad.language import models, sharding
 from policygrad.language.policies import LanguagePolicy, Prefixes, ValueModel, trunk
 from policygrad.rollout import Rollout
 from policygrad.train.compose import assemble
@@ -24,6 +24,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {"epochs": 2, "minibatch_size": 4, "critic_learning_rate": 0.3}),
     "ppo, Adam": ("ppo", {"optimizer": "adam", "learning_rate": 0.01, "critic_learning_rate": 0.01}),
     "reinforce": ("reinforce", {}),
+    "grpo, activations computed again": ("grpo", {"gradient_checkpointing": True, "epochs": 2}),
+    "ppo, activations computed again": ("ppo", {"gradient_checkpointing": True, "epochs": 2}),
 }  # fmt: skip
 ROWS = (6, 2)  # of the ranks: one has three micro-batches, the other one
 TIED = {"tie_word_embeddings": True}
@@ -50,6 +52,8 @@ def learned(case: str, shard: bool) -> dict[str, Any]:
     reference = deepcopy(policy).requires_grad_(False)
     for p in policy.parameters():
         p.data += 0.05 * torch.randn_like(p)
+    if values.get("gradient_checkpointing"):
+        models.checkpoint_gradients(policy.model)
     critic = ValueModel(deepcopy(trunk(policy.model))).double() if method == "ppo" else None
     modules = [x for x in (policy, critic, reference) if x is not None]
     numbers = sum(p.numel() for x in modules for p in x.parameters())
