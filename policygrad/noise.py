@@ -63,12 +63,14 @@ def noise_of_moments(optimizers: list[Optimizer], policy: nn.Module, size: float
         for steps in {float(state["step"]) for state in states} - {1.0}:
             same = [state for state in states if float(state["step"]) == steps]
             rho = (1 - beta) / (1 + beta) * (1 + beta**steps) / (1 - beta**steps)
-            norms = torch._foreach_norm([x["exp_avg"] for x in same], 2, dtype=torch.float64)
-            sums = torch._foreach_norm([x["exp_avg_sq"] for x in same], 1, dtype=torch.float64)
+            norms = torch._foreach_norm([ranks.local(x["exp_avg"]) for x in same], 2, dtype=torch.float64)
+            sums = torch._foreach_norm([ranks.local(x["exp_avg_sq"]) for x in same], 1, dtype=torch.float64)
             first = first + _sum_of_squares(list(norms)).cpu() / (1 - beta**steps) ** 2
             second = second + torch.stack(list(sums)).sum().cpu() / (1 - beta_2**steps)
     if not any(isinstance(x, Adam) for x in optimizers):
         return {}
+    if any(map(ranks.is_shard, own)):
+        first, second = ranks.sum_all([first, second])
     if rho == 1.0:  # no parameter has taken a second step
         return _metrics(signal=first, noise=second, size=size)
     noise = (second - first) / (1 - rho)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 from policygrad.errors import UserError, one_line, shortened
 
@@ -205,11 +206,91 @@ def device(name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and size() > 1 else name
 
 
+def portion(count: int) -> int:
+    """This rank's part of a number: those of all ranks add up to it."""
+    own = share(count)
+    return own.stop - own.start
+
+
 def seed(seed: int) -> int:
     """A rank's own seed, for what it samples; alone the seed itself."""
-    if size() == 1:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed} {rank()}".encode()).digest()[:8], "big") >> 1
+    return seed if size() == 1 else _hashed(f"{seed} {rank()}")
+
+
+def seed_from(seed_: int, iteration: int) -> int:
+    """A rank's own seed of a run that goes on after an iteration with another number of ranks.
+
+    It is not that of the beginning, whose random numbers the run has learned from already.
+    """
+    return seed(_hashed(f"{seed_} after iteration {iteration}"))
+
+
+def _hashed(text: str) -> int:
+    """A number of 63 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# Shards: tensors of which each rank holds a part (torch's DTensor). What is not one is left as it is.
+
+_lockstep = False
+
+
+def is_shard(x: Any) -> bool:
+    """Whether a tensor is sharded over the ranks."""
+    return hasattr(x, "to_local")
+
+
+def local(x: Any) -> Any:
+    """This rank's part of a tensor, in the same memory."""
+    return x.to_local() if is_shard(x) else x
+
+
+def assembled(tree: Any) -> Any:
+    """A tree with its shards as whole tensors, on the CPU of rank 0; on other ranks they are None. All ranks take part.
+
+    A tensor that stands in it twice is gathered once.
+    """
+    found: dict[Any, Any] = {}
+
+    def gathered_once(x: Any) -> Any:
+        if not is_shard(x):
+            return x
+        own = x.to_local()
+        place = (own.data_ptr(), x.shape) if own.numel() else id(x)
+        if place not in found:
+            whole = x.detach().full_tensor()
+            found[place] = whole.cpu() if rank() == 0 else None
+        return found[place]
+
+    return tree_map(gathered_once, tree)
+
+
+def cut_as(x: Any, like: Any) -> Any:
+    """This rank's part of a whole tensor, sharded as another one of its shape is. Nothing is sent."""
+    if not is_shard(like) or not isinstance(x, Tensor) or is_shard(x) or x.shape != like.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_lockstep(on: bool = True) -> None:
+    """Say that a model is sharded: from now on the ranks make as many passes through it as each other."""
+    global _lockstep
+    _lockstep = on
+
+
+def as_often(parts: Sequence[Any], idle: Callable[[Any], Any] = lambda x: x) -> list[Any]:
+    """The parts of a computation, and where others have more of them and a model is sharded, idle ones after them.
+
+    idle: makes one of the last part, or of None where there is none.
+    """
+    parts = list(parts)
+    if not _lockstep:
+        return parts
+    count = int(maximum(torch.tensor(len(parts))))
+    last = parts[-1] if parts else None
+    return parts + [idle(last) for _ in range(count - len(parts))]
 
 
 # Processes
@@ -325,6 +406,7 @@ def limit_to(seconds: float) -> None:
 def leave() -> None:
     """Learn alone from now on."""
     global _joined
+    in_lockstep(False)
     if isinstance(_joined, Processes) and _joined.store is not None:
         dist.destroy_process_group()
     _joined = None

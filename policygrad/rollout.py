@@ -164,7 +164,8 @@ def in_parts(function: Callable[..., Tensor], micro_batch: Split, obs: Any, *col
     if micro_batch is None:
         return function(obs, *columns)
     parts, _ = parts_of(obs, micro_batch)
-    found = [function(*tree_map(lambda x, index=index: x[index], (obs, *columns))) for index in parts]
+    run = ranks.as_often(parts)  # what is computed more often than there are parts is not kept
+    found = [function(*tree_map(lambda x, index=index: x[index], (obs, *columns))) for index in run][: len(parts)]
     return torch.cat(found)[torch.cat(list(parts)).argsort()]
 
 

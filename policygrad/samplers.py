@@ -1,8 +1,9 @@
 """Wrappers around samplers. Each changes one thing about the rollout."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -38,6 +39,11 @@ class Wrapper(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """Go on from the states of another number of ranks: what all of them have is restored, counts are divided
+        among the ranks that there are, and what each has of its own is drawn anew from the seed."""
+        self.sample.divide_anew([x["sample"] for x in states], seed)  # type: ignore[attr-defined]
 
 
 class WholeRows(Wrapper):
@@ -139,6 +145,13 @@ class Refreshed(Wrapper):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self._restore(state)
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        super().divide_anew(states, seed)
+        self._restore(states[0])
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.reference.load_state_dict(state["reference"])
         self.rollouts = int(state["rollouts"])
 
@@ -147,6 +160,7 @@ class Together(Wrapper):
     """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
 
     A sampler with running statistics has a method share(), which makes them those of all ranks after each rollout.
+    Its state is the inner sampler's: one process, which has no use for this wrapper, goes on from it.
     """
 
     def __call__(self, policy: nn.Module) -> Rollout:
@@ -155,6 +169,39 @@ class Together(Wrapper):
         if hasattr(self.sample, "share"):
             self.sample.share()
         return rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sample.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
+
+
+class Gathered(Wrapper):
+    """Sample with all weights of a policy that is sharded over ranks: each makes as many passes as its rows need.
+
+    whole: policy -> a block with all of its weights. Its state is the inner sampler's, as Together's.
+    """
+
+    def __init__(self, sample: Sample, whole: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+        super().__init__(sample)
+        self.whole = whole
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        with self.whole(policy):
+            return self.sample(policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sample.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
 
 
 class InUnits(Wrapper):
@@ -201,6 +248,10 @@ class KLCharged(Wrapper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.coefficient.load_state_dict(state["coefficient"])
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        super().divide_anew(states, seed)
+        self.coefficient.load_state_dict(states[0]["coefficient"])
 
 
 class RandomNetworkDistillation(Wrapper):

@@ -7,12 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.utils._pytree import tree_map
 
 from policygrad import ranks
 from policygrad.compiling import MOVED, VALUE, gradient, gradient_step, has_rule
@@ -111,7 +113,7 @@ def ascend(
             whole, total = _backward(objective, parted_batch)
         else:
             rows = parted if len(parted) > 1 else len(batch.mask)
-            own = list(micro_batches(batch, rows, whole_weight))
+            own = ranks.as_often(list(micro_batches(batch, rows, whole_weight)), partial(_idle, batch))
             owners = [p for found in parts.values() for p in found]
             if graphed and (graph is not None or has_rule(optimizers[0])):
                 graph = graph or gradient(objective, owners, varying)
@@ -119,7 +121,7 @@ def ascend(
         if first:
             _check_reached(parts)
             checked = objective
-        norms = {f"{name}gradient_norm": clip_grad_norm_(found, max_grad_norm) for name, found in parts.items()}
+        norms = {f"{name}gradient_norm": _clipped(found, max_grad_norm) for name, found in parts.items()}
         _check_finite({"the objective": whole} | _norms({x: norms[f"{x}gradient_norm"] for x in parts}))
         for one in optimizers:
             one.step()
@@ -127,6 +129,24 @@ def ascend(
         return {**total, **norms, **measured}
 
     return update
+
+
+def _clipped(parameters: list[Tensor], most: float) -> Tensor:
+    """The norm of the gradient, which is scaled down to `most`. Of shards, the norm is of all ranks'."""
+    if not any(map(ranks.is_shard, parameters)):
+        return clip_grad_norm_(parameters, most)
+    own = [ranks.local(p.grad) for p in parameters if p.grad is not None]
+    square = torch.stack([x.square().sum() for x in own]).sum()
+    norm = ranks.sum(square).sqrt()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+    torch._foreach_mul_(own, factor)
+    return norm
+
+
+def _idle(batch: Batch, last: tuple[float, Batch] | None) -> tuple[float, Batch]:
+    """A part without weight, for a rank that has fewer than others whose model is sharded."""
+    part = tree_map(lambda x: x[:1], batch) if last is None else last[1]
+    return 0.0, part._replace(weight=torch.zeros_like(part.weight))
 
 
 def _everywhere(batch: Batch) -> tuple[float | None, bool]:
@@ -146,9 +166,10 @@ def _backward(objective: Scalar, parts: Iterable[tuple[float, Batch]]) -> tuple[
         if not value.requires_grad:
             raise UserError("the objective has no gradient: compute it outside torch.no_grad(), without detach()")
         (-share * value).backward()  # the one minus sign: torch's optimizers descend
-        whole = whole + share * value.detach()
+        whole = whole + (share * value.detach() if share else torch.zeros_like(value))
         for name, x in metrics.items():
-            total[name] = total[name] + share * x if name in total else share * x
+            own = share * x if share else torch.zeros_like(x)
+            total[name] = total[name] + own if name in total else own
     return whole, total
 
 
@@ -186,6 +207,12 @@ def _backward_everywhere(
         failed, whole = error, parameters[0].new_full((), math.nan).detach()
         total = {name: torch.zeros_like(whole) for name in names}
     learning = [p for p in parameters if p.requires_grad]
+    if any(map(ranks.is_shard, learning)):  # their gradients are summed in the backward pass
+        numbers = ranks.sum(torch.stack([x.detach().reshape(()) for x in (whole, *total.values())]))
+        if failed is not None:
+            raise failed
+        whole, *found = numbers.unbind()
+        return whole, dict(zip(total, found, strict=True))
     gradients = [torch.zeros_like(p, dtype=p.grad_dtype or p.dtype) if p.grad is None else p.grad for p in learning]
     reached = torch.tensor([float(p.grad is not None) for p in learning])
     numbers = torch.stack([x.detach().reshape(()).to(gradients[0]) for x in (whole, *total.values())])

@@ -263,6 +263,10 @@ class Demonstrations:
         if self.normalizer is not None:
             self.normalizer.statistics.load_state_dict({name: np.array(x) for name, x in state["observations"].items()})
 
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """Go on from the states of another number of ranks. Nothing is drawn: each has its share of the transitions."""
+        self.load_state_dict(states[0] | {"steps": ranks.portion(sum(x["steps"] for x in states))})
+
 
 @torch.no_grad()
 def demonstrated(

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -260,6 +261,11 @@ class Sampler:
         self.stepping.load_state_dict(state)
         self.noise.bit_generator.state = state["noise"]
         self.states = [x.to(self.device) for x in state["states"]] if "states" in state else None
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """Go on from the states of another number of ranks, in new episodes (as samplers.Wrapper.divide_anew)."""
+        self.stepping.divide_anew(states, seed)
+        self.noise, self.states = np.random.default_rng(_of_actions(seed)), None
 
     def _actor(self, policy: nn.Module, *, keep: bool = True) -> Actor:
         environments = self.stepping.environments

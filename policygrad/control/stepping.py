@@ -2,7 +2,8 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch.utils._pytree import tree_map
 
+from policygrad import ranks
 from policygrad.control.checks import (
     Arrays,
     check_groups,
@@ -254,11 +256,30 @@ class Stepping:
         self.finished = deque(((x, n) for x, n in state["finished"]), maxlen=100)
         self.endings = deque(state["endings"], maxlen=100)
         self.generator.bit_generator.state = state["generator"]
+        self._restore_statistics(state)
+        if self.reward_scaler is not None:
+            self.reward_scaler.returns = state["returns"]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """Go on from the states of another number of ranks: with their statistics, a part of what they have counted,
+        and of their last episodes, and with new episodes from the seed."""
+        for name in ("steps", "episodes", "restarts"):
+            setattr(self, name, ranks.portion(sum(x[name] for x in states)))
+        # The last of each come last, so that a rank with more than 100 drops the oldest.
+        finished, endings = (
+            list(zip_longest(*(reversed(x[name]) for x in states))) for name in ("finished", "endings")
+        )
+        for own, columns in ((self.finished, finished), (self.endings, endings)):
+            of_all: list[Any] = [x for column in columns for x in column if x is not None]
+            own.extend(reversed(of_all[ranks.rank() :: ranks.size()]))
+        self.seeded, self.generator = True, np.random.default_rng(seed)
+        self._restore_statistics(states[0])
+
+    def _restore_statistics(self, state: dict[str, Any]) -> None:
         if self.observation_normalizer is not None:
             self.observation_normalizer.statistics.load_state_dict(state["observations"])
         if self.reward_scaler is not None:
             self.reward_scaler.statistics.load_state_dict(state["rewards"])
-            self.reward_scaler.returns = state["returns"]
 
     # What is done in numpy, and in torch where the environments are of tensors (TensorStepping).
 

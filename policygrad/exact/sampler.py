@@ -1,6 +1,6 @@
 """Samplers of small worlds: (policy) -> Rollout. Their own random generator lets them resume bit for bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,10 @@ class EpisodeSampler:
         self.generator.set_state(state["generator"])
         self.steps, self.episodes = state["steps"], state["episodes"]
 
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """As Wrapper.divide_anew."""
+        _divide_anew(self, states, seed)
+
 
 class CompletionSampler:
     """Each call draws `prompts` prompts and answers each `completions` times; one prompt's rows form a group.
@@ -89,6 +93,15 @@ class CompletionSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
         self.steps, self.episodes = state["steps"], state["episodes"]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """As Wrapper.divide_anew."""
+        _divide_anew(self, states, seed)
+
+
+def _divide_anew(sampler: EpisodeSampler | CompletionSampler, states: Sequence[dict[str, Any]], seed: int) -> None:
+    sampler.generator.manual_seed(seed)
+    sampler.steps, sampler.episodes = (ranks.portion(sum(x[name] for x in states)) for name in ("steps", "episodes"))
 
 
 def _newest(state: Tensor, action: Tensor) -> Tensor:

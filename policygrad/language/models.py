@@ -184,13 +184,18 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, metadata: dict[str, str] | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    metadata: dict[str, str] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write both in the Hugging Face layout, for `from_pretrained`. Of a model with an adapter only the adapter.
 
     The files are written in a directory of their own and then replaced one by one, the weights last: a process that is
-    killed leaves the old ones. metadata: written into the file of the weights; `files.read_metadata` reads it. Raises
-    UserError if the directory cannot be written; what it held stays.
+    killed leaves the old ones. metadata: written into the file of the weights; `files.read_metadata` reads it. weights:
+    those of a model that is sharded over ranks, whole. Raises UserError if the directory cannot be written; what it
+    held stays.
     """
     directory = Path(directory)
     fresh = directory / ".new"
@@ -199,7 +204,8 @@ def save_model(
         with _written(directory), quiet():
             directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(fresh, ignore_errors=True)
-            model.save_pretrained(fresh, **adapter)  # type: ignore[operator]
+            given = {} if weights is None else {"state_dict": weights}
+            model.save_pretrained(fresh, **adapter, **given)  # type: ignore[operator]
             tokenizer.save_pretrained(fresh)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's card, without content
             for path in fresh.glob("*.safetensors"):  # in any case, because safetensors makes its files private
@@ -214,12 +220,22 @@ def save_model(
 
 
 def save_critic(
-    critic: ValueModel, path: Path | str, policy: LanguagePolicy, metadata: dict[str, str] | None = None
+    critic: ValueModel,
+    path: Path | str,
+    policy: LanguagePolicy,
+    metadata: dict[str, str] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a critic as safetensors, in one step. If it shares the policy's trunk, write its head alone."""
+    """Write a critic as safetensors, in one step. If it shares the policy's trunk, write its head alone.
+
+    weights: those of a critic that is sharded over ranks, whole.
+    """
     fresh = Path(f"{path}.new")
     with _written(path):
-        safetensors.torch.save_model(_own(critic, policy), str(fresh))
+        if weights is None:
+            safetensors.torch.save_model(_own(critic, policy), str(fresh))
+        else:
+            safetensors.torch.save_file(weights, str(fresh))
         add_metadata(fresh, metadata or {})
         os.replace(fresh, path)
 

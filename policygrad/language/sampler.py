@@ -270,6 +270,12 @@ class PromptSampler:
         self.order = state["order"].clone()
         self.steps, self.completions, self.used = state["steps"], state["completions"], state["used"]
 
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        """Go on from the states of another number of ranks (as Wrapper.divide_anew): the prompts that all ranks take
+        together come in the same order."""
+        counts = {name: ranks.portion(sum(x[name] for x in states)) for name in ("steps", "completions")}
+        PromptSampler.load_state_dict(self, states[0] | counts)
+
 
 class CompletionSampler(PromptSampler):
     """Each call answers the next `prompts_per_rollout` prompts; the completions of a prompt are a group.
@@ -390,6 +396,10 @@ class CompletionSampler(PromptSampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
         super().load_state_dict(state)
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        super().divide_anew(states, seed)
+        self.generator.manual_seed(seed)
 
 
 class DemonstrationSampler(PromptSampler):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from policygrad import ranks
 from policygrad.control import ObservationNormalizer, Policy
 from policygrad.control.encoders import measured
 from policygrad.control.memory import measured_memory
@@ -212,8 +213,9 @@ def normalizer_of(statistics: dict[str, np.ndarray], shape: tuple[int, ...] | No
 
 
 def finite(module: nn.Module) -> bool:
-    """Are all parameters finite? In one look."""
-    largest = torch._foreach_norm([p.detach() for p in module.parameters()], math.inf)
+    """Are all parameters finite, or this rank's part of them? In one look."""
+    own = [ranks.local(p.detach()) for p in module.parameters()]
+    largest = torch._foreach_norm([x for x in own if x.numel()], math.inf)
     return bool(torch.stack([x.float() for x in largest]).isfinite().all())
 
 

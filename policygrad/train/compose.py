@@ -80,6 +80,7 @@ from policygrad.objectives import (
 from policygrad.rollout import Batch, Split, state_size
 from policygrad.samplers import (
     Following,
+    Gathered,
     InUnits,
     KLCharged,
     Overlapped,
@@ -239,7 +240,7 @@ def compose(
         )  # fmt: skip
     return Learner(
         wrapped(options, policy, sample, critic, anchored, coefficients, old),
-        credit_of(options, policy, critic),
+        credit_of(options, policy, critic, anchored),
         objective,
         guard(update),
         loop_of(options, fit, diagnosis(options, objective, due), sample, policy),
@@ -281,8 +282,22 @@ def assemble(
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
 
 
-def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
-    """The credit from the options."""
+def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None, reference: nn.Module | None = None) -> Assign:
+    """The credit from the options. reference: lets go of what it has gathered of its weights, if they are sharded."""
+    assign = _credit_of(options, policy, critic)
+    if not getattr(options, "shard", False):
+        return assign
+    from policygrad.language.sharding import cut
+
+    def lighter(rollout: Any) -> Any:
+        credit = assign(rollout)
+        cut(policy, critic, reference)
+        return credit
+
+    return lighter
+
+
+def _credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
     if KNOWN[options.method].objective == "clone":
         return demonstrated
     gamma, micro_batch = options.gamma, split_of(options, policy)
@@ -490,6 +505,10 @@ def wrapped(
         sample = Overlapped(sample)
     if ranks.size() > 1:
         sample = Together(sample)
+    if getattr(options, "shard", False):
+        from policygrad.language.sharding import whole
+
+        sample = Gathered(sample, whole)
     if old is not None:
         sample = Following(sample, old)
     if reads_rows(options):

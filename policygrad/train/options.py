@@ -241,6 +241,9 @@ class Options:
         "LoRA scale: the adapter's output is multiplied by alpha / rank. By default 2 rank.", POSITIVE, **LANGUAGE)
     lora_targets: tuple[str, ...] = option((),
         "Layers with an adapter; by default all linear layers except the head. Repeatable.", **LANGUAGE)
+    shard: bool = option(False,
+        "Of several ranks (torchrun), each holds a part of all weights, of the reference and of the optimizer.",
+        **LANGUAGE, **ASCEND)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
     autocast: Literal["none", "bfloat16", "auto"] = option("none",
         "Type of the computation; weights keep their type, and log-probabilities are float32. auto: bfloat16 where the "
@@ -911,7 +914,28 @@ def _uncorrected(o: Any) -> str:
     return ""
 
 
+# What needs all weights of a model on one rank, or passes through it that are not those of other ranks.
+NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lora_rank": (lambda x: x > 0, "an adapter is small, and its model would be whole"),
+    "optimizer": (lambda x: x == "muon", "Muon needs whole matrices"),
+    "dtype": (lambda x: x != "float32", "optimizers keep float32 copies of other weights, which are not sharded"),
+    "critic": (lambda x: x == "shared", "a trunk belongs to one model"),
+    "divergence_mask": (lambda x: x in ("tv", "kl"), "it keeps a whole copy of the policy"),
+    "baseline": (lambda x: x == "optimal", "it needs the score of each row"),
+    "gradient_noise": (lambda x: x == "exact", "it needs the gradient of each row"),
+    "autocast": (lambda x: x != "none", "the backward pass would keep 16-bit copies of all weights, whole"),
+    "reference_every": (lambda x: x is not None, "a sharded reference stays as it is"),
+    "reference_decay": (lambda x: x is not None, "a sharded reference stays as it is"),
+    "shared_prompts": (lambda x: x == "on", "ranks would pass through it a different number of times"),
+}
+
+
 def _language_conflicts(o: Any) -> Any:
+    if getattr(o, "shard", False) and KNOWN[o.method].objective == "clone":
+        yield "shard", "shard is not for clone, which learns with whole weights: leave it out"
+    for name, (refused, why) in NOT_SHARDED.items() if getattr(o, "shard", False) else ():
+        if hasattr(o, name) and refused(x := getattr(o, name)):
+            yield name, f"{name} is {shortened(x, 20)}, and not with shard, since {why}: leave one of the two out"
     for name in ("reference_every", "reference_decay"):
         if getattr(o, "teacher", None) is not None and getattr(o, name) is not None:
             yield name, f"{name} moves the reference, and a teacher stays as it is: leave one out"

@@ -78,16 +78,17 @@ class Recorder:
         self.saved = (training.iteration or None) if training.resumed else None  # that of the last checkpoint
         self.warned = False
         self.state: dict[str, Any] | None = None  # of all ranks, to be written
+        self.collected = None if training.resumed else training.iteration  # whose weights rank 0 has of all ranks
         self._keep_best()
         self.loggers = Loggers(training.run, progress)
 
     def __call__(self, row: Row) -> None:
         if ranks.size() == 1 and self.log is None:
             return
+        if self.log is not None and self.run.metrics and self.run.metrics[-1] is row:
+            self.log.write(row)
+        self._keep_best()
         if self.log is not None:
-            if self.run.metrics and self.run.metrics[-1] is row:
-                self.log.write(row)
-            self._keep_best()
             self.loggers.tell()
         every = self.training.options.checkpoint_every
         due = self.training.iteration % every == 0 if every else ranks.some(ranks.rank() == 0 and self.clock.due())
@@ -98,6 +99,9 @@ class Recorder:
         """Write a checkpoint, then the policy. Where that fails, a later save may succeed."""
         if ranks.size() > 1 and self.training.options.checkpoints:
             self.state = self.training.state_dict()
+        elif self.training.world.sharded:
+            self.training.world.collect()
+        self.collected = self.training.iteration
         with self.clock, ranks.agreed():
             if self.log is None:
                 return
@@ -107,6 +111,10 @@ class Recorder:
     def _keep_best(self) -> None:
         """Keep the current policy at once if an evaluation has just said that it is the best."""
         best, keep = self.training.best, self.training.options.keep_best and self.log is not None
+        is_best = self.training.options.keep_best and best.iteration == self.training.iteration > 0
+        if self.training.world.sharded and is_best and self.collected != self.training.iteration:
+            self.training.world.collect()
+            self.collected = self.training.iteration
         if keep and not best.written and best.iteration == self.training.iteration:
             self._written(self._write_best, said=True)
 
@@ -194,7 +202,10 @@ class Recorder:
 
     def _finish(self, directory: Path) -> str | None:
         """Save for the last time. If the directory cannot be written, save elsewhere, and return what happened."""
-        if not self.training.sound():  # it stopped in the middle of an iteration: what was saved before stays
+        behind = self.training.world.sharded and (
+            self.collected != self.training.iteration or self.run.stage.partway  # other ranks may have ended
+        )
+        if behind or not self.training.sound():  # it stopped in the middle of an iteration: what was saved before stays
             with suppress(OSError):
                 for path in directory.rglob("*.safetensors"):
                     add_metadata(path, {"run": self.run.stage.run})

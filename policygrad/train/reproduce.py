@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policygrad import ranks
-from policygrad.errors import UserError, ending
+from policygrad.errors import UserError, ending, listed
 from policygrad.files import read_json
 from policygrad.machine import described
 from policygrad.train.directories import CLAIM
@@ -66,6 +66,10 @@ def reproduce(
     directory = directory_of(directory)
     found = Written.read(directory, trust, environment, repeated | {"critic": critic})
     before = read_json(directory / "config.json")
+    if found.ranks_before:
+        numbers = listed([str(x["ranks"]) for x in found.ranks_before] + [str(before.get("ranks", 1))], 40)
+        said = f"{ending(str(directory), 80)} was trained by {numbers} ranks, one number after the other"
+        raise UserError(f"{said}: only a run of one number of ranks can be trained again")
     if before.get("ranks", 1) != ranks.size():
         said = f"{ending(str(directory), 80)} was trained by {before['ranks']} ranks"
         raise UserError(f"{said}, and one process would sample otherwise: train it again by torchrun")

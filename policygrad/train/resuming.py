@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from policygrad import ranks
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import damaged, read_json, read_metadata
 from policygrad.train.checkpoints import Stage
@@ -20,7 +19,7 @@ from policygrad.train.worlds import ROWS as OF_ROWS
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
 FREE = {
     *("trust", "trust_remote_code", "device", "threads", "profile", "gradient_noise"),
-    *("checkpoint_every", "checkpoints", "keep_best", "log", "rank_time_limit"),
+    *("checkpoint_every", "checkpoints", "keep_best", "log", "rank_time_limit", "shard"),
 }
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where
 
@@ -36,6 +35,7 @@ class Written:
     options: Any
     rows: dict[str, Any]  # data sets that are handed in
     totals: list[dict[str, Any]]  # what the run was to have before it was to have more
+    ranks_before: list[dict[str, Any]]  # how many ranks trained it, each up to an iteration
 
     @classmethod
     def read(cls, directory: Path, trust: bool, environment: Any, repeated: dict[str, Any]) -> "Written":
@@ -55,11 +55,13 @@ class Written:
                 f"policygrad.resume({ending(str(directory), 60)!r}, environment=...) takes the object of training"
             )
         path = directory / "config.json"
-        totals = read_json(path).get("totals", [])
-        numbers = [total.get(x) for total in totals for x in TOTAL] if _are_dicts(totals) else [""]
-        if not all(x is None or (type(x) is int and 0 <= x < 2**63) for x in numbers):
-            raise damaged(path, "its totals make no sense")
-        return cls(method, kind, task, preset, located(options), rows, totals)
+        config = read_json(path)
+        totals, ranks_before = config.get("totals", []), config.get("ranks_before", [])
+        for name, parts, keys in (("totals", totals, TOTAL), ("ranks_before", ranks_before, ("iteration", "ranks"))):
+            numbers = [part.get(x) for part in parts for x in keys] if _are_dicts(parts) else [""]
+            if not all((x is None and name == "totals") or (type(x) is int and 0 <= x < 2**63) for x in numbers):
+                raise damaged(path, f"its {name} make no sense")
+        return cls(method, kind, task, preset, located(options), rows, totals, ranks_before)
 
 
 def _are_dicts(x: Any) -> bool:
@@ -96,12 +98,6 @@ def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | 
         if any(stage.iteration or stage.run == "best" for stage in stages):
             raise UserError(f"{shown} has a policy and no checkpoint to go on from: train again")
         return
-    count = len(checkpoint["training"].get("ranks", "1"))
-    if count != ranks.size():
-        how = f"start it by torchrun --nproc-per-node {count}" if count > 1 else "leave torchrun out"
-        raise UserError(
-            f"the run in {shown} was trained by {_processes(count)}, and is here {_processes(ranks.size())}: {how}"
-        )
     if not isinstance(checkpoint["compiled"], str) or checkpoint["compiled"] not in ("on", "off"):
         raise ValueError("compiled must be on or off")
     now = {name: json_number(x) for name, x in asdict(options).items()}
@@ -119,7 +115,8 @@ def check_resumable(directory: Path, options: Any, checkpoint: dict[str, Any] | 
         raise UserError(f"the run in {shown} has ended, after {steps:,} steps: give {name}, how many more")
 
 
-def _processes(count: int) -> str:
+def processes(count: int) -> str:
+    """So many ranks, in words."""
     return f"{count} ranks" if count > 1 else "one process"
 
 

@@ -45,6 +45,7 @@ class Run:
     seconds: float = 0.0
     ended: str | None = None  # finished, interrupted, or the error; None while the run goes on
     totals: list[dict[str, Any]] = field(default_factory=list)  # steps and iterations before there were to be more
+    ranks_before: list[dict[str, Any]] = field(default_factory=list)  # numbers of ranks, and up to which iteration
     profile: Profile | None = None  # where the time goes, if that is measured
     best: dict[str, Any] | None = None  # the best score so far, and where it was
     before: Evaluation | None = None  # scores before and after training, if the world evaluates
@@ -214,6 +215,7 @@ class Run:
             "options": {name: json_number(x) for name, x in dataclasses.asdict(self.options).items()},
             "totals": self.totals,
             "ranks": ranks.size(),
+            "ranks_before": self.ranks_before,
             "versions": self.world.versions(),
             "machine": described(),
         }

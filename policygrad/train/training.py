@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from policygrad import ranks
 from policygrad.errors import Kept, NonFiniteError, Note, UserError, ending, listed, one_line, shortened
-from policygrad.files import as_path, check_real
+from policygrad.files import as_path, check_real, read_json
 from policygrad.guards import as_non_finite
 from policygrad.noise import noise_of_moments
 from policygrad.train import presets
@@ -37,7 +37,15 @@ from policygrad.train.options import OptionError, has_critic, options_of, valida
 from policygrad.train.profiling import Profile
 from policygrad.train.recording import complete, unwritable
 from policygrad.train.reports import Row, read_rows
-from policygrad.train.resuming import Written, check_resumable, extended, longer, of_a_checkpoint, rows_apart
+from policygrad.train.resuming import (
+    Written,
+    check_resumable,
+    extended,
+    longer,
+    of_a_checkpoint,
+    processes,
+    rows_apart,
+)
 from policygrad.train.run import Run, arithmetic, check_device
 from policygrad.train.snapshots import digest, read_checkpoint
 from policygrad.train.worlds import OWN_TASKS, kind_of, world_of
@@ -181,6 +189,10 @@ class Training:
                         self.world.begin_from(directory_of(options.start))
                     self.world.after(0)
                     self.start = "" if directory is None else digest(self._kept_from_the_start())
+                if getattr(options, "shard", False):
+                    ranks.check_alike("at the start, the", {"policy": self._parameters()})
+                    self.world.shard()
+                with ranks.agreed():
                     if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
                         options = replace(options, compile=checkpoint["compiled"])
                     self.compiled = "on" if compiles(options) else "off"
@@ -203,7 +215,7 @@ class Training:
                         self._begin(directory)
                 ranks.check_alike("at the start, the", {"policy": self._parameters()})
                 if self.world.judged:
-                    self.run.before = ranks.from_first(self.run.judge)
+                    self.run.before = self._judgement()
                     self._score(self.world.judged, self.run.before.score, 0)
                 self._mark()
             self.random = Generators(ranks.seed(options.seed), options.device) if ranks.size() > 1 else self.random
@@ -298,7 +310,15 @@ class Training:
         training = cls.__new__(cls)
         training.tuned = {}
         world = world_of(found.kind, found.method)(found.task, found.options)
-        run = Run(found.method, world.options, found.preset, world, directory, totals=found.totals)
+        run = Run(
+            found.method,
+            world.options,
+            found.preset,
+            world,
+            directory,
+            totals=found.totals,
+            ranks_before=found.ranks_before,
+        )
         if directory is not None:
             run.places.add(directory.resolve())
         own = Own(policy, None if isinstance(critic, str) else critic, engine, found.rows)
@@ -326,6 +346,7 @@ class Training:
             said = f"the checkpoint is of {listed(changed, 90)}"
             warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
         self.load_state_dict(checkpoint["training"])
+        self._count_ranks(checkpoint)
         (name, size), rows = checkpoint["log"]["events"], int(checkpoint["log"]["metrics"])
         self.resumed = {"metrics": rows, "events": (str(name), int(size))}
         self.last = {str(name): float(x) for name, x in checkpoint["last"].items()}
@@ -346,9 +367,28 @@ class Training:
             if self.options.learning_rate_schedule != "constant" or self.options.warmup:
                 said = f"learning_rate_schedule {self.options.learning_rate_schedule} is of the whole run"
                 warnings.warn(f"{said}: with more of it, the rates are higher from here on", Note, stacklevel=3)
-            if self.run.directory is not None:
-                self.run.describe(directory)
+        if self.run.directory is not None and (longer(self.options, checkpoint) or self._counts_otherwise(directory)):
+            self.run.describe(directory)
         self._mark()
+
+    def _counts_otherwise(self, directory: Path) -> bool:
+        """Whether config.json says other numbers of ranks."""
+        written, now = read_json(directory / "config.json"), self.run.configuration()
+        return any(written.get(name) != now[name] for name in ("ranks", "ranks_before"))
+
+    def _count_ranks(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how many ranks have trained the run until now, and say so if there are as many no longer."""
+        was = len(checkpoint["training"].get("ranks", "1"))
+        earlier = [x for x in self.run.ranks_before if x["iteration"] < self.iteration]
+        now = [] if was == ranks.size() else [{"iteration": self.iteration, "ranks": was}]
+        self.run.ranks_before = earlier + now
+        if now:
+            said = f"the run was trained by {processes(was)}, and goes on with {processes(ranks.size())}"
+            warnings.warn(
+                f"{said}: from the same parameters and counts, and on rows that are drawn anew from the seed",
+                Note,
+                stacklevel=4,
+            )
 
     def check_own(self, checkpoint: dict[str, Any], directory: Path, function: str) -> None:
         """Raise UserError if an object that was handed in is missing."""
@@ -429,7 +469,9 @@ class Training:
         with self._inside():
             if self.learner.meter is not None:
                 self.learner.meter.begin()
-            metrics = self._of_all(_next(self.iterations, self.iteration + 1))
+            metrics = _next(self.iterations, self.iteration + 1)
+            self.world.cut()
+            metrics = self._of_all(metrics)
             row = _as_row({**metrics, **self._noise(metrics)})
             self.iteration, self.counted = self.iteration + 1, row["steps"]
             dropped, self.dropped = self.learner.guard.skipped - self.dropped, self.learner.guard.skipped
@@ -471,7 +513,7 @@ class Training:
 
     def _parameters(self) -> list[float]:
         """Numbers that differ where the parameters of two ranks do."""
-        return World.fingerprint(self.world) if ranks.size() > 1 else []
+        return World.fingerprint(self.world) if ranks.size() > 1 and not self.world.sharded else []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during the run. Of several ranks, all have to ask for it at once."""
@@ -491,32 +533,48 @@ class Training:
             "best": vars(self.best),
             "dropped": self.dropped,
             "counted": self.counted,
-            "modules": {name: x for name, x in self.world.modules().state_dict().items() if name not in frozen},
-            "optimizers": [x.state_dict() for x in self.learner.optimizers],
+            "modules": {name: x for name, x in self.world.collect().items() if name not in frozen},
+            "optimizers": ranks.assembled([x.state_dict() for x in self.learner.optimizers]),
             "coefficients": {name: x.state_dict() for name, x in self.learner.coefficients.items()},
             **own,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state_dict of a run with the same options, and as many ranks."""
-        if "ranks" in state:
-            state = {**state, **state["ranks"][ranks.rank()]}
+        """Restore the state_dict of a run with the same options.
+
+        Of another number of ranks: what all ranks have, and what each has of its own is drawn anew from the seed.
+        """
+        held, lost = state.get("ranks", [state]), None  # what each rank had of its own
+        same = len(held) == ranks.size()
         self.iteration, self.done = int(state["iteration"]), bool(state["done"])
         self.next_row, self.clock = float(state["next_row"]), float(state["clock"])
         self.best, self.dropped = Best(**state["best"]), int(state["dropped"])
         self.learner.guard.skipped, self.counted = self.dropped, float(state["counted"])
         self.run.best = self.best.summary()
         with self._inside():  # environments may draw from the global generators
-            lost = None if self.remote else self.world.restore(state["surroundings"])
-        found = self.world.modules().load_state_dict(state["modules"], strict=False)
+            if self.remote:
+                pass  # the surroundings are the samplers'
+            elif same:
+                lost = self.world.restore(held[ranks.rank()]["surroundings"])
+            else:
+                self.world.restore_common(held[0]["surroundings"])
+        here = self.world.modules().state_dict()
+        modules = {name: ranks.cut_as(x, here.get(name)) for name, x in state["modules"].items()}
+        found = self.world.modules().load_state_dict(modules, strict=False)
         if found.unexpected_keys or set(found.missing_keys) - self._frozen():
             raise ValueError(f"other modules: {listed([*found.unexpected_keys, *found.missing_keys])}")
         for optimizer, saved in zip(self.learner.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(_cut_as(saved, optimizer))
         for name, saved in state["coefficients"].items():
             self.learner.coefficients[name].load_state_dict(saved)
-        self.learner.sample.load_state_dict(state["sample"])  # type: ignore[attr-defined]
-        self.random.load_state_dict(state["random"])
+        sample: Any = self.learner.sample
+        if same:
+            sample.load_state_dict(held[ranks.rank()]["sample"])
+            self.random.load_state_dict(held[ranks.rank()]["random"])
+        else:
+            seed = ranks.seed_from(self.options.seed, self.iteration)
+            sample.divide_anew([x["sample"] for x in held], seed)
+            self.random = Generators(seed, self.options.device)
         if lost is not None:
             warnings.warn(lost, Note, stacklevel=2)
 
@@ -589,9 +647,14 @@ class Training:
         if self.iteration == 1:
             self.run.metrics.append(self._before(row))
         if self.done or self._judged(self.iteration):
-            self.run.after = ranks.from_first(self.run.judge)
+            self.run.after = self._judgement()
             row |= self.world.scores(self.run.after)
             self._score(name, row[name], int(row["steps"]))
+
+    def _judgement(self) -> Any:
+        """An evaluation, which rank 0 makes for all."""
+        with self.world.whole():
+            return ranks.from_first(self.run.judge)
 
     def _score(self, metric: str, score: float, steps: int) -> None:
         """Take a score of the current policy."""
@@ -638,7 +701,7 @@ class Training:
         Where updates were dropped, a metric may be infinite for the same reason, and the row goes without it.
         """
         at = f"training stopped in iteration {self.iteration}, after {row['steps']:,.0f} steps, because"
-        if not self.sound():
+        if ranks.some(not self.sound()) if self.world.sharded else not self.sound():
             raise NonFiniteError(f"{at} a parameter is not finite: lower learning_rate")
         for name, x in row.items():
             if not math.isfinite(x) and not dropped:
@@ -729,7 +792,10 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
         if defaults is not None and options.rank_time_limit != defaults.rank_time_limit and alone:
             said = "rank_time_limit is of several ranks, and this is one process"
             raise OptionError("rank_time_limit", f"{said}: start it by torchrun, or leave it out")
-        return options
+        if getattr(options, "shard", False) and defaults is not None:
+            said = "shard is of several ranks, and this is one process: start it by torchrun, or leave it out"
+            raise OptionError("shard", said)
+        return replace(options, shard=False) if getattr(options, "shard", False) else options
     if getattr(options, "samplers", None) is not None:
         said = "samplers are of one learner, and ranks sample for themselves"
         raise OptionError("samplers", f"{said}: leave out samplers or torchrun")
@@ -738,6 +804,13 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
         said = "overlap is on, and ranks share running statistics between rollouts"
         raise OptionError("overlap", f"{said}: leave out overlap, or normalize_observations and scale_rewards")
     return replace(options, device=ranks.device(options.device))
+
+
+def _cut_as(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, with the numbers of each parameter sharded as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {name: ranks.cut_as(x, parameters[i]) for name, x in one.items()} for i, one in saved["state"].items()}
+    return {**saved, "state": state}
 
 
 def _next(iterations: Iterator[Any], iteration: int) -> Any:

@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from outcomes import parameters, untimed
@@ -21,11 +25,15 @@ from rank_cases import worker
 from safetensors.torch import load_file
 from stopped import killed, known, without_pictures
 from tiny_files import write_model, write_prompts, write_rewards
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import policygrad as pg
 from policygrad import ranks
 from policygrad.errors import UserError
+from policygrad.train.recording import complete
 from policygrad.train.reproduce import reproduce
+from policygrad.train.snapshots import read_checkpoint
 from policygrad.train.training import Training, contents
 
 assert without_pictures  # a fixture
@@ -69,14 +77,11 @@ def in_a_process(place: Path) -> dict[str, Any]:
     module.draw_curve = lambda *arguments: None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}
-    for name, (method, task, values) in CASES.items():
-        given = known(method, "control" if task == "CartPole-v1" else "exact", **values)
-        given = {x: y for x, y in given.items() if x not in ("checkpoint_every", "progress")} | {"threads": 1}
+    for name in [*CASES, *(f"language, {x}" for x in OF_LANGUAGE)]:
+        method, task, given = arguments_of(name, place)
         found[name] = outcome(method, task, place / name, **given)
-    reward = f"{place / 'rewards' / 'mine.py'}:sevens"
-    for name, (method, values) in OF_LANGUAGE.items():
-        given = {"model": str(place / "model"), "reward": (reward,), **LANGUAGE, **values}
-        found[f"language, {name}"] = outcome(method, str(place / "data" / "sums.jsonl"), place / name, **given)
+    for name in ALONE:
+        found[f"alone, {name}"] = gone_on(place / f"alone {name}")
     found["error"] = refused(partial(Training, "ppo", Known if ranks.rank() else "CartPole-v1", progress=False))
     found["limit"] = refused(partial(Training, "ppo", "CartPole-v1", seed=ranks.rank(), progress=False))
     for compiled in ("on", "off"):
@@ -84,6 +89,65 @@ def in_a_process(place: Path) -> dict[str, Any]:
         found[f"compile {compiled}"] = parameters(pg.train("ppo", "CartPole-v1", **values))
     found["environment"] = refused(partial(Training, "ppo", pg.make_environments("CartPole-v1", 2)))
     return found
+
+
+ALONE = ("statistics", "memory", "answers", "language, grpo")  # cases of one process that two go on with
+
+
+def begun_alone(name: str, place: Path) -> None:
+    """Three iterations of a case in one process, with a checkpoint after each."""
+    method, task, given = arguments_of(name, place)
+    killed(method, task, place / f"alone {name}", 3, **given | {"checkpoint_every": 1})
+
+
+def arguments_of(name: str, place: Path) -> tuple[str, str, dict[str, Any]]:
+    """The method, task and arguments of a case."""
+    if name in CASES:
+        method, task, values = CASES[name]
+        given = known(method, "control" if task == "CartPole-v1" else "exact", **values)
+        return (
+            method,
+            task,
+            {x: y for x, y in given.items() if x not in ("checkpoint_every", "progress")} | {"threads": 1},
+        )
+    method, values = OF_LANGUAGE[name.removeprefix("language, ")]
+    reward = f"{place / 'rewards' / 'mine.py'}:sevens"
+    given = {"model": str(place / "model"), "reward": (reward,), **LANGUAGE, **values}
+    return method, str(place / "data" / "sums.jsonl"), given
+
+
+def held(training: Training) -> list[Tensor]:
+    """Parameters, the optimizers' state and running statistics: what all ranks have."""
+    state = training.state_dict()
+    own = state["ranks"][ranks.rank()] if "ranks" in state else state
+    seen = {name: own["sample"].get(name) for name in ("observations", "rewards", "order", "order_generator")}
+    found = tree_leaves([state[name] for name in ("modules", "optimizers", "coefficients")] + [seen])
+    return [torch.as_tensor(x).clone() for x in found if isinstance(x, Tensor | np.ndarray | float | int)]
+
+
+def gone_on(directory: Path) -> dict[str, Any]:
+    """A run that goes on here, as it is at the start, and to its end."""
+    with Training.resume(directory, progress=False, trust=True) as training:
+        start, steps, random = held(training), training.world.sample.steps, training.random.state_dict()["torch"]
+        iteration, drawn = training.iteration, drawn_by(training.world.sample)
+        complete(training, progress=False)
+    return {
+        "start": start,
+        "steps": steps,
+        "random": random,
+        "drawn": drawn,
+        "iteration": iteration,
+        "parameters": parameters(training.run),
+        "metrics": untimed(training.run.metrics),
+    }
+
+
+def drawn_by(sample: Any) -> float:
+    """The next number of a sampler's own generator, which stays as it is."""
+    own = getattr(sample, "generator", None)
+    if own is None:
+        return float(deepcopy(sample.stepping.generator).random())
+    return float(torch.rand((), generator=own.clone_state()))
 
 
 def refused(make: Any) -> str:
@@ -106,6 +170,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, write in {"model": write_model, "data": write_prompts, "rewards": write_rewards}.items():
         (place / name).mkdir()
         write(place / name)
+    for name in ALONE:
+        begun_alone(name, place)
+        shutil.copytree(place / f"alone {name}", place / f"untouched {name}")
     return place
 
 
@@ -149,9 +216,71 @@ def test_rank_0_alone_writes(place: Path, processes: list[dict[str, Any]]) -> No
     assert json.loads((place / "statistics" / "whole" / "config.json").read_text())["ranks"] == 2
 
 
-def test_another_number_of_ranks_does_not_go_on(place: Path, processes: list[dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match="was trained by 2 ranks, and is here one process: start it by torchrun"):
-        pg.resume(place / "statistics" / "whole", iterations=2)
+def kept(directory: Path) -> tuple[list[Tensor], int]:
+    """What all ranks had at the last checkpoint, and the steps of all."""
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint is not None
+    state = checkpoint["training"]
+    own = state.get("ranks", [state])[0]
+    seen = {name: own["sample"].get(name) for name in ("observations", "rewards", "order", "order_generator")}
+    found = tree_leaves([state[name] for name in ("modules", "optimizers", "coefficients")] + [seen])
+    return [torch.as_tensor(x) for x in found if isinstance(x, Tensor | np.ndarray | float | int)], checkpoint["steps"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_two_ranks_go_on_with_what_one_process_had(name: str, place: Path, processes: list[dict[str, Any]]) -> None:
+    """The parameters are the same, bit for bit, and the rows are not those of the beginning."""
+    first, second = (found[f"alone, {name}"] for found in processes)
+    with Training.resume(copied(place / f"untouched {name}", place), trust=True) as alone:
+        before, steps = held(alone), alone.world.sample.steps
+    for one in (first, second):
+        assert same(one["start"], before)
+        assert one["iteration"] == 3
+        assert torch.equal(one["parameters"], first["parameters"])
+    assert first["metrics"] == second["metrics"]
+    assert first["steps"] + second["steps"] == steps
+    assert first["metrics"][-1]["steps"] > steps
+    assert not torch.equal(first["random"], second["random"])
+    assert first["drawn"] != second["drawn"]
+    config = json.loads((place / f"alone {name}" / "config.json").read_text())
+    assert (config["ranks"], config["ranks_before"]) == (2, [{"iteration": 3, "ranks": 1}])
+
+
+def copied(directory: Path, place: Path) -> Path:
+    """A copy of a run that may go on."""
+    return Path(shutil.copytree(directory, Path(tempfile.mkdtemp(dir=place)) / "run"))
+
+
+def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return len(found) == len(wanted) and all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+@every_case
+def test_one_process_goes_on_with_what_two_ranks_had(
+    name: str, place: Path, processes: list[dict[str, Any]], recwarn: pytest.WarningsRecorder
+) -> None:
+    run = copied(place / name / "whole", place)
+    wanted, steps = kept(run)
+    with Training.resume(run, iterations=2, trust=True) as training:
+        said = [str(x.message) for x in recwarn if "ranks" in str(x.message)]
+        assert said == [
+            "the run was trained by 2 ranks, and goes on with one process: from the same parameters and counts, and on "
+            "rows that are drawn anew from the seed"
+        ]
+        assert same(held(training), wanted)
+        assert training.last["steps"] == steps
+        if name != "overlap":  # whose samplers were one rollout ahead
+            assert training.world.sample.steps == steps
+        iteration = training.iteration
+        complete(training, progress=False)
+    assert training.run.metrics[-1]["steps"] > steps
+    assert (training.iteration, training.run.ended) == (iteration + 2, "finished")
+    with pytest.raises(UserError, match=r"was trained by 2, 1 ranks, one number after the other: only a run"):
+        reproduce(run, trust=True)
+
+
+def test_a_run_that_goes_on_has_other_random_numbers_than_its_beginning() -> None:
+    assert len({ranks.seed(5), *(ranks.seed_from(5, i) for i in range(3)), ranks.seed_from(6, 1)}) == 5
 
 
 def test_what_ranks_cannot_do_is_one_error_on_all(processes: list[dict[str, Any]]) -> None:

@@ -136,6 +136,9 @@ class Cloning(World):
     def restore(self, surroundings: Any) -> str | None:
         return None
 
+    def restore_common(self, surroundings: Any) -> None:
+        return
+
 
 class ClonedControl(Cloning, ControlWorld):
     """An environment, for its spaces and for evaluation, and transitions of another policy in it."""

@@ -522,13 +522,16 @@ class ControlWorld(World):
                 one.normalizer.statistics.load_state_dict(x["observations"])
             self.selves.take(one)
 
-    def restore(self, surroundings: dict[str, Any]) -> str | None:
+    def restore_common(self, surroundings: dict[str, Any]) -> None:
         for what, was, now in zip(("observation", "action"), surroundings["spaces"], self._spaces(), strict=True):
             if was != now:
                 said = f"the {what} space was {shortened(was, 50)}, and is {shortened(now, 50)}"
                 raise UserError(f"{said}: resume with the environment of training")
         if self.selves is not None:
             self._restore_selves(surroundings["selves"])
+
+    def restore(self, surroundings: dict[str, Any]) -> str | None:
+        self.restore_common(surroundings)
         stepping, held = self.sample.stepping, surroundings["environments"]
         stepping.begun = held is not None and restore(stepping.environments, held)
         if self.selves is not None:

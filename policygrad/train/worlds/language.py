@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from policygrad import ranks
 from policygrad.errors import Note, UserError, ending, listed, one_line
 from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.functions import load_function
@@ -24,6 +26,7 @@ from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
 from policygrad.language.sampler import Answering, CompletionSampler, Prompts, answer, request_of
+from policygrad.language.sharding import cut, is_sharded, shard, whole
 from policygrad.language.tasks import (
     ARITHMETIC,
     LOOKUP,
@@ -37,7 +40,7 @@ from policygrad.language.tasks import (
 )
 from policygrad.language.tools import Tool, load_tool, schema_of, with_tools
 from policygrad.language.warmup import OWN, RECIPE, warmed_up
-from policygrad.train.checkpoints import Stage, finite
+from policygrad.train.checkpoints import Stage, finite, part_of
 from policygrad.train.hub import directory_of
 from policygrad.train.methods import KNOWN
 from policygrad.train.options import OptionError, compares_greedy, has_critic, with_rate
@@ -62,6 +65,8 @@ class LanguageWorld(World):
     reads: Callable[..., list[data.Example]] = staticmethod(data.load_examples)  # rows of training and of evaluation
     make: Callable[[], Environment] | None = None  # the environment to talk to, if there is one
     tools: Sequence[Tool] = ()
+    anchor: nn.Module | None = None  # the reference, where it is sharded
+    collected: Mapping[str, torch.Tensor] = {}  # the tensors of a sharded world, as they were when all ranks gave them
     evaluated_on: Mapping[str, Any] | None = None  # another data set to evaluate a loaded run on, as for `examples`
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -84,6 +89,10 @@ class LanguageWorld(World):
                 "modules of your own are for control: give model, and critic as copy, shared or a directory"
             )
         options, self.rows = self.options, own.data
+        if getattr(options, "shard", False) and own.engine is not None:
+            raise OptionError(
+                "shard", "shard is for the library's own sampling, and an engine is handed in: leave it out"
+            )
         with models.quiet():
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
@@ -129,6 +138,8 @@ class LanguageWorld(World):
     def _shares_prompts(self) -> bool:
         """Whether the prompt of a group is computed once. Raises OptionError if it shall be, and cannot."""
         wanted = getattr(self.options, "shared_prompts", "off")
+        if getattr(self.options, "shard", False):  # passes through the model would be twice as many on some ranks
+            return False
         if wanted == "off" or self.options.completions == 1:
             return False
         works, name = shares_prompts(self.policy, self.prompts.train), type(causal(self.policy.model)).__name__
@@ -412,17 +423,52 @@ class LanguageWorld(World):
     def save(self, directory: Path, stage: Stage) -> None:
         """Write model/ in the Hugging Face layout, critic.safetensors, the held-out examples and the last samples."""
         metadata = stage.metadata()
-        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata)
+        weights = {} if not self.sharded else {"weights": part_of(dict(self.collected), "policy.model.")}
+        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata, **weights)
         if self.critic is not None:
-            path = directory / "critic.safetensors"
-            models.save_critic(self.critic, path, self.policy, metadata)  # type: ignore[arg-type]
+            path, weights = directory / "critic.safetensors", {}
+            if self.sharded:
+                weights = {"weights": part_of(dict(self.collected), "critic.")}
+            models.save_critic(self.critic, path, self.policy, metadata, **weights)  # type: ignore[arg-type]
         if not (directory / HELD_OUT).exists():
             write_examples(directory / HELD_OUT, examples_of(self.prompts.held_out))
         if self.last is not None:
             write_samples(directory / "samples.jsonl", self.last.rows)
 
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(getattr(self, "policy", None))
+
+    def shard(self) -> None:
+        options = self.options
+        if not getattr(options, "shard", False):
+            return
+        if getattr(options, "kl_ref", "none") != "none":
+            self.anchor = self.reference()
+        self.collected = {name: x.detach().cpu().clone() for name, x in self.modules().state_dict().items()}
+        if ranks.rank():
+            self.collected = {}
+        for module in (self.policy, self.critic, self.anchor):
+            if module is not None:
+                shard(module)
+        ranks.in_lockstep()
+
+    def whole(self) -> AbstractContextManager[None]:
+        return whole(self.policy)
+
+    def cut(self) -> None:
+        cut(self.policy, self.critic, self.anchor)
+
+    def collect(self) -> dict[str, Any]:
+        found = ranks.assembled(super().collect())
+        if self.sharded:
+            self.collected = found
+        return found
+
     def reference(self) -> nn.Module:
         """The policy as it is now, frozen, or the teacher. Raises OptionError for one with other tokens."""
+        if self.anchor is not None:
+            return self.anchor
         options = self.options
         if options.teacher is None:
             return reference_of(self.policy)

@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ class World(ABC):
 
     def fingerprint(self) -> list[float]:
         """Numbers that change whenever training changes something that `save` writes."""
-        parameters = [p.detach() for p in self.modules().parameters()]
+        parameters = [ranks.local(p.detach()) for p in self.modules().parameters()]
         return torch.stack(list(torch._foreach_norm(parameters, 1, dtype=torch.float64))).tolist()
 
     def modules(self) -> nn.ModuleDict:
@@ -155,6 +156,27 @@ class World(ABC):
                 joined[name] = sum(x * n for x, n in found) / sum(weights)
         return joined
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the weights."""
+        return False
+
+    def shard(self) -> None:
+        """Give each rank its part of policy, critic and reference, if the options say so. All ranks call it."""
+        return
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A block in which each rank has the whole policy, for passes of its own. All ranks enter and leave it."""
+        return nullcontext()
+
+    def cut(self) -> None:
+        """Let go of weights of other ranks that are still there."""
+        return
+
+    def collect(self) -> dict[str, Any]:
+        """The tensors of the modules, whole. Of a sharded world, on rank 0, which `save` writes: all ranks call it."""
+        return self.modules().state_dict()
+
     def watch(self, profile: Any, learner: Any) -> None:
         """Measure the time of the pieces of this world's sampler and of the learner: see profiling.Profile."""
         profile.watch(learner, self.sample, ("acting", "acting", "update"))
@@ -169,6 +191,10 @@ class World(ABC):
         Raises UserError where it cannot go on at all.
         """
         return None
+
+    def restore_common(self, surroundings: Any) -> None:
+        """Bring back what all ranks have in common of what `surroundings` returned. Raises UserError as restore."""
+        return
 
     def after(self, iteration: int) -> None:
         """So many iterations are over."""

@@ -1,0 +1,153 @@
+"""A model that is sharded over two ranks learns what it learns whole, and each rank holds half of it."""
+
+import socket
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import worker
+from tiny_models import tiny
+from torch import nn
+
+from policygrad import ranks
+from policygrad.language import models, sharding
+from policygrad.language.policies import LanguagePolicy, Prefixes, ValueModel, trunk
+from policygrad.rollout import Rollout
+from policygrad.train.compose import assemble
+
+EXACT: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.05, "micro_batch": 2}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("grpo", {"kl_ref": "loss", "epochs": 2}),
+    "grpo, KL in the reward": ("grpo", {"kl_ref": "reward"}),
+    "ppo": ("ppo", {"epochs": 2, "minibatch_size": 4, "critic_learning_rate": 0.3}),
+    "ppo, Adam": ("ppo", {"optimizer": "adam", "learning_rate": 0.01, "critic_learning_rate": 0.01}),
+    "reinforce": ("reinforce", {}),
+    "grpo, activations computed again": ("grpo", {"gradient_checkpointing": True, "epochs": 2}),
+    "ppo, activations computed again": ("ppo", {"gradient_checkpointing": True, "epochs": 2}),
+}  # fmt: skip
+ROWS = (6, 2)  # of the ranks: one has three micro-batches, the other one
+TIED = {"tie_word_embeddings": True}
+
+
+def rollout_of(rank: int) -> Rollout:
+    """A rank's rows, in groups of two, some of them longer than others."""
+    draw, count = torch.Generator().manual_seed(rank), ROWS[rank]
+    prompt, completion = (torch.randint(2, 16, (count, n), generator=draw) for n in (3, 5))
+    mask = torch.arange(5) < torch.randint(1, 6, (count, 1), generator=draw)
+    last = mask & ~torch.cat([mask[:, 1:], mask[:, :1] & False], 1)
+    reward = torch.randn(count, 5, generator=draw) * last
+    logp = torch.full((count, 5), -2.7) + 0.3 * torch.randn(count, 5, generator=draw)
+    obs = Prefixes(prompt, torch.ones_like(prompt, dtype=torch.bool), completion, mask)
+    group = ranks.apart(torch.arange(count) // 2)
+    return Rollout(obs, completion, logp, reward, last, last, mask, group, memoryless=False)
+
+
+def learned(case: str, shard: bool) -> dict[str, Any]:
+    """The parameters after two iterations, and their metrics, and the numbers that this rank holds."""
+    method, values = CASES[case]
+    torch.manual_seed(3)
+    policy = LanguagePolicy(tiny(**TIED).double())
+    reference = deepcopy(policy).requires_grad_(False)
+    for p in policy.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    if values.get("gradient_checkpointing"):
+        models.checkpoint_gradients(policy.model)
+    critic = ValueModel(deepcopy(trunk(policy.model))).double() if method == "ppo" else None
+    modules = [x for x in (policy, critic, reference) if x is not None]
+    numbers = sum(p.numel() for x in modules for p in x.parameters())
+    if shard:
+        for module in modules:
+            sharding.shard(module)
+    ranks.in_lockstep(shard)
+    rollout = rollout_of(ranks.rank())
+    given = {**EXACT, "minibatch_size": 100, **values, "prompts_per_rollout": 100, "world": "language", "shard": shard}
+    given = given if method in ("grpo", "ppo") else {x: y for x, y in given.items() if x != "minibatch_size"}
+    learner = assemble(method, policy, lambda _: rollout, critic=critic, reference=reference, **given)
+    iterator, rows = iter(learner), []
+    for _ in range(2):
+        rows.append({name: float(x) for name, x in next(iterator).items()})
+        sharding.cut(*modules)
+    held = sum(ranks.local(p).numel() for x in modules for p in x.parameters())
+    moments = sum(
+        ranks.local(x).numel() for one in learner.optimizers for s in one.state.values() for x in s.values() if x.ndim
+    )
+    found = [p.full_tensor() if ranks.is_shard(p) else p for x in modules for p in x.parameters()]
+    return {
+        "parameters": torch.cat([x.detach().reshape(-1) for x in found]),
+        "rows": rows,
+        "share": held / numbers,
+        "moments": moments / sum(p.numel() for x in modules[:2] for p in x.parameters()),
+    }
+
+
+def in_a_process() -> dict[str, Any]:
+    """Each case, sharded and whole, as one of two ranks."""
+    torch.set_default_dtype(torch.float64)
+    return {f"{case}, {shard}": learned(case, shard) for case in CASES for shard in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes have found, started once."""
+    place = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, str(place), in_a_process), nprocs=2)
+    return [torch.load(Path(place) / str(i), weights_only=False) for i in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_model_learns_what_a_whole_one_does(case: str, processes: list[dict[str, Any]]) -> None:
+    """Parameters after clipped steps, and so gradients and norms, with unequal numbers of micro-batches."""
+    sharded, whole = (processes[0][f"{case}, {x}"] for x in (True, False))
+    torch.testing.assert_close(sharded["parameters"], whole["parameters"], rtol=0, atol=1e-9)
+    assert torch.equal(processes[1][f"{case}, True"]["parameters"], sharded["parameters"])
+    for row, other in zip(sharded["rows"], whole["rows"], strict=True):
+        assert row == pytest.approx(other, rel=1e-7, abs=1e-9)
+    assert whole["rows"][0]["gradient_norm"] > 0.05  # it is clipped
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_holds_half(case: str, processes: list[dict[str, Any]]) -> None:
+    """Of policy, critic and reference, and of Adam's two moments."""
+    for found in processes:
+        assert found[f"{case}, True"]["share"] == pytest.approx(0.5, abs=0.01)
+        assert found[f"{case}, False"]["share"] == 1
+    if case == "ppo, Adam":
+        whole = processes[0][f"{case}, False"]["moments"]
+        assert [x[f"{case}, True"]["moments"] / whole for x in processes] == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def test_blocks_are_those_of_the_longest_list() -> None:
+    policy = LanguagePolicy(tiny())
+    assert sharding.blocks(policy) == list(trunk(policy.model).layers)  # type: ignore[arg-type]
+    assert sharding.blocks(nn.Linear(2, 2)) == []
+
+
+def test_what_is_not_sharded_stays_as_it_is() -> None:
+    x = torch.randn(3)
+    module = nn.Linear(2, 2)
+    assert ranks.local(x) is x
+    assert ranks.cut_as(x, x) is x
+    assert ranks.assembled({"a": x})["a"] is x
+    assert ranks.as_often([1, 2]) == [1, 2]
+    assert not sharding.is_sharded(module)
+    with sharding.whole(module):
+        sharding.cut(module, None)
+
+
+def test_ranks_compute_as_often_as_each_other_if_a_model_is_sharded() -> None:
+    def work(count: int) -> list[int]:
+        return ranks.as_often(list(range(count)), lambda x: -1 if x is None else x)
+
+    ranks.in_lockstep()
+    try:
+        assert ranks.simulated([lambda: work(2), lambda: work(3), lambda: work(0)]) == [
+            [0, 1, 1], [0, 1, 2], [-1, -1, -1],
+        ]  # fmt: skip
+    finally:
+        ranks.in_lockstep(False)
+    assert ranks.simulated([lambda: work(2), lambda: work(3)]) == [[0, 1], [0, 1, 2]]
