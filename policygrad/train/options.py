@@ -136,8 +136,8 @@ class Options:
         "auto: the environment's own vectorized version, else sync; async: a process per core; envpool: "
         "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
     step_time_limit: float | None = option(None,
-        "Seconds that an environment's process may take for its start, a step or a reset; None: any time.",
-        POSITIVE, **CONTROL, vectorization=("async",))
+        "Seconds that an environment's process, or one of conversations, may take for its start, a step or a reset. "
+        "None: any time; of conversations 60.", POSITIVE, world=("control", "language"), vectorization=("async",))
     wrap: tuple[str, ...] = option((),
         "Wrapper of Gymnasium around each environment, its arguments as JSON: TimeLimit:200, RescaleAction:-1,1, "
         "FrameStackObservation:4. Repeatable, the first one inside.", TEXTS, **CONTROL)

@@ -104,7 +104,6 @@ def call(functions: Sequence[Reward], arguments: Sequence[dict[str, Column]], se
     Each function has its own copy of its arguments. A KeyboardInterrupt is the user's, and passes.
     """
     done: dict[int, Outcome] = {}
-    seconds = min(seconds, FOREVER)
     given = [deepcopy(columns) for columns in arguments]
     together = [k for k, function in enumerate(functions) if _is_async(function)]
     if together:
@@ -138,6 +137,7 @@ def limited(work: Callable[[], Any], seconds: float) -> Outcome | None:
     an operation in C that never looks for signals goes on to its end. In another thread, or where there are no such
     signals, the work has a thread of its own, which is left behind when time is up.
     """
+    seconds = min(seconds, FOREVER)
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGURG"):
         return _in_thread(work, seconds)
     ended, main, inside, deadline = threading.Event(), threading.get_ident(), True, time.monotonic() + seconds
@@ -178,6 +178,7 @@ class EventLoop:
 
     def run(self, work: "dict[int, Any]", seconds: float) -> dict[int, Outcome]:
         """The outcome of each coroutine, side by side; none for one that takes longer, which is cancelled."""
+        seconds = min(seconds, FOREVER)
         if self.loop is None:
             self.loop = asyncio.new_event_loop()
             threading.Thread(target=self.loop.run_forever, daemon=True).start()

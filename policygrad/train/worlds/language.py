@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -19,7 +20,18 @@ from policygrad.language import arithmetic, data, models, templates
 from policygrad.language.adapters import load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
 from policygrad.language.completions import Request
-from policygrad.language.conversations import TURNS, Dialogue, Environment, begun, from_seed, starts, text_in
+from policygrad.language.conversations import (
+    SECONDS,
+    TURNS,
+    Dialogue,
+    Environment,
+    Limited,
+    begun,
+    from_seed,
+    starts,
+    text_in,
+    within,
+)
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
@@ -209,13 +221,23 @@ class LanguageWorld(World):
         if is_conversation(self.task):
             if not hasattr(options, "turns"):
                 raise UserError(f"{options.method} learns from completions, and an environment has none: give dataset")
-            self.make = environment_named(self.task)
-        for name in ("turns", "turn_tokens", "starts", "state_weight", "turn_level"):
-            talks = self.make is not None or (self.tools and name != "starts")
+            self.make = environment_named(self.task, self._seconds())
+        for name in ("turns", "turn_tokens", "starts", "step_time_limit", "state_weight", "turn_level"):
+            talks = self.make is not None or (self.tools and name not in ("starts", "step_time_limit"))
             if getattr(options, name, None) not in (None, 0.0) and not talks:
                 raise OptionError(
                     name, f"{name} is of conversations, and {self.name} is a data set of prompts: leave {name} out"
                 )
+
+    def _seconds(self) -> float:
+        """The time of the environment's start, a reset or a step."""
+        limit = self.options.step_time_limit
+        return SECONDS if limit is None else limit
+
+    def _limited(self) -> Callable[[], Environment]:
+        """What makes the environment, within its time."""
+        assert self.make is not None
+        return partial(Limited, self.make, self._seconds())
 
     def _beginnings(self) -> tuple[list[data.Example], None]:
         """The beginnings of the environment's conversations."""
@@ -227,7 +249,7 @@ class LanguageWorld(World):
         there, wanted = (len(make()) if finite else None), self.options.starts  # type: ignore[arg-type]
         if there is not None and (wanted or 0) > there:
             raise OptionError("starts", f"starts is {wanted}, and the environment has {there}: lower it")
-        examples, system = starts(make, wanted or there or STARTS), self.options.system_prompt
+        examples, system = starts(self._limited(), wanted or there or STARTS), self.options.system_prompt
         return examples if system is None else data.with_system_prompt(examples, system), None
 
     def _makes_its_own(self, why: str, *names: str) -> None:
@@ -240,7 +262,7 @@ class LanguageWorld(World):
         """How prompts are answered: by completions, or in conversations."""
         if self.make is None and not self.tools:
             return answer
-        begin = None if self.make is None else from_seed(self.make)
+        begin = None if self.make is None else from_seed(self._limited())
         variables = self._variables(self.prompts.tokenizer)
         limits = {"turns": self.options.turns or TURNS, "turn_tokens": self.options.turn_tokens}
         return Dialogue(with_tools(begin, self.tools), variables=variables, **limits)
@@ -291,7 +313,7 @@ class LanguageWorld(World):
         """What the chat template reads: the user's variables, and the schemas of the tools."""
         text = self.options.template_variables
         given = None if text is None else json.loads(text)
-        tools = [*self.tools, *getattr(None if self.make is None else started(self.make), "tools", ())]
+        tools = [*self.tools, *getattr(None if self.make is None else started(self._limited()), "tools", ())]
         if not tools or tokenizer.chat_template is None:
             return given
         if not templates.reads("tools", tokenizer):
@@ -560,8 +582,8 @@ class LanguageWorld(World):
         return {**super().versions(), "transformers": transformers.__version__}
 
 
-def environment_named(task: str) -> Callable[[], Environment]:
-    """What makes the environment of a task. Raises UserError if there is none."""
+def environment_named(task: str, seconds: float = SECONDS) -> Callable[[], Environment]:
+    """What makes the environment of a task. Raises UserError if there is none, or if it starts for so long."""
     if task == LOOKUP:
         return OWN[LOOKUP].Lookup
     if task.startswith(REASONING_GYM):
@@ -570,7 +592,9 @@ def environment_named(task: str) -> Callable[[], Environment]:
         return reasoning_gym(task.removeprefix(REASONING_GYM))
     make = load_function(task, what="environment")
     try:
-        made = make()
+        made = within(make, seconds, f"the start of {ending(task, 40)}")
+    except UserError:
+        raise
     except Exception as error:
         said = one_line(error, 60) or "no message"
         raise UserError(
