@@ -177,7 +177,6 @@ class Training:
                     if getattr(options, "start", None) and not in_checkpoint:
                         self.world.begin_from(directory_of(options.start))
                     self.world.after(0)
-                    self.start = "" if directory is None else digest(self._kept_from_the_start())
                     if checkpoint and hasattr(options, "compile"):  # as it was, though more steps may pay for more
                         options = replace(options, compile=checkpoint["compiled"])
                     self.compiled = "on" if compiles(options) else "off"
@@ -189,6 +188,8 @@ class Training:
                         self.world.reference,
                         self._due,
                     )
+                    kept = {} if directory is None else self._kept_from_the_start()
+                    self.start = {name: digest(tensors) for name, tensors in kept.items()}
                     if options.profile:
                         self.run.profile = Profile()
                         self.world.watch(self.run.profile, self.learner)
@@ -297,11 +298,10 @@ class Training:
         if checkpoint["task"] != self.world.stored():
             said = f"the task was {shortened(checkpoint['task'])}, and is {shortened(self.world.stored())}"
             warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
-        if checkpoint["start"] != self.start and ranks.rank() == 0:
-            raise UserError(
-                "the model that the run began with, its reference, is no longer what it was: put it back, or begin a "
-                "new run"
-            )
+        if ranks.rank() == 0:
+            for name, now in self.start.items():
+                if checkpoint["start"].get(name) != now:
+                    raise UserError(f"the {name} is no longer what it was: put it back, or begin a new run")
         changed = [f"{x} {checkpoint['versions'].get(x)}, now {now}" for x, now in self.world.versions().items()
                    if checkpoint["versions"].get(x) != now]  # fmt: skip
         if changed:
@@ -365,15 +365,19 @@ class Training:
             "totals": self.run.totals,
         }
 
-    def _kept_from_the_start(self) -> dict[str, Tensor]:
-        """What no checkpoint holds, since it stays: frozen parameters, and the policy that the reference is of."""
+    def _kept_from_the_start(self) -> dict[str, dict[str, Tensor]]:
+        """What no checkpoint holds, since it stays: frozen parameters, and the policy that the reference is of; and
+        what the world has beside them. The name in words -> its tensors.
+        """
         modules, frozen = self.world.modules(), self._frozen()
         whole = self._charged()
-        return {
+        kept = {
             name: x
             for name, x in modules.state_dict().items()
             if name in frozen or (whole and name.startswith("policy."))
         }
+        beside = {name: module.state_dict() for name, module in self.world.beside().items()}
+        return {"model that the run began with, its reference,": kept, **beside}
 
     def _charged(self) -> bool:
         """Whether KL to the policy of the start is charged."""

@@ -74,6 +74,7 @@ class LanguageWorld(World):
     reads: Callable[..., list[data.Example]] = staticmethod(data.load_examples)  # rows of training and of evaluation
     make: Callable[[], Environment] | None = None  # the environment to talk to, if there is one
     tools: Sequence[Tool] = ()
+    teacher: nn.Module | None = None
     evaluated_on: Mapping[str, Any] | None = None  # another data set to evaluate a loaded run on, as for `examples`
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -456,10 +457,14 @@ class LanguageWorld(World):
         if tokenizer.get_vocab() != self.prompts.tokenizer.get_vocab() or words[0] != words[1]:
             said = f"the teacher {ending(options.teacher, 60)} has other tokens than the policy"
             raise OptionError("teacher", f"{said}: give a model of the same family")
-        policy = self.policy
+        self.teacher, policy = model, self.policy
         given: dict[str, Any] = {"temperature": policy.temperature, "autocast": policy.autocast, "chunk": policy.chunk}
         taught = LanguagePolicy(model, shared=policy.shared and can_share(LanguagePolicy(model)), **given)
         return taught.to(options.device).requires_grad_(False)
+
+    def beside(self) -> dict[str, nn.Module]:
+        """The teacher, once it is read."""
+        return {} if self.teacher is None else {"teacher": self.teacher}
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """Answer each held-out prompt `count` times, with samples unless `greedy`."""

@@ -110,6 +110,10 @@ class World(ABC):
         """A frozen copy of the current policy."""
         return deepcopy(self.policy).requires_grad_(False)
 
+    def beside(self) -> dict[str, nn.Module]:
+        """Modules beside policy and critic that never change, and that no run's directory holds."""
+        return {}
+
     def fingerprint(self) -> list[float]:
         """Numbers that change whenever training changes something that `save` writes."""
         parameters = [p.detach() for p in self.modules().parameters()]

@@ -721,6 +721,20 @@ def test_a_teacher_beside_a_reward_and_in_it(language: dict[str, Any], teacher: 
     assert plain["reward"] == taught["reward"] > 0, "the reward is not the teacher's"
 
 
+def test_a_run_does_not_go_on_with_another_teacher(language: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
+    first = models.load_model(str(teacher))
+    pg.train("grpo", **taught_by(language, teacher, iterations=1), out=tmp_path / "run")
+    other = models.load_model(str(teacher))
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    words = models.load_tokenizer(str(teacher))
+    models.save_model(other, words, teacher)
+    with pytest.raises(UserError, match="the teacher is no longer what it was: put it back, or begin a new run"):
+        pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    models.save_model(first, words, teacher)
+    assert len(pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False).metrics) == 3
+
+
 def test_a_teacher_that_cannot_teach_is_refused_in_one_line(
     language: dict[str, Any], teacher: Path, tmp_path: Path
 ) -> None:
