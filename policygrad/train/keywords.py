@@ -73,6 +73,7 @@ class Keywords(TypedDict, total=False):
     lora_rank: int
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
+    save: Literal["adapter", "merged"]
     gradient_checkpointing: bool
     autocast: Literal["none", "bfloat16", "auto"]
     dataset: Any

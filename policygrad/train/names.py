@@ -53,7 +53,7 @@ def outside(kind: str, task: Any, options: Any, *, training: bool = False) -> di
             found["environment"] = [task]
     elif kind == "language" and training and task not in (None, *OWN_TASKS, "rows"):
         found["dataset"] = [task]
-    adapter = getattr(options, "lora_rank", 0) > 0
+    adapter = getattr(options, "lora_rank", 0) > 0 and getattr(options, "save", "adapter") == "adapter"
     for name in NAMES:
         if name in KEPT and not training and not (adapter and name in ("start", "model", "base_model")):
             continue

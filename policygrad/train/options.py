@@ -231,6 +231,9 @@ class Options:
         "LoRA scale: the adapter's output is multiplied by alpha / rank. By default 2 rank.", POSITIVE, **LANGUAGE)
     lora_targets: tuple[str, ...] = option((),
         "Layers with an adapter; by default all linear layers except the head. Repeatable.", **LANGUAGE)
+    save: Literal["adapter", "merged"] = option("adapter",
+        "What is saved of a run that trains an adapter: the adapter alone, or the whole model with it merged in.",
+        **LANGUAGE)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
     autocast: Literal["none", "bfloat16", "auto"] = option("none",
         "Type of the computation; weights keep their type, and log-probabilities are float32. auto: bfloat16 where the "
@@ -893,6 +896,8 @@ def _language_conflicts(o: Any) -> Any:
         )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
+    if not o.lora_rank and o.save == "merged":
+        yield "save", "save merged is of an adapter, and lora_rank is 0: set that too, or leave save out"
     if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):
         yield "critic", f"critic is shared, and {o.method} fits its critic alone, which would move the policy: use copy"
 

@@ -17,7 +17,7 @@ from policygrad.errors import Note, UserError, ending, listed, one_line
 from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.functions import load_function
 from policygrad.language import arithmetic, data, models, templates
-from policygrad.language.adapters import load_adapter
+from policygrad.language.adapters import check_mergeable, load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
 from policygrad.language.completions import Request
 from policygrad.language.conversations import (
@@ -100,6 +100,7 @@ class LanguageWorld(World):
         with models.quiet():
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
+            self._check_mergeable()
             if own.engine is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.policy.shared = self._shares_prompts()
@@ -151,6 +152,14 @@ class LanguageWorld(World):
         if not works:
             warnings.warn(f"{said}: it computes it for each of them", Note, stacklevel=2)
         return works
+
+    def _check_mergeable(self) -> None:
+        """Raise OptionError if the adapter is to be saved merged, and cannot be."""
+        if self.options.save == "merged":
+            try:
+                check_mergeable(self.policy.model)
+            except UserError as error:
+                raise OptionError("save", str(error)) from error
 
     def _rows(self, prompts: Prompts) -> int | None:
         """The completions of these prompts to sample at a time; None: all."""
@@ -404,7 +413,7 @@ class LanguageWorld(World):
     def load(self, directory: Path) -> Stage:
         folder = directory / "model"
         stage = _stage(folder, directory)
-        if self.options.lora_rank == 0:
+        if self.options.lora_rank == 0 or self.options.save == "merged":
             here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None}
             self.options = dataclasses.replace(self.options, **here)
         elif (self.options.model or self.options.start) is not None:  # the base of the adapter
@@ -419,7 +428,7 @@ class LanguageWorld(World):
         with models.quiet():
             self.prompts = self._task(progress=False, saved=saved)
             self.policy = self.prompts.policy
-            if self.options.lora_rank > 0:
+            if self.options.lora_rank > 0 and self.options.save == "adapter":
                 load_adapter(self.policy.model, folder)
             path = directory / "critic.safetensors"
             if path.exists():
@@ -435,7 +444,8 @@ class LanguageWorld(World):
     def save(self, directory: Path, stage: Stage) -> None:
         """Write model/ in the Hugging Face layout, critic.safetensors, the held-out examples and the last samples."""
         metadata = stage.metadata()
-        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata)
+        merged = self.options.save == "merged"
+        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata, merged=merged)
         if self.critic is not None:
             path = directory / "critic.safetensors"
             models.save_critic(self.critic, path, self.policy, metadata)  # type: ignore[arg-type]
@@ -719,7 +729,7 @@ def card(run: Any) -> str:
     scores = [f"- {when}: {x.line()}" for when, x in judged if x is not None]
     lines = [
         "---",
-        "library_name: " + ("peft" if options["lora_rank"] else "transformers"),
+        "library_name: " + ("peft" if options["lora_rank"] and options["save"] == "adapter" else "transformers"),
         *([f"base_model: {options['model']}"] if options["model"] else []),
         "tags: [policygrad, reinforcement-learning]",
         "---",

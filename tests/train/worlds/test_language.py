@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from outcomes import parameters
 from tiny_models import tiny
 
 import policygrad as pg
@@ -103,6 +104,40 @@ def test_an_adapter_is_saved_and_loaded(language: dict[str, Any], tmp_path: Path
     run = pg.train("grpo", **language, lora_rank=2, learning_rate=1e-2, out=tmp_path / "run")
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
     assert Run.load(tmp_path / "run", trust=True).evaluate() == run.evaluate()
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_merged_adapter_is_a_whole_model(method: str, language: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(language["model"], base)
+    options = language | {"model": str(base), "learning_rate": 1e-2, "lora_rank": 2}
+    options |= {"minibatch_size": 2} if method == "ppo" else {}
+    run = pg.train(method, **options, save="merged", out=tmp_path / "run")
+    assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
+    other = pg.train(method, **options)
+    assert torch.equal(parameters(run), parameters(other)), "it is trained alike"
+    longer = pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    more = pg.train(method, **options | {"iterations": options["iterations"] + 1})
+    assert torch.equal(parameters(longer), parameters(more))
+    shutil.rmtree(base)
+    loaded = Run.load(tmp_path / "run", reward=language["reward"])  # and no base
+    assert loaded.evaluate(greedy=True).score == longer.evaluate(greedy=True).score
+    loaded.save(tmp_path / "again")
+    rest = {name: x for name, x in language.items() if name != "model"}
+    second = pg.Training("grpo", **rest, start=str(tmp_path / "again"))
+    assert second.run.policy.model.num_parameters() == loaded.policy.model.get_base_model().num_parameters() - sum(
+        p.numel() for p in loaded.policy.parameters() if p.requires_grad
+    )
+    tokens = torch.arange(12).view(2, 6) % 10
+    with torch.no_grad():
+        torch.testing.assert_close(
+            second.run.policy.model(tokens).logits, longer.policy.model(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_saving_merged_is_of_an_adapter(language: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="save merged is of an adapter, and lora_rank is 0"):
+        pg.train("grpo", **language, save="merged")
 
 
 def test_the_gradient_is_differentiated_again_only_with_eager_attention(language: dict[str, Any]) -> None:
