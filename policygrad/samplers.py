@@ -157,6 +157,24 @@ class Together(Wrapper):
         return rollout
 
 
+class Mixed(Wrapper):
+    """Rollouts as they are, with a sampler of demonstrations beside them, which updates draw from."""
+
+    def __init__(self, sample: Sample, demonstrations: Sample) -> None:
+        super().__init__(sample)
+        self.demonstrations = demonstrations
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        return self.sample(policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "demonstrations": self.demonstrations.state_dict()}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.demonstrations.load_state_dict(state["demonstrations"])  # type: ignore[attr-defined]
+
+
 class InUnits(Wrapper):
     """Give the critic its unit, the root mean square of the rewards, before it is asked for the values of a rollout.
 

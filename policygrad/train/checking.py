@@ -148,6 +148,7 @@ def _as_one_batch(options: Any) -> Any:
         "overlap": False,
         "compile": "off",
         "gradient_noise": "off",
+        "mix": None,
         "max_grad_norm": math.inf,
     }
     return replace(options, **{name: x for name, x in values.items() if hasattr(options, name)})

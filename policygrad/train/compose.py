@@ -77,11 +77,12 @@ from policygrad.objectives import (
     within_divergence,
     without_drifted,
 )
-from policygrad.rollout import Batch, Split, state_size
+from policygrad.rollout import Batch, Split, decisions, state_size
 from policygrad.samplers import (
     Following,
     InUnits,
     KLCharged,
+    Mixed,
     Overlapped,
     Refreshed,
     Rescored,
@@ -96,6 +97,7 @@ from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
 from policygrad.turns import bootstrapped_by_turn, grouped_by_state
 from policygrad.updates import (
+    Beside,
     MasterWeightsAdam,
     MasterWeightsAdamW,
     MasterWeightsMuon,
@@ -182,11 +184,12 @@ def compose(
     sample: Sample,
     reference: Callable[[], nn.Module] | None = None,
     due: Callable[[], bool] = lambda: True,
+    demonstrations: Sample | None = None,
 ) -> Learner:
     """Compose the method that the options describe, for a policy, a critic and a sampler.
 
     reference: makes the frozen starting policy, if KL to it is charged. due: whether the metrics of the next iteration
-    will be read; if not, metrics that cost extra are skipped.
+    will be read; if not, metrics that cost extra are skipped. demonstrations: the sampler of those that are mixed in.
     """
     if critic is not None and state_size(critic) and not state_size(policy):
         raise UserError(
@@ -213,7 +216,8 @@ def compose(
         coefficients["entropy"] = rule
     old = deepcopy(policy).requires_grad_(False) if getattr(options, "divergence_mask", "") in OVER_ACTIONS else None
     objective = objective_of(options, policy, critic, coefficients, anchor, old)
-    update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
+    beside = None if demonstrations is None else mixed_in(policy, demonstrations, options.mix_weight)
+    update, optimizers = update_of(options, policy, getattr(objective, "critic", None), beside)
     guard = Guard(skip=options.on_nonfinite == "skip")
     mirror = getattr(options, "symmetry", None)
     if mirror is not None:
@@ -237,8 +241,9 @@ def compose(
             minibatch_size=rows_in(sample, policy, options.critic_minibatch_size),
             micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
+    sample_all = sample if demonstrations is None else Mixed(sample, demonstrations)
     return Learner(
-        wrapped(options, policy, sample, critic, anchored, coefficients, old),
+        wrapped(options, policy, sample_all, critic, anchored, coefficients, old),
         credit_of(options, policy, critic),
         objective,
         guard(update),
@@ -276,6 +281,8 @@ def assemble(
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
     if getattr(options, "critic_warmup", 0):
         raise OptionError("critic_warmup", "critic_warmup counts the iterations of a run: use train, or leave it out")
+    if getattr(options, "mix", None) is not None:
+        raise OptionError("mix", "mix is read by a run: use train, or hand compose a sampler of demonstrations")
     if options.gamma is None and (options.credit != "group" or options.discounted):
         raise UserError("gamma is None, which is for train on an exact world: give the discount factor")
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
@@ -408,8 +415,26 @@ def filters_of(options: Any, old: nn.Module | None) -> list[Filter]:
     return filters
 
 
-def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Optimizer]]:
-    """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer."""
+def mixed_in(policy: nn.Module, demonstrations: Sample, weight: float) -> Beside:
+    """weight * the objective of `clone`, the mean log pi of the decisions of the next demonstrations."""
+    objective = ReinforceObjective(policy)
+
+    def weighed(batch: Batch) -> tuple[Tensor, Metrics]:
+        value, metrics = objective(batch)
+        return weight * value, {"mix_log_probability": metrics["objective"]}
+
+    def draw() -> tuple[Callable[[Batch], tuple[Tensor, Metrics]], Batch]:
+        rollout = demonstrations(policy)
+        return weighed, decisions(rollout, weights.per_token(rollout.mask), *demonstrated(rollout))
+
+    return draw
+
+
+def update_of(
+    options: Any, policy: nn.Module, critic: nn.Module | None, beside: Beside | None = None
+) -> tuple[Update, list[Optimizer]]:
+    """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer. beside: see
+    ascend."""
     trained = {p.dtype for p in policy.parameters() if p.requires_grad}
     if KNOWN[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
         raise UserError(
@@ -429,7 +454,7 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
     parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
     optimizers = optimizers_of(options, parts)
     limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": split_of(options, policy)}
-    return ascend(optimizers, **limits, compiled=compiles(options), varying=varies(options)), optimizers
+    return ascend(optimizers, **limits, beside=beside, compiled=compiles(options), varying=varies(options)), optimizers
 
 
 def loop_of(

@@ -166,6 +166,9 @@ class Keywords(TypedDict, total=False):
     teacher: str | None
     reference_every: int | None
     reference_decay: float | None
+    mix: str | None
+    mix_weight: float
+    mix_rows: int
     learning_rate: float | None
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
     warmup: float

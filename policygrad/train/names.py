@@ -21,6 +21,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "base_model": (),
     "tokenizer": (),
     "teacher": (),
+    "mix": (),
     "dataset": (),
     "evaluation_dataset": (),
     "critic": ("copy", "shared"),
@@ -34,7 +35,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
 # What a run keeps itself, or needs in training alone, so that loading it does not read the name; a model is kept unless
 # it is an adapter's base.
 KEPT = (
-    "start", "model", "base_model", "tokenizer", "teacher",
+    "start", "model", "base_model", "tokenizer", "teacher", "mix",
     "dataset", "evaluation_dataset", "demonstrations", "symmetry",
 )  # fmt: skip
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments

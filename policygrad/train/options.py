@@ -466,6 +466,13 @@ class Options:
         "Decay of a reference that is the exponential moving average of the policy; None: it stays.",
         FRACTION, **SAMPLED, kl_ref=("reward", "loss"))
 
+    mix: str | None = option(None,
+        "Demonstrations mixed in, as clone takes them: a file or hub id with `prompt` and `completion`, or `messages`. "
+        "Each update adds their log-probability to the objective.", TEXT, **LANGUAGE, **SAMPLED, **ASCEND)
+    mix_weight: float = option(1.0,
+        "Weight of the mean log-probability of the tokens of such completions.", RATE, **LANGUAGE, **SAMPLED, **ASCEND)
+    mix_rows: int = option(16, "Demonstrations in each update.", COUNT, **LANGUAGE, **SAMPLED, **ASCEND)
+
     # Update
     learning_rate: float | None = option(0.0003,
         "Learning rate of the policy; also of the critic if they share the optimizer. None, for a language "
@@ -704,6 +711,8 @@ def _check_read(f: Field, options: Any) -> None:
         )
     if f.name == "lam" and getattr(options, "length_adaptive_lam", None) is not None:
         raise OptionError("lam", "lam is read only without length_adaptive_lam: leave one of the two out")
+    if f.name in ("mix_weight", "mix_rows") and options.mix is None:
+        raise OptionError(f.name, f"{f.name} is of mix, which is None: set that too, or leave it out")
     if f.name == "entropy_step" and options.entropy_target is None:
         raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:

@@ -187,6 +187,7 @@ class Training:
                         self.world.sample,
                         self.world.reference,
                         self._due,
+                        self.world.demonstrations,
                     )
                     kept = {} if directory is None else self._kept_from_the_start()
                     self.start = {name: digest(tensors) for name, tensors in kept.items()}

@@ -35,7 +35,14 @@ from policygrad.language.conversations import (
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
-from policygrad.language.sampler import Answering, CompletionSampler, Prompts, answer, request_of
+from policygrad.language.sampler import (
+    Answering,
+    CompletionSampler,
+    DemonstrationSampler,
+    Prompts,
+    answer,
+    request_of,
+)
 from policygrad.language.tasks import (
     ARITHMETIC,
     LOOKUP,
@@ -125,6 +132,25 @@ class LanguageWorld(World):
                 self._request(options.evaluation_completions, self.prompts.held_out, 1)
             if has_critic(options):
                 self.critic = self._critic()
+            if getattr(options, "mix", None) is not None:
+                self.demonstrations = self._mixed_in()
+
+    def _mixed_in(self) -> DemonstrationSampler:
+        """The demonstrations that are mixed in. Raises UserError if they are not as `clone` takes them."""
+        options, tokenizer = self.options, self.prompts.tokenizer
+        self.rows_of_rank("mix_rows")
+        found = data.load_demonstrations(options.mix, columns=options.columns)
+        if options.system_prompt is not None:
+            found = data.with_system_prompt(found, options.system_prompt)
+        how: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables(tokenizer)}
+        room = room_for_prompts(causal(self.policy.model), options.max_tokens)
+        kept = prepared(found, tokenizer, room, max_tokens=options.max_tokens, **how)
+        self.dropped += _left_out("demonstrations that are mixed in", found, kept)
+        if len(kept) < options.mix_rows:
+            said = f"mix_rows is {options.mix_rows}, and mix has {len(kept)} rows"
+            raise OptionError("mix_rows", f"{said}: lower it, or give more")
+        each = {"prompts_per_rollout": options.mix_rows, "seed": options.seed, "device": options.device}
+        return DemonstrationSampler(kept, options.max_tokens, **each)
 
     def _request(self, completions: int, prompts: Prompts, together: int) -> Request:
         """A request for completions. Raises UserError if those of `together` prompts do not fit in memory."""

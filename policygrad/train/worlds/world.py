@@ -57,6 +57,7 @@ class World(ABC):
     policy: nn.Module
     critic: nn.Module | None = None
     critic_stage: Stage | None = None  # that of the critic's own file, where it has one
+    demonstrations: Any = None  # the sampler of demonstrations that are mixed in, if there are any
     sample: Any  # the sampler, with `steps` (decisions so far) and a state_dict
 
     def __init__(self, task: Any, options: Any) -> None:

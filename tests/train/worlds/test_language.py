@@ -786,3 +786,65 @@ def test_a_teacher_that_cannot_teach_is_refused_in_one_line(
         with pytest.raises(UserError, match=said) as raised:
             pg.train("grpo", **options)
         assert len(str(raised.value)) <= 200
+
+
+# Demonstrations mixed in
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Path:
+    """Demonstrations of two lengths."""
+    rows = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}" + ", yes" * (i % 2)} for i in range(1, 5)]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "shown.jsonl"
+
+
+def stepped(method: str, **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    """The change of all parameters in one step of plain gradient ascent of rate 1, in float64, and its metrics."""
+    exact: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": math.inf, "iterations": 1}
+    with Training(method, **options | exact) as training:
+        policy = training.run.policy.double()
+        before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+        row = next(training)
+        return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before, row
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("method", ["grpo", "reinforce"])
+def test_the_gradient_with_demonstrations_mixed_in_is_the_sum_of_two(
+    method: str, micro_batch: int | None, language: dict[str, Any], shown: Path
+) -> None:
+    options = language | {"held_out": 0, "max_tokens": 12}
+    alone, row = stepped(method, **options)
+    rest = {name: x for name, x in options.items() if name not in ("task", "completions", "reward")}
+    cloned, of_clone = stepped("clone", task=str(shown), **rest)
+    more = {"mix": str(shown), "mix_weight": 0.3, "mix_rows": 4, "micro_batch": micro_batch}
+    both, mixed = stepped(method, **options, **more)
+    assert cloned.norm() > 0.1
+    assert alone.norm() > 0.1
+    torch.testing.assert_close(both, alone + 0.3 * cloned, rtol=1e-6, atol=1e-6)
+    assert mixed["mix_log_probability"] == pytest.approx(of_clone["objective"], rel=1e-6)
+    assert mixed["objective"] == pytest.approx(row["objective"], abs=1e-6), "the metrics are the rollout's"
+
+
+def test_a_run_with_demonstrations_goes_on_bit_for_bit(language: dict[str, Any], shown: Path, tmp_path: Path) -> None:
+    options = language | {"mix": str(shown), "mix_rows": 3, "learning_rate": 1e-2, "max_tokens": 12}
+    whole = pg.train("grpo", **options | {"iterations": 3})
+    pg.train("grpo", **options, out=tmp_path / "run")
+    again = pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    assert torch.equal(parameters(whole), parameters(again))
+
+
+def test_demonstrations_that_cannot_be_mixed_in_are_refused(language: dict[str, Any], shown: Path) -> None:
+    for more, said in (
+        ({"mix_weight": 0.5}, "mix_weight is of mix, which is None"),
+        (
+            {"mix": str(shown), "mix_rows": 5, "max_tokens": 12},
+            "mix_rows is 5, and mix has 4 rows: lower it, or give more",
+        ),
+        ({"mix": language["task"], "mix_rows": 1}, "has no column 'completion' or 'messages'"),
+        ({"mix": str(shown), "mix_rows": 1, "max_tokens": 2}, "4 of 4 completions are longer than 2 tokens"),
+    ):
+        with pytest.raises(UserError, match=said) as raised:
+            pg.train("grpo", **language | more)
+        assert len(str(raised.value)) <= 200
