@@ -32,6 +32,7 @@ from policygrad.credit import (
     discounted,
     grouped,
     high_entropy,
+    imitating,
     selected,
     standardized,
     vtrace,
@@ -244,7 +245,7 @@ def compose(
     sample_all = sample if demonstrations is None else Mixed(sample, demonstrations)
     return Learner(
         wrapped(options, policy, sample_all, critic, anchored, coefficients, old),
-        credit_of(options, policy, critic),
+        credit_of(options, policy, critic, sample),
         objective,
         guard(update),
         loop_of(options, fit, diagnosis(options, objective, due), sample, policy),
@@ -288,7 +289,7 @@ def assemble(
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
 
 
-def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
+def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None, sample: Any = None) -> Assign:
     """The credit from the options."""
     if KNOWN[options.method].objective == "clone":
         return demonstrated
@@ -336,7 +337,9 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assi
     if getattr(options, "learn_from", "all") == "low_covariance":
         bounds = {"low": options.covariance_low, "high": options.covariance_high}
         credit = covariance_thinned(credit, share=options.covariance_share, **bounds)
-    return discounted(credit, gamma) if options.discounted else credit
+    credit = discounted(credit, gamma) if options.discounted else credit
+    positive = getattr(options, "positive_weight", 0.0)
+    return imitating(credit, weight=positive, weights=average_of(options, sample)) if positive else credit
 
 
 def objective_of(
@@ -462,10 +465,7 @@ def loop_of(
 ) -> Callable[..., Iterator[Any]]:
     """The method's loop, a partial that still takes sample, credit, objective and update."""
     named = KNOWN[options.method].objective
-    average: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
-    if options.weights == "budget":
-        average = partial(weights.per_budget, limit=getattr(sample, "length", None))
-    loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
+    loop = partial(LOOPS[named], weights=average_of(options, sample), fit=fit, diagnose=diagnose)
     if named == "clone":
         return partial(loop, epochs=1, minibatch_size=options.minibatch_size, normalize=unnormalized)
     if named not in ("ppo", "grpo"):
@@ -480,6 +480,14 @@ def loop_of(
         target_kl=options.target_kl,
         normalize=normalize,
     )
+
+
+def average_of(options: Any, sample: Any) -> Callable[[Tensor], Tensor]:
+    """How the method averages decisions: mask -> weights."""
+    if options.weights == "budget":
+        return partial(weights.per_budget, limit=getattr(sample, "length", None))
+    found: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
+    return found
 
 
 def rows_in(sample: Any, policy: nn.Module, size: Any) -> Any:

@@ -166,6 +166,7 @@ class Keywords(TypedDict, total=False):
     teacher: str | None
     reference_every: int | None
     reference_decay: float | None
+    positive_weight: float
     mix: str | None
     mix_weight: float
     mix_rows: int

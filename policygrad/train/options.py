@@ -466,6 +466,9 @@ class Options:
         "Decay of a reference that is the exponential moving average of the policy; None: it stays.",
         FRACTION, **SAMPLED, kl_ref=("reward", "loss"))
 
+    positive_weight: float = option(0.0,
+        "Weight of the mean log-probability of the completions whose reward is above 0, which is added to the "
+        "objective (VAPO: 0.1); 0: none.", NOT_NEGATIVE, **LANGUAGE, **MINIBATCHES)
     mix: str | None = option(None,
         "Demonstrations mixed in, as clone takes them: a file or hub id with `prompt` and `completion`, or `messages`. "
         "Each update adds their log-probability to the objective.", TEXT, **LANGUAGE, **SAMPLED, **ASCEND)
@@ -905,6 +908,9 @@ def _language_conflicts(o: Any) -> Any:
         )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
+    if getattr(o, "positive_weight", 0.0) and o.kl_ref == "reward":
+        said = "positive_weight reads which rewards are above 0, and kl_ref reward charges KL to them"
+        yield "positive_weight", f"{said}: use another kl_ref"
     if not o.lora_rank and o.save == "merged":
         yield "save", "save merged is of an adapter, and lora_rank is 0: set that too, or leave save out"
     if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):

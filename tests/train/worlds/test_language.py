@@ -848,3 +848,21 @@ def test_demonstrations_that_cannot_be_mixed_in_are_refused(language: dict[str, 
         with pytest.raises(UserError, match=said) as raised:
             pg.train("grpo", **language | more)
         assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_right_completions_are_imitated(method: str, language: dict[str, Any]) -> None:
+    options = language | {"kl_ref": "none", "held_out": 0} | ({"minibatch_size": None} if method == "ppo" else {})
+    options |= {"epochs": 1, "prompts_per_rollout": 8, "weights": "token", "max_tokens": 12, "seed": 1}
+    plain, _ = stepped(method, **options)
+    found, _ = stepped(method, **options, positive_weight=0.3)
+    with Training(method, **options) as training:
+        policy = training.run.policy.double()
+        rollout = training.learner.sample(policy)
+        right = (rollout.reward.sum(1) > 0).unsqueeze(1) & rollout.mask
+        assert 0 < right.any(1).sum() < len(right)
+        mean = policy(rollout.obs).log_prob(rollout.action)[right].mean()
+        wanted = torch.cat([x.flatten() for x in torch.autograd.grad(mean, list(policy.parameters()))])
+    torch.testing.assert_close(found - plain, 0.3 * wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(OptionError, match="positive_weight reads which rewards are above 0, and kl_ref reward charges"):
+        pg.train(method, **options | {"kl_ref": "reward"}, positive_weight=0.3)
