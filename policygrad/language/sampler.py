@@ -361,6 +361,14 @@ class CompletionSampler(PromptSampler):
         metrics["greedy_reward"] = float(likely.reward.nanmean())
         return replace(found, greedy=of_mode.repeat_interleave(self.request.completions), metrics=metrics)
 
+    def draws_its_own(self, policy: nn.Module) -> bool:
+        """Whether sampling leaves torch's global generator alone: it has its own. See samplers.Overlapped."""
+        return True
+
+    def observed(self, obs: Sequence[Tensor]) -> Prefixes:
+        """The observations of a rollout of which a checkpoint holds the tensors."""
+        return Prefixes(*obs)
+
     def _decoupled(self, answers: Answers) -> Answers:
         """Answers whose reward is that of `decoupled`, at their last decision. What an environment gave is one reward
         more, of weight 1. Completions that do not count are in no group."""

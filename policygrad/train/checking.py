@@ -146,6 +146,7 @@ def _as_one_batch(options: Any) -> Any:
     values |= {
         "sampling_rounds": 1,
         "overlap": False,
+        "lag": 0,
         "compile": "off",
         "gradient_noise": "off",
         "mix": None,

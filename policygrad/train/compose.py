@@ -242,9 +242,9 @@ def compose(
             minibatch_size=rows_in(sample, policy, options.critic_minibatch_size),
             micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
-    sample_all = sample if demonstrations is None else Mixed(sample, demonstrations)
+    every = wrapped(options, policy, sample, critic, anchored, coefficients, old)
     return Learner(
-        wrapped(options, policy, sample_all, critic, anchored, coefficients, old),
+        every if demonstrations is None else Mixed(every, demonstrations),
         credit_of(options, policy, critic, sample),
         objective,
         guard(update),
@@ -519,8 +519,9 @@ def wrapped(
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = split_of(options, policy)
-    if getattr(options, "overlap", False):
-        sample = Overlapped(sample)
+    lag = getattr(options, "lag", 0) or int(getattr(options, "overlap", False))
+    if lag:
+        sample = Overlapped(sample, lag)
     if ranks.size() > 1:
         sample = Together(sample)
     if old is not None:

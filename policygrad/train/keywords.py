@@ -109,6 +109,7 @@ class Keywords(TypedDict, total=False):
     importance_level: Literal["token", "sequence", "product"]
     importance_outside: Literal["clip", "drop"]
     importance_normalized: bool
+    lag: int
     sampling_rounds: int
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"]
     gamma: float | None

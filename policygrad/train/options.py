@@ -311,6 +311,9 @@ class Options:
         **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
     importance_normalized: bool = option(False,
         "Divide these weights by their mean.", **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+    lag: int = option(0,
+        "Rollouts that sampling is ahead of learning, in a thread of its own: each is of a policy this many updates "
+        "old, the oldest comes first, and none is discarded. 0: they take turns.", NOT_NEGATIVE, **LANGUAGE, **SAMPLED)
     sampling_rounds: int = option(1,
         "Dynamic sampling: maximum rollouts to fill one with groups of unequal returns. 1: no dynamic sampling.",
         COUNT, **SAMPLED, credit=("group",))
@@ -871,6 +874,8 @@ def _sampling_conflicts(o: Any) -> Any:
 
 
 def _language_conflicts(o: Any) -> Any:
+    if getattr(o, "lag", 0):
+        yield from _lag_conflicts(o)
     for name in ("reference_every", "reference_decay"):
         if getattr(o, "teacher", None) is not None and getattr(o, name) is not None:
             yield name, f"{name} moves the reference, and a teacher stays as it is: leave one out"
@@ -915,6 +920,19 @@ def _language_conflicts(o: Any) -> Any:
         yield "save", "save merged is of an adapter, and lora_rank is 0: set that too, or leave save out"
     if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):
         yield "critic", f"critic is shared, and {o.method} fits its critic alone, which would move the policy: use copy"
+
+
+def _lag_conflicts(o: Any) -> Any:
+    """Conflicts of rollouts of an older policy, which are sampled in a thread."""
+    if o.profile:
+        yield "profile", "profile follows one thread, and lag samples in another: leave one of the two out"
+    if getattr(o, "divergence_mask", "none") in ("tv", "kl"):
+        yield "lag", "lag learns from a policy of which no copy is kept: leave it out, or use a binary divergence_mask"
+    if o.credit == "group" and o.sampling_rounds > 1:
+        yield "lag", "lag counts rollouts, of which sampling_rounds may take several an update: set sampling_rounds 1"
+    if KNOWN[o.method].objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
+        said = f"lag learns from an older policy, and {o.method} does not correct for that"
+        yield "lag", f"{said}: use off_policy_actor_critic, or a method with a ratio such as grpo"
 
 
 def _sizes(o: Any) -> Any:

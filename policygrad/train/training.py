@@ -538,7 +538,9 @@ class Training:
 
     def _due(self) -> bool:
         """Whether the current iteration's row may be kept."""
-        if getattr(self.options, "overlap", False):  # the sampler is at the next rollout, and not to be waited for
+        if getattr(self.options, "overlap", False) or getattr(
+            self.options, "lag", 0
+        ):  # the sampler is at the next rollout, and not to be waited for
             return True
         share = self._share(float(ranks.total(self.world.sample.steps)), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
@@ -710,6 +712,8 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
             said = "rank_time_limit is of several ranks, and this is one process"
             raise OptionError("rank_time_limit", f"{said}: start it by torchrun, or leave it out")
         return options
+    if getattr(options, "lag", 0):
+        raise OptionError("lag", "lag is of one process, and this is one of several: start it without torchrun")
     learned = getattr(options, "normalize_observations", False) or getattr(options, "scale_rewards", False)
     if getattr(options, "overlap", False) and learned:
         said = "overlap is on, and ranks share running statistics between rollouts"

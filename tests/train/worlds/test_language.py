@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from policygrad.language.completions import Completions
 from policygrad.language.evaluation import Evaluation
 from policygrad.language.generation import generate
 from policygrad.language.policies import trunk
+from policygrad.train import compose
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
 from policygrad.train.training import Training
@@ -866,3 +868,54 @@ def test_right_completions_are_imitated(method: str, language: dict[str, Any]) -
     torch.testing.assert_close(found - plain, 0.3 * wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(OptionError, match="positive_weight reads which rewards are above 0, and kl_ref reward charges"):
         pg.train(method, **options | {"kl_ref": "reward"}, positive_weight=0.3)
+
+
+# Rollouts of an older policy
+
+
+class Behind:
+    """What Overlapped does, one after the other: a rollout of the policy of `lag` calls before."""
+
+    def __init__(self, sample: Any, lag: int) -> None:
+        self.sample, self.lag, self.versions = sample, lag, list[Any]()
+
+    def __call__(self, policy: Any) -> Any:
+        self.versions.append(deepcopy(policy))
+        return self.sample(self.versions[max(0, len(self.versions) - 1 - self.lag)])
+
+
+@pytest.mark.parametrize("more", [{}, {"old_logp": "recomputed"}, {"lora_rank": 2}], ids=str)
+def test_a_lag_is_that_of_policies_sampled_from_in_turn(
+    more: dict[str, Any], language: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = language | {"iterations": 5, "learning_rate": 1e-2} | more
+    plain = pg.train("grpo", **options)
+    assert torch.equal(parameters(plain), parameters(pg.train("grpo", **options, lag=0)))
+    runs = [pg.train("grpo", **options, lag=2) for _ in range(2)]
+    assert [row["policy_lag"] for row in runs[0].metrics[1:]] == [0, 1, 2, 2, 2]
+    monkeypatch.setattr(compose, "Overlapped", Behind)
+    behind = pg.train("grpo", **options, lag=2)
+    for run in runs:
+        assert torch.equal(parameters(run), parameters(behind))
+    assert not torch.equal(parameters(plain), parameters(behind))
+
+
+def test_a_run_with_a_lag_goes_on_bit_for_bit(language: dict[str, Any], tmp_path: Path) -> None:
+    options = language | {"learning_rate": 1e-2, "lag": 2}
+    whole = pg.train("grpo", **options | {"iterations": 6})
+    pg.train("grpo", **options | {"iterations": 3}, out=tmp_path / "run")
+    again = pg.resume(tmp_path / "run", trust=True, iterations=3, progress=False)
+    assert torch.equal(parameters(whole), parameters(again))
+    assert whole.metrics[-1]["steps"] == again.metrics[-1]["steps"]
+
+
+def test_a_lag_that_nothing_corrects_for_is_refused(language: dict[str, Any]) -> None:
+    for method, more, said in (
+        ("reinforce", {}, "lag learns from an older policy, and reinforce does not correct for that"),
+        ("dapo", {}, "lag counts rollouts, of which sampling_rounds may take several"),
+        ("dppo", {"divergence_mask": "tv"}, "lag learns from a policy of which no copy is kept"),
+        ("grpo", {"profile": True}, "profile follows one thread"),
+    ):
+        with pytest.raises(OptionError, match=said) as raised:
+            pg.train(method, **language, lag=1, **more)
+        assert len(str(raised.value)) <= 200
