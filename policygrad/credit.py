@@ -20,6 +20,7 @@ from policygrad.returns import discount, reward_to_go
 from policygrad.returns import vtrace as vtrace_returns
 from policygrad.rollout import Rollout, Split, holes_last, in_parts
 from policygrad.score import log_probabilities, token_ratio
+from policygrad.weights import per_token
 
 
 class Credit(NamedTuple):
@@ -39,7 +40,17 @@ class Charged(NamedTuple):
     charge: Float[Tensor, "B T"]
 
 
-Assign = Callable[[Rollout], Any]  # a Credit, or Charged
+class Imitating(NamedTuple):
+    """Credit, that charge if there is one, and the coefficient of log pi itself at each decision, [B, T]."""
+
+    advantage: Float[Tensor, "B T"]
+    target: Float[Tensor, "B T"]
+    value: Float[Tensor, "B T"]
+    charge: Float[Tensor, "B T"] | tuple[()]
+    imitation: Float[Tensor, "B T"]
+
+
+Assign = Callable[[Rollout], Any]  # a Credit, Charged or Imitating
 
 
 def baselined(
@@ -226,6 +237,26 @@ def covariance_charged(assign: Assign, *, share: float) -> Assign:
         return Charged(credit.advantage, credit.target, credit.value, charge)
 
     return _like(assign, charged)
+
+
+def imitating(assign: Assign, *, weight: float, weights: Callable[[Tensor], Tensor] = per_token) -> Assign:
+    """The same credit, and c = weight 1[R > 0] / sum w 1[R > 0] as the coefficient of log pi at each decision.
+
+    R is the return of its row and w the weight of a decision, so that the objective gains weight times the mean of
+    log pi over the decisions of the rows that were right (VAPO's positive-example language-model loss, arXiv
+    2504.05118, section 4.3, by token). 0 where no row was right. weights: those of the method's loop.
+    """
+
+    def with_imitation(rollout: Rollout) -> Imitating:
+        credit = assign(rollout)
+        each = weights(rollout.mask) if rollout.importance is None else weights(rollout.mask) * rollout.importance
+        right = (rollout.reward.sum(1, keepdim=True) > 0) & rollout.mask
+        total = ranks.sum(each.where(right, 0.0).sum())
+        coefficient = torch.where(right & (total > 0), weight / total, 0.0).to(credit.advantage.dtype)
+        charge = getattr(credit, "charge", ())
+        return Imitating(credit.advantage, credit.target, credit.value, charge, coefficient)
+
+    return _like(assign, with_imitation)
 
 
 def _share_of(mask: Bool[Tensor, "B T"], share: float) -> Int[Tensor, ""]:

@@ -34,7 +34,9 @@ class Guard:
                 if not self.skip:
                     blamed = NonFiniteError(f"{_first(batch)}{found}")
                     blamed.evidence = {
-                        name: x for name, x in batch._asdict().items() if name != "charge" or isinstance(x, Tensor)
+                        name: x
+                        for name, x in batch._asdict().items()
+                        if name not in ("charge", "imitation") or isinstance(x, Tensor)
                     }
                     raise blamed from error
             self.skipped += 1

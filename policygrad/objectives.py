@@ -56,6 +56,13 @@ def penalized_surrogate(
     return gain - beta * divergence
 
 
+def imitated(
+    gain: Float[Tensor, "B T"], logp: Float[Tensor, "B T"], coefficient: Float[Tensor, "B T"] | tuple[()]
+) -> Float[Tensor, "B T"]:
+    """gain + c log pi: the decision itself is imitated, whatever its advantage (see credit.imitating); (): c = 0."""
+    return gain + coefficient * logp if isinstance(coefficient, Tensor) else gain
+
+
 def clipped_weight(
     logp: Float[Tensor, "B T"],
     ratio: Float[Tensor, "B #T"],

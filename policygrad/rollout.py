@@ -97,6 +97,7 @@ class Batch(NamedTuple):
     target: Tensor  # the critic's target; 0 if there is none
     value: Tensor  # the critic's prediction when credit was assigned; 0 without a critic
     charge: Tensor | tuple[()] = ()  # what a penalty of KL(old, new) counts at each decision; (), no leaf: 1 everywhere
+    imitation: Tensor | tuple[()] = ()  # the coefficient of log pi itself at each decision; (), no leaf: 0 everywhere
 
 
 def decisions(
@@ -106,6 +107,7 @@ def decisions(
     target: Float[Tensor, "B T"] | None = None,
     value: Float[Tensor, "B T"] | None = None,
     charge: Float[Tensor, "B T"] | tuple[()] = (),
+    imitation: Float[Tensor, "B T"] | tuple[()] = (),
 ) -> Batch:
     """Join a rollout with its credit. Every column is 0 behind the mask.
 
@@ -121,8 +123,10 @@ def decisions(
         weight = weight * rollout.importance
     columns = [rollout.logp, weight, advantage, zero if target is None else target, zero if value is None else value]
     logp, weight, advantage, target, value = (torch.where(rollout.mask, x, 0.0) for x in columns)
-    charge = torch.where(rollout.mask, charge, 0.0) if isinstance(charge, Tensor) else ()
-    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value, charge)
+    charge, imitation = (
+        torch.where(rollout.mask, x, 0.0) if isinstance(x, Tensor) else () for x in (charge, imitation)
+    )
+    batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value, charge, imitation)
     pieces = rollout.mask.shape[1] if rollout.memoryless else rollout.pieces
     return tree_map(lambda x: x.unflatten(1, (pieces, -1)).flatten(0, 1), batch) if pieces > 1 else batch
 

@@ -1,6 +1,7 @@
 """Wrappers around samplers. Each changes one thing about the rollout."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -54,22 +55,26 @@ class WholeRows(Wrapper):
 
 
 class Overlapped(Wrapper):
-    """Sample the next rollout in a thread while this one is learned from.
+    """Sample the next rollouts in a thread while this one is learned from.
 
-    Every rollout but the first is of the policy of the call before: one version behind, never more and never less. The
-    gradient is then that of the rows `METHOD, off policy` of verify, so the method must weigh actions by the ratio to
-    the log-probabilities of the policy that sampled them. The sampler has a method draws_its_own(policy): whether it
-    leaves torch's global generator alone, without which the seed would not decide the run. Adds the metric policy_lag,
-    the number of versions. Raises UserError for a policy that samples from the global generator, and what the sampler
-    raised, one call later.
+    A call returns the oldest of the `lag` rollouts that were begun before it, and begins another one: every rollout
+    but the first `lag` ones is of the policy of `lag` calls before, never more and never less, and none is discarded.
+    The gradient is then that of the rows `METHOD, off policy` of verify, so the method must weigh actions by the ratio
+    to the log-probabilities of the policy that sampled them. It holds `lag` copies of the policy. The sampler has a
+    method draws_its_own(policy): whether it leaves torch's global generator alone, without which the seed would not
+    decide the run. It may have a method observed(obs), which makes observations of what a checkpoint holds of them.
+    Adds the metric policy_lag, the number of versions. Raises UserError for a policy that samples from the global
+    generator, and what the sampler raised, `lag` calls later.
     """
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Sample, lag: int = 1) -> None:
         super().__init__(sample)
         threads = torch.get_num_threads()  # a thread's own number
         self.pool = ThreadPoolExecutor(1, "sampling", initializer=lambda: torch.set_num_threads(threads))
-        self.policy: nn.Module | None = None  # as it was when the next rollout began
-        self.next: Future[Rollout] | None = None
+        self.lag, self.version = lag, 0  # the version of the policy is the number of calls
+        self.next: deque[tuple[int, Future[Rollout]]] = deque()  # of which version, the oldest first
+        self.copies: dict[Future[Rollout], nn.Module] = {}  # the policy as it was when a rollout began
+        self.free: list[nn.Module] = []  # copies whose rollout is sampled
 
     def __call__(self, policy: nn.Module) -> Rollout:
         if not self.sample.draws_its_own(policy):  # type: ignore[attr-defined]
@@ -77,27 +82,42 @@ class Overlapped(Wrapper):
                 "overlap needs a policygrad Policy of tanh or relu layers without memory, with Discrete or Gaussian "
                 "actions, and no tensors: others draw from torch's generator in both threads; leave overlap off"
             )
-        lag = 0.0 if self.next is None else 1.0
-        sampled = self.sample(policy) if self.next is None else self.next.result()
+        version, sampled = self.version, None
+        if self.next:
+            version, following = self.next.popleft()
+            sampled = following.result()
+            self.free += [self.copies.pop(following)] if following in self.copies else []
+        sampled = self.sample(policy) if sampled is None else sampled
         rollout = sampled.to(next(policy.parameters()).device)  # one of a file is not there yet
-        if self.policy is None:
-            self.policy = deepcopy(policy)
-        self.policy.load_state_dict(policy.state_dict())
-        self.next = self.pool.submit(self.sample, self.policy)
+        while len(self.next) < self.lag:
+            copy = self.free.pop() if self.free else deepcopy(policy)
+            copy.load_state_dict(policy.state_dict())
+            following = self.pool.submit(self.sample, copy)
+            self.copies[following] = copy
+            self.next.append((self.version, following))
+        lag, self.version = float(self.version - version), self.version + 1
         return replace(rollout, metrics=rollout.metrics | {"policy_lag": lag})
 
     def state_dict(self) -> dict[str, Any]:
-        following = (
-            None if self.next is None else {f.name: getattr(self.next.result(), f.name) for f in fields(Rollout)}
-        )
-        return {**super().state_dict(), "next": following}
+        following = [
+            {"version": version, **{f.name: getattr(one.result(), f.name) for f in fields(Rollout)}}
+            for version, one in self.next
+        ]  # first of all, since the sampler changes until they are there
+        return {**super().state_dict(), "version": self.version, "next": following}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.next = None
-        if state["next"] is not None:
-            self.next = Future()
-            self.next.set_result(Rollout(**state["next"]))
+        self.version, self.next, self.copies = int(state["version"]), deque(), {}
+        observed = getattr(self.sample, "observed", lambda obs: obs)
+        for saved in state["next"]:
+            one: Future[Rollout] = Future()
+            one.set_result(
+                Rollout(
+                    **{name: x for name, x in saved.items() if name not in ("version", "obs")},
+                    obs=observed(saved["obs"]),
+                )
+            )
+            self.next.append((int(saved["version"]), one))
 
 
 class Following(Wrapper):
@@ -202,6 +222,24 @@ class Gathered(Wrapper):
 
     def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
         self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
+
+
+class Mixed(Wrapper):
+    """Rollouts as they are, with a sampler of demonstrations beside them, which updates draw from."""
+
+    def __init__(self, sample: Sample, demonstrations: Sample) -> None:
+        super().__init__(sample)
+        self.demonstrations = demonstrations
+
+    def __call__(self, policy: nn.Module) -> Rollout:
+        return self.sample(policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "demonstrations": self.demonstrations.state_dict()}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.demonstrations.load_state_dict(state["demonstrations"])  # type: ignore[attr-defined]
 
 
 class InUnits(Wrapper):

@@ -49,6 +49,7 @@ class Measured(Objective):
 
 Scalar = Callable[[Batch], tuple[Tensor, Metrics]]  # an objective, or any function of this form
 Update = Callable[[Any, Batch], Metrics]  # (objective, batch) -> metrics
+Beside = Callable[[], tuple[Scalar, Batch]]  # a further function of the same parameters, and what it is a function of
 # The step size along x = F^-1 g: (g.x) -> alpha.
 StepSize = Callable[[Tensor], Tensor]
 
@@ -60,6 +61,7 @@ def ascend(
     micro_batch: Split = None,
     compiled: bool = False,
     varying: bool = False,
+    beside: Beside | None = None,
 ) -> Update:
     """theta <- theta + step(grad objective): one ascent step of a torch optimizer, or of several.
 
@@ -69,12 +71,15 @@ def ascend(
     time and memory. compiled: every step after the optimizer's first is one graph (compiling.gradient_step; of a rank,
     objective and gradient are one, compiling.gradient): the same step to rounding, so a run that goes on with an
     optimizer that was loaded takes the way of one that was never stopped. varying: the batches have different numbers
-    of rows, for which there is one graph from the start. The update returns the objective's metrics, those of the
-    split, and gradient_norm and critic_gradient_norm, the norms before scaling. A batch without a decision that counts
-    changes nothing: the optimizer's moments would move the parameters. Of several ranks, batch is a rank's own part:
-    the gradient is that of all parts, in one sum after the backward pass, and so are norms and metrics. It raises
-    NonFiniteError before the step if the objective or a gradient is NaN or infinite, and UserError at its first step if
-    the optimizer's parameters are not the objective's, or no gradient reaches them.
+    of rows, for which there is one graph from the start. beside: asked at each step for a term that is added to the
+    objective, on a batch of its own, such as demonstrations; nothing is compiled then.
+
+    The update returns the objective's metrics, those of the split, and gradient_norm and critic_gradient_norm, the
+    norms before scaling. A batch without a decision that counts changes nothing: the optimizer's moments would move the
+    parameters. Of several ranks, batch is a rank's own part: the gradient is that of all parts, in one sum after the
+    backward pass, and so are norms and metrics. It raises NonFiniteError before the step if the objective or a gradient
+    is NaN or infinite, and UserError at its first step if the optimizer's parameters are not the objective's, or no
+    gradient reaches them.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     checked: Scalar | None = None
@@ -88,7 +93,7 @@ def ascend(
         if first:
             parts, step, graph = _parts(objective, optimizers), None, None
         parted, measured = ((), {}) if micro_batch is None else parts_of(batch.obs, micro_batch)
-        graphed = compiled and len(parted) < 2 and len(optimizers) == 1 and _begun(optimizers)
+        graphed = compiled and beside is None and len(parted) < 2 and len(optimizers) == 1 and _begun(optimizers)
         if graphed and ranks.size() == 1 and (step is not None or has_rule(optimizers[0])):
             if step is None:
                 step = gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
@@ -108,16 +113,17 @@ def ascend(
             return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
         for one in optimizers:
             one.zero_grad()
+        further = [] if beside is None else [_parted(*beside(), micro_batch)]
         if whole_weight is None:
             parted_batch: Any = micro_batches(batch, parted) if len(parted) > 1 else [(1.0, batch)]
-            whole, total = _backward(objective, parted_batch)
+            whole, total = _with_further(_backward(objective, parted_batch), further)
         else:
             rows = parted if len(parted) > 1 else len(batch.mask)
             own = ranks.as_often(list(micro_batches(batch, rows, whole_weight)), partial(_idle, batch))
             owners = [p for found in parts.values() for p in found]
             if graphed and (graph is not None or has_rule(optimizers[0])):
                 graph = graph or gradient(objective, owners, varying)
-            whole, total = _backward_everywhere(objective, batch, own, owners, graph)
+            whole, total = _backward_everywhere(objective, batch, own, owners, graph, further)
         if first:
             _check_reached(parts)
             checked = objective
@@ -173,12 +179,31 @@ def _backward(objective: Scalar, parts: Iterable[tuple[float, Batch]]) -> tuple[
     return whole, total
 
 
+def _parted(objective: Scalar, batch: Batch, micro_batch: Split) -> tuple[Scalar, list[tuple[float, Batch]]]:
+    """A further objective with the parts of its batch, and their shares of the weight of all ranks."""
+    parts = parts_of(batch.obs, micro_batch)[0]
+    found = list(micro_batches(batch, parts, ranks.total(float(batch.weight.sum()))))
+    return objective, found or [(0.0, batch)]  # every rank has the same metrics
+
+
+def _with_further(
+    found: tuple[Tensor, Metrics], further: Sequence[tuple[Scalar, list[tuple[float, Batch]]]]
+) -> tuple[Tensor, Metrics]:
+    """The objective and its metrics with those of further ones, whose gradients are added too."""
+    whole, total = found
+    for objective, parts in further:
+        value, metrics = _backward(objective, parts)
+        whole, total = whole + value, total | metrics
+    return whole, total
+
+
 def _backward_everywhere(
     objective: Scalar,
     batch: Batch,
     parts: list[tuple[float, Batch]],
     parameters: list[Tensor],
     graph: Callable[[Batch], Any] | None,
+    further: Sequence[tuple[Scalar, list[tuple[float, Batch]]]] = (),
 ) -> tuple[Tensor, Metrics]:
     """The same of the parts of all ranks: one sum of gradients, objective and metrics. graph: compiling.gradient.
 
@@ -199,6 +224,7 @@ def _backward_everywhere(
             with torch.no_grad():
                 whole, total = objective(batch)
             whole, total = torch.zeros_like(whole), {name: torch.zeros_like(x) for name, x in total.items()}
+        whole, total = _with_further((whole, total), further)
         objective.names_of_metrics = list(total)  # type: ignore[attr-defined]
     except Exception as error:
         names = getattr(objective, "names_of_metrics", None)

@@ -29,6 +29,8 @@ from policygrad.advantages import (
     unit_scale,
     unnormalized,
 )
+from policygrad.algorithms.grpo import GRPOObjective
+from policygrad.algorithms.ppo import PPOObjective
 from policygrad.credit import (
     Assign,
     Credit,
@@ -42,6 +44,7 @@ from policygrad.credit import (
     discounted,
     grouped,
     high_entropy,
+    imitating,
     modules_of,
     selected,
     standardized,
@@ -52,7 +55,7 @@ from policygrad.errors import UserError
 from policygrad.exact.policies import SoftmaxPolicy, TabularCritic, tabular
 from policygrad.returns import reward_to_go, trajectory_return
 from policygrad.rollout import Rollout, decisions
-from policygrad.weights import per_token
+from policygrad.weights import per_row, per_token
 
 pytestmark = pytest.mark.usefixtures("float64")
 close = partial(assert_close, rtol=1e-11, atol=1e-12)  # sums of some tens of numbers near 1, in float64
@@ -734,3 +737,34 @@ def test_the_share_that_covaries_most_is_charged(
     batch = decisions(rollout, per_token(rollout.mask), *credit)
     assert torch.equal(batch.charge, credit.charge)
     assert isinstance(decisions(rollout, per_token(rollout.mask), *plain).charge, tuple)
+
+
+@pytest.mark.parametrize("average", [per_token, per_row])
+@pytest.mark.parametrize("of", [PPOObjective, GRPOObjective])
+def test_the_rows_that_were_right_are_imitated(
+    of: Any, average: Any, softmax: nn.Module, sample: Callable[..., Rollout], float64: None
+) -> None:
+    """The objective gains 0.3 times the mean of log pi over their decisions, in scalar loops, and its gradient."""
+    softmax, rollout = softmax.double(), sample(softmax)
+    rollout = replace(rollout, logp=rollout.logp.double(), reward=rollout.reward.double())
+    objective = of(softmax, None) if of is PPOObjective else of(softmax)
+    plain, imitated = baselined(), imitating(baselined(), weight=0.3, weights=average)
+    weight = average(rollout.mask).double()
+    first, second = (decisions(rollout, weight, *assign(rollout)) for assign in (plain, imitated))
+    logp = softmax(rollout.obs).log_prob(rollout.action)
+    total, wanted, rows = 0.0, torch.zeros(()).double(), rollout.reward.sum(1).tolist()
+    assert min(rows) < 0 < max(rows)
+    for i, returned in enumerate(rows):
+        for t in range(rollout.mask.shape[1]):
+            if returned > 0 and rollout.mask[i, t]:
+                total, wanted = total + float(weight[i, t]), wanted + weight[i, t] * logp[i, t]
+    wanted = 0.3 * wanted / total
+    found = objective(second)[0] - objective(first)[0]
+    assert_close(found, wanted)
+    parameters = list(softmax.parameters())
+    for x, y in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        assert_close(x, y)
+    nothing = imitated(replace(rollout, reward=-rollout.reward.abs())).imitation
+    assert not nothing.any(), "no row was right"
+    charged = imitating(covariance_charged(plain, share=0.3), weight=0.3)(rollout)
+    assert torch.equal(charged.charge, covariance_charged(plain, share=0.3)(rollout).charge)

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from policygrad import ranks
 from policygrad.advantages import standardize
 from policygrad.algorithms.ppo import PPOObjective
+from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.control.normalization import RunningStatistics
 from policygrad.diagnostics import explained_variance
 from policygrad.errors import NonFiniteError, UserError
@@ -271,6 +272,46 @@ def test_flat_groups_are_dropped_whole_on_all_ranks() -> None:
     assert first[0] == 1.0
     assert all(map(math.isnan, first[1:]))  # of its later rounds, whose group 0 has no room on rank 1
     assert [x for x in second if not math.isnan(x)] == [0.0, 3.0, 4.0]
+
+
+def with_a_term_beside(problem: Problem, rollout: Rollout, rows: int | None) -> tuple[Tensor, dict[str, float]]:
+    """The parameters after a step on these rows, with log pi of the same rows beside, and its metrics."""
+    likelihood = ReinforceObjective(problem.policy)
+
+    def weighed(part: Any) -> Any:
+        value, metrics = likelihood(part)
+        return 0.3 * value, {"beside": metrics["objective"]}
+
+    def beside() -> Any:
+        return weighed, decisions(rollout, per_token(rollout.mask), torch.ones_like(rollout.reward))
+
+    update = ascend(torch.optim.SGD(problem.policy.parameters(), lr=0.5), micro_batch=rows, beside=beside)
+    batch = decisions(rollout, per_token(rollout.mask), rollout.reward)
+    metrics = {name: float(x) for name, x in update(PPOObjective(problem.policy, None), batch).items()}
+    return torch.cat([p.detach().flatten() for p in problem.policy.parameters()]), metrics
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_term_beside_adds_its_gradient_that_of_all_ranks(layout: str, rows: int | None, float64: None) -> None:
+    problem = Problem(layout)
+    policy, whole = problem.policy, Rollout.join(problem.parts)
+    change: Any = 0.0
+    for scale, objective, x in (
+        (0.5, PPOObjective(policy, None), whole.reward),
+        (0.15, ReinforceObjective(policy), torch.ones_like(whole.reward)),
+    ):
+        value = objective(decisions(whole, per_token(whole.mask), x))[0]
+        found = torch.autograd.grad(value, list(policy.parameters()))
+        change = change + scale * torch.cat([g.flatten() for g in found])
+    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+    expected, metrics = with_a_term_beside(problem, whole, rows)
+    close(expected, before + change)
+    problems = [Problem(layout) for _ in LAYOUTS[layout]]
+    work = [partial(with_a_term_beside, x, x.parts[i], rows) for i, x in enumerate(problems)]
+    for parameters, of_rank in ranks.simulated(work):
+        close(parameters, expected)
+        assert all(of_rank[name] == pytest.approx(metrics[name]) for name in ("beside", "objective", "gradient_norm"))
 
 
 # What fails

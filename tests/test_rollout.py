@@ -34,7 +34,7 @@ GARBAGE = [torch.nan, torch.inf, -torch.inf, 1e30]
 
 def credited(rollout: Rollout, weights: Callable[[Tensor], Tensor] = per_token) -> Batch:
     """The rollout with some advantages, targets and values."""
-    columns = torch.randn(4, *rollout.mask.shape, generator=torch.Generator().manual_seed(1))
+    columns = torch.randn(5, *rollout.mask.shape, generator=torch.Generator().manual_seed(1))
     return decisions(rollout, weights(rollout.mask), *columns)
 
 
@@ -295,7 +295,7 @@ def test_importance_multiplies_the_weights_and_nothing_else(
     shape = (30, 1) if memoryless else (6, 5)
     assert_close(weighed.weight, plain.weight * importance.view(shape))
     for name in Batch._fields:
-        if name not in ("weight", "charge"):
+        if name not in ("weight", "charge", "imitation"):
             assert torch.equal(getattr(weighed, name), getattr(plain, name)), name
     ones = credited(replace(rollout, importance=torch.ones(6, 5)))
     assert torch.equal(ones.weight, plain.weight)

@@ -70,11 +70,11 @@ def assert_only_changed(found: Rollout, rollout: Rollout, *names: str) -> None:
 # Overlap
 
 
-def in_cartpole(**options: Any) -> tuple[Overlapped, Policy]:
+def in_cartpole(lag: int = 1, **options: Any) -> tuple[Overlapped, Policy]:
     environments = make_environments("CartPole-v1", 4)
     torch.manual_seed(0)
     policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(8,), **options)
-    return Overlapped(Sampler(environments, 16, seed=0)), policy
+    return Overlapped(Sampler(environments, 16, seed=0), lag), policy
 
 
 def changed(policy: nn.Module) -> None:
@@ -83,34 +83,42 @@ def changed(policy: nn.Module) -> None:
             p.add_(0.1)
 
 
-def test_a_rollout_is_of_the_policy_of_the_call_before() -> None:
-    sample, policy = in_cartpole()
+@pytest.mark.parametrize("lag", [1, 3])
+def test_a_rollout_is_of_the_policy_of_so_many_calls_before(lag: int) -> None:
+    sample, policy = in_cartpole(lag)
     versions, rollouts = [], []
-    for _ in range(4):
+    for _ in range(6):
         versions.append(deepcopy(policy))
         rollouts.append(sample(policy))
         changed(policy)
-    assert [x.metrics["policy_lag"] for x in rollouts] == [0, 1, 1, 1]
-    for version, rollout in zip([versions[0], *versions[:-1]], rollouts, strict=True):
+    assert [x.metrics["policy_lag"] for x in rollouts] == [min(k, lag) for k in range(6)]
+    assert len({*sample.copies.values(), *sample.free}) == lag, "copies of the policy"
+    for version, rollout in zip([versions[0]] * lag + versions[:-lag], rollouts, strict=True):
         close(version(rollout.obs).log_prob(rollout.action)[rollout.mask], rollout.logp[rollout.mask])
 
 
-def test_the_rollouts_of_one_policy_are_those_without_overlap() -> None:
-    sample, policy = in_cartpole()
+@pytest.mark.parametrize("lag", [1, 3])
+def test_the_rollouts_of_one_policy_are_those_without_overlap_and_none_is_discarded(lag: int) -> None:
+    sample, policy = in_cartpole(lag)
     plain, _ = in_cartpole()
-    for _ in range(3):
+    for _ in range(6):
         found = sample(policy)
         assert_only_changed(found, plain.sample(policy), "metrics")
 
 
-def test_overlapped_sampling_resumes() -> None:
-    sample, policy = in_cartpole()
-    sample(policy)
-    state = sample.state_dict()
-    expected = sample(policy)
-    other, _ = in_cartpole()
+@pytest.mark.parametrize("lag", [1, 3])
+def test_overlapped_sampling_resumes(lag: int) -> None:
+    sample, policy = in_cartpole(lag)
+    for _ in range(2):
+        sample(policy)
+        changed(policy)
+    state, now = sample.state_dict(), deepcopy(policy)
+    other, _ = in_cartpole(lag)
     other.load_state_dict(state)
-    assert_only_changed(other(policy), expected)
+    for _ in range(lag):  # then come those of environments, which are not part of the state
+        assert_only_changed(other(now), sample(policy))
+        changed(policy)
+        changed(now)
 
 
 def test_a_policy_that_draws_from_the_global_generator_is_refused() -> None:

@@ -20,7 +20,7 @@ from policygrad.advantages import unnormalized
 from policygrad.algorithms.ppo import ppo
 from policygrad.diagnostics import clip_fraction_by_side, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, AdaptiveEntropy
-from policygrad.objectives import Filter, clipped_surrogate, dual_clip, penalized_surrogate
+from policygrad.objectives import Filter, clipped_surrogate, dual_clip, imitated, penalized_surrogate
 from policygrad.rollout import Batch
 from policygrad.score import bounded, token_ratio
 from policygrad.updates import Metrics, Objective
@@ -39,7 +39,7 @@ class GRPOObjective(Objective):
     token_clip: see score.bounded; dual_clip: see objectives.dual_clip. filters: decisions that one of them does not
     keep add 0. anchor: a partial of divergences.to_reference; the coefficient is its beta. penalty: the estimate of
     KL(old, new), such as divergences.squared_row, with its own coefficient, times the batch's charge if it has one.
-    entropy_bonus: c_H, if it adapts.
+    entropy_bonus: c_H, if it adapts. A batch with imitation adds it: see objectives.imitated.
 
     If the weights match the centering (by row, or rows of equal length), the objective is always 0 at ratio 1: watch
     reward, group_std, flat_groups and gradient_norm instead. clipped_weight keeps every gradient; for it,
@@ -81,6 +81,7 @@ class GRPOObjective(Objective):
             kept = torch.stack([keep(distribution, batch, logp).expand_as(gain) for keep in self.filters]).all(0)
             gain = gain.where(kept, 0.0)
             metrics["kept"] = average(kept.to(share.dtype), share)
+        gain = imitated(gain, logp, batch.imitation)
         if self.divergence is not None and self.penalty is not None:
             divergence = self.divergence(logp, batch.logp, batch.mask)
             divergence = divergence * batch.charge if isinstance(batch.charge, Tensor) else divergence

@@ -19,7 +19,7 @@ from policygrad.credit import Assign, check_modules, check_rows
 from policygrad.critics import Fit, fitted, no_fit, unit
 from policygrad.diagnostics import after_update, clip_fraction, clip_fraction_by_side, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
-from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, penalized_surrogate
+from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, imitated, penalized_surrogate
 from policygrad.rollout import Batch, Rollout, decisions, minibatches
 from policygrad.score import token_ratio
 from policygrad.updates import Metrics, Objective, Update
@@ -31,7 +31,7 @@ class PPOObjective(Objective):
 
     critic: None leaves the last term out; V, target and value_clip are in its unit (critics.unit). clip: (low, high) of
     the ratio. penalty: the coefficient of KL(old, new), estimated by k3. value_clip: see clipped_squared_error.
-    dual_clip: see objectives.dual_clip.
+    dual_clip: see objectives.dual_clip. A batch with imitation adds it: see objectives.imitated.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class PPOObjective(Objective):
         gain = dual_clip(
             clipped_surrogate(logp, ratio, batch.advantage, low=low, high=high), batch.advantage, self.dual_clip
         )
+        gain = imitated(gain, logp, batch.imitation)
         if self.penalty is not None:
             gain = penalized_surrogate(gain, k3(batch.logp, logp), self.penalty.value)
         gain, entropy = average(gain, batch.weight), average(distribution.entropy(), batch.weight)

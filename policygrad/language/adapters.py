@@ -143,6 +143,50 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
             layer.weight.copy_(layer.weight.float() + change)
 
 
+def check_mergeable(model: nn.Module) -> None:
+    """Raise UserError if a layer under an adapter shares its weight with another, which merging would change too."""
+    held, adapted = dict[int, str](), _adapted(model)
+    for name, layer in model.get_base_model().named_modules():  # type: ignore[operator]
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            continue
+        path = name.removesuffix(".base_layer")
+        other = held.setdefault(weight.data_ptr(), path)
+        if other != path and {path, other} & adapted.keys():
+            raise UserError(
+                f"{ending(path, 60)} and {ending(other, 60)} share their weight, and an adapter on one cannot be "
+                "merged: give other lora_targets, or save the adapter"
+            )
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model that add_adapter made, W + (alpha / r) B A in each adapted layer, named as without one.
+
+    The sum is taken in float32 and rounded to the type of W. The model stays as it is.
+    """
+    found, adapted = {}, _adapted(model)
+    for name, x in model.get_base_model().state_dict().items():  # type: ignore[operator]
+        place = next((y for y in adapted if name.startswith(f"{y}.")), None)
+        if place is None:
+            found[name] = x
+        elif name.startswith(f"{place}.base_layer."):
+            found[name.replace(f"{place}.base_layer.", f"{place}.", 1)] = x
+    for place, layer in adapted.items():
+        weight = layer.base_layer.weight
+        change = layer.get_delta_weight(layer.active_adapters[0])
+        found[f"{place}.weight"] = (weight.float() + change.float()).to(weight.dtype)
+    return found
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that have an adapter, by their names without one."""
+    from peft.tuners.lora import LoraLayer
+
+    inner = model.get_base_model()  # type: ignore[operator]
+    return {name: layer for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
+
+
 def _check_plain(settings: dict[str, Any]) -> None:
     """Raise ValueError for an adapter that is more than W + alpha / r B A."""
     alpha = settings.get("lora_alpha")

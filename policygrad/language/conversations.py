@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policygrad.errors import UserError, one_line, shortened
+from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.language import data, templates
 from policygrad.language.completions import Completions, Engine, Request
 from policygrad.language.policies import LanguagePolicy
 from policygrad.language.reading import Example
+from policygrad.language.rewards.calling import limited, name_of
 from policygrad.language.sampler import MULTIPLE, Answers, Judge, Prompts, judged
 
 Message = dict[str, Any]
 Messages = str | list[Message]  # text, or messages {"role": ..., "content": ...}
 TURNS = 8  # of the policy, by default
+SECONDS = 60.0  # for an environment's start, a reset or a step, by default
 
 
 @runtime_checkable
@@ -40,6 +42,32 @@ class Environment(Protocol):
 
     def step(self, text: str) -> tuple[Messages | None, float, bool]:
         """The policy's turn as text -> (what is said to it, or None at the end; the reward of its turn; the end)."""
+
+
+class Limited:
+    """An environment whose start, resets and steps have `seconds` each, and which has the tools of the one inside.
+
+    Raises UserError if one of them takes longer, or raises.
+    """
+
+    def __init__(self, make: Callable[[], Environment], seconds: float) -> None:
+        self.seconds = seconds
+        self.environment = within(make, seconds, f"the start of {ending(name_of(make), 60)}")
+
+    @property
+    def tools(self) -> Sequence[Any]:
+        """Those of the environment."""
+        return getattr(self.environment, "tools", ())
+
+    def reset(self, seed: int) -> Messages:
+        """That of the environment."""
+        found: Messages = _asked(self.environment, "reset", seed, self.seconds)
+        return found
+
+    def step(self, text: str) -> tuple[Messages | None, float, bool]:
+        """That of the environment."""
+        found: tuple[Messages | None, float, bool] = _asked(self.environment, "step", text, self.seconds)
+        return found
 
 
 Begin = Callable[[Mapping[str, Any]], Environment]  # the row of a prompt -> its environment, at the beginning
@@ -235,14 +263,26 @@ def begun(environment: Environment, seed: int) -> Messages:
     return checked(_asked(environment, "reset", seed), "reset")
 
 
-def _asked(environment: Environment, what: str, argument: str | int) -> Any:
-    """environment.what(argument). Raises UserError in the place of what it raises."""
+def within(work: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What the work returns. Raises what it raises, and UserError if it takes longer. what: the work, in words."""
+    outcome = limited(work, seconds)
+    if outcome is None:
+        raise UserError(f"{what} did not finish within {seconds:g} s: fix it, or raise step_time_limit")
+    found, error = outcome
+    if error is not None:
+        raise error
+    return found
+
+
+def _asked(environment: Environment, what: str, argument: str | int, seconds: float | None = None) -> Any:
+    """environment.what(argument). Raises UserError in the place of what it raises, and if it takes longer."""
+    name, ask = ending(type(environment).__name__, 60), getattr(environment, what)
     try:
-        return getattr(environment, what)(argument)
+        return ask(argument) if seconds is None else within(lambda: ask(argument), seconds, f"{what} of {name}")
     except UserError:
         raise
     except Exception as error:
-        said, name = one_line(error, 70) or "no message", type(environment).__name__
+        said = one_line(error, 70) or "no message"
         raise UserError(
             f"{what} of {name} raised {type(error).__name__}: {said}: fix it (--debug shows where)"
         ) from error

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from policygrad.errors import UserError, ending, one_line, shortened
 from policygrad.files import add_metadata, check_directory, check_file, damaged, read_json
-from policygrad.language.adapters import Adapter, base_of, merge, saved_adapter
+from policygrad.language.adapters import Adapter, base_of, merge, merged_weights, saved_adapter
 from policygrad.language.adapters import add_adapter as add_adapter
 from policygrad.language.policies import LanguagePolicy, ValueModel, causal, trunk
 
@@ -188,9 +188,12 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     metadata: dict[str, str] | None = None,
+    *,
+    merged: bool = False,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write both in the Hugging Face layout, for `from_pretrained`. Of a model with an adapter only the adapter.
+    """Write both in the Hugging Face layout, for `from_pretrained`. Of a model with an adapter only the adapter, or,
+    `merged`, a whole model with the adapter in its weights, which are copied for that.
 
     The files are written in a directory of their own and then replaced one by one, the weights last: a process that is
     killed leaves the old ones. metadata: written into the file of the weights; `files.read_metadata` reads it. weights:
@@ -199,13 +202,16 @@ def save_model(
     """
     directory = Path(directory)
     fresh = directory / ".new"
-    adapter = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}  # peft would ask the hub
+    how: dict[str, Any] = {}
+    if hasattr(model, "peft_config"):
+        how = {"state_dict": merged_weights(model)} if merged else {"save_embedding_layers": False}  # asked of the hub
+        model = causal(model) if merged else model
     try:
         with _written(directory), quiet():
             directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(fresh, ignore_errors=True)
             given = {} if weights is None else {"state_dict": weights}
-            model.save_pretrained(fresh, **adapter, **given)  # type: ignore[operator]
+            model.save_pretrained(fresh, **how, **given)  # type: ignore[operator]
             tokenizer.save_pretrained(fresh)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's card, without content
             for path in fresh.glob("*.safetensors"):  # in any case, because safetensors makes its files private

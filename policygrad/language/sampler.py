@@ -22,7 +22,7 @@ from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.rewards import Rewards, repeats, text_of
 from policygrad.rollout import Rollout, at_last_decision
 
-Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards
+Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # rewards.Rewards: the reward [B], or [B, W] by token
 MULTIPLE = 16  # the width of prompts is one of few, so that shapes repeat
 ERROR = "error: "  # how the answer to a call of a tool begins that could not be carried out
 CUTS = ("kept", "masked", "penalized")  # what a completion cut at the limit is
@@ -110,6 +110,7 @@ class Answers:
     reward: Float[Tensor, " B"]  # NaN where no reward function applies
     parts: dict[str, Tensor]  # each reward function's own, NaN where it does not apply
     earned: Float[Tensor, "B T"] | None = None  # the part of the reward that an environment gave, where it gave it
+    by_token: Float[Tensor, "B T"] | None = None  # the part of the reward that functions gave, if by token
     state: Int[Tensor, "B T"] | None = None  # of the environment: see Rollout
     said: list[list[dict[str, Any]]] | None = None  # the messages of each conversation, after its prompt
 
@@ -182,7 +183,9 @@ def judged(
     """
     ids = completions.ids()
     raw = [a + b for a, b in zip(prompts.openings, tokenizer.batch_decode(ids), strict=True)]
-    columns = {**prompts.columns, "completion_ids": ids, "completions_raw": raw, "cut": completions.cut.tolist()}
+    own = [row[: len(tokens)] for row, tokens in zip(completions.mask.tolist(), ids, strict=True)]
+    columns = {**prompts.columns, "completion_ids": ids, "completion_mask": own, "completions_raw": raw}
+    columns["cut"] = completions.cut.tolist()
     said: list[Any] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts.texts, texts, strict=True)
@@ -194,7 +197,18 @@ def judged(
     except NonFiniteError as error:
         error.evidence = vars(completions)
         raise
-    return Answers(prompts, completions, texts, reward, parts)
+    if reward.dim() == 1:
+        return Answers(prompts, completions, texts, reward, parts)
+    width = completions.mask.shape[1]
+    by_token = torch.nn.functional.pad(reward.nan_to_num(0.0), (0, width - reward.shape[1])).to(completions.logp)
+    astray = ((by_token != 0) & ~completions.mask).nonzero().tolist()
+    if astray:
+        i, t = astray[0]
+        raise UserError(
+            f"a reward by token is {float(by_token[i, t]):g} at token {t} of sample {i}, which is not the policy's: "
+            "return 0 where completion_mask is False"
+        )
+    return Answers(prompts, completions, texts, reward.sum(1), parts, by_token=by_token)
 
 
 def _check_columns(judge: Judge | None, prompts: Prompts) -> None:
@@ -353,6 +367,14 @@ class CompletionSampler(PromptSampler):
         metrics["greedy_reward"] = float(likely.reward.nanmean())
         return replace(found, greedy=of_mode.repeat_interleave(self.request.completions), metrics=metrics)
 
+    def draws_its_own(self, policy: nn.Module) -> bool:
+        """Whether sampling leaves torch's global generator alone: it has its own. See samplers.Overlapped."""
+        return True
+
+    def observed(self, obs: Sequence[Tensor]) -> Prefixes:
+        """The observations of a rollout of which a checkpoint holds the tensors."""
+        return Prefixes(*obs)
+
     def _decoupled(self, answers: Answers) -> Answers:
         """Answers whose reward is that of `decoupled`, at their last decision. What an environment gave is one reward
         more, of weight 1. Completions that do not count are in no group."""
@@ -363,7 +385,7 @@ class CompletionSampler(PromptSampler):
         out = answers.reward.isnan() | ((self.cut == "masked") & answers.completions.cut.to(each.device))
         each = each.where(~out.unsqueeze(1), torch.nan)
         reward = decoupled(each, torch.tensor(weights, dtype=each.dtype), self.request.completions)
-        return replace(answers, reward=reward, earned=None)
+        return replace(answers, reward=reward, earned=None, by_token=None)
 
     def _metrics(self, answers: Answers) -> dict[str, float]:
         done, reward = answers.completions, answers.reward.double()
@@ -500,16 +522,18 @@ def _drawn(index: Int[Tensor, " n"], count: int, generator: torch.Generator) -> 
 def as_rollout(answers: Answers, group_size: int, cut: str, cut_penalty: float, metrics: dict[str, float]) -> Rollout:
     """Answers as a rollout. Each row terminates at its last decision, and the reward stands there.
 
-    What an environment gave stands where it gave it. A cut completion terminates too: its reward is for the text as it
-    is, so no value lies beyond. A row without a reward, or cut and masked, has no decision that counts, and is a group
-    of its own.
+    What an environment gave stands where it gave it, and a reward by token at its token. A cut completion terminates
+    too: its reward is for the text as it is, so no value lies beyond. A row without a reward, or cut and masked, has no
+    decision that counts, and is a group of its own.
     """
     done, device = answers.completions, answers.completions.tokens.device
     mask, reward = done.mask, answers.reward.to(device)
     out = reward.isnan() | done.cut if cut == "masked" else reward.isnan()
     if cut == "penalized":
         reward = reward - cut_penalty * done.cut
-    earned = torch.zeros_like(done.logp) if answers.earned is None else answers.earned
+    earned = torch.zeros_like(done.logp)
+    for part in (answers.earned, answers.by_token):
+        earned = earned if part is None else earned + part
     reward = at_last_decision((reward - earned.sum(1)).nan_to_num(0.0), mask) + earned
     last = at_last_decision(torch.ones(len(mask), device=device), mask).bool()
     mask = mask & ~out.unsqueeze(1)

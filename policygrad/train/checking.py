@@ -146,8 +146,10 @@ def _as_one_batch(options: Any) -> Any:
     values |= {
         "sampling_rounds": 1,
         "overlap": False,
+        "lag": 0,
         "compile": "off",
         "gradient_noise": "off",
+        "mix": None,
         "max_grad_norm": math.inf,
     }
     return replace(options, **{name: x for name, x in values.items() if hasattr(options, name)})

@@ -32,6 +32,7 @@ from policygrad.credit import (
     discounted,
     grouped,
     high_entropy,
+    imitating,
     selected,
     standardized,
     vtrace,
@@ -77,12 +78,13 @@ from policygrad.objectives import (
     within_divergence,
     without_drifted,
 )
-from policygrad.rollout import Batch, Split, state_size
+from policygrad.rollout import Batch, Split, decisions, state_size
 from policygrad.samplers import (
     Following,
     Gathered,
     InUnits,
     KLCharged,
+    Mixed,
     Overlapped,
     Refreshed,
     Rescored,
@@ -97,6 +99,7 @@ from policygrad.train.methods import KNOWN, method_named
 from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
 from policygrad.turns import bootstrapped_by_turn, grouped_by_state
 from policygrad.updates import (
+    Beside,
     MasterWeightsAdam,
     MasterWeightsAdamW,
     MasterWeightsMuon,
@@ -183,11 +186,12 @@ def compose(
     sample: Sample,
     reference: Callable[[], nn.Module] | None = None,
     due: Callable[[], bool] = lambda: True,
+    demonstrations: Sample | None = None,
 ) -> Learner:
     """Compose the method that the options describe, for a policy, a critic and a sampler.
 
     reference: makes the frozen starting policy, if KL to it is charged. due: whether the metrics of the next iteration
-    will be read; if not, metrics that cost extra are skipped.
+    will be read; if not, metrics that cost extra are skipped. demonstrations: the sampler of those that are mixed in.
     """
     if critic is not None and state_size(critic) and not state_size(policy):
         raise UserError(
@@ -214,7 +218,8 @@ def compose(
         coefficients["entropy"] = rule
     old = deepcopy(policy).requires_grad_(False) if getattr(options, "divergence_mask", "") in OVER_ACTIONS else None
     objective = objective_of(options, policy, critic, coefficients, anchor, old)
-    update, optimizers = update_of(options, policy, getattr(objective, "critic", None))
+    beside = None if demonstrations is None else mixed_in(policy, demonstrations, options.mix_weight)
+    update, optimizers = update_of(options, policy, getattr(objective, "critic", None), beside)
     guard = Guard(skip=options.on_nonfinite == "skip")
     mirror = getattr(options, "symmetry", None)
     if mirror is not None:
@@ -238,9 +243,10 @@ def compose(
             minibatch_size=rows_in(sample, policy, options.critic_minibatch_size),
             micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
         )  # fmt: skip
+    every = wrapped(options, policy, sample, critic, anchored, coefficients, old)
     return Learner(
-        wrapped(options, policy, sample, critic, anchored, coefficients, old),
-        credit_of(options, policy, critic, anchored),
+        every if demonstrations is None else Mixed(every, demonstrations),
+        credit_of(options, policy, critic, sample, anchored),
         objective,
         guard(update),
         loop_of(options, fit, diagnosis(options, objective, due), sample, policy),
@@ -277,14 +283,18 @@ def assemble(
         raise UserError(f"credit {options.credit} needs a critic: hand one in, or choose another credit")
     if getattr(options, "critic_warmup", 0):
         raise OptionError("critic_warmup", "critic_warmup counts the iterations of a run: use train, or leave it out")
+    if getattr(options, "mix", None) is not None:
+        raise OptionError("mix", "mix is read by a run: use train, or hand compose a sampler of demonstrations")
     if options.gamma is None and (options.credit != "group" or options.discounted):
         raise UserError("gamma is None, which is for train on an exact world: give the discount factor")
     return compose(options, policy, critic, sample, lambda: reference or deepcopy(policy).requires_grad_(False))
 
 
-def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None, reference: nn.Module | None = None) -> Assign:
+def credit_of(
+    options: Any, policy: nn.Module, critic: nn.Module | None, sample: Any = None, reference: nn.Module | None = None
+) -> Assign:
     """The credit from the options. reference: lets go of what it has gathered of its weights, if they are sharded."""
-    assign = _credit_of(options, policy, critic)
+    assign = _credit_of(options, policy, critic, sample)
     if not getattr(options, "shard", False):
         return assign
     from policygrad.language.sharding import cut
@@ -297,7 +307,7 @@ def credit_of(options: Any, policy: nn.Module, critic: nn.Module | None, referen
     return lighter
 
 
-def _credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Assign:
+def _credit_of(options: Any, policy: nn.Module, critic: nn.Module | None, sample: Any) -> Assign:
     if KNOWN[options.method].objective == "clone":
         return demonstrated
     gamma, micro_batch = options.gamma, split_of(options, policy)
@@ -344,7 +354,9 @@ def _credit_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> Ass
     if getattr(options, "learn_from", "all") == "low_covariance":
         bounds = {"low": options.covariance_low, "high": options.covariance_high}
         credit = covariance_thinned(credit, share=options.covariance_share, **bounds)
-    return discounted(credit, gamma) if options.discounted else credit
+    credit = discounted(credit, gamma) if options.discounted else credit
+    positive = getattr(options, "positive_weight", 0.0)
+    return imitating(credit, weight=positive, weights=average_of(options, sample)) if positive else credit
 
 
 def objective_of(
@@ -423,8 +435,26 @@ def filters_of(options: Any, old: nn.Module | None) -> list[Filter]:
     return filters
 
 
-def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tuple[Update, list[Optimizer]]:
-    """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer."""
+def mixed_in(policy: nn.Module, demonstrations: Sample, weight: float) -> Beside:
+    """weight * the objective of `clone`, the mean log pi of the decisions of the next demonstrations."""
+    objective = ReinforceObjective(policy)
+
+    def weighed(batch: Batch) -> tuple[Tensor, Metrics]:
+        value, metrics = objective(batch)
+        return weight * value, {"mix_log_probability": metrics["objective"]}
+
+    def draw() -> tuple[Callable[[Batch], tuple[Tensor, Metrics]], Batch]:
+        rollout = demonstrations(policy)
+        return weighed, decisions(rollout, weights.per_token(rollout.mask), *demonstrated(rollout))
+
+    return draw
+
+
+def update_of(
+    options: Any, policy: nn.Module, critic: nn.Module | None, beside: Beside | None = None
+) -> tuple[Update, list[Optimizer]]:
+    """The update from the options, and its optimizers. critic: a critic that shares the policy's optimizer. beside: see
+    ascend."""
     trained = {p.dtype for p in policy.parameters() if p.requires_grad}
     if KNOWN[options.method].update != "ascend" and trained & {torch.float16, torch.bfloat16}:
         raise UserError(
@@ -444,7 +474,7 @@ def update_of(options: Any, policy: nn.Module, critic: nn.Module | None) -> tupl
     parts = [(policy, options.learning_rate)] + ([] if critic is None else [(critic, critic_rate(options))])
     optimizers = optimizers_of(options, parts)
     limits = {"max_grad_norm": options.max_grad_norm, "micro_batch": split_of(options, policy)}
-    return ascend(optimizers, **limits, compiled=compiles(options), varying=varies(options)), optimizers
+    return ascend(optimizers, **limits, beside=beside, compiled=compiles(options), varying=varies(options)), optimizers
 
 
 def loop_of(
@@ -452,10 +482,7 @@ def loop_of(
 ) -> Callable[..., Iterator[Any]]:
     """The method's loop, a partial that still takes sample, credit, objective and update."""
     named = KNOWN[options.method].objective
-    average: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
-    if options.weights == "budget":
-        average = partial(weights.per_budget, limit=getattr(sample, "length", None))
-    loop = partial(LOOPS[named], weights=average, fit=fit, diagnose=diagnose)
+    loop = partial(LOOPS[named], weights=average_of(options, sample), fit=fit, diagnose=diagnose)
     if named == "clone":
         return partial(loop, epochs=1, minibatch_size=options.minibatch_size, normalize=unnormalized)
     if named not in ("ppo", "grpo"):
@@ -470,6 +497,14 @@ def loop_of(
         target_kl=options.target_kl,
         normalize=normalize,
     )
+
+
+def average_of(options: Any, sample: Any) -> Callable[[Tensor], Tensor]:
+    """How the method averages decisions: mask -> weights."""
+    if options.weights == "budget":
+        return partial(weights.per_budget, limit=getattr(sample, "length", None))
+    found: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
+    return found
 
 
 def rows_in(sample: Any, policy: nn.Module, size: Any) -> Any:
@@ -501,8 +536,9 @@ def wrapped(
 ) -> Sample:
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = split_of(options, policy)
-    if getattr(options, "overlap", False):
-        sample = Overlapped(sample)
+    lag = getattr(options, "lag", 0) or int(getattr(options, "overlap", False))
+    if lag:
+        sample = Overlapped(sample, lag)
     if ranks.size() > 1:
         sample = Together(sample)
     if getattr(options, "shard", False):

@@ -45,7 +45,6 @@ class Keywords(TypedDict, total=False):
     overlap: bool
     samplers: int | None
     ray: str | None
-    policy_lag: int
     env_options: str | dict[str, Any] | None
     normalize_observations: bool
     scale_rewards: bool
@@ -77,6 +76,7 @@ class Keywords(TypedDict, total=False):
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
     shard: bool
+    save: Literal["adapter", "merged"]
     gradient_checkpointing: bool
     autocast: Literal["none", "bfloat16", "auto"]
     dataset: Any
@@ -112,6 +112,7 @@ class Keywords(TypedDict, total=False):
     importance_level: Literal["token", "sequence", "product"]
     importance_outside: Literal["clip", "drop"]
     importance_normalized: bool
+    lag: int
     sampling_rounds: int
     credit: Literal["gae", "n_step", "monte_carlo", "vtrace", "reward_to_go", "trajectory_return", "group"]
     gamma: float | None
@@ -169,6 +170,10 @@ class Keywords(TypedDict, total=False):
     teacher: str | None
     reference_every: int | None
     reference_decay: float | None
+    positive_weight: float
+    mix: str | None
+    mix_weight: float
+    mix_rows: int
     learning_rate: float | None
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
     warmup: float

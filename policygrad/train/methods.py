@@ -260,8 +260,9 @@ VARIANTS = (
      "adaptive beta"),
     ("PPO with both", "ppo --kl-old-coefficient 1 --kl-old-target 0.01", "clipped and penalized"),
     ("PPO with dual clip", "ppo --dual-clip 3", "a floor for bad actions that became likely"),
-    ("VAPO", "ppo --clip-high 0.28 --critic-lam 1 --length-adaptive-lam 0.05 --critic-warmup 50",
-     "for language: two lambdas, one of them by length, and a critic that begins first"),
+    ("VAPO", "ppo --clip-high 0.28 --critic-lam 1 --length-adaptive-lam 0.05 --critic-warmup 50 --kl-ref none "
+     "--positive-weight 0.1",
+     "for language: two lambdas, one of them by length, a critic that begins first, and imitation of what was right"),
     ("PPO without a critic", "ppo --credit group --group-baseline leave_one_out", "the other episodes as the baseline"),
     ("TRPO without a critic", "trpo --credit group", "a trust region for GRPO's credit"),
     ("natural gradient", "npg --step-rule learning_rate", "Kakade's plain learning rate along F^-1 g"),

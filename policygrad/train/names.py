@@ -21,6 +21,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "base_model": (),
     "tokenizer": (),
     "teacher": (),
+    "mix": (),
     "dataset": (),
     "evaluation_dataset": (),
     "critic": ("copy", "shared"),
@@ -35,7 +36,7 @@ NAMES: dict[str, tuple[Any, ...]] = {
 # What a run keeps itself, or needs in training alone, so that loading it does not read the name; a model is kept unless
 # it is an adapter's base.
 KEPT = (
-    "start", "model", "base_model", "tokenizer", "teacher",
+    "start", "model", "base_model", "tokenizer", "teacher", "mix",
     "dataset", "evaluation_dataset", "demonstrations", "symmetry", "ray",
 )  # fmt: skip
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
@@ -54,7 +55,7 @@ def outside(kind: str, task: Any, options: Any, *, training: bool = False) -> di
             found["environment"] = [task]
     elif kind == "language" and training and task not in (None, *OWN_TASKS, "rows"):
         found["dataset"] = [task]
-    adapter = getattr(options, "lora_rank", 0) > 0
+    adapter = getattr(options, "lora_rank", 0) > 0 and getattr(options, "save", "adapter") == "adapter"
     for name in NAMES:
         if name in KEPT and not training and not (adapter and name in ("start", "model", "base_model")):
             continue

@@ -137,8 +137,8 @@ class Options:
         "auto: the environment's own vectorized version, else sync; async: a process per core; envpool: "
         "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
     step_time_limit: float | None = option(None,
-        "Seconds that an environment's process may take for its start, a step or a reset; None: any time.",
-        POSITIVE, **CONTROL, vectorization=("async",))
+        "Seconds that an environment's process, or one of conversations, may take for its start, a step or a reset. "
+        "None: any time; of conversations 60.", POSITIVE, world=("control", "language"), vectorization=("async",))
     wrap: tuple[str, ...] = option((),
         "Wrapper of Gymnasium around each environment, its arguments as JSON: TimeLimit:200, RescaleAction:-1,1, "
         "FrameStackObservation:4. Repeatable, the first one inside.", TEXTS, **CONTROL)
@@ -164,9 +164,6 @@ class Options:
     ray: str | None = option(None,
         "Address of the Ray cluster that has the samplers, HOST:PORT or auto. None: RAY_ADDRESS, or Ray starts here.",
         TEXT, **EPISODES, **SAMPLED)
-    policy_lag: int = option(0,
-        "Updates that the policy of remote samplers may be behind at most, while they do not wait for each other; 0: "
-        "they wait, and one seed gives one result.", NOT_NEGATIVE, **EPISODES, **SAMPLED, credit=BOOTSTRAPPED)
     env_options: str | None = option(None,
         'Options of the environment as a JSON object, such as \'{"is_slippery": false}\'; from Python, a dict.',
         OBJECT, **CONTROL)
@@ -244,6 +241,9 @@ class Options:
     shard: bool = option(False,
         "Of several ranks (torchrun), each holds a part of all weights, of the reference and of the optimizer.",
         **LANGUAGE, **ASCEND)
+    save: Literal["adapter", "merged"] = option("adapter",
+        "What is saved of a run that trains an adapter: the adapter alone, or the whole model with it merged in.",
+        **LANGUAGE)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
     autocast: Literal["none", "bfloat16", "auto"] = option("none",
         "Type of the computation; weights keep their type, and log-probabilities are float32. auto: bfloat16 where the "
@@ -321,6 +321,10 @@ class Options:
         **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
     importance_normalized: bool = option(False,
         "Divide these weights by their mean.", **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
+    lag: int = option(0,
+        "Updates that the policy which samples is behind; 0: sampling and learning take turns. Of a language model it "
+        "samples ahead in a thread, exactly so many; of remote samplers at most so many, and they do not wait for each "
+        "other. None is discarded.", NOT_NEGATIVE, **SAMPLED)
     sampling_rounds: int = option(1,
         "Dynamic sampling: maximum rollouts to fill one with groups of unequal returns. 1: no dynamic sampling.",
         COUNT, **SAMPLED, credit=("group",))
@@ -475,6 +479,16 @@ class Options:
     reference_decay: float | None = option(None,
         "Decay of a reference that is the exponential moving average of the policy; None: it stays.",
         FRACTION, **SAMPLED, kl_ref=("reward", "loss"))
+
+    positive_weight: float = option(0.0,
+        "Weight of the mean log-probability of the completions whose reward is above 0, which is added to the "
+        "objective (VAPO: 0.1); 0: none.", NOT_NEGATIVE, **LANGUAGE, **MINIBATCHES)
+    mix: str | None = option(None,
+        "Demonstrations mixed in, as clone takes them: a file or hub id with `prompt` and `completion`, or `messages`. "
+        "Each update adds their log-probability to the objective.", TEXT, **LANGUAGE, **SAMPLED, **ASCEND)
+    mix_weight: float = option(1.0,
+        "Weight of the mean log-probability of the tokens of such completions.", RATE, **LANGUAGE, **SAMPLED, **ASCEND)
+    mix_rows: int = option(16, "Demonstrations in each update.", COUNT, **LANGUAGE, **SAMPLED, **ASCEND)
 
     # Update
     learning_rate: float | None = option(0.0003,
@@ -714,8 +728,13 @@ def _check_read(f: Field, options: Any) -> None:
         )
     if f.name == "lam" and getattr(options, "length_adaptive_lam", None) is not None:
         raise OptionError("lam", "lam is read only without length_adaptive_lam: leave one of the two out")
-    if f.name in ("ray", "policy_lag") and options.samplers is None:
-        raise OptionError(f.name, f"{f.name} is of samplers, which is None: set that too, or leave {f.name} out")
+    if f.name == "ray" and options.samplers is None:
+        raise OptionError("ray", "ray is of samplers, which is None: set that too, or leave ray out")
+    if f.name == "lag" and getattr(options, "samplers", 1) is None:
+        other = ", or overlap" if hasattr(options, "overlap") else ""
+        raise OptionError("lag", f"lag is of samplers here, and samplers is None: set that{other}, or leave lag out")
+    if f.name in ("mix_weight", "mix_rows") and options.mix is None:
+        raise OptionError(f.name, f"{f.name} is of mix, which is None: set that too, or leave it out")
     if f.name == "entropy_step" and options.entropy_target is None:
         raise OptionError("entropy_step", "entropy_step is of entropy_target, which is None: set that too")
     if f.name in ("evaluation_episodes", "evaluation_patience") and not options.evaluate_every:
@@ -843,7 +862,7 @@ def _sampling_conflicts(o: Any) -> Any:
         yield (
             "overlap",
             f"overlap learns from a policy one update old, and {o.method} does not correct for that: use "
-            "off_policy_actor_critic, or a method with a ratio such as ppo",
+            "off_policy_actor_critic, or a method with a ratio such as ppo or grpo",
         )
     if o.agents == "separate":
         unfit = {
@@ -879,11 +898,13 @@ def _remote_conflicts(o: Any, shared: int) -> Any:
         each = "" if getattr(o, "group_size", None) is None else f" in groups of {o.group_size}"
         said = f"samplers is {o.samplers:,}, and num_envs is {o.num_envs:,}{each}: a sampler would have no work"
         yield "samplers", f"{said}; give at most {shared:,} samplers"
-    if o.policy_lag and shared % o.samplers:
+    if o.lag and o.credit not in BOOTSTRAPPED:
+        yield "lag", f"lag is for credit {', '.join(BOOTSTRAPPED)}, and credit is {o.credit}: leave lag out"
+    if o.lag and shared % o.samplers:
         said = f"samplers is {o.samplers:,}, which does not divide num_envs, {o.num_envs:,}"
-        yield "samplers", f"{said}: with policy_lag each has as many, whichever are the first"
-    if o.policy_lag and (said := _uncorrected(o)):
-        yield "policy_lag", f"policy_lag {said}"
+        yield "samplers", f"{said}: with lag each has as many, whichever are the first"
+    if o.lag and (said := _uncorrected(o)):
+        yield "lag", f"lag {said}"
     unfit = {
         "overlap": of_control and o.overlap,
         "opponent": of_control and o.opponent == "self",
@@ -892,7 +913,7 @@ def _remote_conflicts(o: Any, shared: int) -> Any:
         "scale_rewards": of_control and o.scale_rewards,
     }
     why = {
-        "overlap": "samplers have policy_lag for this",
+        "overlap": "samplers have lag for this",
         "opponent": "samplers do not have the earlier selves",
         "profile": "profile follows one process, and samplers are others",
     }
@@ -909,7 +930,7 @@ def _uncorrected(o: Any) -> str:
     if KNOWN[o.method].objective in ("reinforce", "actor_critic") and o.credit != "vtrace":
         return (
             f"learns from a policy some updates old, and {o.method} does not correct for that: use "
-            "off_policy_actor_critic, or a method with a ratio such as ppo"
+            "off_policy_actor_critic, or a method with a ratio such as ppo or grpo"
         )
     return ""
 
@@ -926,6 +947,7 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "autocast": (lambda x: x != "none", "the backward pass would keep 16-bit copies of all weights, whole"),
     "reference_every": (lambda x: x is not None, "a sharded reference stays as it is"),
     "reference_decay": (lambda x: x is not None, "a sharded reference stays as it is"),
+    "mix": (lambda x: x is not None, "ranks would pass through it a different number of times"),
     "shared_prompts": (lambda x: x == "on", "ranks would pass through it a different number of times"),
 }
 
@@ -936,6 +958,8 @@ def _language_conflicts(o: Any) -> Any:
     for name, (refused, why) in NOT_SHARDED.items() if getattr(o, "shard", False) else ():
         if hasattr(o, name) and refused(x := getattr(o, name)):
             yield name, f"{name} is {shortened(x, 20)}, and not with shard, since {why}: leave one of the two out"
+    if getattr(o, "lag", 0):
+        yield from _lag_conflicts(o)
     for name in ("reference_every", "reference_decay"):
         if getattr(o, "teacher", None) is not None and getattr(o, name) is not None:
             yield name, f"{name} moves the reference, and a teacher stays as it is: leave one out"
@@ -973,8 +997,23 @@ def _language_conflicts(o: Any) -> Any:
         )
     if not o.lora_rank and (o.lora_targets or o.lora_alpha is not None):
         yield "lora_rank", "lora_targets and lora_alpha are of an adapter, and lora_rank is 0: set that too"
+    if getattr(o, "positive_weight", 0.0) and o.kl_ref == "reward":
+        said = "positive_weight reads which rewards are above 0, and kl_ref reward charges KL to them"
+        yield "positive_weight", f"{said}: use another kl_ref"
+    if not o.lora_rank and o.save == "merged":
+        yield "save", "save merged is of an adapter, and lora_rank is 0: set that too, or leave save out"
     if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):
         yield "critic", f"critic is shared, and {o.method} fits its critic alone, which would move the policy: use copy"
+
+
+def _lag_conflicts(o: Any) -> Any:
+    """Conflicts of rollouts of an older policy, which are sampled in a thread."""
+    if o.profile:
+        yield "profile", "profile follows one thread, and lag samples in another: leave one of the two out"
+    if said := _uncorrected(o):
+        yield "lag", f"lag {said}"
+    if o.credit == "group" and o.sampling_rounds > 1:
+        yield "lag", "lag counts rollouts, of which sampling_rounds may take several an update: set sampling_rounds 1"
 
 
 def _sizes(o: Any) -> Any:

@@ -96,8 +96,8 @@ class Sampling:
 class Remote(Wrapper):
     """Several samplers, in actors of Ray, as one.
 
-    With policy_lag 0 each samples its share by the current policy, and the rollout is their rows in order: those of as
-    many ranks, bit for bit. With policy_lag k they do not wait for each other: a rollout has the rows of those that are
+    With lag 0 each samples its share by the current policy, and the rollout is their rows in order: those of as
+    many ranks, bit for bit. With lag k they do not wait for each other: a rollout has the rows of those that are
     ready first, also twice of one that is quick, and none of a policy that is more than k versions old. Nothing is
     dropped (IMPALA: Espeholt et al. 2018, arXiv 1802.01561). Adds the metric policy_lag, the mean number of versions.
 
@@ -119,7 +119,7 @@ class Remote(Wrapper):
             if hasattr(world.sample, name):
                 setattr(self, name, getattr(world.sample, name))
         self.ray, self.own = _started(count, address)
-        options = replace(world.options, samplers=None, ray=None, policy_lag=0, device="cpu")
+        options = replace(world.options, samplers=None, ray=None, lag=0, device="cpu")
         actor = self.ray.remote(num_cpus=1, max_restarts=-1)(Sampling)
         made = [actor.remote(i, count, world.kind, task, options, torch.get_default_dtype()) for i in range(count)]
         self.actors: list[Any] = made

@@ -69,6 +69,7 @@ WRITTEN = (
     "selves/*",
     "selves/*/*",
 )
+OF_THE_START = "model that the run began with, its reference,"
 ROWS = 1000  # maximum rows of metrics in a run
 
 
@@ -188,7 +189,7 @@ class Training:
                     if getattr(options, "start", None) and not in_checkpoint:
                         self.world.begin_from(directory_of(options.start))
                     self.world.after(0)
-                    self.start = "" if directory is None else digest(self._kept_from_the_start())
+                    self.start = {} if directory is None else {OF_THE_START: digest(self._kept_from_the_start())}
                 if getattr(options, "shard", False):
                     ranks.check_alike("at the start, the", {"policy": self._parameters()})
                     self.world.shard()
@@ -203,7 +204,9 @@ class Training:
                         self.sample,
                         self.world.reference,
                         self._due,
+                        self.world.demonstrations,
                     )
+                    self.start |= {} if directory is None else self.world.beside()
                     if options.profile:
                         self.run.profile = Profile()
                         self.world.watch(self.run.profile, self.learner)
@@ -242,7 +245,7 @@ class Training:
         if own != Own():
             raise UserError("samplers make policy and critic anew, from options, and one is handed in: leave one out")
         options = self.options
-        how = {"lag": options.policy_lag, "address": options.ray, "limit": options.rank_time_limit}
+        how = {"lag": options.lag, "address": options.ray, "limit": options.rank_time_limit}
         return Remote(self.world, options.samplers, **how)
 
     @classmethod
@@ -335,11 +338,10 @@ class Training:
         if checkpoint["task"] != self.world.stored():
             said = f"the task was {shortened(checkpoint['task'])}, and is {shortened(self.world.stored())}"
             warnings.warn(f"{said}: the numbers may not be those of an unbroken run", Note, stacklevel=3)
-        if checkpoint["start"] != self.start and ranks.rank() == 0:
-            raise UserError(
-                "the model that the run began with, its reference, is no longer what it was: put it back, or begin a "
-                "new run"
-            )
+        if ranks.rank() == 0:
+            for name, now in self.start.items():
+                if checkpoint["start"].get(name) != now:
+                    raise UserError(f"the {name} is no longer what it was: put it back, or begin a new run")
         changed = [f"{x} {checkpoint['versions'].get(x)}, now {now}" for x, now in self.world.versions().items()
                    if checkpoint["versions"].get(x) != now]  # fmt: skip
         if changed:
@@ -615,7 +617,9 @@ class Training:
 
     def _due(self) -> bool:
         """Whether the current iteration's row may be kept."""
-        if getattr(self.options, "overlap", False):  # the sampler is at the next rollout, and not to be waited for
+        if getattr(self.options, "overlap", False) or getattr(
+            self.options, "lag", 0
+        ):  # the sampler is at the next rollout, and not to be waited for
             return True
         share = self._share(float(ranks.total(self.sample.steps)), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
@@ -799,6 +803,8 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
     if getattr(options, "samplers", None) is not None:
         said = "samplers are of one learner, and ranks sample for themselves"
         raise OptionError("samplers", f"{said}: leave out samplers or torchrun")
+    if getattr(options, "lag", 0):
+        raise OptionError("lag", "lag is of one process, and this is one of several: start it without torchrun")
     learned = getattr(options, "normalize_observations", False) or getattr(options, "scale_rewards", False)
     if getattr(options, "overlap", False) and learned:
         said = "overlap is on, and ranks share running statistics between rollouts"

@@ -1,8 +1,10 @@
 """Conversations: what was sampled is what is trained on, byte for byte, and what stands between turns is a hole."""
 
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from language.chat import FAMILIES, Echo, PlainEcho, tokenizer
 from language.conftest import one_by_one
 from policygrad.errors import UserError
 from policygrad.language.completions import Completions, Request
-from policygrad.language.conversations import Dialogue, Environment, from_seed, starts
+from policygrad.language.conversations import Dialogue, Environment, Limited, from_seed, starts
 from policygrad.language.generation import generate
 from policygrad.language.policies import LanguagePolicy
 from policygrad.language.rewards import Rewards
@@ -410,6 +412,51 @@ def test_a_beginning_depends_on_its_seed_alone() -> None:
 
     with pytest.raises(UserError, match="reset of Broken raised ZeroDivisionError: division by zero: fix it"):
         starts(Broken, 3)
+
+
+class Slow(Echo):
+    """It takes too long where its place says so, and cannot be told to end."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place, self.tools = place, ["a tool"]
+        self.wait("start")
+
+    def wait(self, here: str) -> None:
+        while here == self.place:
+            try:
+                time.sleep(5)
+            except Exception:
+                continue
+
+    def reset(self, seed: int) -> Any:
+        self.wait("reset")
+        return super().reset(seed)
+
+    def step(self, text: str) -> Any:
+        self.wait("step")
+        return super().step(text)
+
+
+@pytest.mark.parametrize("place", ["start", "reset", "step"])
+def test_an_environment_that_takes_too_long_ends_in_one_line(place: str) -> None:
+    begin = from_seed(partial(Limited, partial(Slow, place), 0.3))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"{place} of Slow did not finish within 0.3 s: .* raise step_time_limit"):
+        begin({"seed": 1}).step("hello")
+    assert 0.3 <= time.monotonic() - began < 3
+
+
+def test_a_limit_of_time_changes_nothing_else() -> None:
+    made, plain = Limited(partial(Slow, "nowhere"), 60.0), Echo()
+    assert (made.reset(3), made.step("hi"), made.tools) == (plain.reset(3), plain.step("hi"), ["a tool"])
+
+    class Left(Echo):
+        def step(self, text: str) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Limited(Left, 60.0).step("hi")
 
 
 def test_a_template_that_cannot_write_the_conversation() -> None:

@@ -20,7 +20,7 @@ from policygrad.divergences import kl
 from policygrad.errors import UserError
 from policygrad.files import read_metadata
 from policygrad.language import arithmetic
-from policygrad.language.adapters import load_adapter
+from policygrad.language.adapters import check_mergeable, load_adapter
 from policygrad.language.models import (
     add_adapter,
     check_pair,
@@ -434,6 +434,31 @@ def test_a_saved_adapter_reloads_to_identical_logits(name: str, tmp_path: Path) 
     again = add_adapter(load_model(base), 2)
     load_adapter(again, Path(path))
     assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_merged_adapter_is_a_plain_model_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    model = add_adapter(tiny(name), 2)
+    trained(LanguagePolicy(model))
+    expected, before = logits(model), {name: x.clone() for name, x in model.state_dict().items()}
+    save_model(model, arithmetic.tokenizer(), tmp_path / "whole", merged=True)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not [x for name, found in info.items() if "keys" in name for x in found]
+    assert not hasattr(again, "peft_config")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(again), logits(tiny(name)), atol=1e-2)
+    now = model.state_dict()
+    assert all(torch.equal(x, now[name]) for name, x in before.items()), "the model in training stays as it is"
+    assert not list((tmp_path / "whole").glob("adapter*"))
+
+
+def test_a_weight_that_two_layers_share_cannot_be_merged() -> None:
+    model = add_adapter(tiny(), 2, targets=["lm_head"])
+    head, embedded = model.get_base_model().lm_head.base_layer, model.get_base_model().get_input_embeddings()
+    head.weight = embedded.weight
+    with pytest.raises(UserError, match="share their weight, and an adapter on one cannot be merged"):
+        check_mergeable(model)
+    check_mergeable(add_adapter(tiny(), 2))
 
 
 def test_alpha_is_twice_the_rank_unless_it_is_given() -> None:

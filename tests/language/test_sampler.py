@@ -8,6 +8,7 @@ from copy import copy, deepcopy
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -361,7 +362,8 @@ def test_the_judge_is_given_everything_about_a_completion() -> None:
         return [0.0] * len(columns["completions"])
 
     rollout = made(judge=Rewards([reward]))(made_policy())
-    assert set(given) == {"prompts", "completions", "answer", "completion_ids", "completions_raw", "cut"}
+    columns = {"prompts", "completions", "answer", "completion_ids", "completion_mask", "completions_raw", "cut"}
+    assert set(given) == columns
     sums = {x["prompt"]: x["answer"] for x in PROBLEMS}
     assert given["answer"] == [sums[prompt] for prompt in given["prompts"]]
     assert given["completion_ids"] == [x[m].tolist() for x, m in zip(rollout.action, rollout.mask, strict=True)]
@@ -783,3 +785,113 @@ def test_the_greedy_return_is_the_reward_of_each_prompts_most_likely_completion(
         wanted += [0.0 if of_cut and cut == "masked" else worth] * 4
     assert rollout.greedy.tolist() == pytest.approx(wanted)
     assert "greedy_reward" in rollout.metrics
+
+
+# Rewards by token
+
+
+def by_token(completion_ids: list[list[int]], **_: Any) -> list[list[float] | None]:
+    """Another number at each token, and none for every fifth completion."""
+    return [
+        None if i % 5 == 3 else [1 + token / 100 + t / 7 for t, token in enumerate(ids)]
+        for i, ids in enumerate(completion_ids)
+    ]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_reward_by_token_stands_at_its_token(cut: str) -> None:
+    """In scalar loops: 2 times the one by token, 0.5 times the one of the whole at the last, and what a cut costs."""
+    judge = Rewards([by_token, digits], [2.0, 0.5])
+    sampler = made(judge=judge, cut=cut, cut_penalty=0.25, prompts_per_rollout=5)
+    rollout = sampler(made_policy())
+    assert sampler.last is not None
+    done = sampler.last.completions
+    ids = done.ids()
+    each, whole = by_token(ids), digits(sampler.last.texts)
+    totals = []
+    for i, tokens in enumerate(ids):
+        wanted = [2 * x for x in each[i] or [0.0] * len(tokens)]
+        wanted[-1] += 0.5 * whole[i]
+        totals.append(sum(wanted))
+        wanted[-1] -= 0.25 * (cut == "penalized" and bool(done.cut[i]))
+        if cut == "masked" and done.cut[i]:
+            wanted = [0.0] * len(tokens)
+        assert rollout.reward[i].tolist() == pytest.approx(wanted + [0.0] * (9 - len(tokens)), abs=1e-5)
+    assert sampler.last.reward.tolist() == pytest.approx(totals, rel=1e-5)
+    sums = [math.nan if x is None else sum(x) for x in each]
+    assert sampler.last.parts["by_token"].tolist() == pytest.approx(sums, rel=1e-5, nan_ok=True)
+    assert 0 < int(done.cut.sum()) < len(ids)
+    later = [[sum(row[t:]) for t in range(9)] for row in rollout.reward.tolist()]
+    options = options_of("reinforce", "language")(baseline="none")
+    found = credit_of(options, made_policy(), None)(rollout).advantage
+    assert_close(found.where(rollout.mask, 0.0), torch.tensor(later).where(rollout.mask, 0.0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_sum_of_rewards_by_token_is_what_groups_compare() -> None:
+    def sums(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if x is None else sum(x) for x in by_token(completion_ids)]
+
+    rollouts = [made(judge=Rewards([f]), prompts_per_rollout=5)(made_policy()) for f in (by_token, sums)]
+    first, second = (grouped()(x).advantage.where(x.mask, 0.0) for x in rollouts)
+    assert_close(first, second, rtol=1e-4, atol=1e-4)
+    assert torch.equal(rollouts[0].mask, rollouts[1].mask), "what has no reward leaves"
+    assert not torch.equal(rollouts[0].reward, rollouts[1].reward)
+    both = [
+        made(judge=Rewards([f]), prompts_per_rollout=5, decouple_rewards=True)(made_policy()) for f in (by_token, sums)
+    ]
+    assert_close(both[0].reward, both[1].reward, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda rows: [rows[0][:-1], *rows[1:]],
+            "returned .* numbers for sample 0, of .* tokens: return a list with a",
+        ),
+        (
+            lambda rows: [*rows[:2], 1.0, *rows[3:]],
+            "returned 1.0 for sample 2, of .* tokens: return a list with a number",
+        ),
+        (
+            lambda rows: [rows[0], [*rows[1][:-1], math.nan], *rows[2:]],
+            "returned nan for token .* of sample 1: return a",
+        ),
+        (
+            lambda rows: [["a"] * len(rows[0]), *rows[1:]],
+            "returned 'a' for token 0 of sample 0: return a finite number",
+        ),
+        (lambda rows: [[None] * len(rows[0]), *rows[1:]], "returned None for a token of sample 0: return 0 there"),
+    ],
+)
+def test_a_reward_by_token_has_a_number_for_each(change: Any, said: str) -> None:
+    def wrong(completion_ids: list[list[int]], **_: Any) -> Any:
+        return change([[0.5] * len(ids) for ids in completion_ids])
+
+    with pytest.raises(UserError, match=said) as raised:
+        made(judge=Rewards([wrong]))(made_policy())
+    assert len(str(raised.value)) <= 200
+
+
+def test_tensors_and_arrays_are_rewards_by_token_too() -> None:
+    ids, texts = [[1, 2], [3, 4]], ["ab", "cd"]
+    rows = [[0.5, 1.0], [2.0, 3.0]]
+    for made_of in (torch.tensor, np.array, lambda x: [torch.tensor(y) for y in x], lambda x: [np.array(y) for y in x]):
+        reward, parts = Rewards([lambda _made=made_of, **_: _made(rows)])(texts, texts, {"completion_ids": ids})
+        assert (reward.tolist(), next(iter(parts.values())).tolist()) == (rows, [1.5, 5.0])
+
+
+def test_what_the_policy_did_not_say_has_no_reward() -> None:
+    def own(completion_ids: list[list[int]], completion_mask: list[list[bool]], **_: Any) -> list[list[float]]:
+        return [[float(x) for x in row] for row in completion_mask]
+
+    rollout = made(judge=Rewards([own]), engine=with_tool)(made_policy())
+    assert torch.equal(rollout.reward, rollout.mask.float())
+    assert any(0 in row.tolist()[: int(row.nonzero().max())] for row in rollout.mask.int()), "there are holes"
+
+    def everywhere(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+        return [[1.0] * len(ids) for ids in completion_ids]
+
+    with pytest.raises(UserError, match=r"a reward by token is 1 at token .* which is not the policy's") as raised:
+        made(judge=Rewards([everywhere]), engine=with_tool)(made_policy())
+    assert len(str(raised.value)) <= 200

@@ -66,6 +66,7 @@ def options(**values: Any) -> SimpleNamespace:
         ("language", "x.jsonl", {"attention": "sdpa"}, {}),
         ("language", "x.jsonl", {"attention": "org/kernels"}, {"attention": ["org/kernels"]}),
         ("language", "x.jsonl", {"model": "/m", "lora_rank": 4}, {"model": ["/m"]}),
+        ("language", "x.jsonl", {"model": "/m", "lora_rank": 4, "save": "merged"}, {}),
     ],
 )
 def test_what_leads_out_of_a_run(kind: str, task: Any, values: dict[str, Any], expected: dict[str, list[str]]) -> None:

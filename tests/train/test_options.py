@@ -230,7 +230,7 @@ ELSEWHERE = {"compile", "profile", "overlap", "device", "threads", "vectorizatio
 ELSEWHERE |= {"checkpoint_every", "checkpoints", "keep_best", "log", "start", "evaluation_patience", "wrap"}
 ELSEWHERE |= {"shard", "gradient_noise", "on_nonfinite", "restart_envs", "action_mask"}
 ELSEWHERE |= {"policy_keys", "critic_keys", "opponent", "freeze_every", "rank_time_limit", "agents"}
-ELSEWHERE |= {"samplers", "ray", "policy_lag"}
+ELSEWHERE |= {"samplers", "ray", "lag"}
 # No step on a table oversteps its radius, so that none is shortened.
 # On the way to a policy; the spaces of this environment are the same with all of its options.
 UNREAD = {("clone", "env_options"), ("clone", "weights")}

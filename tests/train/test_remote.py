@@ -245,7 +245,7 @@ def test_no_rollout_is_older_than_the_bound_and_none_is_dropped() -> None:
 
 def test_samplers_that_do_not_wait_learn_by_vtrace(tmp_path: Path) -> None:
     options = {"preset": "none", "num_envs": 4, "iterations": 6, "threads": 1, "progress": False}
-    run = pg.train("off_policy_actor_critic", "CartPole-v1", samplers=2, policy_lag=2, **options)
+    run = pg.train("off_policy_actor_critic", "CartPole-v1", samplers=2, lag=2, **options)
     assert run.metrics[0]["policy_lag"] == 0
     assert 0 < max(x["policy_lag"] for x in run.metrics) <= 2
     steps = [x["steps"] for x in run.metrics]
@@ -254,7 +254,7 @@ def test_samplers_that_do_not_wait_learn_by_vtrace(tmp_path: Path) -> None:
 
 def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     options = {"preset": "none", "num_envs": 4, "num_steps": 16, "iterations": 6, "threads": 1}
-    options |= {"samplers": 2, "policy_lag": 1}
+    options |= {"samplers": 2, "lag": 1}
     killed("off_policy_actor_critic", "CartPole-v1", tmp_path / "run", 4, checkpoint_every=2, **options)
     resumed = pg.resume(tmp_path / "run", progress=False)
     steps = [x["steps"] for x in resumed.metrics]
@@ -268,10 +268,10 @@ def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None
         ({"samplers": 0}, "samplers is 0: it must be at least 1"),
         ({"samplers": 4}, "samplers is 4, and num_envs is 3: a sampler would have no work; give at most 3 samplers"),
         ({"ray": "auto"}, "ray is of samplers, which is None: set that too"),
-        ({"policy_lag": 1}, "policy_lag is of samplers, which is None: set that too"),
-        ({"samplers": 2, "policy_lag": 1}, "samplers is 2, which does not divide num_envs, 3"),
+        ({"lag": 1}, "lag is of samplers here, and samplers is None: set that, or overlap"),
+        ({"samplers": 2, "lag": 1}, "samplers is 2, which does not divide num_envs, 3"),
         ({"samplers": 1, "ray": "auto"}, "this process has begun with Ray"),
-        ({"samplers": 1, "overlap": True}, "samplers have policy_lag for this: leave overlap or samplers out"),
+        ({"samplers": 1, "overlap": True}, "samplers have lag for this: leave overlap or samplers out"),
         ({"samplers": 1, "profile": True}, "profile follows one process"),
         ({"samplers": 1, "scale_rewards": True}, "samplers share no running statistics, and scale_rewards is one"),
         ({"samplers": 1, "wrap": ("NormalizeObservation",)}, "a wrapper of the environment learns"),
@@ -287,12 +287,10 @@ def test_what_samplers_cannot_do_is_said(options: dict[str, Any], said: str) -> 
 
 def test_a_lag_needs_a_method_that_corrects_for_it_and_another_world_has_no_samplers() -> None:
     options = {"preset": "none", "num_envs": 2, "samplers": 2}
-    with pytest.raises(
-        OptionError, match="policy_lag learns from a policy some updates old, and actor_critic does not"
-    ):
-        Training("actor_critic", "CartPole-v1", policy_lag=1, **options)
-    with pytest.raises(OptionError, match="policy_lag is read only where credit is gae"):
-        Training("reinforce", "CartPole-v1", policy_lag=1, **options)
+    with pytest.raises(OptionError, match="lag learns from a policy some updates old, and actor_critic does not"):
+        Training("actor_critic", "CartPole-v1", lag=1, **options)
+    with pytest.raises(OptionError, match="lag is for credit gae"):
+        Training("reinforce", "CartPole-v1", lag=1, **options)
     with pytest.raises(OptionError, match=r"samplers .*control and exact"):
         Training("grpo", "arithmetic", samplers=2)
     with pytest.raises(UserError, match="samplers make environments by name"):

@@ -3,8 +3,9 @@
 A reward function is called with keywords, `reward(prompts=..., completions=..., **columns)`, and returns one number a
 sample, or None where it does not apply. Prompts and completions are lists of text. For conversations they are lists of
 message lists, and a completion is [{"role": "assistant", "content": text}]. The columns are those of the data set, one
-entry a sample, with `completion_ids` (tokens), `completions_raw` (text with special tokens) and `cut` (the length limit
-came before the end); see Rewards.
+entry a sample, with `completion_ids` (tokens), `completion_mask` (the policy chose the token), `completions_raw` (text
+with special tokens) and `cut` (the length limit came before the end); see Rewards. It may return a list of numbers for
+a sample too, one for each of its tokens.
 """
 
 from policygrad.language.rewards.answers import repeats

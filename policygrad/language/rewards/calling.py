@@ -18,7 +18,14 @@ from policygrad.errors import NonFiniteError, UserError, listed, one_line, short
 
 Column = Sequence[Any]  # one entry a sample
 Reward = Callable[..., Any]  # (prompts=, completions=, **columns) -> list[float | None], or a coroutine of it
-GIVEN = ("prompts", "completions", "completion_ids", "completions_raw", "cut")  # what every reward is offered
+GIVEN = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "completion_mask",
+    "completions_raw",
+    "cut",
+)  # what every reward is offered
 REPEAT = 0.1  # seconds between interruptions
 FOREVER = 1e8  # seconds; threads and event loops take no infinite ones
 Outcome = tuple[Any, BaseException | None]  # what a function returned, or what it raised
@@ -104,7 +111,6 @@ def call(functions: Sequence[Reward], arguments: Sequence[dict[str, Column]], se
     Each function has its own copy of its arguments. A KeyboardInterrupt is the user's, and passes.
     """
     done: dict[int, Outcome] = {}
-    seconds = min(seconds, FOREVER)
     given = [deepcopy(columns) for columns in arguments]
     together = [k for k, function in enumerate(functions) if _is_async(function)]
     if together:
@@ -138,6 +144,7 @@ def limited(work: Callable[[], Any], seconds: float) -> Outcome | None:
     an operation in C that never looks for signals goes on to its end. In another thread, or where there are no such
     signals, the work has a thread of its own, which is left behind when time is up.
     """
+    seconds = min(seconds, FOREVER)
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGURG"):
         return _in_thread(work, seconds)
     ended, main, inside, deadline = threading.Event(), threading.get_ident(), True, time.monotonic() + seconds
@@ -178,6 +185,7 @@ class EventLoop:
 
     def run(self, work: "dict[int, Any]", seconds: float) -> dict[int, Outcome]:
         """The outcome of each coroutine, side by side; none for one that takes longer, which is cancelled."""
+        seconds = min(seconds, FOREVER)
         if self.loop is None:
             self.loop = asyncio.new_event_loop()
             threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -216,8 +224,14 @@ def failure(name: str, error: BaseException) -> UserError:
     return UserError(start + one_line(error, max(30, 200 - len(start) - len(end))) + end)
 
 
-def numbers(name: str, values: Any, completions: Column) -> Float[Tensor, " B"]:
-    """The values that a function returned, None as NaN. Raises UserError unless there is a finite number a sample."""
+def numbers(
+    name: str, values: Any, completions: Column, ids: Column | None = None
+) -> Float[Tensor, " B"] | Float[Tensor, "B W"]:
+    """The values that a function returned, None as NaN: [B], or [B, W] if they are lists, a number a token.
+
+    ids: the tokens of each completion; W is the most that one has, and 0 stands behind its end. Raises UserError unless
+    there is a finite number a sample, or one for each token of a sample.
+    """
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         what = "None" if values is None else type_of(values)
@@ -226,14 +240,44 @@ def numbers(name: str, values: Any, completions: Column) -> Float[Tensor, " B"]:
         raise UserError(
             f"reward {name!r} returned {len(values)} values for {len(completions)} completions: return one for each"
         )
-    found = [math.nan if value is None else _number(value) for value in values]
-    for i, (number, value) in enumerate(zip(found, values, strict=True)):
-        if number is None or (value is not None and not abs(number) <= torch.finfo(torch.float32).max):
-            raise (UserError if number is None else NonFiniteError)(
-                f"reward {name!r} returned {shortened(value, 30)} for sample {i} ({_quoted(completions[i], 40)}): "
-                "return a finite number, or None where it does not apply"
-            )
-    return torch.tensor(found, dtype=torch.float32)
+    if ids is not None and any(map(_is_row, values)):
+        return _by_token(name, values, ids)
+    places = (f"sample {i} ({_quoted(completion, 40)})" for i, completion in enumerate(completions))
+    return torch.tensor([_finite(name, *pair) for pair in zip(values, places, strict=True)], dtype=torch.float32)
+
+
+def _finite(name: str, value: Any, place: str) -> float:
+    """The value as a number, None as NaN. Raises UserError unless it is finite."""
+    number = math.nan if value is None else _number(value)
+    if number is None or (value is not None and not abs(number) <= torch.finfo(torch.float32).max):
+        raise (UserError if number is None else NonFiniteError)(
+            f"reward {name!r} returned {shortened(value, 30)} for {place}: "
+            "return a finite number, or None where it does not apply"
+        )
+    return number
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value is several numbers: a list, or an array or a tensor of one dimension."""
+    return isinstance(value, list | tuple) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1)
+
+
+def _by_token(name: str, values: Column, ids: Column) -> Float[Tensor, "B W"]:
+    """The values of a function that returns a number for each token; a row of NaN for a sample that has none."""
+    found = torch.zeros(len(values), max(map(len, ids)))
+    for i, (value, tokens) in enumerate(zip(values, ids, strict=True)):
+        if value is not None and (not _is_row(value) or len(value) != len(tokens)):
+            what = f"{len(value)} numbers" if _is_row(value) else shortened(value, 30)
+            said = f"reward {shortened(name, 40)!r} returned {what} for sample {i}, of {len(tokens)} tokens"
+            raise UserError(f"{said}: return a list with a number for each of its completion_ids, or None")
+        if value is None:
+            found[i] = math.nan
+            continue
+        row = [_finite(name, x, f"token {t} of sample {i}") for t, x in enumerate(value)]
+        if any(x is None for x in value):
+            raise UserError(f"reward {shortened(name, 40)!r} returned None for a token of sample {i}: return 0 there")
+        found[i, : len(tokens)] = torch.tensor(row)
+    return found
 
 
 def _is_async(function: Reward) -> bool:

@@ -27,12 +27,13 @@ class Rewards:
     Functions that are `async def` run side by side, in one event loop for the whole run; the others one after another,
     in the main thread if the caller is there. A function without **columns gets the columns that it names, and each
     has copies of its own. Beside those of the data set there are `prompts`, `completions`, and for a completion
-    `completion_ids` (its tokens), `cut`, and `completions_raw`: its text with special tokens, after whatever the chat
-    template wrote into the turn before it, such as <think>.
+    `completion_ids` (its tokens), `completion_mask` (which of them the policy chose), `cut`, and `completions_raw`: its
+    text with special tokens, after whatever the chat template wrote into the turn before it, such as <think>.
 
     `time_limit`, in seconds, bounds each function's call on a whole batch; see calling.limited for how.
 
-    Raises UserError if a function raises, exceeds the limit, or returns anything but a finite number or None a sample.
+    Raises UserError if a function raises, exceeds the limit, or returns anything but a finite number, a finite number
+    for each token of `completion_ids`, or None a sample.
     """
 
     def __init__(
@@ -64,15 +65,19 @@ class Rewards:
 
     def __call__(
         self, prompts: Column, completions: Column, columns: Mapping[str, Column]
-    ) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
-        """The weighted sum, NaN where no function applies, and each function's own values, NaN where it does not."""
+    ) -> tuple[Float[Tensor, " B"] | Float[Tensor, "B W"], dict[str, Float[Tensor, " B"]]]:
+        """The weighted sum, NaN where no function applies, and each function's own values, NaN where it does not.
+
+        If a function returns a number for each token, the sum is [B, W], with the numbers of the others at the last
+        token of each completion; its own values are the sums of its rows.
+        """
         offered = {**columns, "prompts": prompts, "completions": completions}
         for name, column in offered.items():
             if len(column) != len(completions):
                 raise UserError(f"{name} has {len(column)} entries for {len(completions)} completions: give one each")
         arguments = [arguments_of(f, name, offered) for f, name in zip(self.functions, self.names, strict=True)]
         outcomes = call(self.functions, arguments, self.time_limit)
-        parts = {}
+        parts, by_token, ids = {}, {}, columns.get("completion_ids")
         for k, name in enumerate(self.names):
             if k not in outcomes:
                 raise UserError(
@@ -82,6 +87,17 @@ class Rewards:
             values, error = outcomes[k]
             if error is not None:
                 raise failure(name, error) from error
-            parts[name] = numbers(name, values, completions)
+            part = numbers(name, values, completions, ids)
+            if part.dim() == 2:
+                by_token[name], part = part, part.sum(1)
+            parts[name] = part
         values = torch.stack([weight * part for weight, part in zip(self.weights, parts.values(), strict=True)])
-        return values.nansum(0).masked_fill(values.isnan().all(0), math.nan), parts
+        nothing = values.isnan().all(0)
+        if not by_token or ids is None:
+            return values.nansum(0).masked_fill(nothing, math.nan), parts
+        width, last = max(map(len, ids)), torch.tensor([len(row) - 1 for row in ids]).unsqueeze(1)
+        total = torch.zeros(len(completions), width)
+        for weight, (name, part) in zip(self.weights, parts.items(), strict=True):
+            once = torch.zeros_like(total).scatter(1, last, part.unsqueeze(1))
+            total += weight * by_token.get(name, once).nan_to_num(0.0)
+        return total.masked_fill(nothing.unsqueeze(1), math.nan), parts

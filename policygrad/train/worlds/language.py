@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,14 +19,32 @@ from policygrad.errors import Note, UserError, ending, listed, one_line
 from policygrad.files import check_directory, damaged, read_metadata
 from policygrad.functions import load_function
 from policygrad.language import arithmetic, data, models, templates
-from policygrad.language.adapters import load_adapter
+from policygrad.language.adapters import check_mergeable, load_adapter
 from policygrad.language.checks import check_scored_as_sampled, shares_prompts
 from policygrad.language.completions import Request
-from policygrad.language.conversations import TURNS, Dialogue, Environment, begun, from_seed, starts, text_in
+from policygrad.language.conversations import (
+    SECONDS,
+    TURNS,
+    Dialogue,
+    Environment,
+    Limited,
+    begun,
+    from_seed,
+    starts,
+    text_in,
+    within,
+)
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
-from policygrad.language.sampler import Answering, CompletionSampler, Prompts, answer, request_of
+from policygrad.language.sampler import (
+    Answering,
+    CompletionSampler,
+    DemonstrationSampler,
+    Prompts,
+    answer,
+    request_of,
+)
 from policygrad.language.sharding import cut, is_sharded, shard, whole
 from policygrad.language.tasks import (
     ARITHMETIC,
@@ -46,6 +65,7 @@ from policygrad.train.methods import KNOWN
 from policygrad.train.options import OptionError, compares_greedy, has_critic, with_rate
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
+from policygrad.train.snapshots import digest
 from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
 from policygrad.train.worlds.world import DECISIONS, Own, World
 
@@ -67,6 +87,7 @@ class LanguageWorld(World):
     tools: Sequence[Tool] = ()
     anchor: nn.Module | None = None  # the reference, where it is sharded
     collected: Mapping[str, torch.Tensor] = {}  # the tensors of a sharded world, as they were when all ranks gave them
+    teacher: str | None = None  # its digest, once it is read
     evaluated_on: Mapping[str, Any] | None = None  # another data set to evaluate a loaded run on, as for `examples`
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -96,6 +117,7 @@ class LanguageWorld(World):
         with models.quiet():
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
+            self._check_mergeable()
             if own.engine is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.policy.shared = self._shares_prompts()
@@ -120,6 +142,25 @@ class LanguageWorld(World):
                 self._request(options.evaluation_completions, self.prompts.held_out, 1)
             if has_critic(options):
                 self.critic = self._critic()
+            if getattr(options, "mix", None) is not None:
+                self.demonstrations = self._mixed_in()
+
+    def _mixed_in(self) -> DemonstrationSampler:
+        """The demonstrations that are mixed in. Raises UserError if they are not as `clone` takes them."""
+        options, tokenizer = self.options, self.prompts.tokenizer
+        self.rows_of_rank("mix_rows")
+        found = data.load_demonstrations(options.mix, columns=options.columns)
+        if options.system_prompt is not None:
+            found = data.with_system_prompt(found, options.system_prompt)
+        how: dict[str, Any] = {"long": options.long_prompts, "variables": self._variables(tokenizer)}
+        room = room_for_prompts(causal(self.policy.model), options.max_tokens)
+        kept = prepared(found, tokenizer, room, max_tokens=options.max_tokens, **how)
+        self.dropped += _left_out("demonstrations that are mixed in", found, kept)
+        if len(kept) < options.mix_rows:
+            said = f"mix_rows is {options.mix_rows}, and mix has {len(kept)} rows"
+            raise OptionError("mix_rows", f"{said}: lower it, or give more")
+        each = {"prompts_per_rollout": options.mix_rows, "seed": options.seed, "device": options.device}
+        return DemonstrationSampler(kept, options.max_tokens, **each)
 
     def _request(self, completions: int, prompts: Prompts, together: int) -> Request:
         """A request for completions. Raises UserError if those of `together` prompts do not fit in memory."""
@@ -149,6 +190,14 @@ class LanguageWorld(World):
         if not works:
             warnings.warn(f"{said}: it computes it for each of them", Note, stacklevel=2)
         return works
+
+    def _check_mergeable(self) -> None:
+        """Raise OptionError if the adapter is to be saved merged, and cannot be."""
+        if self.options.save == "merged":
+            try:
+                check_mergeable(self.policy.model)
+            except UserError as error:
+                raise OptionError("save", str(error)) from error
 
     def _rows(self, prompts: Prompts) -> int | None:
         """The completions of these prompts to sample at a time; None: all."""
@@ -220,13 +269,23 @@ class LanguageWorld(World):
         if is_conversation(self.task):
             if not hasattr(options, "turns"):
                 raise UserError(f"{options.method} learns from completions, and an environment has none: give dataset")
-            self.make = environment_named(self.task)
-        for name in ("turns", "turn_tokens", "starts", "state_weight", "turn_level"):
-            talks = self.make is not None or (self.tools and name != "starts")
+            self.make = environment_named(self.task, self._seconds())
+        for name in ("turns", "turn_tokens", "starts", "step_time_limit", "state_weight", "turn_level"):
+            talks = self.make is not None or (self.tools and name not in ("starts", "step_time_limit"))
             if getattr(options, name, None) not in (None, 0.0) and not talks:
                 raise OptionError(
                     name, f"{name} is of conversations, and {self.name} is a data set of prompts: leave {name} out"
                 )
+
+    def _seconds(self) -> float:
+        """The time of the environment's start, a reset or a step."""
+        limit = self.options.step_time_limit
+        return SECONDS if limit is None else limit
+
+    def _limited(self) -> Callable[[], Environment]:
+        """What makes the environment, within its time."""
+        assert self.make is not None
+        return partial(Limited, self.make, self._seconds())
 
     def _beginnings(self) -> tuple[list[data.Example], None]:
         """The beginnings of the environment's conversations."""
@@ -238,7 +297,7 @@ class LanguageWorld(World):
         there, wanted = (len(make()) if finite else None), self.options.starts  # type: ignore[arg-type]
         if there is not None and (wanted or 0) > there:
             raise OptionError("starts", f"starts is {wanted}, and the environment has {there}: lower it")
-        examples, system = starts(make, wanted or there or STARTS), self.options.system_prompt
+        examples, system = starts(self._limited(), wanted or there or STARTS), self.options.system_prompt
         return examples if system is None else data.with_system_prompt(examples, system), None
 
     def _makes_its_own(self, why: str, *names: str) -> None:
@@ -251,7 +310,7 @@ class LanguageWorld(World):
         """How prompts are answered: by completions, or in conversations."""
         if self.make is None and not self.tools:
             return answer
-        begin = None if self.make is None else from_seed(self.make)
+        begin = None if self.make is None else from_seed(self._limited())
         variables = self._variables(self.prompts.tokenizer)
         limits = {"turns": self.options.turns or TURNS, "turn_tokens": self.options.turn_tokens}
         return Dialogue(with_tools(begin, self.tools), variables=variables, **limits)
@@ -302,7 +361,7 @@ class LanguageWorld(World):
         """What the chat template reads: the user's variables, and the schemas of the tools."""
         text = self.options.template_variables
         given = None if text is None else json.loads(text)
-        tools = [*self.tools, *getattr(None if self.make is None else started(self.make), "tools", ())]
+        tools = [*self.tools, *getattr(None if self.make is None else started(self._limited()), "tools", ())]
         if not tools or tokenizer.chat_template is None:
             return given
         if not templates.reads("tools", tokenizer):
@@ -392,7 +451,7 @@ class LanguageWorld(World):
     def load(self, directory: Path) -> Stage:
         folder = directory / "model"
         stage = _stage(folder, directory)
-        if self.options.lora_rank == 0:
+        if self.options.lora_rank == 0 or self.options.save == "merged":
             here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None}
             self.options = dataclasses.replace(self.options, **here)
         elif (self.options.model or self.options.start) is not None:  # the base of the adapter
@@ -407,7 +466,7 @@ class LanguageWorld(World):
         with models.quiet():
             self.prompts = self._task(progress=False, saved=saved)
             self.policy = self.prompts.policy
-            if self.options.lora_rank > 0:
+            if self.options.lora_rank > 0 and self.options.save == "adapter":
                 load_adapter(self.policy.model, folder)
             path = directory / "critic.safetensors"
             if path.exists():
@@ -423,8 +482,9 @@ class LanguageWorld(World):
     def save(self, directory: Path, stage: Stage) -> None:
         """Write model/ in the Hugging Face layout, critic.safetensors, the held-out examples and the last samples."""
         metadata = stage.metadata()
-        weights = {} if not self.sharded else {"weights": part_of(dict(self.collected), "policy.model.")}
-        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata, **weights)
+        how: dict[str, Any] = {"merged": self.options.save == "merged"}
+        how |= {"weights": part_of(dict(self.collected), "policy.model.")} if self.sharded else {}
+        models.save_model(self.policy.model, self.prompts.tokenizer, directory / "model", metadata, **how)
         if self.critic is not None:
             path, weights = directory / "critic.safetensors", {}
             if self.sharded:
@@ -480,10 +540,13 @@ class LanguageWorld(World):
         if tokenizer.get_vocab() != self.prompts.tokenizer.get_vocab() or words[0] != words[1]:
             said = f"the teacher {ending(options.teacher, 60)} has other tokens than the policy"
             raise OptionError("teacher", f"{said}: give a model of the same family")
-        policy = self.policy
+        self.teacher, policy = digest(model.state_dict()), self.policy
         given: dict[str, Any] = {"temperature": policy.temperature, "autocast": policy.autocast, "chunk": policy.chunk}
         taught = LanguagePolicy(model, shared=policy.shared and can_share(LanguagePolicy(model)), **given)
         return taught.to(options.device).requires_grad_(False)
+
+    def beside(self) -> dict[str, str]:
+        return {} if self.teacher is None else {"teacher": self.teacher}
 
     def evaluate(self, count: int | None = None, *, seed: int = 1000, greedy: bool | None = None) -> Evaluation:
         """Answer each held-out prompt `count` times, with samples unless `greedy`."""
@@ -606,8 +669,8 @@ class LanguageWorld(World):
         return {**super().versions(), "transformers": transformers.__version__}
 
 
-def environment_named(task: str) -> Callable[[], Environment]:
-    """What makes the environment of a task. Raises UserError if there is none."""
+def environment_named(task: str, seconds: float = SECONDS) -> Callable[[], Environment]:
+    """What makes the environment of a task. Raises UserError if there is none, or if it starts for so long."""
     if task == LOOKUP:
         return OWN[LOOKUP].Lookup
     if task.startswith(REASONING_GYM):
@@ -616,7 +679,9 @@ def environment_named(task: str) -> Callable[[], Environment]:
         return reasoning_gym(task.removeprefix(REASONING_GYM))
     make = load_function(task, what="environment")
     try:
-        made = make()
+        made = within(make, seconds, f"the start of {ending(task, 40)}")
+    except UserError:
+        raise
     except Exception as error:
         said = one_line(error, 60) or "no message"
         raise UserError(
@@ -736,7 +801,7 @@ def card(run: Any) -> str:
     scores = [f"- {when}: {x.line()}" for when, x in judged if x is not None]
     lines = [
         "---",
-        "library_name: " + ("peft" if options["lora_rank"] else "transformers"),
+        "library_name: " + ("peft" if options["lora_rank"] and options["save"] == "adapter" else "transformers"),
         *([f"base_model: {options['model']}"] if options["model"] else []),
         "tags: [policygrad, reinforcement-learning]",
         "---",

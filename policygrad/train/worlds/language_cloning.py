@@ -25,6 +25,7 @@ class ClonedLanguage(Cloning, LanguageWorld):
         with models.quiet():
             self.prompts = self._task(progress)
             self.policy = self.prompts.policy
+            self._check_mergeable()
             self.rows_of_rank("prompts_per_rollout")
             self.sample = DemonstrationSampler(
                 self.prompts.train,

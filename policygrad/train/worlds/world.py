@@ -58,6 +58,7 @@ class World(ABC):
     policy: nn.Module
     critic: nn.Module | None = None
     critic_stage: Stage | None = None  # that of the critic's own file, where it has one
+    demonstrations: Any = None  # the sampler of demonstrations that are mixed in, if there are any
     sample: Any  # the sampler, with `steps` (decisions so far) and a state_dict
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -110,6 +111,10 @@ class World(ABC):
     def reference(self) -> nn.Module:
         """A frozen copy of the current policy."""
         return deepcopy(self.policy).requires_grad_(False)
+
+    def beside(self) -> dict[str, str]:
+        """The digests of models beside policy and critic that never change, and that no run's directory holds."""
+        return {}
 
     def fingerprint(self) -> list[float]:
         """Numbers that change whenever training changes something that `save` writes."""

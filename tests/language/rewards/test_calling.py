@@ -50,9 +50,9 @@ class Judge:
     [
         (lambda prompts, completions, answer: [], ""),
         (lambda prompts, completions, **_: [], ""),
-        (lambda prompts, completions, **columns: [], "completion_ids, completions_raw, cut"),
-        (lambda completions, **columns: [], "prompts, completion_ids, completions_raw, cut"),
-        (lambda **columns: [], "prompts, completions, completion_ids, completions_raw, cut"),
+        (lambda prompts, completions, **columns: [], "completion_ids, completion_mask, completions_raw, cut"),
+        (lambda completions, **columns: [], "prompts, completion_ids, completion_mask, completions_raw, cut"),
+        (lambda **columns: [], "prompts, completions, completion_ids, completion_mask, completions_raw, cut"),
         (lambda completions, completions_raw, **_: [], "completions_raw"),
         (Judge(), "cut"),
         (exact_match, ""),

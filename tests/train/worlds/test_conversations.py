@@ -20,6 +20,8 @@ from policygrad.train.worlds import is_conversation, kind_of
 GAMES = '''
 """Environments to talk to."""
 
+import time
+
 
 class Long:
     """It wants long texts, three times."""
@@ -51,6 +53,18 @@ class Plain(Long):
 class Having(Long):
     def __init__(self):
         self.tools = [shout]
+
+
+class Hanging(Long):
+    """It answers 40 times, and then no more."""
+
+    answers = 0
+
+    def step(self, text):
+        Hanging.answers += 1
+        while Hanging.answers > 40:
+            time.sleep(1)
+        return super().step(text)
 
 
 class Needy:
@@ -161,6 +175,32 @@ def test_every_option_of_conversations_changes_something(name: str, x: Any, plac
         assert [t.__name__ for t in other.world.tools] == ["shout"]
         return
     assert not torch.equal(parameters(plain), parameters(other))
+
+
+@pytest.mark.parametrize("tool", [None, "{}/games.py:shout"])
+def test_an_environment_that_hangs_ends_the_run_and_keeps_what_was_learned(
+    tool: str | None, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    game = f"{place}/games.py:Hanging"
+    words = ["train", "grpo", game, "--model", f"{place}/model", "--step-time-limit", "0.5", "--iterations", "3"]
+    words += ["--prompts-per-rollout", "2", "--completions", "3", "--max-tokens", "60", "--starts", "8"]
+    words += ["--turn-tokens", "5", "--held-out", "1", "--evaluation-completions", "1", "--out", str(tmp_path / "run")]
+    words += [] if tool is None else ["--tool", tool.format(place)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    line = next(x for x in said if "did not finish" in x)
+    assert "step of Hanging did not finish within 0.5 s: fix it, or raise step_time_limit" in line
+    assert len(line.partition("; the policy of iteration 2 (")[0]) <= 120
+    assert Run.load(tmp_path / "run", trust=True).stage.iteration == 2, "what was learned is kept"
+
+
+def test_a_limit_of_a_step_is_of_environments(place: Path) -> None:
+    more = {"reward": f"{place}/games.py:long", "starts": None, "turn_tokens": None, "step_time_limit": 5.0}
+    for tool in (None, f"{place}/games.py:shout"):
+        with pytest.raises(OptionError, match="step_time_limit is of conversations"):
+            pg.train("grpo", **values(place, "", **more, tool=tool))
 
 
 def test_tools_without_an_environment_serve_prompts_that_are_judged(place: Path) -> None:

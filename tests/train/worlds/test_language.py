@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from outcomes import parameters
 from tiny_models import tiny
 
 import policygrad as pg
@@ -21,6 +23,7 @@ from policygrad.language.completions import Completions
 from policygrad.language.evaluation import Evaluation
 from policygrad.language.generation import generate
 from policygrad.language.policies import trunk
+from policygrad.train import compose
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
 from policygrad.train.training import Training
@@ -103,6 +106,40 @@ def test_an_adapter_is_saved_and_loaded(language: dict[str, Any], tmp_path: Path
     run = pg.train("grpo", **language, lora_rank=2, learning_rate=1e-2, out=tmp_path / "run")
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
     assert Run.load(tmp_path / "run", trust=True).evaluate() == run.evaluate()
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_merged_adapter_is_a_whole_model(method: str, language: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(language["model"], base)
+    options = language | {"model": str(base), "learning_rate": 1e-2, "lora_rank": 2}
+    options |= {"minibatch_size": 2} if method == "ppo" else {}
+    run = pg.train(method, **options, save="merged", out=tmp_path / "run")
+    assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
+    other = pg.train(method, **options)
+    assert torch.equal(parameters(run), parameters(other)), "it is trained alike"
+    longer = pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    more = pg.train(method, **options | {"iterations": options["iterations"] + 1})
+    assert torch.equal(parameters(longer), parameters(more))
+    shutil.rmtree(base)
+    loaded = Run.load(tmp_path / "run", reward=language["reward"])  # and no base
+    assert loaded.evaluate(greedy=True).score == longer.evaluate(greedy=True).score
+    loaded.save(tmp_path / "again")
+    rest = {name: x for name, x in language.items() if name != "model"}
+    second = pg.Training("grpo", **rest, start=str(tmp_path / "again"))
+    assert second.run.policy.model.num_parameters() == loaded.policy.model.get_base_model().num_parameters() - sum(
+        p.numel() for p in loaded.policy.parameters() if p.requires_grad
+    )
+    tokens = torch.arange(12).view(2, 6) % 10
+    with torch.no_grad():
+        torch.testing.assert_close(
+            second.run.policy.model(tokens).logits, longer.policy.model(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_saving_merged_is_of_an_adapter(language: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="save merged is of an adapter, and lora_rank is 0"):
+        pg.train("grpo", **language, save="merged")
 
 
 def test_the_gradient_is_differentiated_again_only_with_eager_attention(language: dict[str, Any]) -> None:
@@ -721,6 +758,20 @@ def test_a_teacher_beside_a_reward_and_in_it(language: dict[str, Any], teacher: 
     assert plain["reward"] == taught["reward"] > 0, "the reward is not the teacher's"
 
 
+def test_a_run_does_not_go_on_with_another_teacher(language: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
+    first = models.load_model(str(teacher))
+    pg.train("grpo", **taught_by(language, teacher, iterations=1), out=tmp_path / "run")
+    other = models.load_model(str(teacher))
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    words = models.load_tokenizer(str(teacher))
+    models.save_model(other, words, teacher)
+    with pytest.raises(UserError, match="the teacher is no longer what it was: put it back, or begin a new run"):
+        pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    models.save_model(first, words, teacher)
+    assert len(pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False).metrics) == 3
+
+
 def test_a_teacher_that_cannot_teach_is_refused_in_one_line(
     language: dict[str, Any], teacher: Path, tmp_path: Path
 ) -> None:
@@ -736,4 +787,135 @@ def test_a_teacher_that_cannot_teach_is_refused_in_one_line(
     ):
         with pytest.raises(UserError, match=said) as raised:
             pg.train("grpo", **options)
+        assert len(str(raised.value)) <= 200
+
+
+# Demonstrations mixed in
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Path:
+    """Demonstrations of two lengths."""
+    rows = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}" + ", yes" * (i % 2)} for i in range(1, 5)]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "shown.jsonl"
+
+
+def stepped(method: str, **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    """The change of all parameters in one step of plain gradient ascent of rate 1, in float64, and its metrics."""
+    exact: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": math.inf, "iterations": 1}
+    with Training(method, **options | exact) as training:
+        policy = training.run.policy.double()
+        before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+        row = next(training)
+        return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before, row
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("method", ["grpo", "reinforce"])
+def test_the_gradient_with_demonstrations_mixed_in_is_the_sum_of_two(
+    method: str, micro_batch: int | None, language: dict[str, Any], shown: Path
+) -> None:
+    options = language | {"held_out": 0, "max_tokens": 12}
+    alone, row = stepped(method, **options)
+    rest = {name: x for name, x in options.items() if name not in ("task", "completions", "reward")}
+    cloned, of_clone = stepped("clone", task=str(shown), **rest)
+    more = {"mix": str(shown), "mix_weight": 0.3, "mix_rows": 4, "micro_batch": micro_batch}
+    both, mixed = stepped(method, **options, **more)
+    assert cloned.norm() > 0.1
+    assert alone.norm() > 0.1
+    torch.testing.assert_close(both, alone + 0.3 * cloned, rtol=1e-6, atol=1e-6)
+    assert mixed["mix_log_probability"] == pytest.approx(of_clone["objective"], rel=1e-6)
+    assert mixed["objective"] == pytest.approx(row["objective"], abs=1e-6), "the metrics are the rollout's"
+
+
+def test_a_run_with_demonstrations_goes_on_bit_for_bit(language: dict[str, Any], shown: Path, tmp_path: Path) -> None:
+    options = language | {"mix": str(shown), "mix_rows": 3, "learning_rate": 1e-2, "max_tokens": 12}
+    whole = pg.train("grpo", **options | {"iterations": 3})
+    pg.train("grpo", **options, out=tmp_path / "run")
+    again = pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    assert torch.equal(parameters(whole), parameters(again))
+
+
+def test_demonstrations_that_cannot_be_mixed_in_are_refused(language: dict[str, Any], shown: Path) -> None:
+    for more, said in (
+        ({"mix_weight": 0.5}, "mix_weight is of mix, which is None"),
+        (
+            {"mix": str(shown), "mix_rows": 5, "max_tokens": 12},
+            "mix_rows is 5, and mix has 4 rows: lower it, or give more",
+        ),
+        ({"mix": language["task"], "mix_rows": 1}, "has no column 'completion' or 'messages'"),
+        ({"mix": str(shown), "mix_rows": 1, "max_tokens": 2}, "4 of 4 completions are longer than 2 tokens"),
+    ):
+        with pytest.raises(UserError, match=said) as raised:
+            pg.train("grpo", **language | more)
+        assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_right_completions_are_imitated(method: str, language: dict[str, Any]) -> None:
+    options = language | {"kl_ref": "none", "held_out": 0} | ({"minibatch_size": None} if method == "ppo" else {})
+    options |= {"epochs": 1, "prompts_per_rollout": 8, "weights": "token", "max_tokens": 12, "seed": 1}
+    plain, _ = stepped(method, **options)
+    found, _ = stepped(method, **options, positive_weight=0.3)
+    with Training(method, **options) as training:
+        policy = training.run.policy.double()
+        rollout = training.learner.sample(policy)
+        right = (rollout.reward.sum(1) > 0).unsqueeze(1) & rollout.mask
+        assert 0 < right.any(1).sum() < len(right)
+        mean = policy(rollout.obs).log_prob(rollout.action)[right].mean()
+        wanted = torch.cat([x.flatten() for x in torch.autograd.grad(mean, list(policy.parameters()))])
+    torch.testing.assert_close(found - plain, 0.3 * wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(OptionError, match="positive_weight reads which rewards are above 0, and kl_ref reward charges"):
+        pg.train(method, **options | {"kl_ref": "reward"}, positive_weight=0.3)
+
+
+# Rollouts of an older policy
+
+
+class Behind:
+    """What Overlapped does, one after the other: a rollout of the policy of `lag` calls before."""
+
+    def __init__(self, sample: Any, lag: int) -> None:
+        self.sample, self.lag, self.versions = sample, lag, list[Any]()
+
+    def __call__(self, policy: Any) -> Any:
+        self.versions.append(deepcopy(policy))
+        return self.sample(self.versions[max(0, len(self.versions) - 1 - self.lag)])
+
+
+@pytest.mark.parametrize("more", [{}, {"old_logp": "recomputed"}, {"lora_rank": 2}], ids=str)
+def test_a_lag_is_that_of_policies_sampled_from_in_turn(
+    more: dict[str, Any], language: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = language | {"iterations": 5, "learning_rate": 1e-2} | more
+    plain = pg.train("grpo", **options)
+    assert torch.equal(parameters(plain), parameters(pg.train("grpo", **options, lag=0)))
+    runs = [pg.train("grpo", **options, lag=2) for _ in range(2)]
+    assert [row["policy_lag"] for row in runs[0].metrics[1:]] == [0, 1, 2, 2, 2]
+    monkeypatch.setattr(compose, "Overlapped", Behind)
+    behind = pg.train("grpo", **options, lag=2)
+    for run in runs:
+        assert torch.equal(parameters(run), parameters(behind))
+    assert not torch.equal(parameters(plain), parameters(behind))
+
+
+def test_a_run_with_a_lag_goes_on_bit_for_bit(language: dict[str, Any], tmp_path: Path) -> None:
+    options = language | {"learning_rate": 1e-2, "lag": 2}
+    whole = pg.train("grpo", **options | {"iterations": 6})
+    pg.train("grpo", **options | {"iterations": 3}, out=tmp_path / "run")
+    again = pg.resume(tmp_path / "run", trust=True, iterations=3, progress=False)
+    assert torch.equal(parameters(whole), parameters(again))
+    assert whole.metrics[-1]["steps"] == again.metrics[-1]["steps"]
+
+
+def test_a_lag_that_nothing_corrects_for_is_refused(language: dict[str, Any]) -> None:
+    for method, more, said in (
+        ("reinforce", {}, "lag learns from an older policy, and reinforce does not correct for that"),
+        ("dapo", {}, "lag counts rollouts, of which sampling_rounds may take several"),
+        ("dppo", {"divergence_mask": "tv"}, "lag learns from a policy of which no copy is kept"),
+        ("grpo", {"profile": True}, "profile follows one thread"),
+    ):
+        with pytest.raises(OptionError, match=said) as raised:
+            pg.train(method, **language, lag=1, **more)
         assert len(str(raised.value)) <= 200
