@@ -16,10 +16,10 @@ from torch import nn
 
 from policygrad.control.acting import act
 from policygrad.control.checks import checked_flag, checked_number, finite_numbers
-from policygrad.control.masks import flat_mask, joined
+from policygrad.control.masks import choices, flat_mask, joined
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.players import shared_space
-from policygrad.control.spaces import MASK
+from policygrad.control.spaces import MASK, to_environment
 from policygrad.errors import UserError, one_line
 
 # (observation and info as the game gives them, action space, random numbers) -> an action
@@ -29,11 +29,13 @@ Player = Callable[[Any, Mapping[str, Any], spaces.Space, np.random.Generator], A
 def random_player(obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
     """Any action that the mask allows, each with the same probability."""
     mask = obs[MASK] if isinstance(obs, Mapping) and MASK in obs else info.get(MASK)
-    if mask is not None and isinstance(space, spaces.Discrete):
-        allowed = np.flatnonzero(mask)
-        if not len(allowed):
-            raise UserError("the game asks for an action and allows none: its action_mask is 0 everywhere")
-        return int(space.start) + int(allowed[generator.integers(len(allowed))])
+    if mask is not None and isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        sizes, chosen = choices(space), []
+        for part in np.split(flat_mask(mask, space), np.cumsum(sizes)[:-1]):
+            if not len(allowed := np.flatnonzero(part)):
+                raise UserError("the game asks for an action and allows none: its action_mask is 0 everywhere")
+            chosen.append(allowed[generator.integers(len(allowed))])
+        return to_environment(np.array([chosen]), space)[0]
     drawn = deepcopy(space)
     drawn.seed(int(generator.integers(2**31)))
     return drawn.sample() if mask is None else drawn.sample(mask=mask)
@@ -84,7 +86,7 @@ class Frozen:
         """An action. All chance in it is the generator's."""
         inside = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
         if inside and not (isinstance(obs, Mapping) and MASK in obs):
-            obs = joined(obs, flat_mask(info[MASK]))
+            obs = joined(obs, flat_mask(info[MASK], self.action_space))
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(int(generator.integers(2**62)))
             return act(

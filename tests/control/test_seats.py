@@ -100,6 +100,17 @@ def test_a_random_player_takes_what_the_mask_allows(where: str) -> None:
     assert all(abs(count - 1000) < 120 for count in drawn.values())
 
 
+def test_a_random_player_keeps_to_masks_of_several_choices() -> None:
+    generator, space = np.random.default_rng(0), spaces.MultiDiscrete([2, 3], start=[1, -1])
+    for mask in (np.array([1, 1, 0, 1, 1]), (np.array([1, 1]), np.array([0, 1, 1]))):
+        drawn = Counter(tuple(random_player(0, {"action_mask": mask}, space, generator).tolist()) for _ in range(2000))
+        assert set(drawn) == {(1, 0), (1, 1), (2, 0), (2, 1)}
+        assert all(abs(count - 500) < 100 for count in drawn.values())
+    for mask in (np.array([1, 0, 1, 1]), np.array([0, 2], np.int8)):
+        found = [random_player(0, {"action_mask": mask}, spaces.MultiBinary(2), generator) for _ in range(99)]
+        assert {tuple(x.tolist()) for x in found} == {(0, 0), (0, 1)}
+
+
 def test_a_random_player_of_a_game_without_masks() -> None:
     generator = np.random.default_rng(0)
     assert {random_player(0, {}, spaces.Discrete(3), generator) for _ in range(50)} == {0, 1, 2}
