@@ -121,13 +121,18 @@ def _batch(obs: Any, space: spaces.Space) -> tuple[np.ndarray, bool]:
         raise _no_observation(obs, space) from error
     if not rows or not all(_is_one(x, space) for x in rows):
         raise _no_observation(obs, space)
+    return together(rows, space), single
+
+
+def together(rows: list[Any], space: spaces.Space) -> np.ndarray:
+    """Observations of a space as one array [B, ...] of what a policy takes. Raises UserError for one that is none."""
     rows = [checked_member(x, space, "act got") for x in rows]
     if not isinstance(space, spaces.Box | spaces.Discrete):
         rows = [spaces.flatten(space, x) for x in rows]
     batch = np.stack(rows)
     if batch.dtype.kind == "f" and not np.isfinite(batch).all():
         raise UserError("act got an observation that is NaN or infinite: look at what the environment returned")
-    return batch, single
+    return batch
 
 
 def _is_one(obs: Any, space: spaces.Space) -> bool:

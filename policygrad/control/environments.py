@@ -26,7 +26,7 @@ from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
 from policygrad.control.players import Agents, GameFound, game, is_game, takes_turns
 from policygrad.control.processes import RESTARTED, Processes, another_seed
 from policygrad.control.replay import Recording
-from policygrad.control.seats import Opponents, Seat
+from policygrad.control.seats import Opponents, Seat, Selves, SideBySide
 from policygrad.control.spaces import MASK, flat
 from policygrad.control.structured import StructuredActions, VectorStructuredActions, has_parts
 from policygrad.control.tensors import TensorEnvironments, of_tensors
@@ -117,6 +117,8 @@ def make_environments(
             environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
         _distinct(environments)
         environments.spec = spec
+        if isinstance(opponents, Selves) and isinstance(environments, SyncVectorEnv):
+            environments = SideBySide(environments)
         if agents == "separate":
             close(environments)
             raise UserError(f"agents separate is for games of several agents, and {name} is none: leave agents out")

@@ -1,7 +1,8 @@
 """Masks of actions: which actions an environment allows, as a part of its observation.
 
 A mask has a number for each choice, 1 if it is allowed and 0 if not: n for Discrete(n), sum(nvec) for MultiDiscrete,
-and for MultiBinary two for each coin (0, then 1); for a Dict or Tuple, those of its parts that are no Box.
+and for MultiBinary two for each coin (0, then 1), as for a MultiDiscrete of twos; for a Dict or Tuple, those of its
+parts that are no Box. An info may also have the masks that Gymnasium's spaces sample with (flat_mask).
 """
 
 import math
@@ -117,7 +118,7 @@ class MaskFromInfo(gymnasium.Wrapper):
             raise UserError(
                 f"the info of the environment's {method} has no action_mask: add it, or set action_mask auto"
             )
-        return joined(obs, np.ones(self.mask.shape, np.int8) if mask is None else flat_mask(mask))
+        return joined(obs, np.ones(self.mask.shape, np.int8) if mask is None else flat_mask(mask, self.action_space))
 
 
 class VectorMaskFromInfo(VectorWrapper):
@@ -153,7 +154,9 @@ class VectorMaskFromInfo(VectorWrapper):
         found = np.ones((self.num_envs, *self.mask.shape), np.int8)
         for i in np.flatnonzero(there):
             found[i] = checked_member(
-                flat_mask(masks[i]), self.mask, "the vector environment's info has, as action_mask,"
+                flat_mask(masks[i], self.single_action_space),
+                self.mask,
+                "the vector environment's info has, as action_mask,",
             )
         return joined(obs, found)
 
@@ -163,9 +166,29 @@ def joined(obs: Any, mask: np.ndarray) -> dict[str, Any]:
     return {**(obs if isinstance(obs, dict) else {"observation": obs}), MASK: mask}
 
 
-def flat_mask(mask: Any) -> np.ndarray:
-    """A mask as one vector. A tuple has one mask for each part of the action, as Gymnasium's spaces take them."""
+def flat_mask(mask: Any, space: spaces.Space) -> np.ndarray:
+    """A mask as one vector, a number for each choice in the space.
+
+    mask: such a vector, or what Gymnasium's spaces sample with: of MultiDiscrete a tuple of a mask for each dimension;
+    of MultiBinary, in its shape, 0 or 1 for a coin that must be so, and 2 for one that may be either. Of FlatActions it
+    may be a tuple with one of these for each part that is no Box.
+    """
+    if isinstance(space, FlatActions) and isinstance(mask, tuple | list):
+        parts = [part for part, _ in space.parts if not is_box(part)]
+        if len(parts) == len(mask) and not any(map(np.isscalar, mask)):
+            return np.concatenate([flat_mask(x, part) for x, part in zip(mask, parts, strict=True)])
     try:
-        return np.concatenate([np.ravel(x) for x in mask]) if isinstance(mask, tuple | list) else np.asarray(mask)
+        found = np.concatenate([np.ravel(x) for x in mask]) if isinstance(mask, tuple | list) else np.asarray(mask)
     except ValueError as error:
         raise UserError(f"the action_mask is {shortened(mask, 60)}: make it an array of 0 and 1") from error
+    return _sides(found.reshape(-1)) if isinstance(space, spaces.MultiBinary) and found.shape == space.shape else found
+
+
+def _sides(coins: np.ndarray) -> np.ndarray:
+    """Which sides each coin may have, 0 then 1, [2 D]. coins: [D], of 0, 1, and 2 for either."""
+    if not np.isin(coins, (0, 1, 2)).all():
+        raise UserError(
+            f"the action_mask of {len(coins)} coins is {shortened(coins.tolist(), 60)}: use 0 or 1 for one that must "
+            "be so, 2 for either, or two numbers for each coin"
+        )
+    return np.stack([coins != 1, coins != 0], -1).reshape(-1).astype(np.int8)

@@ -27,8 +27,8 @@ def place_of(name: str) -> Path:
 def read_minari(place: Path) -> dict[str, Any]:
     """The columns of a data set of Minari, from its HDF5 file or from the directory that has it.
 
-    It is read as data: no code or environment that it names is used, and no link out of the file is followed. Raises
-    UserError.
+    Observations and actions of a Dict are a list of dicts, and those of a Tuple a list of tuples. It is read as data:
+    no code or environment that it names is used, and no link out of the file is followed. Raises UserError.
     """
     try:
         import h5py
@@ -36,7 +36,7 @@ def read_minari(place: Path) -> dict[str, Any]:
         raise UserError("a data set of Minari needs h5py: pip install policygrad[minari]") from error
     path = place / "data" / "main_data.hdf5" if place.is_dir() else place
     check_file(path, path.parent, LARGEST)
-    parts: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[Any]] = {}
     try:
         with h5py.File(path, "r") as file:
             _check_inside(file, h5py)
@@ -53,26 +53,52 @@ def read_minari(place: Path) -> dict[str, Any]:
         raise damaged(path, "it has no episodes", "cannot be read")
     if len({len(x) for x in parts.values()}) > 1:
         raise damaged(path, "some of its episodes have columns that others lack")
+    return {name: _joined(name, x, path) for name, x in parts.items()}
+
+
+def _joined(name: str, values: list[Any], path: Path) -> Any:
+    """One column of all episodes."""
+    if all(isinstance(x, list) for x in values):
+        return [row for x in values for row in x]
+    if any(isinstance(x, list) for x in values):
+        raise damaged(path, f"{name} has parts (a Dict or Tuple) in some of its episodes alone")
     try:
-        return {name: np.concatenate(x) for name, x in parts.items()}
+        return np.concatenate(values)
     except ValueError as error:
         raise damaged(path, f"its episodes differ in shape ({one_line(error, 60)})") from error
 
 
-def _episode(group: Any, h5py: Any) -> dict[str, np.ndarray]:
+def _episode(group: Any, h5py: Any) -> dict[str, Any]:
     """The columns of one episode of T steps. Of its T + 1 observations the last one has no action."""
-    found = {}
+    found, where = {}, ending(group.name, 30)
     for its, name in COLUMNS.items():
-        if not isinstance(group.get(its), h5py.Dataset):
-            what = "parts (a Dict or Tuple)" if its in group else f"no {its}"
-            raise UserError(f"its {ending(group.name, 30)} has {what}: give observations and actions that are arrays")
-        if group[its].dtype.kind not in "biuf":
-            raise UserError(f"{its} of its {ending(group.name, 30)} are no numbers: give observations that are arrays")
-        found[name] = group[its][()]
+        if its not in group:
+            raise UserError(f"its {where} has no {its}: give what Minari keeps of each step")
+        found[name] = _values(group[its], its, where, h5py)
     found["observation"] = found["observation"][: len(found["action"])]
     if len({len(x) for x in found.values()}) > 1:
-        raise UserError(f"the columns of its {ending(group.name, 30)} differ in length")
+        raise UserError(f"the columns of its {where} differ in length")
     return found
+
+
+def _values(part: Any, its: str, where: str, h5py: Any) -> Any:
+    """The values of one column: an array, or a list of dicts or tuples whose parts Minari keeps as groups.
+
+    Those of a tuple are named _index_0, _index_1 and so on.
+    """
+    if isinstance(part, h5py.Dataset):
+        if part.dtype.kind not in "biuf" or not part.shape:
+            raise UserError(f"{its} of its {where} are no numbers: give observations and actions of numbers")
+        return part[()]
+    names = list(part)
+    if not names:
+        raise UserError(f"its {where} has no {its}: give what Minari keeps of each step")
+    columns = {name: _values(part[name], its, where, h5py) for name in names}
+    if len({len(x) for x in columns.values()}) > 1:
+        raise UserError(f"the parts of {its} of its {where} differ in length")
+    if {*names} == {*(ordered := [f"_index_{i}" for i in range(len(names))])}:
+        return list(zip(*(columns[name] for name in ordered), strict=True))
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _check_inside(file: Any, h5py: Any) -> None:

@@ -1,10 +1,11 @@
 """Games in which players take turns: PettingZoo's agent environment cycle (Terry et al. 2021, arXiv 2009.14471).
 
 One seat of such a game is a Gymnasium environment. Its other seats are played by opponents: what they do is a part of
-the environment's step.
+the environment's step. Games that are played side by side ask an opponent that many of them have for all its moves at
+once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,14 +13,17 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv, VectorWrapper
+from gymnasium.vector.utils import iterate
 from torch import nn
 
-from policygrad.control.acting import act
-from policygrad.control.checks import checked_flag, checked_number, finite_numbers
-from policygrad.control.masks import flat_mask, joined
+from policygrad.control.acting import act, together
+from policygrad.control.checks import checked_flag, checked_number, finite_numbers, stored
+from policygrad.control.masks import check_masks, choices, flat_mask, joined
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.players import shared_space
-from policygrad.control.spaces import MASK
+from policygrad.control.policies import CategoricalHead, Policy
+from policygrad.control.spaces import MASK, FlatActions, to_environment
 from policygrad.errors import UserError, one_line
 
 # (observation and info as the game gives them, action space, random numbers) -> an action
@@ -29,11 +33,13 @@ Player = Callable[[Any, Mapping[str, Any], spaces.Space, np.random.Generator], A
 def random_player(obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
     """Any action that the mask allows, each with the same probability."""
     mask = obs[MASK] if isinstance(obs, Mapping) and MASK in obs else info.get(MASK)
-    if mask is not None and isinstance(space, spaces.Discrete):
-        allowed = np.flatnonzero(mask)
-        if not len(allowed):
-            raise UserError("the game asks for an action and allows none: its action_mask is 0 everywhere")
-        return int(space.start) + int(allowed[generator.integers(len(allowed))])
+    if mask is not None and isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        sizes, chosen = choices(space), []
+        for part in np.split(flat_mask(mask, space), np.cumsum(sizes)[:-1]):
+            if not len(allowed := np.flatnonzero(part)):
+                raise UserError("the game asks for an action and allows none: its action_mask is 0 everywhere")
+            chosen.append(allowed[generator.integers(len(allowed))])
+        return to_environment(np.array([chosen]), space)[0]
     drawn = deepcopy(space)
     drawn.seed(int(generator.integers(2**31)))
     return drawn.sample() if mask is None else drawn.sample(mask=mask)
@@ -59,6 +65,9 @@ class Opponents:
         return self.player
 
 
+Asked = tuple[Any, Mapping[str, Any], np.random.Generator]  # for a move: observation, info, random numbers
+
+
 class Frozen:
     """A player that is a policy as it was after an iteration. It samples, as the policy in training does.
 
@@ -77,19 +86,58 @@ class Frozen:
         self.iteration, self.steps = iteration, steps
         self.policy, self.normalizer = policy.cpu().requires_grad_(False).eval(), normalizer
         self.observation_space, self.action_space = observation_space, action_space
+        self.exact: nn.Module | None = None  # the policy in float64, once it has been asked
         if normalizer is not None:
             normalizer.frozen = True
 
     def __call__(self, obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
         """An action. All chance in it is the generator's."""
-        inside = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
-        if inside and not (isinstance(obs, Mapping) and MASK in obs):
-            obs = joined(obs, flat_mask(info[MASK]))
+        return self.moves([(obs, info, generator)])[0]
+
+    def moves(self, asked: Sequence[Asked]) -> list[Any]:
+        """An action for each, which does not depend on who else asks.
+
+        The logits of many rows have other last bits than those of one. They are computed in float64, and the noise that
+        is added to them is that of each one's own generator, so that another action would take noise within 1e-15 of a
+        tie. Distributions that are not categorical are sampled one by one.
+        """
+        seen = [self._seen(obs, info) for obs, info, _ in asked]
+        if type(self.policy) is not Policy or not isinstance(self.policy.head, CategoricalHead):
+            return [self._alone(obs, generator) for obs, (_, _, generator) in zip(seen, asked, strict=True)]
+        logits = self._logits(together(seen, self.observation_space))
+        noise = np.stack([self.policy.head.noise(generator, ()) for _, _, generator in asked])
+        return list(to_environment((logits + noise).argmax(-1), self.action_space))
+
+    @torch.no_grad()
+    def _logits(self, batch: np.ndarray) -> np.ndarray:
+        """Logits [B, n] of observations [B, ...] as the game gives them, in float64."""
+        if self.exact is None:
+            self.exact = deepcopy(self.policy).double()
+        policy: Any = self.policy
+        if policy.mask is not None:
+            check_masks(batch, np.ones(len(batch), bool), policy.observation_space, self.action_space, "game")
+        if self.normalizer is not None:
+            batch = self.normalizer(batch, np.zeros(len(batch), bool))
+        given, usual = torch.from_numpy(stored(batch)).unsqueeze(1), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # which encoders cast whole numbers to
+        try:
+            return self.exact(given.double() if given.is_floating_point() else given).logits[:, 0].numpy()
+        finally:
+            torch.set_default_dtype(usual)
+
+    def _alone(self, obs: Any, generator: np.random.Generator) -> Any:
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(int(generator.integers(2**62)))
             return act(
                 self.policy, obs, self.observation_space, self.action_space, greedy=False, normalizer=self.normalizer
             )
+
+    def _seen(self, obs: Any, info: Mapping[str, Any]) -> Any:
+        """What the policy sees: the observation with its mask."""
+        inside = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
+        if inside and not (isinstance(obs, Mapping) and MASK in obs):
+            return joined(obs, flat_mask(info[MASK], self.action_space))
+        return obs
 
 
 class Selves(Opponents):
@@ -138,6 +186,7 @@ class Seat(gymnasium.Env):
         self.metadata = dict(environment.metadata)
         self.render_mode = getattr(environment, "render_mode", None)
         self.seat, self.total, self.known = 0, 0.0, opponents.count
+        self.ahead: Turn | Exception | None = None  # what the next step comes to, if it has been made already
         opponents.seats.append(self)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -147,15 +196,17 @@ class Seat(gymnasium.Env):
             self.game.reset(seed=int(self.np_random.integers(2**31)))
             self.seat, self.total = int(self.np_random.integers(len(self.agents))), 0.0
             self.player = self.opponents(self.np_random, self.known)
-            obs, _, terminated, truncated, info = self._turn()
+            obs, _, terminated, truncated, info = self._alone(self._turn())
             if not (terminated or truncated):
                 return obs, dict(info)
         raise UserError(f"the game has ended 100 times before it was the turn of {one_line(self._agent(), 40)}")
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """The seat's action, then those of the others, up to the seat's next turn."""
-        self.game.step(action)
-        obs, reward, terminated, truncated, info = self._turn()
+        found, self.ahead = self.ahead, None
+        if isinstance(found, Exception):
+            raise found
+        obs, reward, terminated, truncated, info = self._alone(self.taking(action)) if found is None else found
         self.total += reward
         if terminated or truncated:
             won = float(self.total > 0)
@@ -174,13 +225,17 @@ class Seat(gymnasium.Env):
     def _agent(self) -> Any:
         return self.agents[self.seat]
 
-    def _turn(self) -> tuple[Any, float, bool, bool, Mapping[str, Any]]:
+    def taking(self, action: Any) -> "Moves":
+        """The seat's action, then those of the others, which are asked for, up to the seat's next turn."""
+        self.game.step(action)
+        return (yield from self._turn())
+
+    def _turn(self) -> "Moves":
         """Let the others play until it is the seat's turn, and return what it then sees."""
         mine, game = self._agent(), self.game
         while (now := game.agent_selection) != mine:
             obs, _, terminated, truncated, info = game.last()
-            over = terminated or truncated
-            game.step(None if over else self.player(obs, info, self.action_space, self.np_random))
+            game.step(None if terminated or truncated else (yield obs, info, self.np_random))
             if mine not in game.agents:
                 raise UserError(
                     f"agent {one_line(mine, 40)} is gone after the turn of {one_line(now, 40)}: fix the game"
@@ -188,6 +243,69 @@ class Seat(gymnasium.Env):
         obs, reward, terminated, truncated, info = game.last()
         reward = float(checked_number(reward))
         return obs, reward, checked_flag(terminated, "terminated"), checked_flag(truncated, "truncated"), info or {}
+
+    def _alone(self, moves: "Moves") -> "Turn":
+        """What moves come to, with those of this game's player."""
+        answer = None
+        while True:
+            try:
+                obs, info, generator = moves.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = self.player(obs, info, self.action_space, generator)
+
+
+Turn = tuple[Any, float, bool, bool, Mapping[str, Any]]  # observation, reward, terminated, truncated, info
+Moves = Generator[Asked, Any, Turn]  # asks for each move of the others, and returns the seat's next turn
+
+
+class SideBySide(VectorWrapper):
+    """Seats whose games are played in step, so that a Frozen player which several have is asked for many moves at once.
+
+    environments: of seats. What happens is what would happen if each were stepped alone.
+    """
+
+    def __init__(self, environments: SyncVectorEnv) -> None:
+        super().__init__(environments)
+        self.copies = environments
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """As the environments'."""
+        copies, space, going = self.copies, self.copies.single_action_space, list[tuple[Seat, Moves]]()
+        for i, action in enumerate(iterate(copies.action_space, actions)):
+            if not copies._autoreset_envs[i]:
+                seat: Any = copies.envs[i].unwrapped
+                going.append(
+                    (seat, seat.taking(space.structured(action) if isinstance(space, FlatActions) else action))
+                )
+        _go_on(going)
+        return self.env.step(actions)
+
+
+def _go_on(going: list[tuple[Seat, Moves]]) -> None:
+    """Play games up to their seats' turns, one move in each at a time, and set what they come to as `ahead`."""
+    answers: list[Any] = [None] * len(going)
+    while going:
+        asking: list[tuple[Seat, Moves, Asked]] = []
+        for (seat, moves), answer in zip(going, answers, strict=True):
+            try:
+                asking.append((seat, moves, moves.send(answer)))
+            except StopIteration as end:
+                seat.ahead = end.value
+            except Exception as error:  # of the game: the step of this seat raises it
+                seat.ahead = error
+        going, answers = [(seat, moves) for seat, moves, _ in asking], [None] * len(asking)
+        for player in {id(seat.player): seat.player for seat, _ in going}.values():
+            its = [k for k, (seat, _) in enumerate(going) if seat.player is player]
+            for k, move in zip(its, _moves(player, [asking[k][::2] for k in its]), strict=True):
+                answers[k] = move
+
+
+def _moves(player: Player, asked: list[tuple[Seat, Asked]]) -> list[Any]:
+    """A player's moves in several games."""
+    if isinstance(player, Frozen):
+        return player.moves([x for _, x in asked])
+    return [player(obs, info, seat.action_space, generator) for seat, (obs, info, generator) in asked]
 
 
 def play(seat: Seat, players: Sequence[Player], generator: np.random.Generator) -> list[float]:

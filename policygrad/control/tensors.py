@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from torch.nn.functional import one_hot
+from torch.utils._pytree import tree_map
 
 from policygrad.control.distributions import (
     ClippedNormal,
@@ -20,7 +21,7 @@ from policygrad.control.distributions import (
     ScaledBeta,
     SquashedNormal,
 )
-from policygrad.control.spaces import Flat, describe, flat
+from policygrad.control.spaces import Flat, FlatActions, describe, flat
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
 
 
@@ -40,7 +41,8 @@ class TensorEnvironments(VectorEnv):
     such an environment has no `final_obs` [B, ...] in its extras, the last observation of an episode is taken to be the
     one before, as the field does, and a Note says so at the first episode that is cut.
 
-    Dict and Tuple observations become one vector of their parts, in the order of gymnasium.spaces.flatten. masked:
+    Dict and Tuple observations become one vector of their parts, in the order of gymnasium.spaces.flatten; Dict and
+    Tuple actions come as one vector (FlatActions), and the environment gets its own, of tensors [B, ...]. masked:
     whether a key `action_mask` is the mask of actions. Raises UserError for spaces of other kinds.
     """
 
@@ -59,10 +61,7 @@ class TensorEnvironments(VectorEnv):
                     f"{one_line(leaf, 60)}: change the environment's space"
                 )
         if isinstance(self.single_action_space, spaces.Dict | spaces.Tuple):
-            raise UserError(
-                f"environments of tensors take Discrete, MultiDiscrete, MultiBinary or Box actions, not "
-                f"{type_of(self.single_action_space)}: change the action space"
-            )
+            self.single_action_space = FlatActions(self.single_action_space)  # raises
         describe(self.single_action_space)  # raises
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -95,7 +94,10 @@ class TensorEnvironments(VectorEnv):
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """As the environments', with tensors [B, ...]; the rest of `info` stays as it is."""
         actions = actions.to(self.device)
-        taken = actions if self.namespace is None else self.namespace.from_dlpack(actions)
+        space = self.single_action_space
+        taken = structured(actions, space) if isinstance(space, FlatActions) else actions
+        if self.namespace is not None:
+            taken = tree_map(self.namespace.from_dlpack, taken)
         obs, reward, terminated, truncated, info = self.environments.step(taken)
         found, info = self._observations(obs), dict(info or {})
         terminated, truncated = self._flags(terminated, "terminated"), self._flags(truncated, "truncated")
@@ -201,6 +203,9 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
         *(ClippedNormal, SquashedNormal, ScaledBeta),
     ):
         raise UserError(f"{type_of(distribution)} maps its actions in a way of its own, outside of torch")
+    if isinstance(space, FlatActions):  # of a policy of the user's own, in the environment's units but for the starts
+        taken = ((to_environment(action[:, where], None, one), where) for one, where in space.parts)
+        return torch.cat([x.reshape(-1, where.stop - where.start).double() for x, where in taken], 1)
     dtype = torch.from_numpy(np.zeros(0, space.dtype)).dtype
     if not isinstance(space, spaces.Box):
         start = torch.as_tensor(getattr(space, "start", 0), device=action.device)
@@ -217,6 +222,22 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
         number = low + number.sigmoid() * (high - low)
     number = torch.minimum(torch.maximum(number, low), high)
     return (number if dtype.is_floating_point else number.round()).to(dtype)
+
+
+def structured(action: Tensor, space: FlatActions) -> Any:
+    """Actions [B, D] as tensors [B, ...] in the space's Dict or Tuple, each in its own type: FlatActions.structured."""
+    parts = iter(space.parts)
+
+    def made(of: spaces.Space) -> Any:
+        if isinstance(of, spaces.Dict):
+            return {name: made(x) for name, x in of.spaces.items()}
+        if isinstance(of, spaces.Tuple):
+            return tuple(made(x) for x in of.spaces)
+        part, where = next(parts)
+        numbers = action[:, where].reshape(-1, *(part.shape or ()))
+        return numbers.to(torch.from_numpy(np.zeros(0, part.dtype)).dtype).contiguous()  # JAX takes no strides
+
+    return made(space.of)
 
 
 def normalized(obs: Tensor, mean: Tensor, std: Tensor, kept: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """policygrad export: a policy as one graph, from an environment's observation to its action, for ONNX or torch.export.
 
 The graph is what `run.act` computes: normalizer, network, mode of the distribution, and the way to the environment. It
-is written only after it has given the same actions on 1,000 observations.
+is written only after it has given the same actions on 1,000 observations. With memory it also takes the state that the
+policy had, and returns the next one.
 """
 
 import io
@@ -23,9 +24,10 @@ from torch.distributions import Distribution
 
 import policygrad
 from policygrad.control import ObservationNormalizer
-from policygrad.control.acting import Mode
+from policygrad.control.acting import Certain, Mode
 from policygrad.control.checks import stored_dtype
 from policygrad.control.masks import random_masks
+from policygrad.control.memory import Rows
 from policygrad.control.separate import SeparatePolicies
 from policygrad.control.spaces import Flat, FlatActions
 from policygrad.control.tensors import normalized, to_environment
@@ -37,6 +39,7 @@ from policygrad.train.run import Run, arithmetic
 Format = Literal["onnx", "torch-export"]
 SUFFIX = {"onnx": ".onnx", "torch-export": ".pt2"}
 OBSERVATIONS = 1000  # on which the actions are compared
+ROWS = 100  # of a policy with memory: they are so many rows of steps
 TOLERANCE = 100 * torch.finfo(torch.float32).eps  # of a continuous action, relative to the larger of 1 and its size
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -48,6 +51,9 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
     batch of any size, in the shape and type of the observation space; composite observations are flattened before, as
     gymnasium.spaces.flatten does, and unsigned integers of more than 8 bits are int64. The output `action` [B, ...] is
     what the environment takes, in its type: the mode of the distribution, normalized and clipped as in `run.act`.
+
+    A policy with memory has an input `state` and an output `next_state` [B, S] more: zeros are the empty memory, with
+    which an episode starts, and each step takes what the one before returned.
 
     The graph is checked to give the actions of `run.act` on 1,000 observations: exactly where they are whole numbers,
     else within 100 roundings of float32 (1.2e-5, relative to the larger of 1 and the action). Raises UserError if it
@@ -61,8 +67,6 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
         raise UserError(f"a language model needs no export: {where} is in Hugging Face's layout already")
     if isinstance(run.policy, SeparatePolicies):
         raise UserError("export is of one policy, and this run has one for each agent: use policygrad.load and act")
-    if run.world.kind == "control" and state_size(run.policy):
-        raise UserError("export is of policies without memory, and this one has a state: use policygrad.load and act")
     if run.world.kind != "control":
         raise UserError(f"export is for control, and this run is on {run.world.name}: its policy is a table")
     if out is None and run.directory is None:
@@ -87,7 +91,10 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
 
 
 class Acting(nn.Module):
-    """observation [B, ...], as the environment gives it -> action [B, ...], as the environment takes it."""
+    """observation [B, ...], as the environment gives it -> action [B, ...], as the environment takes it.
+
+    Of a policy with memory: (observation, state [B, S]) -> (action, next state).
+    """
 
     mean: Tensor
     std: Tensor
@@ -96,16 +103,23 @@ class Acting(nn.Module):
     def __init__(self, policy: nn.Module, normalizer: ObservationNormalizer | None, space: spaces.Space) -> None:
         super().__init__()
         self.mode, self.space, self.normalizes = Mode(policy), space, normalizer is not None
+        self.remembers = state_size(policy) > 0
         kept = None if normalizer is None or normalizer.kept is None else torch.from_numpy(normalizer.kept)
         self.register_buffer("kept", kept)
         if normalizer is not None:
             self.register_buffer("mean", torch.from_numpy(normalizer.statistics.mean))
             self.register_buffer("std", torch.from_numpy(normalizer.statistics.var).sqrt())
 
-    def forward(self, observation: Tensor) -> Tensor:
+    def forward(self, observation: Tensor, state: Tensor | None = None) -> Any:
         obs = normalized(observation, self.mean, self.std, self.kept) if self.normalizes else observation
-        obs = obs.to(torch.get_default_dtype()) if obs.is_floating_point() else obs
-        certain = self.mode(obs.unsqueeze(1))
+        obs = (obs.to(torch.get_default_dtype()) if obs.is_floating_point() else obs).unsqueeze(1)
+        if state is None:
+            return self._taken(self.mode(obs))
+        goes_on = torch.zeros_like(state[:, :1], dtype=torch.bool)  # an episode starts where the state is 0
+        certain, after = self.mode.unrolled(Rows(obs, goes_on, state.unsqueeze(1), state[:, None, :0]))
+        return self._taken(certain), after
+
+    def _taken(self, certain: Certain) -> Tensor:
         return to_environment(certain.sample()[:, 0], certain.distribution, self.space)
 
 
@@ -119,15 +133,15 @@ def _around(run: Run) -> list[str]:
 def _graph_in(format: Format, run: Run) -> bytes:
     """The file's content, checked. Raises UserError."""
     world: Any = run.world
-    obs = observations(world)
+    given = _inputs(run)
     make = _onnx if format == "onnx" else _torch_export
     try:
         with _tracing(), torch.no_grad():
             graph = (
                 Acting(deepcopy(run.policy).cpu(), world.normalizer, world.action_space).eval().requires_grad_(False)
             )
-            content, act = make(graph, torch.from_numpy(obs[:3]), _described(run))
-            found = [act(obs), act(obs[:1])]
+            content, act = make(graph, [torch.from_numpy(x[:3]) for x in given], _described(run))
+            found = [act(given), act([x[:1] for x in given])]
     except UserError:
         raise
     except Exception as error:  # of torch, onnxscript or onnxruntime
@@ -135,26 +149,46 @@ def _graph_in(format: Format, run: Run) -> bytes:
         raise UserError(
             f"{type_of(run.policy)} cannot be exported to {format} ({name}: {_first_line(error)})"
         ) from error
-    actions, taken = world.action_space, run.act(obs)
-    expected = actions.vectors(taken) if isinstance(actions, FlatActions) else np.asarray(taken)
-    for batch, actions in zip((expected, expected[:1]), found, strict=True):
-        _check_same(actions, batch, format)
+    if len(given) > 1:
+        taken, state = run.act(given[0], torch.from_numpy(given[1]).to(run.options.device))
+        expected = [_as_array(taken, world.action_space), state.cpu().numpy()]
+    else:
+        expected = [_as_array(run.act(given[0]), world.action_space)]
+    for outputs in found:
+        for what, x, y in zip(("action", "state"), outputs, expected, strict=False):
+            _check_same(x, y[: len(x)], format, what)
     return content
 
 
-def _check_same(found: np.ndarray, expected: np.ndarray, format: str) -> None:
-    """Raise UserError unless the graph's actions are those of the run."""
+def _inputs(run: Run) -> list[np.ndarray]:
+    """Observations, and with memory the states that a policy has after 0 to 9 steps of others, 100 rows of each."""
+    obs = observations(run.world)
+    if not state_size(run.policy):
+        return [obs]
+    state, found = run.policy.initial(ROWS), []
+    for part in np.split(obs, len(obs) // len(state)):
+        found.append(state.cpu().numpy())
+        _, state = run.act(part[::-1].copy(), state)
+    return [obs, np.concatenate(found)]
+
+
+def _as_array(taken: Any, space: spaces.Space) -> np.ndarray:
+    return space.vectors(taken) if isinstance(space, FlatActions) else np.asarray(taken)
+
+
+def _check_same(found: np.ndarray, expected: np.ndarray, format: str, what: str) -> None:
+    """Raise UserError unless the graph's actions, or its states, are those of the run."""
     refused = f"the graph of {format} is not the policy, and is not written: "
     if found.shape != expected.shape or found.dtype != expected.dtype:
         said = f"{found.dtype} {list(found.shape)} in place of {expected.dtype} {list(expected.shape)}"
-        raise UserError(f"{refused}its actions are {said}")
+        raise UserError(f"{refused}its {what} is {said}")
     if expected.dtype.kind == "f":
         wrong = ~(np.abs(found - expected) <= TOLERANCE * np.maximum(1, np.abs(expected)))
     else:
         wrong = found != expected
     count = int(wrong.reshape(len(wrong), -1).any(1).sum())
     if count:
-        raise UserError(f"{refused}its action differs on {count:,} of {len(wrong):,} observations")
+        raise UserError(f"{refused}its {what} differs on {count:,} of {len(wrong):,} observations")
 
 
 def observations(world: Any, count: int = OBSERVATIONS) -> np.ndarray:
@@ -183,15 +217,22 @@ def _numbers(space: Any, normalizer: ObservationNormalizer | None, count: int) -
 # The formats: (graph, an example, metadata) -> the file's content, and the function of numpy's arrays that it is
 
 
-Made = tuple[bytes, Callable[[np.ndarray], np.ndarray]]
+Made = tuple[bytes, Callable[[list[np.ndarray]], list[np.ndarray]]]
+INPUTS, OUTPUTS = ("observation", "state"), ("action", "next_state")
 
 
-def _onnx(graph: nn.Module, example: Tensor, metadata: dict[str, str]) -> Made:
+def _shapes(example: list[Tensor]) -> dict[str, Any]:
+    """The dimensions of the inputs that may be of any size."""
+    batch = torch.export.Dim("batch")
+    return {name: {0: batch} for name, _ in zip(INPUTS, example, strict=False)}
+
+
+def _onnx(graph: nn.Module, example: list[Tensor], metadata: dict[str, str]) -> Made:
     import onnxruntime
 
-    shapes = {"observation": {0: torch.export.Dim("batch")}}
-    names: dict[str, Any] = {"input_names": ["observation"], "output_names": ["action"], "dynamic_shapes": shapes}
-    program: Any = torch.onnx.export(graph, (example,), dynamo=True, verbose=False, **names)
+    inputs, outputs = list(INPUTS[: len(example)]), list(OUTPUTS[: len(example)])
+    names: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": _shapes(example)}
+    program: Any = torch.onnx.export(graph, tuple(example), dynamo=True, verbose=False, **names)
     for node in program.model.graph.all_nodes():  # the lines of code that it comes from, with their paths here
         node.metadata_props.clear()
     program.model.metadata_props.update(metadata)
@@ -199,19 +240,23 @@ def _onnx(graph: nn.Module, example: Tensor, metadata: dict[str, str]) -> Made:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return content, lambda obs: session.run(["action"], {"observation": obs})[0]
+    return content, lambda given: session.run(outputs, dict(zip(inputs, given, strict=True)))
 
 
-def _torch_export(graph: nn.Module, example: Tensor, metadata: dict[str, str]) -> Made:
-    shapes = {"observation": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(graph, (example,), dynamic_shapes=shapes)
+def _torch_export(graph: nn.Module, example: list[Tensor], metadata: dict[str, str]) -> Made:
+    program = torch.export.export(graph, tuple(example), dynamic_shapes=_shapes(example))
     for module in program.graph_module.modules():  # the lines of code that it comes from, with their paths here
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"policygrad.json": json.dumps(metadata)})
     again = torch.export.load(io.BytesIO(file.getvalue())).module()
-    return file.getvalue(), lambda obs: again(torch.from_numpy(obs)).numpy()
+
+    def act(given: list[np.ndarray]) -> list[np.ndarray]:
+        found = again(*map(torch.from_numpy, given))
+        return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
+
+    return file.getvalue(), act
 
 
 def _described(run: Run) -> dict[str, str]:

@@ -16,7 +16,7 @@ import policygrad as pg
 from policygrad.control import ObservationNormalizer, Policy, Sampler, evaluate, make_environments
 from policygrad.control.acting import Mode
 from policygrad.control.encoders import make_encoder
-from policygrad.control.masks import choices, random_masks
+from policygrad.control.masks import choices, flat_mask, random_masks
 from policygrad.control.spaces import Flat, FlatActions, describe, rebuild
 from policygrad.errors import Note, UserError
 
@@ -36,11 +36,11 @@ class Forbidding(gymnasium.Env):
     """Allows what its random mask says, which changes with every step, and fails at any other action.
 
     The reward of an action is 1 for each of its parts that is the highest choice, which is allowed now and then. With
-    `key` the mask is a part of the observation, else of the info.
+    `key` the mask is a part of the observation, else of the info. sampled: as the action space samples with it.
     """
 
-    def __init__(self, kind: str = "discrete", key: bool = True, last: bool = True) -> None:
-        self.action_space, self.key, self.last = KINDS[kind], key, last
+    def __init__(self, kind: str = "discrete", key: bool = True, last: bool = True, sampled: bool = False) -> None:
+        self.action_space, self.key, self.last, self.sampled = KINDS[kind], key, last, sampled
         whole = dict_space(self.action_space)
         self.observation_space = whole if key else whole["observation"]
 
@@ -69,7 +69,19 @@ class Forbidding(gymnasium.Env):
             masks[-1][self.np_random.integers(n)] = 1
         self.mask = np.concatenate(masks).astype(np.int8)
         obs = self.np_random.normal(size=2).astype(np.float32)
-        return ({"observation": obs, "action_mask": self.mask}, {}) if self.key else (obs, {"action_mask": self.mask})
+        said = as_sampled(self.mask, self.action_space) if self.sampled else self.mask
+        return ({"observation": obs, "action_mask": said}, {}) if self.key else (obs, {"action_mask": said})
+
+
+def as_sampled(mask: np.ndarray, space: spaces.Space) -> Any:
+    """A mask as Gymnasium's spaces take it in `sample`."""
+    if isinstance(space, spaces.MultiDiscrete):
+        return tuple(np.split(mask, np.cumsum(space.nvec)[:-1]))
+    if isinstance(space, spaces.MultiBinary):
+        return np.array(
+            [{(1, 0): 0, (0, 1): 1, (1, 1): 2}[tuple(pair)] for pair in mask.reshape(-1, 2).tolist()], np.int8
+        )
+    return mask
 
 
 def policy_of(kind: str) -> Policy:
@@ -161,6 +173,43 @@ def test_only_allowed_actions_are_taken(kind: str, key: bool, vectorization: str
         assert set(mask.unique().tolist()) == {0.0, 1.0}
     finally:
         environments.close()
+
+
+@each_kind
+@pytest.mark.parametrize("own", [False, True], ids=["made here", "a vector environment"])
+def test_the_info_may_have_the_masks_that_spaces_sample_with(kind: str, own: bool) -> None:
+    """The rollouts are the same, and Gymnasium draws from what these masks allow and from all of it."""
+
+    def sampled(sampled: bool) -> pg.Rollout:
+        def make() -> gymnasium.Env:
+            return Forbidding(kind, key=False, sampled=sampled)
+
+        given = SyncVectorEnv([make] * 2, autoreset_mode=AutoresetMode.NEXT_STEP) if own else make
+        environments = make_environments(given, 2, action_mask="info", vectorization="auto" if own else "sync")
+        torch.manual_seed(0)
+        policy = Policy(environments.single_observation_space, environments.single_action_space)
+        torch.manual_seed(0)
+        return Sampler(environments, 30, seed=0)(policy)
+
+    one, other = sampled(False), sampled(True)
+    assert torch.equal(one.obs, other.obs)
+    assert torch.equal(one.action, other.action)
+    assert torch.equal(one.logp, other.logp)
+    space = KINDS[kind]
+    for mask in random_masks(5, space).astype(np.int8):
+        first = np.cumsum([0, *choices(space)[:-1]])
+        drawn = [space.sample(mask=as_sampled(mask, space)) for _ in range(200)]
+        seen = np.zeros_like(mask)
+        for action in drawn:
+            seen[first + np.ravel(action - getattr(space, "start", 0)).astype(int)] = 1
+        assert seen.tolist() == mask.tolist() == flat_mask(as_sampled(mask, space), space).tolist()
+
+
+def test_a_tuple_of_such_masks_is_one_for_each_part() -> None:
+    space = FlatActions(PAIR)
+    mask = random_masks(1, space)[0].astype(np.int8)
+    parts = (mask[:4], as_sampled(mask[4:9], MULTI), as_sampled(mask[9:], COINS))
+    assert flat_mask(parts, space).tolist() == mask.tolist()
 
 
 @pytest.mark.parametrize("key", [True, False], ids=["key", "info"])
@@ -403,6 +452,12 @@ def test_a_bad_mask_is_one_clear_line(mask: Any, key: bool, message: str) -> Non
     how = {"action_mask": "auto" if key else "info"}
     with pytest.raises(UserError, match=message) as raised:
         pg.train("ppo", lambda: Saying(mask, key), steps=50, num_envs=1, progress=False, **how)
+    assert len(str(raised.value)) <= 200
+
+
+def test_a_mask_of_coins_that_is_neither_form_is_refused() -> None:
+    with pytest.raises(UserError, match=r"of 3 coins is \[0, 3, 1\]: use 0 or 1 for one that must be so, 2") as raised:
+        flat_mask(np.array([0, 3, 1], np.int8), COINS)
     assert len(str(raised.value)) <= 200
 
 

@@ -6,7 +6,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium import spaces
 
+import policygrad as pg
+from policygrad.control.demonstrations import transitions
 from policygrad.control.minari import place_of, read_minari
 from policygrad.errors import UserError
 
@@ -153,13 +156,99 @@ def test_episodes_that_make_no_sense_are_refused(change: Any, said: str, tmp_pat
     assert len(str(raised.value)) <= 200
 
 
-def test_structured_observations_are_refused_for_now(tmp_path: Path) -> None:
-    first, _ = episodes()
-    first.pop("observations")
-    path = written(tmp_path / "main_data.hdf5", [first])
+SEEN = spaces.Dict(
+    place=spaces.Box(-9, 9, (2,), np.float64), room=spaces.Tuple([spaces.Discrete(3), spaces.Discrete(2)])
+)
+TAKEN = spaces.Tuple([spaces.Dict(turn=spaces.Discrete(4, start=2)), spaces.Box(-1, 1, (1,), np.float64)])
+
+
+class Rooms(gymnasium.Env):
+    """Observations of a Dict and actions of a Tuple, with others in them."""
+
+    observation_space, action_space = SEEN, TAKEN
+
+    def reset(self, **options: Any) -> Any:
+        super().reset(seed=options.get("seed"))
+        return SEEN.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        assert TAKEN.contains(action)
+        return SEEN.sample(), 0.0, bool(self.np_random.random() < 0.3), False, {}
+
+
+def in_groups(path: Path, found: list[tuple[list[Any], list[Any]]]) -> Path:
+    """Observations and actions of these episodes as Minari lays out what has parts: groups, a tuple's by _index_i."""
+
+    def put(group: Any, name: str, values: list[Any]) -> None:
+        if isinstance(values[0], dict | tuple):
+            inner = group.create_group(name)
+            for key in values[0] if isinstance(values[0], dict) else range(len(values[0])):
+                called = key if isinstance(values[0], dict) else f"_index_{key}"
+                put(inner, called, [x[key] for x in values])
+        else:
+            group.create_dataset(name, data=np.stack([np.asarray(x) for x in values]))
+
+    with h5py.File(path, "w") as file:
+        for i, (seen, taken) in enumerate(found):
+            group = file.create_group(f"episode_{i}")
+            put(group, "observations", seen)
+            put(group, "actions", taken)
+            for name in ("rewards", "terminations", "truncations"):
+                group.create_dataset(name, data=np.zeros(len(taken)))
+    return path
+
+
+def rooms() -> list[tuple[list[Any], list[Any]]]:
+    SEEN.seed(0)
+    TAKEN.seed(0)
+    return [([SEEN.sample() for _ in range(n + 1)], [TAKEN.sample() for _ in range(n)]) for n in (5, 3)]
+
+
+def test_what_has_parts_is_read_as_rows_with_parts(tmp_path: Path) -> None:
+    episodes = rooms()
+    found = read_minari(in_groups(tmp_path / "x.hdf5", episodes))
+    assert len(found["observation"]) == len(found["action"]) == 8
+    known = {
+        "observation": [x for seen, taken in episodes for x in seen[: len(taken)]],
+        "action": [x for _, taken in episodes for x in taken],
+        "episode": [0] * 5 + [1] * 3,
+    }
+    one, other = transitions(found, SEEN, TAKEN), transitions(known, SEEN, TAKEN)
+    np.testing.assert_array_equal(one.observation, other.observation)
+    np.testing.assert_array_equal(one.action, other.action)
+    np.testing.assert_array_equal(one.episode, other.episode)
+
+
+def test_it_is_cloned(tmp_path: Path) -> None:
+    place = in_groups(tmp_path / "x.hdf5", rooms())
+    run = pg.clone(Rooms, str(place), iterations=2, validation=0, progress=False)
+    assert TAKEN.contains(run.act(SEEN.sample()))
+
+
+PARTS: list[tuple[Any, str]] = [
+    (lambda file: file["episode_0"].create_dataset("observations/more", data=np.zeros(4)), "differ in length"),
+    (lambda file: file["episode_0"].create_dataset("observations/text", data=np.array([b"a"] * 6)), "no numbers"),
+    (lambda file: file["episode_0"].create_dataset("actions/one", data=1.0), "no numbers"),
+    (lambda file: file["episode_0/observations"].create_group("none"), "has no observations"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), PARTS)
+def test_parts_that_make_no_sense_are_refused(change: Any, said: str, tmp_path: Path) -> None:
+    path = in_groups(tmp_path / "x.hdf5", rooms())
     with h5py.File(path, "a") as file:
-        file.create_dataset("episode_0/observations/position", data=np.zeros((5, 2)))
-    with pytest.raises(UserError, match="parts"):
+        change(file)
+    with pytest.raises(UserError, match=said) as raised:
+        read_minari(path)
+    assert len(str(raised.value)) <= 200
+
+
+def test_episodes_with_parts_and_without_are_refused(tmp_path: Path) -> None:
+    path = in_groups(tmp_path / "x.hdf5", rooms())
+    with h5py.File(path, "a") as file:
+        del file["episode_1/actions"]
+        file["episode_1"].create_dataset("actions", data=np.zeros(3))
+    with pytest.raises(UserError, match=r"action has parts .* in some of its episodes alone"):
         read_minari(path)
 
 

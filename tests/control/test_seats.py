@@ -15,8 +15,8 @@ from nim import Nim, best, best_of_seats
 from safetensors.torch import load_file
 
 import policygrad as pg
-from policygrad.control import make_environments
-from policygrad.control.seats import Frozen, Opponents, Seat, Selves, random_player
+from policygrad.control import Policy, Sampler, make_environments
+from policygrad.control.seats import Frozen, Opponents, Seat, Selves, SideBySide, random_player
 from policygrad.errors import Note, UserError
 from policygrad.train.checkpoints import load_policy
 
@@ -98,6 +98,17 @@ def test_a_random_player_takes_what_the_mask_allows(where: str) -> None:
     drawn = Counter(random_player(obs, info, spaces.Discrete(5, start=2), generator) for _ in range(3000))
     assert set(drawn) == {3, 5, 6}
     assert all(abs(count - 1000) < 120 for count in drawn.values())
+
+
+def test_a_random_player_keeps_to_masks_of_several_choices() -> None:
+    generator, space = np.random.default_rng(0), spaces.MultiDiscrete([2, 3], start=[1, -1])
+    for mask in (np.array([1, 1, 0, 1, 1]), (np.array([1, 1]), np.array([0, 1, 1]))):
+        drawn = Counter(tuple(random_player(0, {"action_mask": mask}, space, generator).tolist()) for _ in range(2000))
+        assert set(drawn) == {(1, 0), (1, 1), (2, 0), (2, 1)}
+        assert all(abs(count - 500) < 100 for count in drawn.values())
+    for mask in (np.array([1, 0, 1, 1]), np.array([0, 2], np.int8)):
+        found = [random_player(0, {"action_mask": mask}, spaces.MultiBinary(2), generator) for _ in range(99)]
+        assert {tuple(x.tolist()) for x in found} == {(0, 0), (0, 1)}
 
 
 def test_a_random_player_of_a_game_without_masks() -> None:
@@ -199,6 +210,108 @@ def test_a_frozen_self_samples_its_policy_and_draws_from_the_generator_alone() -
     ]
     mask = {"observation": np.array([1], np.float32), "action_mask": np.array([1, 0], np.int8)}
     assert {int(one(mask, {}, spaces.Discrete(2), generator)) for _ in range(50)} == {0}
+
+
+def moved_selves(count: int, **how: Any) -> list[Frozen]:
+    """Frozen selves of a run, each moved away from the others."""
+    training = pg.Training("ppo", Nim, **SELF | how)
+    found = [deepcopy(frozen_of(training)[0]) for _ in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    for one in found:
+        for p in one.policy.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_moves_asked_for_together_are_those_asked_for_alone(normalize: bool) -> None:
+    (one,) = moved_selves(1, normalize_observations=normalize)
+    if one.normalizer is not None:
+        one.normalizer.statistics.update(np.random.default_rng(0).normal(4, 2, (50, 3)))
+    heaps = np.random.default_rng(1).integers(1, 9, 3000)
+    seen = [{"observation": np.array([x], np.float32), "action_mask": np.array([1, x > 1], np.int8)} for x in heaps]
+    together = one.moves([(obs, {}, np.random.default_rng(k)) for k, obs in enumerate(seen)])
+    alone = [one(obs, {}, spaces.Discrete(2), np.random.default_rng(k)) for k, obs in enumerate(seen)]
+    assert together == alone
+    assert 0.05 < np.mean(alone) < 0.95
+    logits = one._logits(np.stack([np.concatenate([x["action_mask"], x["observation"]]) for x in seen]))
+    numbers = np.stack([np.concatenate([x["action_mask"], x["observation"]]) for x in seen])
+    if one.normalizer is not None:
+        numbers = one.normalizer(numbers, np.zeros(len(numbers), bool))
+    with torch.no_grad():
+        plain = one.policy(torch.from_numpy(numbers).float().unsqueeze(1)).logits[:, 0]
+    torch.testing.assert_close(torch.from_numpy(logits).float(), plain)
+
+
+@pytest.mark.parametrize("mask", ["key", "info"])
+@pytest.mark.parametrize("whole_episodes", [False, True])
+def test_games_side_by_side_are_those_stepped_alone(mask: str, whole_episodes: bool) -> None:
+    """Bit for bit, with several selves that are asked together; and they are asked together."""
+
+    def made() -> Nim:
+        return Nim(heap=11, mask=mask)
+
+    players, found, asked = moved_selves(3), [], []
+    for together in (True, False):
+        selves = Selves()
+        selves.frozen = [deepcopy(x) for x in players]
+        for x in selves.frozen:
+            its = x.moves
+            x.moves = lambda given, its=its: asked.append(len(given)) or its(given)  # type: ignore[assignment,func-returns-value]
+        how: Any = {"opponents": selves, "action_mask": "auto" if mask == "key" else "info"}
+        environments: Any = make_environments(made, 6, **how)
+        assert isinstance(environments, SideBySide)
+        environments = environments if together else environments.env
+        torch.manual_seed(0)
+        policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(8,))
+        sample = Sampler(environments, 60, seed=0, whole_episodes=whole_episodes)
+        torch.manual_seed(0)
+        found += [[sample(policy) for _ in range(3)]]
+        assert (max(asked) > 1) == together
+        asked.clear()
+    for one, other in zip(*found, strict=True):
+        for name in ("obs", "action", "logp", "reward", "ended", "mask"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert one.metrics == other.metrics
+
+
+def test_a_player_of_ones_own_is_asked_side_by_side_too() -> None:
+    environments: Any = make_environments(Nim, 3, opponents=self_of_one())
+    assert isinstance(environments, SideBySide)
+    environments.reset(seed=0)
+    heaps = environments.step(np.zeros(3, np.int64))[0][:, -1]
+    seats = [x.unwrapped.seat for x in environments.copies.envs]
+    assert heaps.tolist() == [7 - 2 - (x == 1) for x in seats]
+
+
+def test_an_error_of_one_game_is_that_of_its_environment() -> None:
+    """The others have taken their step, and the one that failed is made anew."""
+
+    class Failing(Nim):
+        def step(self, action: Any) -> None:
+            if self.heap == 3:
+                raise RuntimeError("three are left")
+            super().step(action)
+
+    environments = make_environments(Failing, 2, opponents=self_of_one(), restarts=1)
+    environments.reset(seed=3)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        infos = [environments.step(np.zeros(2, np.int64))[-1] for _ in range(3)]
+    assert any("raised RuntimeError in step: three are left" in str(x) for x in infos)
+    environments = make_environments(Failing, 2, opponents=self_of_one())
+    environments.reset(seed=3)
+    with pytest.raises(RuntimeError, match="three are left"):  # noqa: PT012 - some game is at three in one of these
+        for _ in range(3):
+            environments.step(np.zeros(2, np.int64))
+
+
+def self_of_one() -> Selves:
+    class Ones(Selves):
+        def __call__(self, generator: Any, count: int) -> Any:
+            return one
+
+    return Ones()
 
 
 def test_half_of_the_games_are_against_the_newest() -> None:

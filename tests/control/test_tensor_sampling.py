@@ -54,9 +54,8 @@ class Copies(VectorEnv):
 
     def step(self, actions: Any) -> Any:
         if self.to is not None:
-            assert isinstance(actions, Tensor)
-            assert actions.device.type == self.to
-            actions = actions.cpu().numpy()
+            assert all(isinstance(x, Tensor) and x.device.type == self.to for x in tree_leaves(actions))
+            actions = tree_map(lambda x: x.cpu().numpy(), actions)
         assert self.action_space.contains(actions), actions
         obs, reward, terminated, truncated, info = self.inside.step(actions)
         if self.to is not None and "final_obs" in info:
@@ -112,11 +111,24 @@ class Double(Known):
         return super()._obs().astype(np.float64) + 1e-9
 
 
+class Hybrid(Known):
+    """Actions of several parts, nested."""
+
+    def __init__(self) -> None:
+        part = spaces.Tuple([spaces.Box(-2, 2, (2, 2), np.float64), spaces.MultiBinary(2)])
+        super().__init__(spaces.Dict(turn=spaces.Discrete(3, start=1), move=part))
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action), action
+        return super().step(action["turn"] + action["move"][0].sum() - 3 * action["move"][1][0])
+
+
 KINDS: dict[str, Callable[[], gymnasium.Env]] = {
     "box": Known,
     "structured": Structured,
     "pixels": Pixels,
     "double": Double,
+    "hybrid": Hybrid,
 }
 NEXT, SAME = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -439,3 +451,12 @@ def test_same_step_resets_need_the_last_observations() -> None:
     sample = Sampler(make_environments(Lost(limited(Counting, 2), 3, SAME, "cpu")), 6, seed=0)
     with pytest.raises(UserError, match=r"without final_obs in its info: add the last observations of all"):
         sample(acting(sample))
+
+
+@pytest.mark.parametrize("method", ["reinforce", "ppo", "trpo"])
+def test_methods_learn_from_structured_actions(method: str) -> None:
+    how: Any = {"episode_steps": 6} if method == "reinforce" else {"num_steps": 16}
+    environments = Copies(limited(Hybrid, 6), 4, SAME, "cpu")
+    run = pg.train(method, environments, num_envs=4, iterations=2, progress=False, preset="none", **how)
+    taken = run.act(np.zeros(3, np.float32))
+    assert Hybrid().action_space.contains(taken)

@@ -10,10 +10,12 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from probes import Known
+from torch.utils._pytree import tree_leaves, tree_map
 
 from policygrad.control import Policy, make_environments
+from policygrad.control import spaces as own_spaces
 from policygrad.control.spaces import FlatActions
-from policygrad.control.tensors import TensorEnvironments, normalized, of_tensors, tensor, to_environment
+from policygrad.control.tensors import TensorEnvironments, normalized, of_tensors, structured, tensor, to_environment
 from policygrad.errors import UserError
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,))
@@ -86,7 +88,7 @@ class Several(gymnasium.Env):
 @pytest.mark.parametrize(
     ("observations", "actions", "said"),
     [
-        (OBSERVATIONS, spaces.Dict(a=BOX), "take Discrete, MultiDiscrete, MultiBinary or Box actions, not a Dict"),
+        (OBSERVATIONS, spaces.Dict(a=spaces.Text(3)), "Text"),
         (spaces.Dict(a=spaces.MultiDiscrete([2, 3])), BOX, "observations of tensors are Box, Discrete or MultiBinary"),
         (OBSERVATIONS, spaces.Text(3), "Text"),
     ],
@@ -96,6 +98,34 @@ def test_a_space_that_it_cannot_have_is_named(observations: Any, actions: Any, s
     with pytest.raises(UserError, match=said) as raised:
         make_environments(Several(observations, actions))
     assert len(str(raised.value)) <= 200
+
+
+def test_structured_actions_are_those_of_arrays() -> None:
+    inner = spaces.Dict(
+        a=spaces.Discrete(3, start=2),
+        b=spaces.Tuple([spaces.Box(-1, 1, (2, 2), np.float64), spaces.MultiBinary(2)]),
+        c=spaces.MultiDiscrete([2, 3], start=[1, 0]),
+    )
+    space = FlatActions(inner)
+    inner.seed(0)
+    samples = [tree_map(lambda x: np.asarray(x)[None], inner.sample()) for _ in range(5)]
+    vectors = np.concatenate([space.vectors(x) for x in samples])
+    found, expected = structured(torch.from_numpy(vectors), space), space.structured(vectors)
+    leaves = list(zip(tree_leaves(found), tree_leaves(expected), strict=True))
+    assert len(leaves) == 4
+    for x, y in leaves:
+        assert x.is_contiguous()
+        assert x.numpy().dtype == y.dtype
+        np.testing.assert_array_equal(x.numpy(), y)
+
+
+def test_a_policy_of_ones_own_counts_from_0() -> None:
+    space = FlatActions(spaces.Tuple([spaces.Discrete(3, start=2), spaces.Box(-1, 1, (1,))]))
+    own = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1, 2), 1.0), 1)
+    action = torch.tensor([[1.0, 3.0], [2.0, -0.5]])
+    found = to_environment(action, own, space)
+    np.testing.assert_array_equal(found.numpy(), own_spaces.to_environment(action.numpy(), space))
+    assert found.tolist() == [[3, 1], [4, -0.5]]
 
 
 def test_masks_are_keys() -> None:

@@ -94,6 +94,15 @@ def loaded(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda obs: program(torch.from_numpy(obs)).numpy()
 
 
+def with_state(path: Path) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
+    """The function that a file of a policy with memory is."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda obs, state: session.run(["action", "next_state"], {"observation": obs, "state": state})
+    program = torch.export.load(path).module()
+    return lambda obs, state: [x.numpy() for x in program(torch.from_numpy(obs), torch.from_numpy(state))]
+
+
 def check_same(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.dtype == expected.dtype
     if expected.dtype.kind == "f":
@@ -125,6 +134,38 @@ def test_the_graph_acts_as_the_run(
         for count in (1, 2, 7, 1000):
             check_same(act(obs[-count:]), taken(run, obs[-count:]))
     assert not list(tmp_path.rglob("*.new"))
+
+
+REMEMBERING: list[tuple[str, spaces.Space, spaces.Space, dict[str, Any]]] = [
+    ("gru", NUMBERS, float_box(-1, 2, 0, 3), {"normalize_observations": True}),
+    ("lstm", spaces.Dict(action_mask=spaces.MultiBinary(4), b=NUMBERS), MASKED, {}),
+    ("transformer", spaces.Box(0, 255, (9, 8, 3), np.uint8), spaces.Dict(a=CHOICES, b=float_box(-1, 2)), {}),
+]
+
+
+@pytest.mark.parametrize(("memory", "observation", "action", "options"), REMEMBERING, ids=lambda x: str(x)[:20])
+def test_with_memory_the_graph_takes_and_returns_the_state(
+    tmp_path: Path, memory: str, observation: spaces.Space, action: spaces.Space, options: dict[str, Any]
+) -> None:
+    """Episodes stepped with the graph's own states, from zeros, and with the run's, which begin with None."""
+    how = {**FEW, **options, "memory": memory, "memory_size": 8}
+    run = pg.train("ppo", lambda: Odd(observation, action), out=tmp_path / "run", **how)
+    with torch.no_grad():
+        run.policy.network[-1].weight.mul_(100)
+    for format in ("onnx", "torch-export"):
+        act = with_state(pg.export(run, format=format))  # type: ignore[arg-type]
+        for count in (1, 5):
+            state, expected, differs = run.policy.initial(count).numpy(), None, False
+            for obs in np.split(observations(run.world)[: 20 * count], 20):
+                action_here, state = act(obs, state)
+                wanted, expected = run.act(obs, expected)
+                space = run.world.action_space
+                wanted = space.vectors(wanted) if isinstance(space, FlatActions) else np.asarray(wanted)
+                check_same(action_here, wanted)
+                np.testing.assert_allclose(state, expected.numpy(), rtol=1e-4, atol=1e-4)
+                forgetful, _ = act(obs, np.zeros_like(state))
+                differs |= bool((forgetful != action_here).any())
+            assert differs
 
 
 @pytest.fixture(scope="module")

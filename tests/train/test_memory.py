@@ -231,11 +231,3 @@ def test_what_is_new_is_paid_for_beside_a_memory() -> None:
     rollout = RandomNetworkDistillation(pg.Sampler(environments, 8), target, predictor, optimizer)(policy)
     assert rollout.metrics["novelty"] > 0
     assert (rollout.reward[rollout.mask] > 0).all()
-
-
-def test_export_says_that_a_memory_does_not_fit(tmp_path: Any) -> None:
-    run = pg.train(
-        "ppo", "CartPole-v1", steps=64, num_steps=16, num_envs=2, minibatch_size=16, memory="gru", progress=False
-    )
-    with pytest.raises(UserError, match="export is of policies without memory"):
-        pg.export(run, out=tmp_path / "policy.onnx")
