@@ -6,6 +6,7 @@ process to another is names, numbers and arrays; each process makes its world an
 """
 
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from policygrad.train.worlds import world_of
 from policygrad.train.worlds.world import Own, World
 
 STARTING = 300.0  # seconds that all samplers may take to start
+REACHED = 10.0  # seconds for a connection to the head of a cluster
 TRIES = 5  # times that one rollout is begun, in actors that die of it
 QUIET = {  # read by Ray when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -252,10 +254,13 @@ def _started(count: int, address: str | None) -> tuple[Any, bool]:
     # Here the samplers are the only actors: each has its CPU, or a part of one.
     here = {"num_cpus": max(count, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
     try:
+        host, _, port = address.rpartition(":")
+        if host:  # where nothing listens, Ray tries for 20 minutes
+            socket.create_connection((host, int(port)), REACHED).close()
         with _quiet():
             ray.init(address, log_to_driver=False, logging_level="CRITICAL", **here)
     except Exception as error:  # of several kinds
-        ray.shutdown()
+        ray.shutdown()  # of what was started so far
         said = f"Ray at {shortened(address, 50)} cannot be reached ({one_line(error, 60)})"
         raise OptionError("ray", f"{said}: start it there, and give HOST:PORT, or auto on its machine") from error
     return ray, True
