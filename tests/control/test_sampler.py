@@ -17,8 +17,9 @@ from probes import GAMMA, Counting, Known, Potential, limited
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
+from policygrad import ranks
 from policygrad.advantages import gae
-from policygrad.control import Policy, RewardScaler, Sampler, make_environments
+from policygrad.control import ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.sampler import next_step_layout
 from policygrad.critics import bootstrap_values
 from policygrad.errors import NonFiniteError, UserError
@@ -802,3 +803,35 @@ def test_greedy_leaves_what_is_sampled_as_it_is() -> None:
         assert plain.greedy is None
     with pytest.raises(UserError, match="whole_episodes=True"):
         Sampler(environments[0], 30, greedy=True)
+
+
+def test_another_number_of_ranks_divides_counts_and_keeps_statistics() -> None:
+    """Of two ranks, three go on: totals add up, the last episodes are dealt out, and nobody draws what another does."""
+
+    def made(seed: int) -> Sampler:
+        return Sampler(
+            make_environments("CartPole-v1", 2), 40, seed=seed, observation_normalizer=ObservationNormalizer((4,))
+        )
+
+    def state_of_one(seed: int) -> dict[str, Any]:
+        sample = made(seed)
+        sample(Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(2)))
+        return sample.state_dict()
+
+    states = [state_of_one(seed) for seed in (1, 2)]
+
+    def go_on() -> tuple[Any, ...]:
+        sample = made(0)
+        sample.divide_anew(states, ranks.seed_from(7, 3))
+        stepping = sample.stepping
+        seen = stepping.observation_normalizer.statistics  # type: ignore[union-attr]
+        drawn = stepping.generator.integers(2**31), sample.noise.integers(2**31)
+        return stepping.steps, stepping.episodes, list(stepping.finished), seen.mean.tolist(), drawn
+
+    steps, episodes, finished, means, drawn = zip(*ranks.simulated([go_on] * 3), strict=True)
+    assert sum(steps) == sum(x["steps"] for x in states) > 100
+    assert sum(episodes) == sum(x["episodes"] for x in states) > 2
+    assert sorted(x for one in finished for x in one) == sorted(tuple(x) for one in states for x in one["finished"])
+    assert max(map(len, finished)) - min(map(len, finished)) <= 1
+    assert {tuple(x) for x in means} == {tuple(states[0]["observations"]["mean"].tolist())}
+    assert len({x for one in drawn for x in one}) == 6

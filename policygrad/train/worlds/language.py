@@ -505,9 +505,8 @@ class LanguageWorld(World):
             return
         if getattr(options, "kl_ref", "none") != "none":
             self.anchor = self.reference()
-        self.collected = {name: x.detach().cpu().clone() for name, x in self.modules().state_dict().items()}
-        if ranks.rank():
-            self.collected = {}
+        if ranks.rank() == 0:
+            self.collected = {name: x.detach().cpu().clone() for name, x in self.modules().state_dict().items()}
         for module in (self.policy, self.critic, self.anchor):
             if module is not None:
                 shard(module)
