@@ -537,7 +537,7 @@ def wrapped(
     """The sampler in the wrappers that the options require, in the required order."""
     micro_batch = split_of(options, policy)
     lag = getattr(options, "lag", 0) or int(getattr(options, "overlap", False))
-    if lag:
+    if lag and getattr(options, "samplers", None) is None:  # remote ones sample ahead by themselves
         sample = Overlapped(sample, lag)
     if ranks.size() > 1:
         sample = Together(sample)
