@@ -8,8 +8,9 @@ Each measurement is a process of its own. It first trains for a warm-up, and com
 the steps that are timed. Speeds are medians of the repetitions, and a ratio is that of the medians. The return stands
 beside the speed: the mean of the last 100 training episodes, of rejax the mean of 128 evaluation episodes. torch has
 one thread on both sides. The rows at the end time whole processes: from the start of Python to a mean return of 475
-over 100 training episodes, and the two commands that do nothing. Rows with EnvPool need it installed. Writes
-docs/speed.json, docs/speed.md and docs/speed.png when all of it is run; --write does it again from docs/speed.json.
+over 100 training episodes, and the two commands that do nothing. Rows with EnvPool need it installed; those with a
+sampler, which is overlap in a process of its own, need Ray. Writes docs/speed.json, docs/speed.md and docs/speed.png
+when all of it is run; --write does it again from docs/speed.json.
 """
 
 import argparse
@@ -32,7 +33,9 @@ OURS = {
     "compiled": {"compile": "on"},
     "overlap": {"compile": "on", "overlap": True},
     "EnvPool": {"compile": "on", "vectorization": "envpool"},
+    "sampler": {"compile": "on", "samplers": 1, "lag": 1},
 }
+NEEDS = {"EnvPool": "envpool", "sampler": "ray"}
 SOLVED = "from policygrad.train.training import train; train('ppo', 'CartPole-v1', progress=False, {})"
 # The settings of rl-baselines3-zoo for PPO on CartPole-v1, stopped by the training episodes as ours is.
 SOLVED_BY_SB3 = """
@@ -81,7 +84,8 @@ WORK = {
     "PPO HalfCheetah-v5, 8 x 256": Work(
         "ppo", "HalfCheetah-v5", {"num_envs": 8, "num_steps": 256, "epochs": 10, "minibatch_size": 64},
         {"n_steps": 256, "n_epochs": 10, "batch_size": 64}, 8_192, 32_768,
-        {("compiled", "SB3"): 3.5, ("compiled", "SBX"): 1.8, ("overlap", "SB3"): 5.0, ("EnvPool", "SB3"): 5.0},
+        {("compiled", "SB3"): 3.5, ("compiled", "SBX"): 1.8, ("overlap", "SB3"): 5.0, ("sampler", "SB3"): 5.0,
+         ("EnvPool", "SB3"): 5.0},
     ),
     "TRPO HalfCheetah-v5, 8 x 256": Work(
         "trpo", "HalfCheetah-v5",
@@ -197,8 +201,7 @@ def run(peers: str, only: str | None, repetitions: int) -> list[dict[str, Any]]:
         if only is not None and only not in name:
             continue
         ways = ["plain", *dict.fromkeys(way for pair in work.asked for way in pair)]
-        if importlib.util.find_spec("envpool") is None:
-            ways = [way for way in ways if way != "EnvPool"]
+        ways = [way for way in ways if way not in NEEDS or importlib.util.find_spec(NEEDS[way]) is not None]
         found = alternated(
             {way: partial(measured, __file__, sys.executable if way in OURS else peers, way, name) for way in ways},
             repetitions,

@@ -253,6 +253,16 @@ def test_samplers_that_do_not_wait_learn_by_vtrace(tmp_path: Path) -> None:
     assert steps == sorted(steps)
 
 
+def test_one_sampler_that_is_one_update_behind_is_overlap_in_another_process() -> None:
+    options = SMALL | {"iterations": 4, "progress": False}
+    runs = [pg.train("ppo", "CartPole-v1", **options, **x) for x in ({"samplers": 1, "lag": 1}, {"overlap": True})]
+    assert [[x["policy_lag"] for x in run.metrics] for run in runs] == [[0, 1, 1, 1]] * 2
+    parameters = [run.world.modules().state_dict() for run in runs]
+    assert parameters[0].keys() == parameters[1].keys()
+    for name, x in parameters[0].items():
+        assert torch.equal(x, parameters[1][name]), name
+
+
 def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     options = {"preset": "none", "num_envs": 4, "num_steps": 16, "iterations": 6, "threads": 1}
     options |= {"samplers": 2, "lag": 1}
