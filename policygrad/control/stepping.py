@@ -250,7 +250,7 @@ class Stepping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state_dict. Environments that have not begun cannot go on with its episodes, and `go_on` resets."""
-        state = tree_map(lambda x: np.array(x) if isinstance(x, torch.Tensor | np.ndarray) else x, state)
+        state = _as_arrays(state)
         for name in _STATE:
             setattr(self, name, state[name])
         self.finished = deque(((x, n) for x, n in state["finished"]), maxlen=100)
@@ -273,7 +273,7 @@ class Stepping:
             of_all: list[Any] = [x for column in columns for x in column if x is not None]
             own.extend(reversed(of_all[ranks.rank() :: ranks.size()]))
         self.seeded, self.generator = True, np.random.default_rng(seed)
-        self._restore_statistics(states[0])
+        self._restore_statistics(_as_arrays(states[0]))
 
     def _restore_statistics(self, state: dict[str, Any]) -> None:
         if self.observation_normalizer is not None:
@@ -319,6 +319,11 @@ class Stepping:
 
 
 _STATE = ("seeded", "obs", "resetting", "starting", "episode_return", "episode_length", "steps", "episodes", "restarts")
+
+
+def _as_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict with arrays of its own for tensors, which states have in checkpoints, and for arrays."""
+    return tree_map(lambda x: np.array(x) if isinstance(x, torch.Tensor | np.ndarray) else x, state)
 
 
 def _numbers_of(info: Any, i: int) -> dict[str, float]:
