@@ -911,9 +911,13 @@ def test_a_run_with_a_lag_goes_on_bit_for_bit(language: dict[str, Any], tmp_path
 
 def test_a_lag_that_nothing_corrects_for_is_refused(language: dict[str, Any]) -> None:
     for method, more, said in (
-        ("reinforce", {}, "lag learns from an older policy, and reinforce does not correct for that"),
+        ("reinforce", {}, "lag learns from a policy some updates old, and reinforce does not correct for that"),
         ("dapo", {}, "lag counts rollouts, of which sampling_rounds may take several"),
-        ("dppo", {"divergence_mask": "tv"}, "lag learns from a policy of which no copy is kept"),
+        (
+            "dppo",
+            {"divergence_mask": "tv"},
+            "lag needs the policy that sampled, and divergence_mask reads the newest old one",
+        ),
         ("grpo", {"profile": True}, "profile follows one thread"),
     ):
         with pytest.raises(OptionError, match=said) as raised:
