@@ -3,12 +3,11 @@
     python benchmarks/growth.py [--only NAME]     measure, and write docs/growth.json, docs/growth.png, docs/growth.md
     python benchmarks/growth.py --write           draw and write docs/growth.json again
 
-Each point is a run of its own in this process, on one thread where nothing else is said: three iterations of warm-up,
-compilation among them, and then as many as a second and a half holds, at least three. Its speed is that of the median
-iteration: decisions per second of environments, tokens of completions per second of language models. Two limits stand
-beside it. `arithmetic`: the matrix products of an iteration, counted as they are called, at the rate of the fastest
-product measured here, on one thread. `environments alone`: the same environments with the same actions every time, and
-nothing else.
+Each point is a run of its own in this process, on one thread: three iterations of warm-up, compilation among them, and
+then as many as a second and a half holds, at least three. Its speed is that of the median iteration: decisions per
+second of environments, tokens of completions per second of language models. Two limits stand beside it. `arithmetic`:
+the matrix products of an iteration, counted as they are called, at the rate of the fastest product measured here.
+`environments alone`: the same environments with the same actions every time, and nothing else.
 """
 
 import argparse
@@ -57,9 +56,7 @@ LANGUAGE = {
         "completions of a prompt", (2, 4, 8, 16, 32, 64), lambda n: {"completions": n, "prompts": 2, "prompt": 64}
     ),
 }
-ALL = {"threads": os.cpu_count()}
-WAYS = {"plain": {"compile": "off"}, "compiled": {"compile": "on"}, "compiled, all threads": {"compile": "on", **ALL}}
-WAYS_OF_TEXT = {"plain": {"threads": 1}, "all threads": ALL}
+WAYS = {"plain": {"compile": "off"}, "compiled": {"compile": "on"}}
 
 
 def products_per_second() -> float:
@@ -123,8 +120,6 @@ def of_control(curve: Curve) -> Iterator[dict[str, Any]]:
         point: dict[str, Any] = {"number": number}
         settings = {**CART, **curve.settings(number)}
         for way, words in WAYS.items():
-            if way == "compiled, all threads" and "num_envs" in curve.settings(number):
-                continue  # the gradient step is what threads share
             with Training("ppo", "CartPole-v1", preset="none", steps=10**10, **settings, **words) as training:
                 point[way], operations = timed(training)
                 if way == "plain":  # a graph's products are not counted
@@ -141,15 +136,13 @@ def of_language(curve: Curve) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as place:
             make_llama(settings["vocabulary"], Path(place))
             words = [" ".join(f"w{2 + (i * 31 + j * 7) % 500}" for j in range(settings["prompt"])) for i in range(64)]
-            point: dict[str, Any] = {"number": number}
-            for way, threads in WAYS_OF_TEXT.items():
-                with Training(
-                    "grpo", None, dataset=[{"prompt": x} for x in words], model=place, reward=anything, held_out=0,
-                    prompts_per_rollout=settings["prompts"], completions=settings["completions"], kl_ref="none",
-                    max_tokens=settings["tokens"], learning_rate=1e-6, iterations=10**6, **threads,
-                ) as training:  # fmt: skip
-                    point[way], point["operations"] = timed(training)
-        yield point
+            with Training(
+                "grpo", None, dataset=[{"prompt": x} for x in words], model=place, reward=anything, held_out=0,
+                prompts_per_rollout=settings["prompts"], completions=settings["completions"], kl_ref="none",
+                max_tokens=settings["tokens"], learning_rate=1e-6, iterations=10**6, threads=1,
+            ) as training:  # fmt: skip
+                speed, operations = timed(training)
+        yield {"number": number, "plain": speed, "operations": operations}
 
 
 def make_llama(vocabulary: int, directory: Path) -> None:
@@ -184,7 +177,7 @@ def draw(found: dict[str, Any]) -> None:
     for axes, (name, curve) in zip(grid.flat, {**CONTROL, **LANGUAGE}.items(), strict=True):
         points = found["curves"].get(name, [])
         numbers = [x["number"] for x in points]
-        for way, color in zip((*WAYS, "all threads"), ("#999999", "#4477aa", "#88ccee", "#88ccee"), strict=True):
+        for way, color in zip(WAYS, ("#999999", "#4477aa"), strict=True):
             if points and way in points[0]:
                 axes.plot(numbers, [x[way] for x in points], "o-", color=color, label=way, markersize=4)
         limits = {"arithmetic": [found["products per second"] / x["operations"] for x in points]}
@@ -207,7 +200,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     """The numbers behind the picture."""
     for name, curve in {**CONTROL, **LANGUAGE}.items():
         points = found["curves"].get(name, [])
-        ways = [way for way in (*WAYS, "all threads", "environments alone") if points and way in points[0]]
+        ways = [way for way in (*WAYS, "environments alone") if points and way in points[0]]
         yield f"\n| {curve.title} | {' | '.join(ways)} | arithmetic |\n|{'---|' * (len(ways) + 2)}"
         for x in points:
             numbers = [x[way] for way in ways] + [found["products per second"] / x["operations"]]
