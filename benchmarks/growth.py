@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speed_language import SMALL, make, reward
+
 DOCS = Path(__file__).parents[1] / "docs"
 SECONDS, LEAST, WARM = 1.5, 3, 3  # of the timed part of a point; its iterations at least; those before
 CART = {"num_envs": 64, "num_steps": 128, "epochs": 4, "minibatch_size": 2048, "hidden": (64, 64)}
-LLAMA = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 TEXT = {"prompts": 8, "completions": 8, "prompt": 24, "tokens": 32, "vocabulary": 512}
 
 
@@ -134,36 +135,15 @@ def of_language(curve: Curve) -> Iterator[dict[str, Any]]:
     for number in curve.numbers:
         settings: dict[str, Any] = {**TEXT, **curve.settings(number)}
         with tempfile.TemporaryDirectory() as place:
-            make_llama(settings["vocabulary"], Path(place))
+            make({**SMALL, "num_attention_heads": 4, "vocab_size": settings["vocabulary"]}, Path(place), 2048)
             words = [" ".join(f"w{2 + (i * 31 + j * 7) % 500}" for j in range(settings["prompt"])) for i in range(64)]
             with Training(
-                "grpo", None, dataset=[{"prompt": x} for x in words], model=place, reward=anything, held_out=0,
+                "grpo", None, dataset=[{"prompt": x} for x in words], model=place, reward=reward, held_out=0,
                 prompts_per_rollout=settings["prompts"], completions=settings["completions"], kl_ref="none",
                 max_tokens=settings["tokens"], learning_rate=1e-6, iterations=10**6, threads=1,
             ) as training:  # fmt: skip
                 speed, operations = timed(training)
         yield {"number": number, "plain": speed, "operations": operations}
-
-
-def make_llama(vocabulary: int, directory: Path) -> None:
-    """A random Llama with so many tokens, and a tokenizer of one token a word."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    shape = {**LLAMA, "vocab_size": vocabulary, "num_attention_heads": 4, "max_position_embeddings": 2048}
-    config = LlamaConfig(**shape, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
-
-
-def anything(completions: list[Any], **_: Any) -> list[float]:
-    """Any number that differs between completions."""
-    return [sum(map(ord, str(text))) % 7 / 7 for text in completions]
 
 
 def draw(found: dict[str, Any]) -> None:

@@ -38,16 +38,15 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
     return [sum(map(ord, str(text))) % 7 / 7 for text in completions]
 
 
-def make(name: str, directory: Path) -> None:
-    """A random Llama of the shape, with a tokenizer of one token a word."""
+def make(shape: dict[str, Any], directory: Path, longest: int = 512) -> None:
+    """A random Llama of the shape for so many tokens, with a tokenizer of one token a word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    shape = WORK[name][0]
-    assert shape is not None
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
+    how: dict[str, Any] = {"tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1}
+    config = LlamaConfig(**shape, max_position_embeddings=longest, **how)
     LlamaForCausalLM(config).save_pretrained(directory)
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, shape["vocab_size"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -148,7 +147,7 @@ def main() -> None:
             model = options.smollm2
             if shape is not None:
                 model = place
-                make(name, Path(place))
+                make(shape, Path(place))
             ways = {"ours": sys.executable, "theirs": options.peers}
             found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for _ in range(options.repetitions):

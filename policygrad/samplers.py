@@ -79,8 +79,8 @@ class Overlapped(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         if not self.sample.draws_its_own(policy):  # type: ignore[attr-defined]
             raise UserError(
-                "overlap needs a policygrad Policy of tanh or relu layers without memory, with Discrete or Gaussian "
-                "actions, and no tensors: others draw from torch's generator in both threads; leave overlap off"
+                "sampling ahead needs a policygrad Policy of tanh or relu layers without memory, with Discrete or "
+                "Gaussian actions, and no tensors: others draw from torch's generator; leave overlap (lag) out"
             )
         version, sampled = self.version, None
         if self.next:
@@ -176,11 +176,23 @@ class Refreshed(Wrapper):
         self.rollouts = int(state["rollouts"])
 
 
-class Together(Wrapper):
+class OfRanks(Wrapper):
+    """A wrapper that only several ranks need. Its state is the inner sampler's, from which one process goes on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sample.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
+        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
+
+
+class Together(OfRanks):
     """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
 
     A sampler with running statistics has a method share(), which makes them those of all ranks after each rollout.
-    Its state is the inner sampler's: one process, which has no use for this wrapper, goes on from it.
     """
 
     def __call__(self, policy: nn.Module) -> Rollout:
@@ -190,20 +202,11 @@ class Together(Wrapper):
             self.sample.share()
         return rollout
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.sample.state_dict()  # type: ignore[attr-defined]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
-
-    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
-        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
-
-
-class Gathered(Wrapper):
+class Gathered(OfRanks):
     """Sample with all weights of a policy that is sharded over ranks: each makes as many passes as its rows need.
 
-    whole: policy -> a block with all of its weights. Its state is the inner sampler's, as Together's.
+    whole: policy -> a block with all of its weights.
     """
 
     def __init__(self, sample: Sample, whole: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
@@ -213,15 +216,6 @@ class Gathered(Wrapper):
     def __call__(self, policy: nn.Module) -> Rollout:
         with self.whole(policy):
             return self.sample(policy)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.sample.state_dict()  # type: ignore[attr-defined]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sample.load_state_dict(state)  # type: ignore[attr-defined]
-
-    def divide_anew(self, states: Sequence[dict[str, Any]], seed: int) -> None:
-        self.sample.divide_anew(states, seed)  # type: ignore[attr-defined]
 
 
 class Mixed(Wrapper):

@@ -99,18 +99,10 @@ def ascend(
                 step = gradient_step(objective, optimizers[0], parts, max_grad_norm, varying)
             if (found := step(batch)) is not None:
                 checked = objective
-                value = found.pop(VALUE)
-                if not found.pop(MOVED):
-                    norms = {x: found[f"{x}gradient_norm"] for x in parts}
-                    if batch.mask.any():
-                        _check_finite({"the objective": value} | _norms(norms))
-                    found |= {f"{x}gradient_norm": torch.zeros_like(norm) for x, norm in norms.items()}
-                return {**found, **measured}
+                return {**_of_graph(found, batch, parts), **measured}
         whole_weight, counts = _everywhere(batch)
         if not counts:
-            with torch.no_grad():
-                value, metrics = objective(batch)
-            return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}, **measured}
+            return {**_of_nothing(objective, batch, parts), **measured}
         for one in optimizers:
             one.zero_grad()
         further = [] if beside is None else [_parted(*beside(), micro_batch)]
@@ -127,14 +119,38 @@ def ascend(
         if first:
             _check_reached(parts)
             checked = objective
-        norms = {f"{name}gradient_norm": _clipped(found, max_grad_norm) for name, found in parts.items()}
-        _check_finite({"the objective": whole} | _norms({x: norms[f"{x}gradient_norm"] for x in parts}))
+        norms = _clipped_norms(whole, parts, max_grad_norm)
         for one in optimizers:
             one.step()
             one.param_groups[0]["begun"] = True  # part of its state_dict
         return {**total, **norms, **measured}
 
     return update
+
+
+def _of_nothing(objective: Scalar, batch: Batch, parts: Iterable[str]) -> Metrics:
+    """The metrics of a batch without a decision that counts: its gradient is 0."""
+    with torch.no_grad():
+        value, metrics = objective(batch)
+    return {**metrics, **{f"{name}gradient_norm": torch.zeros_like(value) for name in parts}}
+
+
+def _clipped_norms(value: Tensor, parts: Mapping[str, list[Tensor]], most: float) -> Metrics:
+    """Scale gradients down to `most`; their norms before. Raises NonFiniteError if one is not finite, or the value."""
+    norms = {name: _clipped(found, most) for name, found in parts.items()}
+    _check_finite({"the objective": value} | _norms(norms))
+    return {f"{name}gradient_norm": x for name, x in norms.items()}
+
+
+def _of_graph(found: Metrics, batch: Batch, parts: Iterable[str]) -> Metrics:
+    """The metrics of a compiled step. Raises NonFiniteError for one that was not taken because of its numbers."""
+    value = found.pop(VALUE)
+    if not found.pop(MOVED):
+        norms = {x: found[f"{x}gradient_norm"] for x in parts}
+        if batch.mask.any():
+            _check_finite({"the objective": value} | _norms(norms))
+        found |= {f"{x}gradient_norm": torch.zeros_like(norm) for x, norm in norms.items()}
+    return found
 
 
 def _clipped(parameters: list[Tensor], most: float) -> Tensor:

@@ -1,8 +1,10 @@
 """What several ranks learn, each from its own rows, and what one process learns from the rows of all."""
 
+import socket
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +119,19 @@ def as_rank(case: str, layout: str) -> tuple[Tensor, list[dict[str, float]]]:
     """What this rank has learned from its own rows."""
     problem = Problem(layout)
     return learned(*problem.learner(case, problem.parts[ranks.rank()]))
+
+
+def free_port() -> int:
+    """One that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def spawned(work: Callable[[], Any], place: Path) -> list[dict[str, Any]]:
+    """What two ranks, each a process, make of the work. place: a directory of their own."""
+    torch.multiprocessing.spawn(worker, (free_port(), str(place), work), nprocs=2)
+    return [torch.load(place / str(i), weights_only=False) for i in range(2)]
 
 
 def worker(rank: int, port: int, place: str, work: Callable[[], Any]) -> None:

@@ -1,7 +1,6 @@
 """What several ranks learn is what one process learns from the rows of all of them; alone, nothing is summed."""
 
 import math
-import socket
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_cases import CASES, LAYOUTS, MORE, Problem, alone, as_rank, learned, worker
+from rank_cases import CASES, LAYOUTS, MORE, Problem, alone, as_rank, learned, spawned
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -93,12 +92,7 @@ def in_a_process() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes have found, started once."""
-    place = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(place), in_a_process), nprocs=2)
-    return [torch.load(place / str(i), weights_only=False) for i in range(2)]
+    return spawned(in_a_process, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("layout", SPAWNED)

@@ -123,7 +123,7 @@ def test_overlapped_sampling_resumes(lag: int) -> None:
 
 def test_a_policy_that_draws_from_the_global_generator_is_refused() -> None:
     sample, policy = in_cartpole(activation="gelu")
-    with pytest.raises(UserError, match="leave overlap off") as raised:
+    with pytest.raises(UserError, match=r"leave overlap \(lag\) out") as raised:
         sample(policy)
     assert len(str(raised.value)) <= 200
 

@@ -47,3 +47,11 @@ def write_rewards(directory: Path) -> Path:
     path = directory / "mine.py"
     path.write_text(REWARD)
     return path
+
+
+def write_all(place: Path) -> Path:
+    """All of it, in the directories model, data and rewards of `place`."""
+    for name, write in {"model": write_model, "data": write_prompts, "rewards": write_rewards}.items():
+        (place / name).mkdir()
+        write(place / name)
+    return place

@@ -110,12 +110,7 @@ def make_environments(
             return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)
 
         copies = [_one(make, name, wraps, opponents or Opponents(), restarts, action_mask)] * num_envs
-        environments: VectorEnv
-        if vectorization == "async":
-            environments = Processes(copies, step_time_limit, restarts=restarts)
-        else:
-            environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
-        _distinct(environments)
+        environments = _together(copies, vectorization, step_time_limit, restarts)
         environments.spec = spec
         if isinstance(opponents, Selves) and isinstance(environments, SyncVectorEnv):
             environments = SideBySide(environments)
@@ -176,6 +171,17 @@ def _not_made(name: str, error: Exception) -> UserError:
     hint = ": its arguments are env_options" if isinstance(error, TypeError) else ""
     said = f"the environment {name} could not be made: {type(error).__name__}: "
     return UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint)
+
+
+def _together(copies: list[Any], vectorization: str, step_time_limit: float | None, restarts: int) -> VectorEnv:
+    """The environments that these functions make, in processes if they are async."""
+    environments: VectorEnv
+    if vectorization == "async":
+        environments = Processes(copies, step_time_limit, restarts=restarts)
+    else:
+        environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+    _distinct(environments)
+    return environments
 
 
 def _given(environment: Any, num_envs: int, vectorization: str, action_mask: str, unread: list[str]) -> VectorEnv:

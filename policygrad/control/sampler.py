@@ -164,17 +164,13 @@ class Sampler:
                 break
         if self.whole_episodes:
             stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
-        if t + 1 < self.length:
-            last = {} if memories is None else {"start": stepping.starting}
-            columns.write(t + 1, obs=stepping.now(), **last)  # where the episodes that ended last stopped
+        if t + 1 < self.length:  # where the episodes that ended last stopped
+            columns.write(t + 1, obs=stepping.now(), **({} if memories is None else {"start": stepping.starting}))
         found: dict[str, Any] = columns.tensors(self.device)
         final_obs = as_tensor(stepping.now(), self.device)
         logp = act.log_probabilities(found["action"][:, : t + 1])
         found["logp"] = pad(logp, (0, columns.written - t - 1))
-        if not found["logp"][found["mask"]].isfinite().all():
-            unsound = not_finite("log-probability", found["logp"], found["mask"])
-            unsound.evidence = {name: found[name] for name in ("obs", "action", "logp", "mask")}
-            raise unsound
+        _check_likely(found)
         if memories is None and not isinstance(act, PerceptronActor):  # the check draws from torch's generator
             refuse_memory(policy, found["obs"][:, : t + 1])
         found["ended"] |= ~found["mask"]
@@ -186,15 +182,8 @@ class Sampler:
         if memories is not None:
             found["obs"], stop = memories.rows(found["obs"], found.pop("start"), final_obs)
         stepping.steps += int(found["mask"].sum())
-        rows = torch.arange(len(found["mask"]), device=self.device)
-        group = rows // self.group_size
-        if not self.one_group:
-            group = ranks.apart(group)
         failed = torch.as_tensor(failed).cpu().numpy()
-        if self.whole_episodes and failed.any():  # the return of a part of an episode is none
-            out = torch.from_numpy(failed).to(self.device)
-            found["mask"] &= ~out.unsqueeze(1)
-            group = torch.where(out, ranks.apart(len(rows) + rows), group)
+        group = self._grouped(found, failed)
         metrics = stepping.metrics() | _group_metrics(found["reward"].sum(1), self.group_size, failed)
         space = stepping.environments.single_action_space
         distribution = policy(tree_map(lambda x: x[:, :1], found["obs"]))
@@ -210,6 +199,18 @@ class Sampler:
             metrics=metrics,
             greedy=of_mode,
         )
+
+    def _grouped(self, found: dict[str, Any], failed: np.ndarray) -> Tensor:
+        """The group of each row [B]. Where an episode failed, its row counts for nothing, in a group of its own."""
+        rows = torch.arange(len(found["mask"]), device=self.device)
+        group = rows // self.group_size
+        if not self.one_group:
+            group = ranks.apart(group)
+        if self.whole_episodes and failed.any():  # the return of a part of an episode is none
+            out = torch.from_numpy(failed).to(self.device)
+            found["mask"] &= ~out.unsqueeze(1)
+            group = torch.where(out, ranks.apart(len(rows) + rows), group)
+        return group
 
     def _of_mode(self, policy: nn.Module) -> Tensor:
         """The return of the policy's mode from each start of the next rollout, [B]. Nothing else has happened."""
@@ -273,6 +274,14 @@ class Sampler:
         if self.of_tensors:
             return TensorActor(policy, space, self.device, rows, keep=keep)
         return actor(policy, space, self.device, rows, self.length, self.noise, keep=keep)
+
+
+def _check_likely(found: dict[str, Any]) -> None:
+    """Raise NonFiniteError for a log-probability that is not finite where it counts."""
+    if not found["logp"][found["mask"]].isfinite().all():
+        unsound = not_finite("log-probability", found["logp"], found["mask"])
+        unsound.evidence = {name: found[name] for name in ("obs", "action", "logp", "mask")}
+        raise unsound
 
 
 class _Memories:

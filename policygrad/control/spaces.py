@@ -1,7 +1,7 @@
 """Gymnasium spaces: as JSON and back, and actions on the way to a space's environment and from it."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +85,14 @@ class FlatActions(spaces.Box):
 
     def structured(self, action: np.ndarray) -> Any:
         """The action of a vector [D] as the environment takes it; of vectors [B, D], with arrays [B, ...] in it."""
+
+        def numbers(part: spaces.Space, where: slice) -> Any:
+            return action[..., where].reshape((*action.shape[:-1], *(part.shape or ()))).astype(part.dtype)[()]
+
+        return self.assembled(numbers)
+
+    def assembled(self, numbers: Callable[[spaces.Space, slice], Any]) -> Any:
+        """The Dict or Tuple of numbers(part, where it is in the vector) for each part."""
         parts = iter(self.parts)
 
         def made(space: spaces.Space) -> Any:
@@ -92,9 +100,7 @@ class FlatActions(spaces.Box):
                 return {name: made(x) for name, x in space.spaces.items()}
             if isinstance(space, spaces.Tuple):
                 return tuple(made(x) for x in space.spaces)
-            part, where = next(parts)
-            numbers = action[..., where].reshape((*action.shape[:-1], *(part.shape or ())))
-            return numbers.astype(part.dtype)[()]
+            return numbers(*next(parts))
 
         return made(self.of)
 

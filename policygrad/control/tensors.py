@@ -226,18 +226,12 @@ def to_environment(action: Tensor, distribution: Any, space: Any) -> Tensor:
 
 def structured(action: Tensor, space: FlatActions) -> Any:
     """Actions [B, D] as tensors [B, ...] in the space's Dict or Tuple, each in its own type: FlatActions.structured."""
-    parts = iter(space.parts)
 
-    def made(of: spaces.Space) -> Any:
-        if isinstance(of, spaces.Dict):
-            return {name: made(x) for name, x in of.spaces.items()}
-        if isinstance(of, spaces.Tuple):
-            return tuple(made(x) for x in of.spaces)
-        part, where = next(parts)
-        numbers = action[:, where].reshape(-1, *(part.shape or ()))
-        return numbers.to(torch.from_numpy(np.zeros(0, part.dtype)).dtype).contiguous()  # JAX takes no strides
+    def numbers(part: spaces.Space, where: slice) -> Tensor:
+        found = action[:, where].reshape(-1, *(part.shape or ()))
+        return found.to(torch.from_numpy(np.zeros(0, part.dtype)).dtype).contiguous()  # JAX takes no strides
 
-    return made(space.of)
+    return space.assembled(numbers)
 
 
 def normalized(obs: Tensor, mean: Tensor, std: Tensor, kept: Tensor | None) -> Tensor:

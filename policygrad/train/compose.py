@@ -203,19 +203,12 @@ def compose(
             "kl_ref is to a policy with a memory of its own, unknown in the midst of episodes: take credit group, "
             "whose rows are whole episodes",
         )
-    coefficients: dict[str, Any] = {}
-    anchor, anchored = None, None
-    if getattr(options, "kl_ref", "none") != "none":
+    coefficients, anchor, anchored = coefficients_of(options), None, None
+    if "kl_ref" in coefficients:
         assert reference is not None
         anchored = reference()
-        coefficients["kl_ref"] = AdaptiveCoefficient(options.kl_ref_coefficient, options.kl_ref_target)
         if options.kl_ref == "loss":
             anchor = partial(to_reference, reference=anchored, divergence=DIVERGENCES[options.kl_ref_estimate])
-    if getattr(options, "kl_old_coefficient", 0):
-        coefficients["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient, options.kl_old_target)
-    if getattr(options, "entropy_target", None) is not None:
-        rule = AdaptiveEntropy(options.entropy_target, options.entropy_step, options.entropy_coefficient)
-        coefficients["entropy"] = rule
     old = deepcopy(policy).requires_grad_(False) if getattr(options, "divergence_mask", "") in OVER_ACTIONS else None
     objective = objective_of(options, policy, critic, coefficients, anchor, old)
     beside = None if demonstrations is None else mixed_in(policy, demonstrations, options.mix_weight)
@@ -231,18 +224,8 @@ def compose(
     fit: Fit = no_fit
     if has_critic(options) and getattr(objective, "critic", None) is None:
         assert critic is not None
-        if {p for p in critic.parameters() if p.requires_grad} & set(policy.parameters()):
-            raise UserError(
-                f"critic and policy share parameters, and {options.method} fits its critic alone, which would move the "
-                "policy: give the critic a network of its own, or use ppo or actor_critic"
-            )
-        own = optimizers_of(options, [(critic, critic_rate(options))])
+        fit, own = fit_of(options, policy, critic, sample, guard)
         optimizers += own
-        fit = fit_critic(
-            critic, own, epochs=options.critic_epochs,
-            minibatch_size=rows_in(sample, policy, options.critic_minibatch_size),
-            micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
-        )  # fmt: skip
     every = wrapped(options, policy, sample, critic, anchored, coefficients, old)
     return Learner(
         every if demonstrations is None else Mixed(every, demonstrations),
@@ -255,6 +238,37 @@ def compose(
         guard,
         meter,
     )
+
+
+def coefficients_of(options: Any) -> dict[str, Any]:
+    """The coefficients that adapt, or may, by the name of their term."""
+    found: dict[str, Any] = {}
+    if getattr(options, "kl_ref", "none") != "none":
+        found["kl_ref"] = AdaptiveCoefficient(options.kl_ref_coefficient, options.kl_ref_target)
+    if getattr(options, "kl_old_coefficient", 0):
+        found["kl_old"] = AdaptiveCoefficient(options.kl_old_coefficient, options.kl_old_target)
+    if getattr(options, "entropy_target", None) is not None:
+        rule = AdaptiveEntropy(options.entropy_target, options.entropy_step, options.entropy_coefficient)
+        found["entropy"] = rule
+    return found
+
+
+def fit_of(
+    options: Any, policy: nn.Module, critic: nn.Module, sample: Sample, guard: Guard
+) -> tuple[Fit, list[Optimizer]]:
+    """The fit of a critic of its own, and its optimizers. Raises UserError if it shares parameters with the policy."""
+    if {p for p in critic.parameters() if p.requires_grad} & set(policy.parameters()):
+        raise UserError(
+            f"critic and policy share parameters, and {options.method} fits its critic alone, which would move the "
+            "policy: give the critic a network of its own, or use ppo or actor_critic"
+        )
+    own = optimizers_of(options, [(critic, critic_rate(options))])
+    fit = fit_critic(
+        critic, own, epochs=options.critic_epochs,
+        minibatch_size=rows_in(sample, policy, options.critic_minibatch_size),
+        micro_batch=split_of(options, policy), compiled=compiles(options), varying=varies(options), guard=guard,
+    )  # fmt: skip
+    return fit, own
 
 
 def assemble(

@@ -788,28 +788,7 @@ def _conflicts(o: Any) -> Any:
             "minibatch_size",
             "minibatch_size is 1: one advantage cannot be standardized; normalize_advantages batch can",
         )
-    if getattr(o, "kl_old_coefficient", None) == 0 and math.isfinite(o.kl_old_target):
-        yield "kl_old_target", "kl_old_target adapts kl_old_coefficient, which is 0: set that too"
-    if getattr(o, "kl_old_coefficient", None) == 0 and getattr(o, "kl_old_estimate", "k3") != "k3":
-        yield "kl_old_estimate", "kl_old_estimate is of kl_old_coefficient, which is 0: set that too"
-    if getattr(o, "kl_old_share", 1.0) < 1 and (o.kl_old_coefficient == 0 or o.kl_old_estimate == "squared_row"):
-        wanted = (
-            "kl_old_coefficient, which is 0" if o.kl_old_coefficient == 0 else "single decisions, not of squared_row"
-        )
-        yield "kl_old_share", f"kl_old_share is of {wanted}: change that too, or leave it out"
-    if getattr(o, "learn_from", "all") == "low_covariance" and o.covariance_low >= o.covariance_high:
-        yield "covariance_low", "covariance_low is not below covariance_high: lower it, or nothing is between them"
-    if o.kl_ref == "loss" and method.objective != "grpo":
-        yield (
-            "kl_ref",
-            f"kl_ref is loss, and {o.method} has no such term: use kl_ref reward, or a method of grpo's family",
-        )
-    if o.reference_every is not None and o.reference_decay is not None:
-        yield "reference_decay", "reference_every and reference_decay are two ways to move the reference: leave one out"
-    if o.kl_ref != "none" and getattr(o, "lora_rank", 0):
-        for name in ("reference_every", "reference_decay"):
-            if getattr(o, name) is not None:
-                yield name, f"{name} moves a copy of the model, and with lora_rank the reference is none: leave it out"
+    yield from _penalty_conflicts(o)
     if o.critic_learning_rate is None and has_critic(o) and not hasattr(o, "learning_rate"):
         yield (
             "critic_learning_rate",
@@ -834,6 +813,32 @@ def _conflicts(o: Any) -> Any:
         if o.samplers is not None:
             yield from _remote_conflicts(o, rows // (group or 1))
         yield from _sizes(o)
+
+
+def _penalty_conflicts(o: Any) -> Any:
+    """Conflicts of the penalties of KL to the old policy and to the reference."""
+    if getattr(o, "kl_old_coefficient", None) == 0 and math.isfinite(o.kl_old_target):
+        yield "kl_old_target", "kl_old_target adapts kl_old_coefficient, which is 0: set that too"
+    if getattr(o, "kl_old_coefficient", None) == 0 and getattr(o, "kl_old_estimate", "k3") != "k3":
+        yield "kl_old_estimate", "kl_old_estimate is of kl_old_coefficient, which is 0: set that too"
+    if getattr(o, "kl_old_share", 1.0) < 1 and (o.kl_old_coefficient == 0 or o.kl_old_estimate == "squared_row"):
+        wanted = (
+            "kl_old_coefficient, which is 0" if o.kl_old_coefficient == 0 else "single decisions, not of squared_row"
+        )
+        yield "kl_old_share", f"kl_old_share is of {wanted}: change that too, or leave it out"
+    if getattr(o, "learn_from", "all") == "low_covariance" and o.covariance_low >= o.covariance_high:
+        yield "covariance_low", "covariance_low is not below covariance_high: lower it, or nothing is between them"
+    if o.kl_ref == "loss" and KNOWN[o.method].objective != "grpo":
+        yield (
+            "kl_ref",
+            f"kl_ref is loss, and {o.method} has no such term: use kl_ref reward, or a method of grpo's family",
+        )
+    if o.reference_every is not None and o.reference_decay is not None:
+        yield "reference_decay", "reference_every and reference_decay are two ways to move the reference: leave one out"
+    if o.kl_ref != "none" and getattr(o, "lora_rank", 0):
+        for name in ("reference_every", "reference_decay"):
+            if getattr(o, name) is not None:
+                yield name, f"{name} moves a copy of the model, and with lora_rank the reference is none: leave it out"
 
 
 def _sampling_conflicts(o: Any) -> Any:

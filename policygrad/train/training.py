@@ -5,7 +5,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -175,10 +175,7 @@ class Training:
         self.lock: Lock | None = None
         self.remote: Any = None  # samplers in other processes
         made: list[Path] | None = None
-        for name in options.log if directory is not None else ():
-            if not installed(name):
-                said = f"log is {name}, which is not installed: pip install policygrad[{name}]"
-                raise OptionError("log", said)
+        _check_loggers(options.log if directory is not None else ())
         try:
             with self._inside():
                 ranks.in_turn(lambda: self.world.build(own, progress and ranks.rank() == 0))
@@ -782,6 +779,13 @@ def contents(*values: Any) -> dict[str, str]:
     texts = [x for value in values for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, str)]
     files = [Path(x.rpartition(":")[0]) for x in texts if ".py:" in x]
     return {x.name: hashlib.sha256(x.read_bytes()).hexdigest()[:12] for x in files if x.is_file()}
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    """Raise OptionError for one that is not installed."""
+    for name in names:
+        if not installed(name):
+            raise OptionError("log", f"log is {name}, which is not installed: pip install policygrad[{name}]")
 
 
 def _on_rank(options: Any, defaults: Any = None) -> Any:

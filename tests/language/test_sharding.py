@@ -1,13 +1,11 @@
 """A model that is sharded over two ranks learns what it learns whole, and each rank holds half of it."""
 
-import socket
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_cases import worker
+from rank_cases import spawned
 from tiny_models import tiny
 from torch import nn
 
@@ -91,12 +89,7 @@ def in_a_process() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes have found, started once."""
-    place = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(place), in_a_process), nprocs=2)
-    return [torch.load(Path(place) / str(i), weights_only=False) for i in range(2)]
+    return spawned(in_a_process, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,10 +21,10 @@ import pytest
 import torch
 from outcomes import parameters, untimed
 from probes import Known
-from rank_cases import worker
+from rank_cases import free_port, spawned
 from safetensors.torch import load_file
 from stopped import killed, known, without_pictures
-from tiny_files import write_model, write_prompts, write_rewards
+from tiny_files import write_all
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -158,18 +158,9 @@ def refused(make: Any) -> str:
     return "nothing"
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("ranks")
-    for name, write in {"model": write_model, "data": write_prompts, "rewards": write_rewards}.items():
-        (place / name).mkdir()
-        write(place / name)
+    place = write_all(tmp_path_factory.mktemp("ranks"))
     for name in ALONE:
         begun_alone(name, place)
         shutil.copytree(place / f"alone {name}", place / f"untouched {name}")
@@ -179,8 +170,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processes(place: Path) -> list[dict[str, Any]]:
     """What two processes have found, started once."""
-    torch.multiprocessing.spawn(worker, (free_port(), str(place), partial(in_a_process, place)), nprocs=2)
-    return [torch.load(place / str(i), weights_only=False) for i in range(2)]
+    return spawned(partial(in_a_process, place), place)
 
 
 every_case = pytest.mark.parametrize("name", [*CASES, *(f"language, {x}" for x in OF_LANGUAGE)])

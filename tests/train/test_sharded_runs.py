@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import warnings
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from outcomes import untimed
-from rank_cases import worker
+from rank_cases import spawned
 from safetensors.torch import load_file
 from stopped import killed, without_pictures
-from tiny_files import write_model, write_prompts, write_rewards
+from tiny_files import write_all
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -79,10 +78,7 @@ def in_a_process(place: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("sharded")
-    for name, write in {"model": write_model, "data": write_prompts, "rewards": write_rewards}.items():
-        (place / name).mkdir()
-        write(place / name)
+    place = write_all(tmp_path_factory.mktemp("sharded"))
     for name in CASES:
         method, task, given = arguments_of(name, place)
         killed(method, task, place / f"alone {name}", 2, checkpoint_every=1, **given)
@@ -93,11 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processes(place: Path) -> list[dict[str, Any]]:
     """What two processes have found, started once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(place), partial(in_a_process, place)), nprocs=2)
-    return [torch.load(place / str(i), weights_only=False) for i in range(2)]
+    return spawned(partial(in_a_process, place), place)
 
 
 every_case = pytest.mark.parametrize("name", CASES)
