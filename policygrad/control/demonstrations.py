@@ -1,5 +1,6 @@
 """Demonstrations: transitions of another policy, checked against the spaces of the environment, as rollouts."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,14 @@ class Transitions:
 
     def __len__(self) -> int:
         return len(self.episode)
+
+    def digest(self) -> str:
+        """The SHA-256 of all of them, which is another one for other transitions."""
+        found = hashlib.sha256()
+        for x in (self.observation, self.action, self.episode):
+            found.update(f"{x.dtype} {x.shape} ".encode())
+            found.update(np.ascontiguousarray(x).tobytes())
+        return found.hexdigest()
 
     @property
     def episodes(self) -> int:

@@ -1,5 +1,7 @@
 """(policy) -> Rollout: a language model's answers to prompts, with their reward."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +94,14 @@ class Prompts:
         tokens = torch.full(mask.shape, self.pad)
         tokens[mask] = self.tokens.long()
         return tokens, mask
+
+    def digest(self) -> str:
+        """The SHA-256 of all of it, which is another one for other rows."""
+        rows = json.dumps([self.texts, self.columns, self.openings, self.answers], default=repr)
+        found = hashlib.sha256(rows.encode())
+        for x in (self.tokens, self.ends, self.origin):
+            found.update(x.numpy().tobytes())
+        return found.hexdigest()
 
     def _row(self, i: int) -> Int[Tensor, " n"]:
         return self.tokens[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]

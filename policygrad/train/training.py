@@ -204,6 +204,7 @@ class Training:
                         self.world.demonstrations,
                     )
                     self.start |= {} if directory is None else self.world.beside()
+                    self.data = {} if directory is None else self.world.data_digests()
                     if options.profile:
                         self.run.profile = Profile()
                         self.world.watch(self.run.profile, self.learner)
@@ -339,6 +340,10 @@ class Training:
             for name, now in self.start.items():
                 if checkpoint["start"].get(name) != now:
                     raise UserError(f"the {name} is no longer what it was: put it back, or begin a new run")
+        for name, now in self.data.items():
+            if checkpoint["data"].get(name) != now:
+                said = f"the {name} is no longer what it was: the numbers may not be those of an unbroken run"
+                warnings.warn(said, Note, stacklevel=3)
         changed = [f"{x} {checkpoint['versions'].get(x)}, now {now}" for x, now in self.world.versions().items()
                    if checkpoint["versions"].get(x) != now]  # fmt: skip
         if changed:
@@ -418,6 +423,7 @@ class Training:
             "options": self.run.configuration()["options"],
             "versions": self.world.versions(),
             "start": self.start,
+            "data": self.data,
             "compiled": self.compiled,
             "totals": self.run.totals,
         }

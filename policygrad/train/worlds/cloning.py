@@ -168,7 +168,7 @@ class ClonedControl(Cloning, ControlWorld):
         raw, action_space = unflattened(environments), environments.single_action_space
         masked = isinstance(space, Flat) and space.mask is not None
         found = transitions(columns_of(source), raw, action_space, masked=masked)
-        self.described = described(found)
+        self.described, self.digest = described(found), found.digest()
         train, self.kept = found.split(options.validation, options.seed)
         if len(train) < ranks.size():
             raise UserError(f"there are {len(train):,} transitions for {ranks.size()} ranks: start fewer")
@@ -196,6 +196,9 @@ class ClonedControl(Cloning, ControlWorld):
 
     def fingerprint(self) -> list[float]:
         return World.fingerprint(self)
+
+    def data_digests(self) -> dict[str, str]:
+        return {"training data": self.digest}
 
     def _settle(self) -> None:
         """There is no rollout beside."""

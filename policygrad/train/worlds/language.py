@@ -544,6 +544,10 @@ class LanguageWorld(World):
         taught = LanguagePolicy(model, shared=policy.shared and can_share(LanguagePolicy(model)), **given)
         return taught.to(options.device).requires_grad_(False)
 
+    def data_digests(self) -> dict[str, str]:
+        samplers = {"training data": self.sample, "data that is mixed in": self.demonstrations}
+        return {name: x.prompts.digest() for name, x in samplers.items() if x is not None}
+
     def beside(self) -> dict[str, str]:
         return {} if self.teacher is None else {"teacher": self.teacher}
 

@@ -116,6 +116,10 @@ class World(ABC):
         """The digests of models beside policy and critic that never change, and that no run's directory holds."""
         return {}
 
+    def data_digests(self) -> dict[str, str]:
+        """The digests of the data that is learned from, by what it is in words."""
+        return {}
+
     def fingerprint(self) -> list[float]:
         """Numbers that change whenever training changes something that `save` writes."""
         parameters = [ranks.local(p.detach()) for p in self.modules().parameters()]

@@ -270,3 +270,13 @@ def test_actions_of_several_parts_are_cloned_from_a_file(tmp_path: Path) -> None
     }
     cloned = pg.clone(Steering, str(path), iterations=30, **how)
     assert cloned.evaluate(50).return_mean > 3
+
+
+def test_a_run_that_goes_on_with_other_demonstrations_says_so(demonstrations: Rows, tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
+    pg.train("clone", "CartPole-v1", demonstrations=str(path), **SMALL, out=tmp_path / "run")
+    pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)  # a Note would be an error
+    path.write_text("".join(json.dumps(row | {"action": 1 - row["action"]}) + "\n" for row in demonstrations))
+    with pytest.warns(Note, match="the training data is no longer what it was"):
+        pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)

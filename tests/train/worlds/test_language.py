@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from policygrad.train.options import OptionError
 from policygrad.train.run import Run
 from policygrad.train.training import Training
 from policygrad.train.worlds.language import verdict
+
+OTHERWISE = "the numbers may not be those of an unbroken run"
 
 
 @pytest.mark.parametrize("method", ["reinforce", "a2c", "npg", "trpo", "ppo", "grpo", "gspo", "reinforce++"])
@@ -770,6 +773,26 @@ def test_a_run_does_not_go_on_with_another_teacher(language: dict[str, Any], tea
         pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
     models.save_model(first, words, teacher)
     assert len(pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False).metrics) == 3
+
+
+@pytest.mark.parametrize("changed", ["training data", "data that is mixed in", None])
+def test_a_run_that_goes_on_with_other_data_says_so(
+    changed: str | None, language: dict[str, Any], tmp_path: Path
+) -> None:
+    prompts, mixed = tmp_path / "prompts.jsonl", tmp_path / "mixed.jsonl"
+    prompts.write_text(Path(language["task"]).read_text())
+    mixed.write_text("".join(json.dumps({"prompt": f"{i}+1=", "completion": f"{i + 1}"}) + "\n" for i in range(9)))
+    options = language | {"task": str(prompts), "mix": str(mixed), "mix_rows": 2, "iterations": 1}
+    pg.train("grpo", **options, out=tmp_path / "run")
+    if changed is not None:
+        path = prompts if changed == "training data" else mixed
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        name = next(x for x in rows[0] if x != "prompt")
+        path.write_text("".join(json.dumps(row | {name: f"{row[name]}0"}) + "\n" for row in rows))
+    with warnings.catch_warnings(record=True, action="always") as seen:
+        pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+    said = [str(x.message) for x in seen if "is no longer what it was" in str(x.message)]
+    assert said == ([] if changed is None else [f"the {changed} is no longer what it was: {OTHERWISE}"])
 
 
 def test_a_teacher_that_cannot_teach_is_refused_in_one_line(
