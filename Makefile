@@ -14,6 +14,8 @@ WHOLE := tests/train tests/test_cli.py tests/test_documentation.py tests/verify/
 
 # The oldest instruction set that torch has kernels for.
 PORTABLE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+# Idle threads sleep, because two processes of two threads share the cores.
+THREADS := TEST_THREADS=2 OMP_WAIT_POLICY=passive
 PYTEST := $(BIN)/pytest -o addopts="-q --strict-markers"
 
 .PHONY: demo test test-numerical test-portable format
@@ -36,9 +38,9 @@ test-numerical: $(VENV)/.installed
 	$(PORTABLE) $(PYTEST) -n 2 $(WHOLE:%=--ignore=%)
 
 test-portable: $(VENV)/.installed
-	TEST_THREADS=2 $(PYTEST)
+	$(THREADS) $(PYTEST) -n 2
 	$(PORTABLE) $(PYTEST) -n 2
-	$(PORTABLE) TEST_THREADS=2 $(PYTEST)
+	$(PORTABLE) $(THREADS) $(PYTEST) -n 2
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

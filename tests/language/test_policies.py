@@ -64,10 +64,10 @@ def test_a_padded_batch_gives_the_log_probabilities_of_single_rows(name: str) ->
     distribution = LanguagePolicy(model, temperature=0.6)(obs)
     rows = alone(model, obs, 0.6)
     assert distribution.batch_shape == (4, 6)
-    assert_close(distribution.log_prob(obs.completion), picked(obs, rows), rtol=0, atol=1e-5)
+    assert_close(distribution.log_prob(obs.completion), picked(obs, rows), rtol=1e-5, atol=1e-5)
     for i, row in enumerate(rows):
-        assert_close(distribution.logits[i, : len(row)], row, rtol=0, atol=1e-5)
-        assert_close(distribution.entropy()[i, : len(row)], -(row.exp() * row).sum(-1), rtol=0, atol=1e-5)
+        assert_close(distribution.logits[i, : len(row)], row, rtol=1e-5, atol=1e-5)
+        assert_close(distribution.entropy()[i, : len(row)], -(row.exp() * row).sum(-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DOUBLE)
@@ -93,12 +93,12 @@ def test_rows_of_tokens_give_the_distribution_of_each_next_one(name: str) -> Non
     found = LanguagePolicy(model)(y[:, :-1]).log_prob(y[:, 1:])
     expected = model(input_ids=y).logits.log_softmax(-1)[:, :-1].gather(-1, y[:, 1:, None])[..., 0]
     assert found.shape == (3, 6)
-    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_of_a_rows_tokens_has_a_distribution_too() -> None:
     model, y = tiny(), torch.randint(2, VOCABULARY, (2, 5))
-    assert_close(LanguagePolicy(model)(y).logits, model(input_ids=y).logits.log_softmax(-1), rtol=0, atol=1e-5)
+    assert_close(LanguagePolicy(model)(y).logits, model(input_ids=y).logits.log_softmax(-1), rtol=1e-5, atol=1e-5)
     assert prefixes(y[:, :1]).completion.shape == (2, 1)
     assert_close(LanguagePolicy(model)(y[:, :1]).logits, model(input_ids=y[:, :1]).logits.log_softmax(-1))
 
@@ -137,7 +137,7 @@ def test_garbage_behind_the_masks_changes_nothing(name: str) -> None:
     assert not torch.equal(spoiled.prompt, obs.prompt)
     assert not torch.equal(spoiled.completion, obs.completion)
     found, expected = (policy(x).log_prob(x.completion) for x in (spoiled, obs))
-    assert_close(found, expected, rtol=0, atol=1e-6)
+    assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert not found[~obs.completion_mask].any()
     assert distance(gradients(found.sum(), model), gradients(expected.sum(), model)) < 1e-6
 
@@ -156,7 +156,7 @@ def test_no_row_knows_of_the_others(name: str) -> None:
     order = torch.tensor([2, 0, 3, 1])
     shuffled = Prefixes(*(x[order] for x in obs))
     found, expected = (policy(x).log_prob(x.completion) for x in (shuffled, obs))
-    assert_close(found, expected[order], rtol=0, atol=1e-6)
+    assert_close(found, expected[order], rtol=1e-6, atol=1e-6)
 
 
 @every_architecture
@@ -165,7 +165,7 @@ def test_no_token_knows_of_those_after_it(name: str) -> None:
     later = obs._replace(completion=obs.completion.clone())
     later.completion[:, 3:] = torch.randint(2, VOCABULARY, (3, 3))
     a, b = (policy(x).logits for x in (obs, later))
-    assert_close(a[:, :4], b[:, :4], rtol=0, atol=1e-6)
+    assert_close(a[:, :4], b[:, :4], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-2)
 
 
@@ -175,14 +175,14 @@ def test_a_token_that_is_no_decision_is_seen_by_those_after_it(name: str) -> Non
     model, obs = tiny(name), with_holes()
     policy, expected = LanguagePolicy(model, temperature=0.6), one_by_one(model, obs, 0.6)
     found = policy(obs).log_prob(obs.completion)
-    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
     by = torch.randn(found.shape)
     assert distance(gradients((found * by).sum(), model), gradients((expected * by).sum(), model)) < 1e-5
     other = obs._replace(completion=obs.completion.clone())
     other.completion[0, 2] = 2 + (obs.completion[0, 2] - 1) % (VOCABULARY - 2)  # an inserted token before a decision
     moved = policy(other).log_prob(obs.completion)
     assert not torch.isclose(moved[0, 4], found[0, 4])
-    assert_close(moved[0, :2], found[0, :2], rtol=0, atol=1e-6)
+    assert_close(moved[0, :2], found[0, :2], rtol=1e-6, atol=1e-6)
 
 
 def test_inserted_tokens_are_no_decisions_in_parts_and_in_chunks_either() -> None:
@@ -231,7 +231,7 @@ def test_an_adapter_on_the_head_is_part_of_the_policy() -> None:
     policy, obs = LanguagePolicy(model), observed()
     assert not policy.plain_head
     found = policy(obs).log_prob(obs.completion)
-    assert_close(found, picked(obs, alone(model, obs)), rtol=0, atol=1e-5)
+    assert_close(found, picked(obs, alone(model, obs)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, picked(obs, alone(tiny("neox"), obs)), atol=1e-2)
 
 
@@ -254,9 +254,9 @@ def test_without_dropout_a_policy_in_training_is_the_one_that_is_sampled(name: s
     obs = Prefixes(*(x.repeat_interleave(2, 0) for x in (prompt, mask)), done.tokens, done.mask)
     first, second = (policy(obs).log_prob(done.tokens) for _ in range(2))
     assert torch.equal(first, second)
-    assert_close((first - done.logp).exp(), torch.ones(6, 6), rtol=0, atol=1e-5)
+    assert_close((first - done.logp).exp(), torch.ones(6, 6), rtol=1e-5, atol=1e-5)
     clean = LanguagePolicy(tiny(name))
-    assert_close(first, clean(obs).log_prob(done.tokens), rtol=0, atol=1e-6)
+    assert_close(first, clean(obs).log_prob(done.tokens), rtol=1e-6, atol=1e-6)
     assert model.training
 
 
@@ -476,7 +476,7 @@ def trace() -> None:
     wider = Prefixes(*(nn.functional.pad(x, (3, 0) if i < 2 else (0, 2)) for i, x in enumerate(obs)))
     function = torch.compile(lambda obs: policy(obs).log_prob(obs.completion), fullgraph=True, backend="eager")
     for given in (wider, Prefixes(*(x.flip(0) for x in wider))):
-        assert_close(function(given), policy(given).log_prob(given.completion), rtol=0, atol=1e-5)
+        assert_close(function(given), policy(given).log_prob(given.completion), rtol=1e-5, atol=1e-5)
 
 
 def test_it_traces_into_one_graph() -> None:
@@ -528,7 +528,7 @@ def test_a_value_is_that_of_the_row_alone_and_0_behind_the_mask(name: str) -> No
     for i, (prompt, prompt_mask, completion, mask) in enumerate(zip(*obs, strict=True)):
         row = torch.cat([prompt[prompt_mask], completion[mask]]).unsqueeze(0)
         hidden = model.base_model(input_ids=row).last_hidden_state[0, int(prompt_mask.sum()) - 1 : -1]
-        assert_close(found[i, : len(hidden)], critic.head(hidden)[:, 0], rtol=0, atol=1e-5)
+        assert_close(found[i, : len(hidden)], critic.head(hidden)[:, 0], rtol=1e-5, atol=1e-5)
         assert (found[i, : len(hidden)] != 0).all()
         assert not found[i, len(hidden) :].any()
 
@@ -541,7 +541,7 @@ def test_the_value_of_a_decision_has_seen_the_inserted_tokens_before_it(name: st
     for i, t in obs.completion_mask.nonzero().tolist():
         row = torch.cat([obs.prompt[i][obs.prompt_mask[i]], obs.completion[i, :t]]).unsqueeze(0)
         expected[i, t] = critic.head(model.base_model(input_ids=row).last_hidden_state[0, -1])
-    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found != 0).sum() == obs.completion_mask.sum()
     by = torch.randn(found.shape)
     assert distance(gradients((found * by).sum(), critic), gradients((expected * by).sum(), critic)) < 1e-5
@@ -552,7 +552,7 @@ def test_a_value_knows_nothing_of_what_comes_after() -> None:
     later = obs._replace(completion=obs.completion.clone())
     later.completion[:, 3:] = torch.randint(2, VOCABULARY, (3, 3))
     a, b = critic(obs), critic(later)
-    assert_close(a[:, :4], b[:, :4], rtol=0, atol=1e-6)
+    assert_close(a[:, :4], b[:, :4], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
 
 
