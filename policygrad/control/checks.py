@@ -59,6 +59,8 @@ def _one_of_two(said: str, is_so: str) -> UserError:
 def _is_outside(numbers: np.ndarray, space: spaces.Space) -> bool:
     """Whether a number is none of a space of finitely many. The bounds of a Box are not checked."""
     match space:
+        case spaces.Discrete() if numbers.shape == ():  # at every step of one environment, as Python's numbers
+            return not 0 <= numbers.item() - space.start < space.n
         case spaces.Discrete():
             least, most = space.start, space.start + space.n - 1
         case spaces.MultiDiscrete():

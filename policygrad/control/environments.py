@@ -17,11 +17,11 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import FlattenObservation
-from gymnasium.wrappers.vector import FlattenObservation as FlattenVectorObservation
 
 from policygrad.control.atari import is_preprocessed, preprocessed
 from policygrad.control.checks import check_distinct, checked_flag, checked_member, checked_number, finite_numbers
 from policygrad.control.envpool import EnvPool
+from policygrad.control.flattening import VectorFlattened
 from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
 from policygrad.control.players import Agents, GameFound, game, is_game, takes_turns
 from policygrad.control.processes import RESTARTED, Processes, another_seed
@@ -414,7 +414,7 @@ def close(environments: gymnasium.Env | VectorEnv) -> None:
 def unflattened(environments: VectorEnv) -> spaces.Space:
     """The space of one environment's observations as the environment gives them, before they are flattened."""
     base = environments.unwrapped
-    if isinstance(environments, FlattenVectorObservation):
+    if isinstance(environments, VectorFlattened):
         return environments.env.single_observation_space
     if isinstance(base, Processes):
         return base.call("unflattened")[0]
@@ -497,11 +497,8 @@ def _flat(environments: Any, action_mask: str) -> VectorEnv:
     if metadata["autoreset_mode"] is not mode:  # Gymnasium's wrapper reads only the enum
         environments = VectorWrapper(environments)
         environments.metadata = metadata | {"autoreset_mode": mode}
-    space = flat(environments.single_observation_space, action_mask != "off")
     try:
-        flattened = FlattenVectorObservation(environments)
-        flattened.single_observation_space = space
-        return flattened
+        return VectorFlattened(environments, action_mask != "off")
     except ValueError as error:
         kind = type(environments.single_observation_space).__name__
         raise UserError(

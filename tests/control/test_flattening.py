@@ -1,0 +1,51 @@
+"""Flattened observations are Gymnasium's, to the bit, of one environment and of a batch."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space, iterate
+
+from policygrad.control.flattening import flattener
+
+SPACES = [
+    spaces.MultiDiscrete([3, 2]),
+    spaces.MultiDiscrete([[3, 2], [4, 1]], start=[[0, -2], [5, 0]]),
+    spaces.MultiBinary((2, 3)),
+    spaces.Tuple((spaces.Discrete(4, start=-1), spaces.Box(-1, 1, (2, 2), np.float32))),
+    spaces.Dict({"observation": spaces.Discrete(5), "action_mask": spaces.MultiBinary(5)}),
+    spaces.Dict({"b": spaces.Box(0, 255, (2, 2, 3), np.uint8), "a": spaces.Dict({"x": spaces.Box(-2, 2, ())})}),
+    spaces.Tuple((spaces.Tuple((spaces.MultiDiscrete([2, 3]),)), spaces.Box(-1, 1, (3,), np.float64))),
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_it_is_gymnasiums_of_one_and_of_a_batch(space: spaces.Space) -> None:
+    space.seed(0)
+    flatten = flattener(space)
+    for _ in range(20):
+        obs = space.sample()
+        found, expected = flatten(obs), spaces.flatten(space, obs)
+        np.testing.assert_array_equal(found, expected)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    many = batch_space(space, 6)
+    many.seed(1)
+    batch = many.sample()
+    expected = np.stack([spaces.flatten(space, x) for x in iterate(many, batch)])
+    np.testing.assert_array_equal(flatten(batch), expected)
+    assert flatten(batch).dtype == expected.dtype
+
+
+def test_each_observation_has_memory_of_its_own() -> None:
+    space = spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Box(-1, 1, (2,))})
+    flatten = flattener(space)
+    first = flatten({"a": np.int64(1), "b": np.array([0.5, -0.5], np.float32)})
+    flatten({"a": np.int64(0), "b": np.zeros(2, np.float32)})
+    np.testing.assert_array_equal(first, [0, 1, 0.5, -0.5])
+
+
+def test_spaces_that_no_policy_takes_are_left_to_gymnasium() -> None:
+    space = spaces.Text(4)
+    space.seed(0)
+    obs = space.sample()
+    np.testing.assert_array_equal(flattener(space)(obs), gymnasium.spaces.flatten(space, obs))
