@@ -143,7 +143,7 @@ def checked_observations(obs: Any, space: spaces.Space, count: int) -> np.ndarra
     if obs.shape != expected:
         raise UserError(f"the environments returned observations of shape {obs.shape}, not {expected}: fix the space")
     if np.dtype(space.dtype).kind in "biu":
-        return _whole(obs, space)
+        return whole(obs, space)
     if not np.isfinite(obs).all():
         i = int(np.flatnonzero(~np.isfinite(obs).reshape(count, -1).all(1))[0])
         raise NonFiniteError(
@@ -159,7 +159,7 @@ def stored_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.int64) if dtype.kind == "u" and dtype.itemsize > 1 else dtype  # torch computes in uint8 only
 
 
-def _whole(obs: np.ndarray, space: spaces.Space) -> np.ndarray:
+def whole(obs: np.ndarray, space: spaces.Space) -> np.ndarray:
     """Observations in the space's integer dtype, the same numbers."""
     with np.errstate(invalid="ignore"):
         numbers = obs.astype(space.dtype)

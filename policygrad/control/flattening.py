@@ -10,6 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv, VectorObservationWrapper
 from gymnasium.vector.utils import batch_space
 
+from policygrad.control.checks import whole
 from policygrad.control.spaces import flat, unsupported
 
 Leaf = tuple[tuple[Any, ...], spaces.Space]  # the keys that lead to it
@@ -36,6 +37,7 @@ def flattener(space: spaces.Space) -> Callable[[Any], np.ndarray]:
     """The function x -> spaces.flatten(space, x), to the bit; and of batches [B, ...], by row.
 
     The numbers of Box and MultiBinary follow one another as they are, and of Discrete and MultiDiscrete one-hot.
+    Raises UserError for one of these outside its space.
     """
     if unsupported(space) is not None:  # which a policy will refuse
         return partial(spaces.flatten, space)  # type: ignore[return-value]
@@ -77,11 +79,15 @@ def _numbers(space: Any) -> Callable[[Any, tuple[int, ...]], Any]:
     """The function (observations [*before, ...], before) -> their numbers [*before, D]."""
     if isinstance(space, spaces.Discrete):
         choices = np.arange(space.start, space.start + space.n)
-        return lambda x, before: np.asarray(x)[..., None] == choices
+        return lambda x, before: whole(np.asarray(x), space)[..., None] == choices
     if isinstance(space, spaces.MultiDiscrete):
         counts = space.nvec.reshape(-1)
         choices = np.concatenate(
             [first + np.arange(n) for first, n in zip(space.start.reshape(-1), counts, strict=True)]
         )
-        return lambda x, before: np.repeat(np.reshape(x, (*before, -1)), counts, axis=-1) == choices
+
+        def one_hot(x: Any, before: tuple[int, ...]) -> np.ndarray:
+            return np.repeat(whole(np.asarray(x), space).reshape(*before, -1), counts, axis=-1) == choices
+
+        return one_hot
     return lambda x, before: np.reshape(np.asarray(x, dtype=space.dtype), (*before, -1))

@@ -7,6 +7,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, iterate
 
 from policygrad.control.flattening import flattener
+from policygrad.errors import UserError
 
 SPACES = [
     spaces.MultiDiscrete([3, 2]),
@@ -34,6 +35,20 @@ def test_it_is_gymnasiums_of_one_and_of_a_batch(space: spaces.Space) -> None:
     expected = np.stack([spaces.flatten(space, x) for x in iterate(many, batch)])
     np.testing.assert_array_equal(flatten(batch), expected)
     assert flatten(batch).dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+    ("space", "obs"),
+    [
+        (spaces.Discrete(3, start=1), np.array([1, 0])),
+        (spaces.Discrete(3), np.array([3, 0])),
+        (spaces.MultiDiscrete([2, 3]), np.array([[1, 2], [2, 0]])),
+    ],
+    ids=str,
+)
+def test_a_number_outside_its_space_is_not_a_vector_of_zeros(space: spaces.Space, obs: np.ndarray) -> None:
+    with pytest.raises(UserError, match="an observation outside its"):
+        flattener(spaces.Tuple((space,)))((obs,))
 
 
 def test_each_observation_has_memory_of_its_own() -> None:
