@@ -8,6 +8,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := runs/demo
+# What the tests use. Not here, for their size: envpool, jax, ray, mlflow, trackio. Their tests are skipped without them.
+EXTRAS := dev,mujoco,box2d,atari,minigrid,pettingzoo,minari,language,reasoning,video,wandb,tune,export
 
 # Tests of whole runs. They go without the check of every shape, as users' runs do; the others are checked.
 WHOLE := tests/train tests/test_cli.py tests/test_documentation.py tests/verify/test_faults.py
@@ -49,5 +51,5 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): once, some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mujoco,box2d,language,video,wandb,tune,export]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@

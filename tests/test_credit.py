@@ -739,18 +739,24 @@ def test_the_share_that_covaries_most_is_charged(
     assert isinstance(decisions(rollout, per_token(rollout.mask), *plain).charge, tuple)
 
 
+@pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("average", [per_token, per_row])
 @pytest.mark.parametrize("of", [PPOObjective, GRPOObjective])
 def test_the_rows_that_were_right_are_imitated(
-    of: Any, average: Any, softmax: nn.Module, sample: Callable[..., Rollout], float64: None
+    of: Any, average: Any, corrected: bool, softmax: nn.Module, sample: Callable[..., Rollout], float64: None
 ) -> None:
-    """The objective gains 0.3 times the mean of log pi over their decisions, in scalar loops, and its gradient."""
+    """The objective gains 0.3 times the mean of log pi over their decisions, in scalar loops, and its gradient.
+
+    corrected: an engine sampled, and its decisions have importance weights.
+    """
     softmax, rollout = softmax.double(), sample(softmax)
-    rollout = replace(rollout, logp=rollout.logp.double(), reward=rollout.reward.double())
+    importance = torch.rand(rollout.mask.shape).double() if corrected else None
+    rollout = replace(rollout, logp=rollout.logp.double(), reward=rollout.reward.double(), importance=importance)
     objective = of(softmax, None) if of is PPOObjective else of(softmax)
     plain, imitated = baselined(), imitating(baselined(), weight=0.3, weights=average)
     weight = average(rollout.mask).double()
     first, second = (decisions(rollout, weight, *assign(rollout)) for assign in (plain, imitated))
+    weight = weight if importance is None else weight * importance
     logp = softmax(rollout.obs).log_prob(rollout.action)
     total, wanted, rows = 0.0, torch.zeros(()).double(), rollout.reward.sum(1).tolist()
     assert min(rows) < 0 < max(rows)
