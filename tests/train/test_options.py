@@ -342,7 +342,7 @@ def test_every_option_has_another_value_here(world: str) -> None:
 
 
 def test_threads_are_torchs_while_it_trains() -> None:
-    seen = []
+    seen, before = [], torch.get_num_threads()
 
     def policy(*spaces: Any) -> torch.nn.Module:
         seen.append(torch.get_num_threads())
@@ -351,7 +351,7 @@ def test_threads_are_torchs_while_it_trains() -> None:
     for threads in (2, 1):
         pg.train("actor_critic", TASKS["control"], progress=False, iterations=1, threads=threads, policy=policy)
     assert seen == [2, 1]
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
