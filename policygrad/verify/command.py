@@ -24,15 +24,15 @@ from policygrad.verify.losses import Loss, loss_checks, loss_rows
 from policygrad.verify.memory import memory_sections
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
-from policygrad.verify.settings import NAMES, Setting, setting_of, token_setting
+from policygrad.verify.settings import NAMES, Setting, paid_by_token, setting_of, token_setting
 from policygrad.verify.statistics import Finding, Section, judged
-from policygrad.verify.tokens import token_section
+from policygrad.verify.tokens import paid_section, token_section
 from policygrad.verify.updates import Check, update_checks
 from policygrad.verify.user import Advantage, user_rows
 
 # Their rows repeat those of the random world.
 BRIEF = ("random, two episodes a row", "random, with holes", "random, cut rows with holes", "random, forbidden actions",
-         "random, forbidden actions, methods", "random, lag", "random, hidden states", "random, GRU", "random, LSTM",
+         "random, forbidden actions, methods", "random, lag", "tokens, paid by token", "random, hidden states", "random, GRU", "random, LSTM",
          "random, GRU, two episodes a row", "random, LSTM, two episodes a row", "chain", "bandit", "cliff")  # fmt: skip
 SAMPLES = (1_000, 200_000)
 STYLES = {"unbiased": "green", "biased": "yellow", "no closed form": "yellow", "WRONG": "bold red"}
@@ -124,6 +124,8 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
         yield with_user(at, token_section(at))
         yield method_section(at)
         yield lag_section(at)
+        at = paid_by_token(options.seed)
+        yield with_user(at, paid_section(at))
     if options.world in ("all", "conversations"):
         yield from (with_user(*found) for found in conversation_sections(options.seed))
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from policygrad.algorithms.grpo import GRPOObjective
 from policygrad.divergences import AdaptiveCoefficient, Divergence, at_action, straight_through, to_reference
-from policygrad.exact.closed_form import visitation, weighted_gradient
+from policygrad.exact.closed_form import policy_gradient, visitation, weighted_gradient
 from policygrad.exact.policies import probabilities
 from policygrad.exact.tokens import expected_reward, log_likelihood, sequence_kl
 from policygrad.rollout import Rollout, at_last_decision
 from policygrad.samplers import KLCharged, Rescored
 from policygrad.train.compose import DIVERGENCES, RATIOS
-from policygrad.verify.control import LEANS, no_credit
+from policygrad.verify.control import LEANS, control_rows, no_credit
 from policygrad.verify.settings import GROUP, Setting, of_size, options_for, row_of
 from policygrad.verify.statistics import Experience, Row, Section
 from policygrad.verify.written_out import corrected, expectation
@@ -336,3 +336,11 @@ def token_rows(at: Setting) -> list[Row]:
 def token_section(at: Setting) -> Section:
     """The table of them."""
     return Section(at.name, token_rows(at), at.on_policy, exact_reward_gradient(at))
+
+
+def paid_section(at: Setting) -> Section:
+    """Rewards by token, discounted: the estimators of control that look at no other row. Groups compare plain sums."""
+    rows = [row for row in control_rows(at) if row.size == 1]
+    plain = policy_gradient(replace(at.world, gamma=1.0), at.probs, at.scores)
+    group = replace(row_of(at, "leave-one-out (RLOO)", "rloo", size=GROUP), exact=plain, of="grad J without discount")
+    return Section(at.name, [*rows, group], at.on_policy, at.gradient)
