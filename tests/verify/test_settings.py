@@ -7,7 +7,15 @@ from policygrad.exact.closed_form import expected_return
 from policygrad.exact.policies import probabilities
 from policygrad.exact.worlds import garnet
 from policygrad.verify.settings import (
-    GROUP, holed, in_pairs, listed, of_size, options_for, paid_by_token, setting_of, token_setting,
+    GROUP,
+    holed,
+    in_pairs,
+    listed,
+    of_size,
+    options_for,
+    paid_by_token,
+    setting_of,
+    token_setting,
 )  # fmt: skip
 
 
