@@ -33,8 +33,8 @@ from policygrad.verify.user import Advantage, user_rows
 # Their rows repeat those of the random world.
 BRIEF = ("random, two episodes a row", "random, with holes", "random, cut rows with holes", "random, forbidden actions",
          "random, forbidden actions, methods", "random, hidden states", "random, GRU", "random, LSTM",
-         "random, GRU, two episodes a row", "random, LSTM, two episodes a row", "random, lag", "chain", "bandit", "cliff",
-         "tokens, paid by token")  # fmt: skip
+         "random, GRU, two episodes a row", "random, LSTM, two episodes a row", "random, lag", "chain", "bandit",
+         "cliff", "tokens, paid by token")  # fmt: skip
 SAMPLES = (1_000, 200_000)
 STYLES = {"unbiased": "green", "biased": "yellow", "no closed form": "yellow", "WRONG": "bold red"}
 LEGEND = """\
