@@ -75,6 +75,7 @@ class Keywords(TypedDict, total=False):
     lora_rank: int
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
+    quantize: Literal["none", "4bit"]
     shard: bool
     save: Literal["adapter", "merged"]
     gradient_checkpointing: bool

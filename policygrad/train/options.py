@@ -238,6 +238,8 @@ class Options:
         "LoRA scale: the adapter's output is multiplied by alpha / rank. By default 2 rank.", POSITIVE, **LANGUAGE)
     lora_targets: tuple[str, ...] = option((),
         "Layers with an adapter; by default all linear layers except the head. Repeatable.", **LANGUAGE)
+    quantize: Literal["none", "4bit"] = option("none",
+        "Hold the model under the adapter in 4 bits (NF4, as QLoRA does), by bitsandbytes.", **LANGUAGE)
     shard: bool = option(False,
         "Of several ranks (torchrun), each holds a part of all weights, of the reference and of the optimizer.",
         **LANGUAGE, **ASCEND)
@@ -1007,6 +1009,13 @@ def _language_conflicts(o: Any) -> Any:
         yield "positive_weight", f"{said}: use another kl_ref"
     if not o.lora_rank and o.save == "merged":
         yield "save", "save merged is of an adapter, and lora_rank is 0: set that too, or leave save out"
+    if o.quantize != "none":
+        if not o.lora_rank:
+            yield "quantize", "quantize is of the model under an adapter, and lora_rank is 0: set that too"
+        if o.save == "merged":
+            yield "save", "save merged adds the adapter to weights, which quantize rounds: save the adapter"
+        if has_critic(o) and o.critic == "copy":
+            yield "critic", "critic copy would train a copy of weights in 4 bits: use shared, or name another model"
     if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):
         yield "critic", f"critic is shared, and {o.method} fits its critic alone, which would move the policy: use copy"
 
