@@ -178,7 +178,7 @@ class Keywords(TypedDict, total=False):
     learning_rate: float | None
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    optimizer: Literal["adam", "adamw", "sgd", "muon"]
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "sgd", "muon"]
     weight_decay: float
     momentum: float | None
     adam_epsilon: float

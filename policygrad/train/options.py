@@ -500,14 +500,15 @@ class Options:
         "Learning rate schedule, by iterations: constant, or decay to 0, linear or by half a cosine.")
     warmup: float = option(0.0,
         "Share of the run over which learning rates first rise from 0, linearly (Hugging Face's warmup_ratio).", SHARE)
-    optimizer: Literal["adam", "adamw", "sgd", "muon"] = option("adam",
-        "Optimizer, as in torch.optim. muon: Muon for matrices, its rate adjusted to AdamW's, which takes the others.")
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "sgd", "muon"] = option("adam",
+        "Optimizer, as in torch.optim. muon: Muon for matrices, its rate adjusted to AdamW's, which takes the others. "
+        "adamw_8bit: AdamW by bitsandbytes, its moments in 8 bits.")
     weight_decay: float = option(0.0,
-        "Weight decay: added to the gradient by adam and sgd, apart from it by adamw and muon.", NOT_NEGATIVE)
+        "Weight decay: added to the gradient by adam and sgd, apart from it by the others.", NOT_NEGATIVE)
     momentum: float | None = option(None,
         "Momentum; None: torch's own, 0 for sgd and 0.95 for muon.", SHARE, optimizer=("sgd", "muon"))
     adam_epsilon: float = option(1e-05,
-        "Epsilon of Adam, added to the denominator.", RATE, optimizer=("adam", "adamw", "muon"))
+        "Epsilon of Adam, added to the denominator.", RATE, optimizer=("adam", "adamw", "adamw_8bit", "muon"))
     epochs: int = option(1,
         "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.",
         COUNT, **ASCEND, **SAMPLED)
@@ -771,8 +772,8 @@ def _conflicts(o: Any) -> Any:
         yield "steps", "steps and iterations are both None: say how long to train"
     if o.checkpoint_every is not None and not o.checkpoints:
         yield "checkpoint_every", "checkpoint_every is of checkpoints, and there are to be 0: set that too"
-    if getattr(o, "compile", "off") == "on" and o.optimizer == "muon":
-        yield "compile", "compile is on, and Muon's steps have no graph: leave it out, or choose another optimizer"
+    if getattr(o, "compile", "off") == "on" and o.optimizer in WITHOUT_GRAPH:
+        yield "compile", f"compile is on, and steps of {o.optimizer} have no graph: leave it out, or choose adam"
     if getattr(o, "learning_rate", 1.0) is None and world != "language":
         yield "learning_rate", "learning_rate is None, which is for language models: give a number, such as 3e-4"
     if world == "language":
@@ -942,10 +943,12 @@ def _uncorrected(o: Any) -> str:
     return ""
 
 
+WITHOUT_GRAPH = ("muon", "adamw_8bit")  # optimizers whose steps are not compiled
+
 # What needs all weights of a model on one rank, or passes through it that are not those of other ranks.
 NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_rank": (lambda x: x > 0, "an adapter is small, and its model would be whole"),
-    "optimizer": (lambda x: x == "muon", "Muon needs whole matrices"),
+    "optimizer": (lambda x: x in WITHOUT_GRAPH, "it needs whole matrices, or blocks of them"),
     "dtype": (lambda x: x != "float32", "optimizers keep float32 copies of other weights, which are not sharded"),
     "critic": (lambda x: x == "shared", "a trunk belongs to one model"),
     "divergence_mask": (lambda x: x in ("tv", "kl"), "it keeps a whole copy of the policy"),

@@ -232,6 +232,12 @@ def test_what_is_frozen_must_be_what_it_was(tmp_path: Path) -> None:
         pg.resume(tmp_path / "run", progress=False, policy=other)
 
 
+def test_a_run_with_moments_in_8_bits_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    values = known("ppo") | {"optimizer": "adamw_8bit", "hidden": (64, 64)}  # no fewer numbers have 8 bits
+    assert_resumes(tmp_path, "ppo", "CartPole-v1", 3, **values)
+
+
 # Language
 
 
