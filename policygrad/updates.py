@@ -336,19 +336,6 @@ class MasterWeightsMuon(MasterWeights, Muon):
     """Muon on master weights."""
 
 
-def adamw_8bit(params: Any, **options: Any) -> Optimizer:
-    """AdamW on master weights with moments in 8 bits, by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861).
-
-    Each block of 256 numbers has its own scale. Parameters of fewer than 4,096 numbers keep moments in float32. Raises
-    UserError if bitsandbytes is not installed.
-    """
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError("adamw_8bit needs bitsandbytes: pip install policygrad[quantize]") from error
-    return type("MasterWeightsAdamW8bit", (MasterWeights, AdamW8bit), {})(params, **options)
-
-
 def _parts(objective: Any, optimizers: Sequence[Optimizer]) -> dict[str, list[Tensor]]:
     """The optimizer's parameters: those of a critic that shares none with the policy as `critic_`, the others as ``.
 

@@ -109,6 +109,7 @@ from policygrad.train.options import (
 from policygrad.turns import bootstrapped_by_turn, grouped_by_state
 from policygrad.updates import (
     Beside,
+    MasterWeights,
     MasterWeightsAdam,
     MasterWeightsAdamW,
     MasterWeightsMuon,
@@ -116,7 +117,6 @@ from policygrad.updates import (
     Metrics,
     Objective,
     Update,
-    adamw_8bit,
     ascend,
     kl_radius,
     learning_rate,
@@ -681,3 +681,16 @@ def _made(options: Any, name: str, groups: list[dict[str, Any]]) -> list[Optimiz
     if name == "sgd":
         return [MasterWeightsSGD(groups, **given)]
     return [MasterWeightsMuon(groups, adjust_lr_fn="match_rms_adamw", **given)]
+
+
+def adamw_8bit(params: Any, **options: Any) -> Optimizer:
+    """AdamW on master weights with moments in 8 bits, by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861).
+
+    Each block of 256 numbers has its own scale. Parameters of fewer than 4,096 numbers keep moments in float32. Raises
+    UserError if bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("adamw_8bit needs bitsandbytes: pip install policygrad[quantize]") from error
+    return type("MasterWeightsAdamW8bit", (MasterWeights, AdamW8bit), {})(params, **options)
