@@ -175,7 +175,8 @@ def discounted(assign: Assign, gamma: float) -> Assign:
 
     def weighed(rollout: Rollout) -> Credit:
         credit = assign(rollout)
-        return credit._replace(advantage=credit.advantage * discount(rollout.mask, rollout.ended, gamma))
+        advantage = credit.advantage
+        return credit._replace(advantage=advantage * discount(rollout.mask, rollout.ended, gamma, advantage.dtype))
 
     return _like(assign, weighed)
 

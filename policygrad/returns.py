@@ -94,15 +94,17 @@ def kl_in_reward(
     return reward - beta * (logp - logp_ref)
 
 
-def discount(mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
-    """gamma^t, with t the number of earlier decisions in the same episode.
+def discount(
+    mask: Bool[Tensor, "B T"], ended: Bool[Tensor, "B T"], gamma: float, dtype: torch.dtype | None = None
+) -> Float[Tensor, "B T"]:
+    """gamma^t, with t the number of earlier decisions in the same episode. dtype: torch's default, if None.
 
     The discounted policy gradient has this factor, and libraries usually drop it; without it the usual update is the
     gradient of no function (Nota & Thomas 2020, arXiv 1906.07073).
     """
     before = mask.cumsum(1) - mask.long()  # decisions before this step in the row
     age = before - before.gather(1, _episode_start(ended))
-    return gamma ** age.to(torch.get_default_dtype())
+    return gamma ** age.to(dtype or torch.get_default_dtype())
 
 
 def _episode_start(ended: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -17,6 +17,7 @@ from policygrad.files import add_metadata, check_directory, check_file, damaged,
 from policygrad.language.adapters import Adapter, base_of, merge, merged_weights, saved_adapter
 from policygrad.language.adapters import add_adapter as add_adapter
 from policygrad.language.policies import LanguagePolicy, ValueModel, causal, trunk
+from policygrad.language.quantization import four_bits, settle
 
 LAYERS = 10_000  # more than any model has; each would be built before its weights are missed
 
@@ -70,6 +71,9 @@ def load_model(
     trust_remote_code: bool = False,
     kind: Any = AutoModelForCausalLM,
     what: str = "model",
+    quantize: bool = False,
+    compute: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     **options: Any,
 ) -> PreTrainedModel:
     """A causal language model by path or hub id. Raises UserError, also if some of its weights are missing.
@@ -77,7 +81,8 @@ def load_model(
     If the name is that of an adapter, the model is its base with the adapter merged into it. base_model: that base;
     trust: take the base that the adapter's file names. dtype: of the weights, or auto for that of the file. attention:
     sdpa, eager, flash_attention_2, ...; None: the model's default. kind: another auto class, for reward models and
-    critics, where a missing head is made new. what: the word for it in messages.
+    critics, where a missing head is made new. what: the word for it in messages. quantize: linear layers in 4 bits, on
+    that device, which compute in that type (None: dtype); see quantization.four_bits.
     """
     name = located(name)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -90,16 +95,27 @@ def load_model(
             raise UserError(f"{ending(name)} is an adapter on itself: give a model as base_model")
     if base_model is not None:
         raise UserError(f"{ending(name)} is no adapter, and base_model is for one: leave base_model out")
+    if quantize and adapters:
+        raise UserError(
+            f"{ending(adapters[0][0])} is an adapter, which is merged into its base, and weights in 4 bits cannot take "
+            "it: give a whole model, or leave quantize out"
+        )
+    weights: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    if quantize:
+        computed = compute if compute is not None or dtype == "auto" else weights
+        options |= {"quantization_config": four_bits(computed), "device_map": {"": device}}
     with _one_line(name, what), quiet():
         model, info = kind.from_pretrained(
             name,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=weights,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # nothing is unpickled
             output_loading_info=True,
             **options,
         )
+    if quantize:
+        settle(model)
     missing = sorted(info["missing_keys"])
     others = f" and {len(missing) - 1} more" if missing[1:] else ""
     if missing and kind is AutoModelForCausalLM:

@@ -214,7 +214,7 @@ def normalizer_of(statistics: dict[str, np.ndarray], shape: tuple[int, ...] | No
 
 def finite(module: nn.Module) -> bool:
     """Are all parameters finite, or this rank's part of them? In one look."""
-    own = [ranks.local(p.detach()) for p in module.parameters()]
+    own = [ranks.local(p.detach()) for p in module.parameters() if p.is_floating_point()]
     largest = torch._foreach_norm([x for x in own if x.numel()], math.inf)
     return bool(torch.stack([x.float() for x in largest]).isfinite().all())
 

@@ -96,10 +96,20 @@ from policygrad.samplers import (
 from policygrad.symmetry import mirrored
 from policygrad.train.keywords import Keywords
 from policygrad.train.methods import KNOWN, method_named
-from policygrad.train.options import EPISODIC, OptionError, has_critic, options_of, validate, with_rate, with_values
+from policygrad.train.options import (
+    EPISODIC,
+    WITHOUT_GRAPH,
+    OptionError,
+    has_critic,
+    options_of,
+    validate,
+    with_rate,
+    with_values,
+)
 from policygrad.turns import bootstrapped_by_turn, grouped_by_state
 from policygrad.updates import (
     Beside,
+    MasterWeights,
     MasterWeightsAdam,
     MasterWeightsAdamW,
     MasterWeightsMuon,
@@ -600,6 +610,8 @@ def compiles(options: Any) -> bool:
     wanted = getattr(options, "compile", "off")
     if wanted != "auto":
         return wanted == "on"
+    if options.optimizer in WITHOUT_GRAPH:
+        return False
     if not hasattr(options, "credit"):  # how many decisions the demonstrations are is not known
         return False
     if getattr(options, "agents", "shared") == "separate":  # how many rows are whose differs from batch to batch
@@ -663,7 +675,22 @@ def _made(options: Any, name: str, groups: list[dict[str, Any]]) -> list[Optimiz
     if name in ("adam", "adamw"):
         make = MasterWeightsAdam if name == "adam" else MasterWeightsAdamW
         return [make(groups, eps=options.adam_epsilon, fused=True, **given)]
+    if name == "adamw_8bit":
+        return [adamw_8bit(groups, eps=options.adam_epsilon, **given)]
     given |= {} if options.momentum is None else {"momentum": options.momentum}
     if name == "sgd":
         return [MasterWeightsSGD(groups, **given)]
     return [MasterWeightsMuon(groups, adjust_lr_fn="match_rms_adamw", **given)]
+
+
+def adamw_8bit(params: Any, **options: Any) -> Optimizer:
+    """AdamW on master weights with moments in 8 bits, by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861).
+
+    Each block of 256 numbers has its own scale. Parameters of fewer than 4,096 numbers keep moments in float32. Raises
+    UserError if bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("adamw_8bit needs bitsandbytes: pip install policygrad[quantize]") from error
+    return type("MasterWeightsAdamW8bit", (MasterWeights, AdamW8bit), {})(params, **options)

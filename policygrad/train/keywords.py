@@ -75,6 +75,7 @@ class Keywords(TypedDict, total=False):
     lora_rank: int
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
+    quantize: Literal["none", "4bit"]
     shard: bool
     save: Literal["adapter", "merged"]
     gradient_checkpointing: bool
@@ -177,7 +178,7 @@ class Keywords(TypedDict, total=False):
     learning_rate: float | None
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    optimizer: Literal["adam", "adamw", "sgd", "muon"]
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "sgd", "muon"]
     weight_decay: float
     momentum: float | None
     adam_epsilon: float

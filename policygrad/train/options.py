@@ -238,6 +238,8 @@ class Options:
         "LoRA scale: the adapter's output is multiplied by alpha / rank. By default 2 rank.", POSITIVE, **LANGUAGE)
     lora_targets: tuple[str, ...] = option((),
         "Layers with an adapter; by default all linear layers except the head. Repeatable.", **LANGUAGE)
+    quantize: Literal["none", "4bit"] = option("none",
+        "Hold the model under the adapter in 4 bits (NF4, as QLoRA does), by bitsandbytes.", **LANGUAGE)
     shard: bool = option(False,
         "Of several ranks (torchrun), each holds a part of all weights, of the reference and of the optimizer.",
         **LANGUAGE, **ASCEND)
@@ -498,14 +500,15 @@ class Options:
         "Learning rate schedule, by iterations: constant, or decay to 0, linear or by half a cosine.")
     warmup: float = option(0.0,
         "Share of the run over which learning rates first rise from 0, linearly (Hugging Face's warmup_ratio).", SHARE)
-    optimizer: Literal["adam", "adamw", "sgd", "muon"] = option("adam",
-        "Optimizer, as in torch.optim. muon: Muon for matrices, its rate adjusted to AdamW's, which takes the others.")
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "sgd", "muon"] = option("adam",
+        "Optimizer, as in torch.optim. muon: Muon for matrices, its rate adjusted to AdamW's, which takes the others. "
+        "adamw_8bit: AdamW by bitsandbytes, its moments in 8 bits.")
     weight_decay: float = option(0.0,
-        "Weight decay: added to the gradient by adam and sgd, apart from it by adamw and muon.", NOT_NEGATIVE)
+        "Weight decay: added to the gradient by adam and sgd, apart from it by the others.", NOT_NEGATIVE)
     momentum: float | None = option(None,
         "Momentum; None: torch's own, 0 for sgd and 0.95 for muon.", SHARE, optimizer=("sgd", "muon"))
     adam_epsilon: float = option(1e-05,
-        "Epsilon of Adam, added to the denominator.", RATE, optimizer=("adam", "adamw", "muon"))
+        "Epsilon of Adam, added to the denominator.", RATE, optimizer=("adam", "adamw", "adamw_8bit", "muon"))
     epochs: int = option(1,
         "Passes over a rollout; without minibatches, steps on it with credit recomputed before each.",
         COUNT, **ASCEND, **SAMPLED)
@@ -769,8 +772,8 @@ def _conflicts(o: Any) -> Any:
         yield "steps", "steps and iterations are both None: say how long to train"
     if o.checkpoint_every is not None and not o.checkpoints:
         yield "checkpoint_every", "checkpoint_every is of checkpoints, and there are to be 0: set that too"
-    if getattr(o, "compile", "off") == "on" and o.optimizer == "muon":
-        yield "compile", "compile is on, and Muon's steps have no graph: leave it out, or choose another optimizer"
+    if getattr(o, "compile", "off") == "on" and o.optimizer in WITHOUT_GRAPH:
+        yield "compile", f"compile is on, and steps of {o.optimizer} have no graph: leave it out, or choose adam"
     if getattr(o, "learning_rate", 1.0) is None and world != "language":
         yield "learning_rate", "learning_rate is None, which is for language models: give a number, such as 3e-4"
     if world == "language":
@@ -940,10 +943,12 @@ def _uncorrected(o: Any) -> str:
     return ""
 
 
+WITHOUT_GRAPH = ("muon", "adamw_8bit")  # optimizers whose steps are not compiled
+
 # What needs all weights of a model on one rank, or passes through it that are not those of other ranks.
 NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_rank": (lambda x: x > 0, "an adapter is small, and its model would be whole"),
-    "optimizer": (lambda x: x == "muon", "Muon needs whole matrices"),
+    "optimizer": (lambda x: x in WITHOUT_GRAPH, "it needs whole matrices, or blocks of them"),
     "dtype": (lambda x: x != "float32", "optimizers keep float32 copies of other weights, which are not sharded"),
     "critic": (lambda x: x == "shared", "a trunk belongs to one model"),
     "divergence_mask": (lambda x: x in ("tv", "kl"), "it keeps a whole copy of the policy"),
@@ -1007,6 +1012,13 @@ def _language_conflicts(o: Any) -> Any:
         yield "positive_weight", f"{said}: use another kl_ref"
     if not o.lora_rank and o.save == "merged":
         yield "save", "save merged is of an adapter, and lora_rank is 0: set that too, or leave save out"
+    if o.quantize != "none":
+        if not o.lora_rank:
+            yield "quantize", "quantize is of the model under an adapter, and lora_rank is 0: set that too"
+        if o.save == "merged":
+            yield "save", "save merged adds the adapter to weights, which quantize rounds: save the adapter"
+        if has_critic(o) and o.critic == "copy":
+            yield "critic", "critic copy would train a copy of weights in 4 bits: use shared, or name another model"
     if has_critic(o) and o.critic == "shared" and KNOWN[o.method].objective not in ("ppo", "actor_critic"):
         yield "critic", f"critic is shared, and {o.method} fits its critic alone, which would move the policy: use copy"
 

@@ -19,20 +19,22 @@ from policygrad.errors import UserError, shortened
 from policygrad.functions import load_function
 from policygrad.verify.control import control_rows, forbidding, harder_sections
 from policygrad.verify.conversations import conversation_sections
+from policygrad.verify.lag import lag_section
 from policygrad.verify.losses import Loss, loss_checks, loss_rows
 from policygrad.verify.memory import memory_sections
 from policygrad.verify.methods import method_section
 from policygrad.verify.options import VerifyOptions
-from policygrad.verify.settings import NAMES, Setting, setting_of, token_setting
+from policygrad.verify.settings import NAMES, Setting, paid_by_token, setting_of, token_setting
 from policygrad.verify.statistics import Finding, Section, judged
-from policygrad.verify.tokens import token_section
+from policygrad.verify.tokens import paid_section, token_section
 from policygrad.verify.updates import Check, update_checks
 from policygrad.verify.user import Advantage, user_rows
 
 # Their rows repeat those of the random world.
 BRIEF = ("random, two episodes a row", "random, with holes", "random, cut rows with holes", "random, forbidden actions",
          "random, forbidden actions, methods", "random, hidden states", "random, GRU", "random, LSTM",
-         "random, GRU, two episodes a row", "random, LSTM, two episodes a row", "chain", "bandit", "cliff")  # fmt: skip
+         "random, GRU, two episodes a row", "random, LSTM, two episodes a row", "random, lag", "chain", "bandit",
+         "cliff", "tokens, paid by token")  # fmt: skip
 SAMPLES = (1_000, 200_000)
 STYLES = {"unbiased": "green", "biased": "yellow", "no closed form": "yellow", "WRONG": "bold red"}
 LEGEND = """\
@@ -113,6 +115,7 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
             yield with_user(at, Section(name, control_rows(at), at.on_policy, at.gradient))
             if name == "random":
                 yield method_section(at)
+                yield lag_section(at)
                 yield from (with_user(*harder) for harder in harder_sections(options.seed))
                 yield method_section(forbidding(options.seed))
                 for at, section in memory_sections(options.seed):
@@ -121,6 +124,9 @@ def sections(options: VerifyOptions, function: Advantage | None = None) -> Itera
         at = token_setting(options.seed)
         yield with_user(at, token_section(at))
         yield method_section(at)
+        yield lag_section(at)
+        at = paid_by_token(options.seed)
+        yield with_user(at, paid_section(at))
     if options.world in ("all", "conversations"):
         yield from (with_user(*found) for found in conversation_sections(options.seed))
 

@@ -182,11 +182,36 @@ def token_setting(seed: int) -> Setting:
     policy, old = (SoftmaxPolicy(features, 0.7 * theta + 0.3 * far) for far in (torch.zeros_like(away), away))
     reference = SoftmaxPolicy(features, 0.7 * theta + 0.5 * further).requires_grad_(False)
 
-    def all_of(policy: SoftmaxPolicy) -> Experience:
-        rollout, probability = completions(tokens, probabilities(policy))
-        return Experience(rollout, lambda size: unordered(*groups(rollout, probability, size)))
+    on, off = (_completions(tokens, p) for p in (policy, old))
+    return Setting("tokens", world, policy, old, on, off, None, tokens, reference)
 
-    return Setting("tokens", world, policy, old, all_of(policy), all_of(old), None, tokens, reference)
+
+def paid_by_token(seed: int) -> Setting:
+    """The same completions, with a reward at every token and discounted ones: r(x, y_<t, y_t), drawn with the seed."""
+    at = token_setting(seed)
+    drawn = torch.randn(at.world.reward.shape, generator=torch.Generator().manual_seed(seed))
+    world = replace(at.world, reward=drawn, gamma=0.9)
+
+    def paid(experience: Experience) -> Experience:
+        rollout = experience.rollout
+        reward = drawn[at.states(rollout), rollout.action].where(rollout.mask, 0.0)
+        return replace(experience, rollout=replace(rollout, reward=reward))
+
+    return replace(
+        at, name="tokens, paid by token", world=world, on_policy=paid(at.on_policy), off_policy=paid(at.off_policy)
+    )
+
+
+def listing(at: Setting, policy: SoftmaxPolicy) -> Experience:
+    """All that a policy of the world's states does there; the world ends by itself."""
+    if at.tokens is not None:
+        return _completions(at.tokens, policy)
+    return enumerated(*trajectories(at.world, probabilities(policy), at.on_policy.rollout.mask.shape[1]))
+
+
+def _completions(tokens: TokenWorld, policy: SoftmaxPolicy) -> Experience:
+    rollout, probability = completions(tokens, probabilities(policy))
+    return Experience(rollout, lambda size: unordered(*groups(rollout, probability, size)))
 
 
 def in_pairs(at: Setting, name: str) -> Setting:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from policygrad.algorithms.grpo import GRPOObjective
 from policygrad.divergences import AdaptiveCoefficient, Divergence, at_action, straight_through, to_reference
-from policygrad.exact.closed_form import visitation, weighted_gradient
+from policygrad.exact.closed_form import policy_gradient, visitation, weighted_gradient
 from policygrad.exact.policies import probabilities
 from policygrad.exact.tokens import expected_reward, log_likelihood, sequence_kl
 from policygrad.rollout import Rollout, at_last_decision
 from policygrad.samplers import KLCharged, Rescored
 from policygrad.train.compose import DIVERGENCES, RATIOS
-from policygrad.verify.control import LEANS, no_credit
+from policygrad.verify.control import LEANS, control_rows, no_credit
 from policygrad.verify.settings import GROUP, Setting, of_size, options_for, row_of
 from policygrad.verify.statistics import Experience, Row, Section
 from policygrad.verify.written_out import corrected, expectation
@@ -158,30 +158,37 @@ def group_rows(at: Setting) -> list[Row]:
     ]  # fmt: skip
 
 
-def engine_rows(at: Setting) -> list[Row]:
-    """Completions of an engine that is not the policy, scored again by the policy and weighed by their ratio."""
+def weighed_rows(at: Setting, whose: str) -> list[Row]:
+    """The old policy's completions, scored again by the policy and weighed by their ratio; the first are not weighed.
+
+    whose: before each name.
+    """
     table = [
-        ("by token", "token", 0.0, INF, False, "prefixes of the engine"),
-        ("by token, clipped above", "token", 0.0, 1 + LOW, False, "prefixes of the engine, weights clipped"),
-        ("by token, dropped outside", "token", 1 - LOW, 1 + LOW, True, "prefixes of the engine, tokens dropped"),
-        ("by completion", "product", 0.0, INF, False, ""),
-        ("by completion, clipped on both sides", "product", 1 - LOW, 1 + LOW, False, "weights clipped"),
-        ("by completion, dropped outside", "product", 1 - LOW, 1 + LOW, True, "completions dropped"),
-        ("by the geometric mean", "sequence", 0.0, INF, False, "a root of the weight"),
-        ("not weighed", "token", 1.0, 1.0, False, "tokens of the engine"),
-    ]
+        ("not weighed", "token", 1.0, 1.0, False, "its tokens"),
+        ("weight by token", "token", 0.0, INF, False, "its prefixes"),
+        ("weight by token, clipped above", "token", 0.0, 1 + LOW, False, "its prefixes, weights clipped"),
+        ("weight by token, dropped outside", "token", 1 - LOW, 1 + LOW, True, "its prefixes, tokens dropped"),
+        ("weight by completion", "product", 0.0, INF, False, ""),
+        ("weight by completion, clipped on both sides", "product", 1 - LOW, 1 + LOW, False, "weights clipped"),
+        ("weight by completion, dropped outside", "product", 1 - LOW, 1 + LOW, True, "completions dropped"),
+        ("weight by the geometric mean", "sequence", 0.0, INF, False, "a root of the weight"),
+        ("weight by the geometric mean, clipped on both sides", "sequence", 1 - LOW, 1 + LOW, False,
+         "a root of the weight, clipped"),
+        ("weight by the geometric mean, dropped outside", "sequence", 1 - LOW, 1 + LOW, True,
+         "a root of the weight, completions dropped"),
+    ]  # fmt: skip
     rows, mu = [], at.off_policy.rollout
     for name, level, low, bound, drop, reason in table:
         rescored = Rescored(lambda _: mu, bound, ratio=RATIOS[level], low=low, drop=drop)(at.seen(at.table))
-        made = row_of(at, f"an engine's completions, {name}", "rloo", size=GROUP, reason=reason)
+        made = row_of(at, f"{whose}{name}", "rloo", size=GROUP, reason=reason)
         expected = corrected(at, GROUP, level, low, bound, drop)
         rows.append(replace(made, expected=expected, experience=replace(at.off_policy, rollout=rescored)))
-    for name, level, bound in (("by token, clipped above", "token", 1 + LOW), ("by completion", "product", INF)):
+    for name, level, bound in (("token, clipped above", "token", 1 + LOW), ("completion", "product", INF)):
 
         def of_batch(part: Rollout, level: str = level, bound: float = bound) -> Rollout:
             return Rescored(lambda _: part, bound, ratio=RATIOS[level], normalize=True)(at.seen(at.table))
 
-        made = row_of(at, f"an engine's completions, {name}, normalized", "rloo", size=GROUP, off_policy=True)
+        made = row_of(at, f"{whose}weight by {name}, normalized", "rloo", size=GROUP, off_policy=True)
         expected = corrected(at, GROUP, level, 0.0, bound, False, normalized=True)
         rows.append(replace(made, expected=expected, wrapped=of_batch, reason="weights over their mean"))
     return rows
@@ -323,9 +330,17 @@ def succeeding(at: Setting) -> Setting:
 
 def token_rows(at: Setting) -> list[Row]:
     """Every estimator of language."""
-    return [*group_rows(at), *success_rows(at), *engine_rows(at), *kl_rows(at)]
+    return [*group_rows(at), *success_rows(at), *weighed_rows(at, "an engine's completions, "), *kl_rows(at)]
 
 
 def token_section(at: Setting) -> Section:
     """The table of them."""
     return Section(at.name, token_rows(at), at.on_policy, exact_reward_gradient(at))
+
+
+def paid_section(at: Setting) -> Section:
+    """Rewards by token, discounted: the estimators of control that look at no other row. Groups compare plain sums."""
+    rows = [row for row in control_rows(at) if row.size == 1]
+    plain = policy_gradient(replace(at.world, gamma=1.0), at.probs, at.scores)
+    group = replace(row_of(at, "leave-one-out (RLOO)", "rloo", size=GROUP), exact=plain, of="grad J without discount")
+    return Section(at.name, [*rows, group], at.on_policy, at.gradient)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from language.conftest import TOOL, gradients, one_by_one, with_tool
 from policygrad.advantages import leave_one_out
@@ -23,14 +24,14 @@ from policygrad.language import arithmetic
 from policygrad.language.completions import Completions, Engine, Request
 from policygrad.language.data import left_padded, openings
 from policygrad.language.generation import generate
-from policygrad.language.policies import LanguagePolicy, reference_of
+from policygrad.language.policies import LanguagePolicy, Prefixes, ValueModel, reference_of
 from policygrad.language.rewards import Rewards
 from policygrad.language.sampler import CUTS, CompletionSampler, Prompts, answer, as_rollout, decoupled, request_of
 from policygrad.language.tasks import prepared
-from policygrad.rollout import Rollout
+from policygrad.rollout import Rollout, decisions
 from policygrad.samplers import KLCharged, Rescored, WithoutFlatGroups
 from policygrad.score import log_probabilities
-from policygrad.train.compose import credit_of
+from policygrad.train.compose import credit_of, objective_of
 from policygrad.train.methods import METHODS
 from policygrad.train.options import compares_groups, options_of
 from policygrad.weights import per_budget, per_episode, per_row, per_token
@@ -825,6 +826,75 @@ def test_a_reward_by_token_stands_at_its_token(cut: str) -> None:
     options = options_of("reinforce", "language")(baseline="none")
     found = credit_of(options, made_policy(), None)(rollout).advantage
     assert_close(found.where(rollout.mask, 0.0), torch.tensor(later).where(rollout.mask, 0.0), rtol=1e-4, atol=1e-4)
+
+
+def every_completion(length: int) -> list[list[int]]:
+    """All that the tokenizer's words can say in `length` tokens, each up to its end-of-sequence token."""
+    found: list[list[int]] = [[]]
+    for _ in range(length):
+        found = [[*x, y] for x in found if x[-1:] != [END] for y in range(len(TOKENIZER))] + [
+            x for x in found if x[-1:] == [END]
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"baseline": "none"},
+        {"baseline": "none", "credit": "trajectory_return", "discounted": False},
+        {"method": "actor_critic", "lam": 1.0},
+        {"method": "ppo", "lam": 1.0, "normalize_advantages": "none"},
+    ],
+    ids=["reward_to_go", "trajectory_return", "gae", "ppo"],
+)
+def test_rewards_by_token_and_gamma_expect_the_gradient_of_their_objective(values: dict[str, Any]) -> None:
+    """E over all completions of two prompts, as judged and credited here, against J = E[sum_t gamma^t r_t], float64."""
+    gamma, all_of = 0.9, every_completion(2)
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "eos_token_id": END}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOKENIZER), initializer_range=0.2, **size))
+    policy = LanguagePolicy(model.double(), temperature=1.2)  # all of it: a Llama has its norms in float32
+    critic = ValueModel(deepcopy(model.transformer)).double()
+
+    def engine(policy: LanguagePolicy, prompt: Tensor, mask: Tensor, request: Request, _: Any) -> Completions:
+        rows = [[*x, *[PAD] * (2 - len(x))] for x in all_of] * len(prompt)
+        own = torch.tensor([[t < len(x) for t in range(2)] for x in all_of] * len(prompt))
+        tokens, cut = torch.tensor(rows), torch.tensor([END not in x for x in all_of] * len(prompt))
+        logp = policy(Prefixes(*(x.repeat_interleave(len(all_of), 0) for x in (prompt, mask)), tokens, own)).log_prob(
+            tokens
+        )
+        return Completions(tokens, logp.detach().where(own, 0.0), own, cut)
+
+    def paid(prompt: str, tokens: list[int], t: int) -> float:
+        return ((7 * tokens[t] + 3 * sum(tokens[:t]) + 5 * t + len(prompt)) % 16) / 16  # exact in float32
+
+    def judge(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+        return [[paid(x, y, t) for t in range(len(y))] for x, y in zip(prompts, completion_ids, strict=True)]
+
+    request = replace(REQUEST, completions=len(all_of), max_tokens=2)
+    prompts = prepared(PROBLEMS[:2], TOKENIZER)
+    rollout = made(judge=Rewards([judge]), prompts=prompts, request=request, prompts_per_rollout=2, engine=engine)(
+        policy
+    )
+    assert rollout.reward.dtype == torch.float64
+    options = replace(options_of(values.get("method", "reinforce"), "language")(), gamma=gamma,
+                      **{"discounted": True, **{x: y for x, y in values.items() if x != "method"}})  # fmt: skip
+    batch = decisions(rollout, per_episode(rollout.mask), *credit_of(options, policy, critic)(rollout))
+    probability = rollout.logp.sum(1).exp()
+    assert probability.view(2, -1).sum(1).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
+    batch = batch._replace(weight=probability.unsqueeze(1) * rollout.mask / 2)
+    objective = objective_of(options, policy, None, {}, None)
+    found = torch.autograd.grad(objective(batch)[0], list(policy.parameters()))
+
+    worth = [sum(gamma**t * paid(problem["prompt"], y, t) for t in range(len(y))) for problem in PROBLEMS[:2]
+             for y in all_of]  # fmt: skip
+    logp = policy(rollout.obs).log_prob(rollout.action).where(rollout.mask, 0.0).sum(1)
+    exact = torch.autograd.grad((logp.exp() * torch.tensor(worth, dtype=torch.float64)).sum() / 2,
+                                list(policy.parameters()))  # fmt: skip
+    for x, y in zip(found, exact, strict=True):
+        assert_close(x, y, rtol=0, atol=1e-12)
+    assert max(float(x.abs().max()) for x in exact) > 1e-3
 
 
 def test_the_sum_of_rewards_by_token_is_what_groups_compare() -> None:

@@ -1,5 +1,6 @@
 """From options to pieces: what is put together, in what order, and what is refused. test_methods.py has each line."""
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -20,7 +21,7 @@ from policygrad.errors import UserError
 from policygrad.rollout import Rollout
 from policygrad.samplers import InUnits, KLCharged, Rescored, WholeRows, WithoutFlatGroups
 from policygrad.train import compose
-from policygrad.train.compose import Learner, assemble
+from policygrad.train.compose import Learner, adamw_8bit, assemble
 from policygrad.train.methods import METHODS
 from policygrad.train.options import OptionError, Options, has_critic, options_of, validate, with_values
 from policygrad.updates import ascend, trust_region_step
@@ -297,3 +298,66 @@ class Segments:
 
     def __call__(self, policy: nn.Module) -> Rollout:
         return self.inner(policy, rows=8, steps=4)
+
+
+# AdamW in 8 bits
+
+
+def trained_in_8_bits(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, torch.optim.Optimizer, Callable[[int], None]]:
+    """A linear layer large enough for it, and a function that takes steps on it, the n-th always on the same batch."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 64).to(dtype)
+    optimizer = adamw_8bit(layer.parameters(), lr=1e-3, weight_decay=0.1)
+
+    def step(n: int) -> None:
+        torch.manual_seed(n)
+        optimizer.zero_grad()
+        x = torch.randn(32, 128, dtype=torch.float32)
+        (layer(x.to(dtype)).float() - x[:, :64].sin()).square().mean().backward()
+        optimizer.step()
+
+    return layer, optimizer, step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adamw_in_8_bits_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+    whole, before, step = trained_in_8_bits(dtype)
+    for n in range(3):
+        step(n)
+    weights = {name: x.clone() for name, x in whole.state_dict().items()}
+    saved = deepcopy(before.state_dict())
+    assert {x.dtype for name, x in before.state[whole.weight].items() if name.startswith("state")} == {torch.uint8}
+    for n in range(3, 6):
+        step(n)
+    again, after, step = trained_in_8_bits(dtype)
+    again.load_state_dict(weights)
+    after.load_state_dict(saved)
+    for n in range(3, 6):
+        step(n)
+    assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_adamw_in_8_bits_is_near_adamw() -> None:
+    mine, _, step = trained_in_8_bits()
+    start = mine.weight.detach().clone()
+    its = deepcopy(mine)
+    adamw = torch.optim.AdamW(its.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-8)
+    for n in range(20):
+        step(n)
+        torch.manual_seed(n)
+        adamw.zero_grad()
+        x = torch.randn(32, 128, dtype=torch.float32)
+        (its(x) - x[:, :64].sin()).square().mean().backward()
+        adamw.step()
+    apart, moved = float((mine.weight - its.weight).detach().norm()), float((its.weight.detach() - start).norm())
+    assert 0 < apart < 0.1 * moved
+    assert torch.equal(mine.bias, its.bias) or float((mine.bias - its.bias).detach().norm()) < 1e-4
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"adamw_8bit needs bitsandbytes: pip install policygrad\[quantize\]"):
+        adamw_8bit(nn.Linear(2, 2).parameters())

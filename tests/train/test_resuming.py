@@ -232,6 +232,12 @@ def test_what_is_frozen_must_be_what_it_was(tmp_path: Path) -> None:
         pg.resume(tmp_path / "run", progress=False, policy=other)
 
 
+def test_a_run_with_moments_in_8_bits_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    values = known("ppo") | {"optimizer": "adamw_8bit", "hidden": (64, 64)}  # no fewer numbers have 8 bits
+    assert_resumes(tmp_path, "ppo", "CartPole-v1", 3, **values)
+
+
 # Language
 
 
@@ -247,6 +253,28 @@ def test_a_language_run_goes_on(method: str, options: dict[str, Any], language: 
     assert_resumes(tmp_path, method, task, 3, **values)
     for name in ("samples.jsonl", "held_out.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "broken" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("grpo", {"kl_ref": "reward"}),
+        ("ppo", {"critic": "shared"}),
+        ("trpo", {"credit": "group"}),
+        ("grpo", {"lag": 1}),
+    ],
+    ids=str,
+)
+def test_a_run_on_a_base_in_4_bits_goes_on(
+    method: str, options: dict[str, Any], language: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    task = language.pop("task")
+    values = language | {"iterations": 5, "checkpoint_every": 2, "lora_rank": 2, "quantize": "4bit", **options}
+    values |= {} if method == "trpo" else {"learning_rate": 1e-2, "minibatch_size": 8}
+    assert_resumes(tmp_path, method, task, 3, **values)
+    whole = pg.load(tmp_path / "whole", trust=True)
+    assert whole.evaluate(2).reward == whole.evaluate(2).reward
 
 
 def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(language: dict[str, Any], tmp_path: Path) -> None:

@@ -3,8 +3,20 @@
 import pytest
 import torch
 
+from policygrad.exact.closed_form import expected_return
+from policygrad.exact.policies import probabilities
 from policygrad.exact.worlds import garnet
-from policygrad.verify.settings import GROUP, holed, in_pairs, listed, of_size, options_for, setting_of, token_setting
+from policygrad.verify.settings import (
+    GROUP,
+    holed,
+    in_pairs,
+    listed,
+    of_size,
+    options_for,
+    paid_by_token,
+    setting_of,
+    token_setting,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -43,3 +55,14 @@ def test_the_sampled_world_is_that_of_its_tables(float64):
     logp = at.probs.log()[rollout.obs, rollout.action].where(rollout.mask, 0.0)
     torch.testing.assert_close(rollout.logp, logp)
     assert not at.on_policy.enumerated
+
+
+def test_rewards_by_token_make_the_return_of_their_world(float64):
+    at = paid_by_token(0)
+    rollout, probability = at.on_policy.rollout, at.on_policy.batches(1)[1]
+    assert ((rollout.reward != 0) == rollout.mask).all()
+    returns = (at.world.gamma ** torch.arange(3) * rollout.reward).sum(1)
+    assert float((probability * returns).sum()) == pytest.approx(float(expected_return(at.world, at.probs)), abs=1e-12)
+    logp = probabilities(at.table).log()[at.states(rollout), rollout.action].where(rollout.mask, 0.0).sum(1)
+    (exact,) = torch.autograd.grad((logp.exp() * returns).sum() / 2, at.table.theta)
+    torch.testing.assert_close(at.gradient, exact, rtol=0, atol=1e-12)

@@ -421,6 +421,9 @@ class LanguageWorld(World):
             dtype=options.dtype,
             attention=attention,
             trust_remote_code=options.trust_remote_code,
+            quantize=options.quantize == "4bit",
+            compute=self._autocast(),
+            device=options.device,
         )
         return model, tokenizer
 

@@ -122,7 +122,8 @@ class World(ABC):
 
     def fingerprint(self) -> list[float]:
         """Numbers that change whenever training changes something that `save` writes."""
-        parameters = [ranks.local(p.detach()) for p in self.modules().parameters()]
+        changing = (p for p in self.modules().parameters() if p.is_floating_point())  # codes of 4 bits do not
+        parameters = [ranks.local(p.detach()) for p in changing]
         return torch.stack(list(torch._foreach_norm(parameters, 1, dtype=torch.float64))).tolist()
 
     def modules(self) -> nn.ModuleDict:

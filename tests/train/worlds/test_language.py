@@ -1,5 +1,6 @@
 """Language: every method on a tiny model, its critic, and what a run directory holds."""
 
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from policygrad.language.completions import Completions
 from policygrad.language.evaluation import Evaluation
 from policygrad.language.generation import generate
 from policygrad.language.policies import trunk
+from policygrad.language.quantization import quantized
 from policygrad.train import compose
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
@@ -143,6 +145,47 @@ def test_a_merged_adapter_is_a_whole_model(method: str, language: dict[str, Any]
 def test_saving_merged_is_of_an_adapter(language: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="save merged is of an adapter, and lora_rank is 0"):
         pg.train("grpo", **language, save="merged")
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "said"),
+    [
+        ("grpo", {}, "quantize is of the model under an adapter, and lora_rank is 0"),
+        ("grpo", {"lora_rank": 2, "save": "merged"}, "save merged adds the adapter to weights, which quantize rounds"),
+        (
+            "ppo",
+            {"lora_rank": 2, "minibatch_size": 2},
+            "critic copy would train a copy of weights in 4 bits: use shared",
+        ),
+    ],
+)
+def test_what_4_bits_cannot_do_is_refused(
+    method: str, values: dict[str, Any], said: str, language: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError, match=said):
+        pg.train(method, **language, quantize="4bit", **values)
+
+
+def test_without_bitsandbytes_it_says_what_to_install(
+    language: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "bitsandbytes" else find(x))
+    with pytest.raises(UserError, match=r"pip install policygrad\[quantize\]"):
+        pg.train("grpo", **language, lora_rank=2, quantize="4bit")
+
+
+def test_an_adapter_on_a_model_in_4_bits_is_trained_saved_and_loaded(language: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    values = language | {"lora_rank": 2, "learning_rate": 1e-2, "quantize": "4bit"}
+    run = pg.train("grpo", **values, out=tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
+    assert run.metrics[-1]["gradient_norm"] > 0
+    again = Run.load(tmp_path / "run", trust=True)
+    assert len(quantized(again.policy.model)) == 14
+    assert again.evaluate() == run.evaluate()
+    whole = pg.train("grpo", **values | {"quantize": "none"})
+    assert not torch.equal(parameters(run), parameters(whole)), "of another base"
 
 
 def test_the_gradient_is_differentiated_again_only_with_eager_attention(language: dict[str, Any]) -> None:
