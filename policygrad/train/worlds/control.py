@@ -221,16 +221,10 @@ class ControlWorld(World):
         return {name: getattr(self.options, name) for name in ("memory", "memory_size", "memory_window")}
 
     def _check_memory(self) -> None:
-        """Raise UserError for options that do not fit the policy's memory, or need one that it has not."""
-        options = self.options
-        if not state_size(self.policy):
-            if getattr(options, "sequence_length", None) is not None:
-                said = "sequence_length cuts rows of a policy with memory, and this one has none: leave it out"
-                raise OptionError("sequence_length", said)
-            return
-        if getattr(options, "opponent", "random") == "self":
-            said = "opponent self is for policies without memory, since a frozen one keeps no state: leave one out"
-            raise OptionError("opponent", said)
+        """Raise UserError for options that need a memory that the policy has not."""
+        if not state_size(self.policy) and getattr(self.options, "sequence_length", None) is not None:
+            said = "sequence_length cuts rows of a policy with memory, and this one has none: leave it out"
+            raise OptionError("sequence_length", said)
 
     def _check_probabilities(self) -> None:
         """Raise OptionError for options that read probabilities, where actions have densities or are several."""
