@@ -116,7 +116,11 @@ class Sampler:
 
     def draws_its_own(self, policy: nn.Module) -> bool:
         """Whether sampling from a policy leaves torch's global generator alone."""
-        return isinstance(self._actor(policy), PerceptronActor) and not state_size(policy)
+        return isinstance(self._actor(policy), PerceptronActor)
+
+    def observed(self, obs: Any) -> Any:
+        """The observations of a rollout of which a checkpoint holds the tensors: of a policy with memory, Rows."""
+        return Rows(*obs) if isinstance(obs, tuple) else obs
 
     @property
     def steps(self) -> int:
@@ -124,16 +128,16 @@ class Sampler:
         return self.stepping.steps
 
     @torch.no_grad()
-    def __call__(self, policy: nn.Module) -> Rollout:
-        """Sample one rollout."""
+    def __call__(self, policy: nn.Module, critic: nn.Module | None = None) -> Rollout:
+        """Sample one rollout. critic: as it was when the rollout began; by default the sampler's, as it is."""
         with self.busy:
-            return self._sampled(policy)
+            return self._sampled(policy, self.critic if critic is None else critic)
 
-    def _sampled(self, policy: nn.Module) -> Rollout:
+    def _sampled(self, policy: nn.Module, critic: nn.Module | None) -> Rollout:
         policy.eval()
         of_mode = self._of_mode(policy) if self.greedy else None
         stepping, act = self.stepping, self._actor(policy)
-        memories = _Memories(self, policy, act) if state_size(policy) else None
+        memories = _Memories(self, critic, act) if state_size(policy) else None
         stepping.reward_sum, stepping.reward_count = 0.0, 0
         columns = _Columns(
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
@@ -291,8 +295,8 @@ class _Memories:
     steps move (next_step_layout), and a piece may begin before any of them: then the memory before every step is kept.
     """
 
-    def __init__(self, sampler: Sampler, policy: nn.Module, act: Actor) -> None:
-        self.sampler, self.act, self.critic = sampler, act, sampler.critic
+    def __init__(self, sampler: Sampler, critic: nn.Module | None, act: Actor) -> None:
+        self.sampler, self.act, self.critic = sampler, act, critic
         self.same_step, self.pieces = sampler.stepping.same_step, sampler.pieces
         none = act.state[:, :0]
         first = [act.state, none if self.critic is None else self.critic.initial(len(none))]  # type: ignore[operator]

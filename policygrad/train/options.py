@@ -846,8 +846,6 @@ def _penalty_conflicts(o: Any) -> Any:
 def _sampling_conflicts(o: Any) -> Any:
     """Conflicts of memory, self-play, and a rollout that is sampled beside."""
     method = KNOWN[o.method]
-    if o.overlap and o.memory != "none":
-        yield "overlap", "overlap is for policies without memory: leave overlap or memory out"
     if o.sequence_length is not None and o.credit not in EPISODIC and o.num_steps % o.sequence_length:
         yield (
             "sequence_length",
