@@ -60,10 +60,11 @@ class Overlapped(Wrapper):
     A call returns the oldest of the `lag` rollouts that were begun before it, and begins another one: every rollout
     but the first `lag` ones is of the policy of `lag` calls before, never more and never less, and none is discarded.
     The gradient is then that of the rows `METHOD, off policy` of verify, so the method must weigh actions by the ratio
-    to the log-probabilities of the policy that sampled them. It holds `lag` copies of the policy. The sampler has a
-    method draws_its_own(policy): whether it leaves torch's global generator alone, without which the seed would not
-    decide the run. It may have a method observed(obs), which makes observations of what a checkpoint holds of them.
-    Adds the metric policy_lag, the number of versions. Raises UserError for a policy that samples from the global
+    to the log-probabilities of the policy that sampled them. It holds `lag` copies of the policy, and of the sampler's
+    critic, if it has one: that of the same calls then fills the rows with its memory. The sampler has a method
+    draws_its_own(policy): whether it leaves torch's global generator alone, without which the seed would not decide the
+    run. It may have a method observed(obs), which makes observations of what a checkpoint holds of them. Adds the
+    metric policy_lag, the number of versions. Raises UserError for a policy that samples from the global
     generator, and what the sampler raised, `lag` calls later.
     """
 
@@ -73,14 +74,14 @@ class Overlapped(Wrapper):
         self.pool = ThreadPoolExecutor(1, "sampling", initializer=lambda: torch.set_num_threads(threads))
         self.lag, self.version = lag, 0  # the version of the policy is the number of calls
         self.next: deque[tuple[int, Future[Rollout]]] = deque()  # of which version, the oldest first
-        self.copies: dict[Future[Rollout], nn.Module] = {}  # the policy as it was when a rollout began
-        self.free: list[nn.Module] = []  # copies whose rollout is sampled
+        self.copies: dict[Future[Rollout], nn.ModuleList] = {}  # policy and critic as they were when a rollout began
+        self.free: list[nn.ModuleList] = []  # copies whose rollout is sampled
 
     def __call__(self, policy: nn.Module) -> Rollout:
         if not self.sample.draws_its_own(policy):  # type: ignore[attr-defined]
             raise UserError(
-                "sampling ahead needs a policygrad Policy of tanh or relu layers without memory, with Discrete or "
-                "Gaussian actions, and no tensors: others draw from torch's generator; leave overlap (lag) out"
+                "sampling ahead needs a policygrad Policy of tanh or relu layers, with Discrete or Gaussian actions, "
+                "and no tensors: others draw from torch's generator; leave overlap (lag) out"
             )
         version, sampled = self.version, None
         if self.next:
@@ -89,10 +90,12 @@ class Overlapped(Wrapper):
             self.free += [self.copies.pop(following)] if following in self.copies else []
         sampled = self.sample(policy) if sampled is None else sampled
         rollout = sampled.to(next(policy.parameters()).device)  # one of a file is not there yet
+        critic = getattr(self.sample, "critic", None)
+        now = nn.ModuleList([policy] if critic is None else [policy, critic])
         while len(self.next) < self.lag:
-            copy = self.free.pop() if self.free else deepcopy(policy)
-            copy.load_state_dict(policy.state_dict())
-            following = self.pool.submit(self.sample, copy)
+            copy = self.free.pop() if self.free else deepcopy(now)
+            copy.load_state_dict(now.state_dict())
+            following = self.pool.submit(self.sample, *copy)
             self.copies[following] = copy
             self.next.append((self.version, following))
         lag, self.version = float(self.version - version), self.version + 1
@@ -111,12 +114,9 @@ class Overlapped(Wrapper):
         observed = getattr(self.sample, "observed", lambda obs: obs)
         for saved in state["next"]:
             one: Future[Rollout] = Future()
-            one.set_result(
-                Rollout(
-                    **{name: x for name, x in saved.items() if name not in ("version", "obs")},
-                    obs=observed(saved["obs"]),
-                )
-            )
+            columns = {name: x for name, x in saved.items() if name != "version"}
+            seen = {name: observed(x) for name in ("obs", "final_obs") if (x := saved[name]) is not None}
+            one.set_result(Rollout(**columns | seen))
             self.next.append((int(saved["version"]), one))
 
 

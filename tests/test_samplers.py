@@ -1,5 +1,6 @@
 """Wrappers of samplers: what each changes in a rollout, what an algorithm then expects, and that they resume."""
 
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -19,6 +20,7 @@ from torch.testing import assert_close
 
 from policygrad.advantages import group_std
 from policygrad.control import Critic, Policy, Sampler, make_environments
+from policygrad.control.memory import Rows
 from policygrad.divergences import AdaptiveCoefficient
 from policygrad.errors import UserError
 from policygrad.exact.sampler import CompletionSampler
@@ -119,6 +121,41 @@ def test_overlapped_sampling_resumes(lag: int) -> None:
         assert_only_changed(other(now), sample(policy))
         changed(policy)
         changed(now)
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_rows_have_the_memory_of_the_policy_and_the_critic_that_sampled_them(lag: int) -> None:
+    """Both are changed before a rollout that has begun is sampled: its memories are of both as they were."""
+    _, policy = in_cartpole(memory="gru", memory_size=3)
+    critic, may_go = Critic(policy.observation_space, memory="lstm", memory_size=3, hidden=()), threading.Event()
+    environments = make_environments("CartPole-v1", 4)
+    sampler = Sampler(environments, 16, seed=0, sequence_length=4, critic=critic)
+
+    def waiting(*modules: nn.Module) -> Rollout:
+        assert may_go.wait(60)
+        return sampler(*modules)
+
+    waiting.critic, waiting.draws_its_own = critic, lambda policy: True  # type: ignore[attr-defined]
+    sample, versions, last = Overlapped(waiting, lag), list[Any](), [torch.zeros(4, 3), torch.zeros(4, 6)]
+    for k in range(5):
+        versions.append(deepcopy((policy, critic)))
+        may_go.set()
+        following = [x for _, x in sample.next]
+        for x in following:
+            x.result()
+        if following:  # but for the first rollout, which is sampled at once
+            may_go.clear()
+        rollout = sample(policy)
+        may_go.clear()
+        changed(policy)
+        changed(critic)
+        rows, sampled_by = rollout.obs, versions[max(0, k - lag)]
+        for i, (module, states) in enumerate(zip(sampled_by, (rows.state, rows.critic_state), strict=True)):
+            for piece in range(4):
+                close(last[i], states[:, piece])
+                obs, start = (x[:, 4 * piece : 4 * piece + 4] for x in (rows.obs, rows.start))
+                held = last[i].unsqueeze(1)
+                _, last[i] = module.unrolled(Rows(obs, start, held, held))
 
 
 def test_a_policy_that_draws_from_the_global_generator_is_refused() -> None:

@@ -2,36 +2,41 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from policygrad import ranks
 from policygrad.control.checks import as_tensor, checked_distribution, checked_member, stored
 from policygrad.control.masks import check_mask_space, check_masks, choices, is_box
+from policygrad.control.memory import Rows
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.spaces import Flat, FlatActions, flat, from_environment
 from policygrad.errors import UserError, listed, one_line, shortened, type_of
-from policygrad.rollout import Rollout
+from policygrad.rollout import Rollout, in_parts, state_size
 
 COLUMNS = ("observation", "action", "reward", "terminated", "truncated", "episode")
+TOGETHER = 4096  # transitions that are computed at a time where nothing is learned from them
 
 
 @dataclass(frozen=True)
 class Transitions:
     """N decisions of a demonstrator, as the environment gives observations and takes actions.
 
-    returns: the sum of rewards of each episode, if there are rewards.
+    returns: the sum of rewards of each episode, if there are rewards. bounded: whether the data say where episodes
+    end; if not, all are taken as one.
     """
 
     observation: np.ndarray  # [N, ...]
     action: np.ndarray  # [N, ...]
-    episode: np.ndarray  # [N], the number of each one's episode
+    episode: np.ndarray  # [N], the number of each one's episode, which does not decrease
     returns: np.ndarray | None
+    bounded: bool
 
     def __len__(self) -> int:
         return len(self.episode)
@@ -51,7 +56,9 @@ class Transitions:
 
     def take(self, index: np.ndarray) -> "Transitions":
         """Some of them."""
-        return Transitions(self.observation[index], self.action[index], self.episode[index], self.returns)
+        return replace(
+            self, observation=self.observation[index], action=self.action[index], episode=self.episode[index]
+        )
 
     def split(self, share: float, seed: int) -> tuple["Transitions", "Transitions | None"]:
         """Those to learn from, and about a share of them for validation; whole episodes, if there are several.
@@ -117,7 +124,7 @@ def transitions(
     episode, returns = begins.cumsum() - 1, None
     if "reward" in columns:
         returns = np.bincount(episode, checked_column("reward", columns["reward"], number))
-    return Transitions(observation, action, episode, returns)
+    return Transitions(observation, action, episode, returns, not columns.keys().isdisjoint(COLUMNS[3:]))
 
 
 def checked_column(name: str, values: Any, space: spaces.Space, *, bounded: bool = False) -> np.ndarray:
@@ -227,12 +234,78 @@ def _bounds(space: Any, bounded: bool) -> tuple[Any, Any]:
     return -np.inf, np.inf
 
 
+class Layout(NamedTuple):
+    """Where transitions stand in the rows of a rollout."""
+
+    which: np.ndarray  # [B, T], the number of each; any behind the mask
+    start: np.ndarray  # [B, T], whether an episode starts here
+    mask: np.ndarray  # [B, T]
+
+    def share(self) -> "Layout":
+        """The rows of this rank."""
+        return Layout(*(x[ranks.share(len(self.mask))] for x in self))
+
+    def of(self, x: Tensor) -> Tensor:
+        """What each transition has [N, ...], as rows [B, T, ...]. Rows of one step are a view: they are in order."""
+        if self.which.shape[1] == 1:
+            return x[self.which[0, 0] : self.which[-1, 0] + 1].unsqueeze(1)
+        return x[torch.from_numpy(self.which).to(x.device)]
+
+
+def layout_of(policy: nn.Module, found: Transitions, sequence_length: int | None = None) -> Layout:
+    """Rows of one transition each; of a policy with memory whole episodes, as in_rows says.
+
+    Raises UserError for a policy with memory if nothing says where episodes start.
+    """
+    if not state_size(policy):
+        everywhere = np.ones((len(found), 1), bool)
+        return Layout(np.arange(len(found))[:, None], everywhere, everywhere)
+    if not found.bounded:
+        raise UserError(
+            "a policy with memory needs to know where episodes start: give the demonstrations a column episode, "
+            "terminated or truncated"
+        )
+    return in_rows(found.episode, width_of(found, sequence_length))
+
+
+def width_of(found: Transitions, sequence_length: int | None) -> int:
+    """The steps of a row of whole episodes: those of the longest, and up to whole pieces of `sequence_length`."""
+    longest = int(np.unique(found.episode, return_counts=True)[1].max())
+    return longest if sequence_length is None else -(-longest // sequence_length) * sequence_length
+
+
+def in_rows(episode: np.ndarray, width: int) -> Layout:
+    """Whole episodes in rows of `width` steps, in their order: each goes after the one before if there is room.
+
+    Fewer than half of all steps are behind the mask, but for the last row. episode: [N], the number of each
+    transition's, which does not decrease.
+    """
+    _, first, lengths = np.unique(episode, return_index=True, return_counts=True)
+    places, row, used = np.empty_like(first), 0, 0
+    for i, length in enumerate(lengths):
+        if used + length > width:
+            row, used = row + 1, 0
+        places[i] = row * width + used
+        used += length
+    index = np.zeros((row + 1) * width, int)
+    start, mask = np.zeros_like(index, bool), np.zeros_like(index, bool)
+    place = np.repeat(places - first, lengths) + np.arange(len(episode))
+    index[place], start[places], mask[place] = np.arange(len(episode)), True, True
+    index = np.maximum.accumulate(index)  # behind the mask, the one before: any observation of the space
+    return Layout(*(x.reshape(row + 1, width) for x in (index, start, mask)))
+
+
 class Demonstrations:
     """A sampler that returns the same transitions each time, each in a row of its own: for credit.demonstrated. Of
-    several ranks, each returns its share of them.
+    several ranks, each returns its share of the rows.
+
+    Of a policy with memory rows are whole episodes, one after another where there is room, so that the gradient is that
+    of the likelihood of whole episodes. sequence_length: rows may be cut into pieces of so many steps, each with the
+    memory that the policy of this call has before it; None: they stay whole.
 
     normalizer: its statistics are those of the transitions, until others are loaded; observations are normalized by
-    them as they are at the first call. Rollout.metrics: steps, the decisions so far.
+    them as they are at the first call. Rollout.metrics: steps, the decisions so far. Raises UserError for a policy with
+    memory if the transitions do not say where episodes start.
     """
 
     whole_episodes = False
@@ -243,23 +316,30 @@ class Demonstrations:
         action_space: spaces.Space,
         *,
         normalizer: ObservationNormalizer | None = None,
+        sequence_length: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.action_space, self.normalizer = action_space, normalizer
-        self.device, self.steps = torch.device(device), 0
+        self.found, self.action_space, self.normalizer = found, action_space, normalizer
+        self.length = width_of(found, sequence_length)  # of rows of a policy with memory
+        self.pieces = self.length // (sequence_length or self.length)
+        self.sequence_length, self.device, self.steps = sequence_length, torch.device(device), 0
         self.rollout: Rollout | None = None
         if normalizer is not None:
             normalizer(found.observation, np.ones(len(found), dtype=bool))
-        self.found = found.take(np.arange(len(found))[ranks.share(len(found))])
 
     def __call__(self, policy: nn.Module) -> Rollout:
         """All of them."""
         policy.eval()
         if self.rollout is None:
-            self.rollout = demonstrated(policy, self.found, self.action_space, self.normalizer, self.device)
-        self.steps += len(self.found)
-        self.rollout.metrics["steps"] = float(self.steps)
-        return self.rollout
+            layout = layout_of(policy, self.found, self.sequence_length)
+            own = self.action_space, self.normalizer, self.device
+            self.rollout = demonstrated(policy, self.found, *own, layout.share())
+        rollout = self.rollout
+        self.steps += int(rollout.mask.sum())
+        rollout.metrics["steps"] = float(self.steps)
+        if rollout.memoryless or self.pieces == 1:
+            return rollout
+        return replace(rollout, obs=with_states(policy, rollout.obs, self.pieces), pieces=self.pieces)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of decisions so far, and the statistics of observations."""
@@ -284,16 +364,22 @@ def demonstrated(
     action_space: spaces.Space,
     normalizer: ObservationNormalizer | None = None,
     device: torch.device | str = "cpu",
+    layout: Layout | None = None,
 ) -> Rollout:
-    """Transitions as rows of one step, their actions as the policy's distribution scores them.
+    """Transitions as rows, their actions as the policy's distribution scores them. layout: by default layout_of's.
 
     Raises UserError for a distribution that changes actions on the way to the environment, and not back.
     """
     observation = found.observation
     if normalizer is not None:
         observation = normalizer(observation, np.zeros(len(found), dtype=bool))
-    obs = as_tensor(stored(observation), torch.device(device)).unsqueeze(1)
-    distribution = checked_distribution(policy(obs[:1]), 1, action_space)
+    layout = layout_of(policy, found) if layout is None else layout
+    start, mask = (torch.from_numpy(x).to(device) for x in (layout.start, layout.mask))
+    obs: Any = layout.of(as_tensor(stored(observation), torch.device(device)))
+    if size := state_size(policy):
+        empty = policy.initial(len(mask)).unsqueeze(1)  # type: ignore[operator]
+        obs = Rows(obs, start, empty, empty[..., :0])
+    distribution = checked_distribution(policy(tree_map(lambda x: x[:1, :1], obs)), 1, action_space)
     if hasattr(distribution, "from_environment"):
         action = distribution.from_environment(found.action)
     elif hasattr(distribution, "to_environment"):
@@ -305,13 +391,30 @@ def demonstrated(
         action = from_environment(found.action, action_space)
     numbers = torch.from_numpy(action)
     numbers = numbers.to(torch.get_default_dtype()) if numbers.is_floating_point() else numbers
-    numbers = numbers.to(device).reshape(len(found), 1, *distribution.event_shape)
-    nothing = torch.zeros(len(found), 1, device=device)
-    everywhere = torch.ones(len(found), 1, dtype=torch.bool, device=device)
+    numbers = layout.of(numbers.to(device).reshape(len(found), *distribution.event_shape))
+    nothing = torch.zeros(mask.shape, device=device)
+    ended = ~mask | (start | ~mask).roll(-1, 1)  # a row's first step is a start: the last one ends before it
     return Rollout(
-        obs, numbers, nothing, nothing, everywhere, everywhere, everywhere,
-        group=torch.arange(len(found), device=device), memoryless=True,
+        obs, numbers, nothing, nothing, ended, ended, mask,
+        group=torch.arange(len(mask), device=device), memoryless=not size,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def with_states(policy: nn.Module, rows: Rows, pieces: int) -> Rows:
+    """Rows from the empty memory on, with the policy's memory before each of so many equal pieces of them."""
+
+    def before(rows: Rows) -> Tensor:
+        found, width = [rows.state[:, 0]], rows.start.shape[1] // pieces
+        for k in range(pieces - 1):
+            part = slice(k * width, (k + 1) * width)
+            state = found[-1].unsqueeze(1)
+            _, after = policy.unrolled(Rows(rows.obs[:, part], rows.start[:, part], state, state[..., :0]))  # type: ignore[operator]
+            found.append(after)
+        return torch.stack(found, 1)
+
+    states = in_parts(before, max(1, TOGETHER // rows.start.shape[1]), rows)
+    return rows._replace(state=states, critic_state=states[..., :0])
 
 
 def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -86,13 +86,15 @@ class Images(Each):
 class Joined(nn.Module):
     """Parts of a Dict or Tuple side by side: images each through an encoder of its own, the others as they are.
 
-    Of one vector [..., N] as Flat says. keys: of the parts that are seen; without them, all but an action mask.
+    Of one vector [..., N] as Flat says, or packed. keys: of the parts that are seen; without them, all but an action
+    mask.
     """
 
     def __init__(self, space: Flat, encoder: str, channels: str, orthogonal: bool, keys: Sequence[str]) -> None:
         super().__init__()
         self.vectors, images = seen(space, keys)
-        self.places = [place for _, place in images]
+        self.others = [space.place(x) for x in self.vectors]
+        self.places = [space.place(place) for _, place in images]
         self.shapes = [part.shape for part, _ in images]
         self.images = nn.ModuleList(make_encoder(part, encoder, channels, orthogonal) for part, _ in images)
         self.whole = self.vectors == [slice(0, space.shape[0])]
@@ -100,10 +102,10 @@ class Joined(nn.Module):
         self.size: int = sum(widths) + sum(x.size for x in self.images)  # type: ignore[misc]
 
     def forward(self, obs: Tensor) -> Tensor:
-        parts = [obs] if self.whole else [obs[..., place] for place in self.vectors]
+        parts = [obs] if self.whole else [place.of(obs) for place in self.others]
         features = [x if x.is_floating_point() else x.to(torch.get_default_dtype()) for x in parts]
         for encode, place, shape in zip(self.images, self.places, self.shapes, strict=True):
-            features.append(encode(obs[..., place].reshape(*obs.shape[:2], *shape).to(torch.uint8)))
+            features.append(encode(place.of(obs).reshape(*obs.shape[:2], *shape).to(torch.uint8)))
         return features[0] if len(features) == 1 else torch.cat(features, -1)
 
 

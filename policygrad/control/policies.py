@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,14 +37,14 @@ DISTRIBUTIONS = ("normal", "squashed", "beta")  # of Box actions
 class Policy(nn.Module):
     """obs [B, T, ...] -> the distribution of the action, of batch_shape [B, T].
 
-    observation_space: Box of any rank or Discrete, or Flat, a Dict or Tuple as one vector; encoder, channels and keys
-    say how it becomes features (make_encoder). Where it has an action mask the distribution is that of the allowed
-    actions, and the network does not see the mask. memory: `gru`, `lstm` or `transformer` (over memory_window steps)
-    after the encoder, of memory_size features; it then takes Rows, and observations alone are rows that start an
-    episode. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a `distribution` of its own; or
-    FlatActions, a Dict or Tuple of these. hidden: the layers after the encoder; () is none. distribution: "normal" is a
-    diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units), whose action is clipped at them on the
-    way to the environment, and whose log-probability is that of the unclipped action; "squashed" maps it onto the
+    observation_space: Box of any rank or Discrete, or Flat, a Dict or Tuple as one vector, packed or not; encoder,
+    channels and keys say how it becomes features (make_encoder). Where it has an action mask the distribution is that
+    of the allowed actions, and the network does not see the mask. memory: `gru`, `lstm` or `transformer` (over
+    memory_window steps) after the encoder, of memory_size features; it then takes Rows, and observations alone are rows
+    that start an episode. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a `distribution` of its own;
+    or FlatActions, a Dict or Tuple of these. hidden: the layers after the encoder; () is none. distribution: "normal"
+    is a diagonal Gaussian in units where the bounds are -1 and 1 (see spaces.units), whose action is clipped at them on
+    the way to the environment, and whose log-probability is that of the unclipped action; "squashed" maps it onto the
     bounds by tanh; "beta" is a Beta distribution between them. The Gaussian's standard deviation is a parameter, or a
     function of the observation with `state_dependent_std`; at first its logarithm is initial_log_std, from -20 to 10.
     `orthogonal`: orthogonal initial weights of gain sqrt(2), and 0.01 in the last layer. Raises UserError for any other
@@ -94,6 +94,7 @@ class Policy(nn.Module):
         self.observation_space, self.action_space = observation_space, action_space
         check_mask_space(observation_space, action_space)
         self.mask = observation_space.mask if isinstance(observation_space, Flat) else None
+        self.allowed = None if self.mask is None else Flat.place(cast(Flat, observation_space), self.mask)
         self.head = head(action_space, distribution, state_dependent_std, initial_log_std)
         sizes = [_width(self.encode, self.memory), *hidden, self.head.size]
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
@@ -118,7 +119,9 @@ class Policy(nn.Module):
 
     def _distribution(self, obs: Tensor, features: Tensor) -> Distribution:
         output = self.network(features)
-        return self.head(output if self.mask is None else self.head.masked(output, obs[..., self.mask] != 0))
+        if self.allowed is None:
+            return self.head(output)
+        return self.head(self.head.masked(output, self.allowed.of(obs) != 0))
 
     def act(self, obs: Any, state: Any = None, *, greedy: bool = True) -> Any:
         """The environment's action for one observation, or actions [B, ...] for a batch, as numpy has them.

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -23,7 +23,7 @@ from policygrad.control.distributions import ClippedNormal, JointActions, Scaled
 from policygrad.control.memory import Rows
 from policygrad.control.memoryless import STEPS, refuse_memory
 from policygrad.control.normalization import ObservationNormalizer, RewardScaler
-from policygrad.control.spaces import FlatActions, to_environment, units
+from policygrad.control.spaces import Flat, FlatActions, to_environment, units
 from policygrad.control.stepping import Stepping
 from policygrad.control.tensor_sampling import TensorActor, TensorStepping
 from policygrad.control.tensors import TensorEnvironments
@@ -50,6 +50,9 @@ class Sampler:
     greedy: with whole_episodes, before each rollout the policy's mode plays an episode from every start that follows
     (Rollout.greedy); it counts in no metric or statistic.
 
+    packed: keep observations with images among other numbers as bytes (see Flat), which policygrad's own policies and
+    critics read; others get vectors of floats, with one for each pixel.
+
     Of a policy with memory, observations are Rows. sequence_length: rows may be cut into pieces of so many steps, each
     with the memory before it; None: they stay whole. critic: one with memory of its own, which Rows then have too.
 
@@ -73,6 +76,7 @@ class Sampler:
         sequence_length: int | None = None,
         critic: nn.Module | None = None,
         greedy: bool = False,
+        packed: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         if steps < 1:
@@ -92,6 +96,8 @@ class Sampler:
         self.states: list[Tensor] | None = None  # memory after the last rollout, the policy's and the critic's
         self.busy = threading.RLock()
         self.of_tensors = isinstance(environments.unwrapped, TensorEnvironments)
+        packs = packed and isinstance(space, Flat) and space.mixed and not self.of_tensors
+        self.pack: Callable[[Any], Any] = space.packed if packs else lambda obs: obs  # type: ignore[attr-defined]
         self._stepping = (TensorStepping if self.of_tensors else Stepping)(
             environments,
             seed=seed,
@@ -104,7 +110,8 @@ class Sampler:
             seed = int(torch.randint(2**62, ()))
         self.noise = np.random.default_rng(_of_actions(seed))
         if not whole_episodes:  # the rows of those are as long as their episodes, and not as long as they may be
-            numbers = math.prod(space.shape or ()) * np.dtype(space.dtype or np.float32).itemsize + 24
+            dtype = np.dtype(np.uint8 if packs else space.dtype or np.float32)  # packed ones are mostly pixels
+            numbers = math.prod(space.shape or ()) * dtype.itemsize + 24
             said = f"a rollout of {count} environments and {steps} steps"
             check_memory(numbers * count * steps, said, "lower num_envs or the number of steps")
 
@@ -116,7 +123,11 @@ class Sampler:
 
     def draws_its_own(self, policy: nn.Module) -> bool:
         """Whether sampling from a policy leaves torch's global generator alone."""
-        return isinstance(self._actor(policy), PerceptronActor) and not state_size(policy)
+        return isinstance(self._actor(policy), PerceptronActor)
+
+    def observed(self, obs: Any) -> Any:
+        """The observations of a rollout of which a checkpoint holds the tensors: of a policy with memory, Rows."""
+        return Rows(*obs) if isinstance(obs, tuple) else obs
 
     @property
     def steps(self) -> int:
@@ -124,16 +135,16 @@ class Sampler:
         return self.stepping.steps
 
     @torch.no_grad()
-    def __call__(self, policy: nn.Module) -> Rollout:
-        """Sample one rollout."""
+    def __call__(self, policy: nn.Module, critic: nn.Module | None = None) -> Rollout:
+        """Sample one rollout. critic: as it was when the rollout began; by default the sampler's, as it is."""
         with self.busy:
-            return self._sampled(policy)
+            return self._sampled(policy, self.critic if critic is None else critic)
 
-    def _sampled(self, policy: nn.Module) -> Rollout:
+    def _sampled(self, policy: nn.Module, critic: nn.Module | None) -> Rollout:
         policy.eval()
         of_mode = self._of_mode(policy) if self.greedy else None
         stepping, act = self.stepping, self._actor(policy)
-        memories = _Memories(self, policy, act) if state_size(policy) else None
+        memories = _Memories(self, critic, act) if state_size(policy) else None
         stepping.reward_sum, stepping.reward_count = 0.0, 0
         columns = _Columns(
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
@@ -152,8 +163,8 @@ class Sampler:
                 raise
             restarts, step = stepping.restarts, stepping.step(taken)
             columns.write(
-                t, obs=obs, action=action, mask=step.counts, reward=step.reward, terminated=step.terminated,
-                ended=step.ended, final=step.final,
+                t, obs=self.pack(obs), action=action, mask=step.counts, reward=step.reward, terminated=step.terminated,
+                ended=step.ended, final=None if step.final is None else self.pack(step.final),
             )  # fmt: skip
             if stepping.restarts > restarts:
                 cut = mask & ~step.counts
@@ -165,9 +176,11 @@ class Sampler:
         if self.whole_episodes:
             stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
         if t + 1 < self.length:  # where the episodes that ended last stopped
-            columns.write(t + 1, obs=stepping.now(), **({} if memories is None else {"start": stepping.starting}))
+            columns.write(
+                t + 1, obs=self.pack(stepping.now()), **({} if memories is None else {"start": stepping.starting})
+            )
         found: dict[str, Any] = columns.tensors(self.device)
-        final_obs = as_tensor(stepping.now(), self.device)
+        final_obs = as_tensor(self.pack(stepping.now()), self.device)
         logp = act.log_probabilities(found["action"][:, : t + 1])
         found["logp"] = pad(logp, (0, columns.written - t - 1))
         _check_likely(found)
@@ -291,8 +304,8 @@ class _Memories:
     steps move (next_step_layout), and a piece may begin before any of them: then the memory before every step is kept.
     """
 
-    def __init__(self, sampler: Sampler, policy: nn.Module, act: Actor) -> None:
-        self.sampler, self.act, self.critic = sampler, act, sampler.critic
+    def __init__(self, sampler: Sampler, critic: nn.Module | None, act: Actor) -> None:
+        self.sampler, self.act, self.critic = sampler, act, critic
         self.same_step, self.pieces = sampler.stepping.same_step, sampler.pieces
         none = act.state[:, :0]
         first = [act.state, none if self.critic is None else self.critic.initial(len(none))]  # type: ignore[operator]

@@ -7,7 +7,7 @@ once.
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -15,19 +15,18 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorWrapper
 from gymnasium.vector.utils import iterate
-from torch import nn
+from torch import Tensor, nn
 
 from policygrad.control.acting import act, together
 from policygrad.control.checks import checked_flag, checked_number, finite_numbers, stored
 from policygrad.control.masks import check_masks, choices, flat_mask, joined
+from policygrad.control.memory import Rows
 from policygrad.control.normalization import ObservationNormalizer
 from policygrad.control.players import shared_space
 from policygrad.control.policies import CategoricalHead, Policy
 from policygrad.control.spaces import MASK, FlatActions, to_environment
 from policygrad.errors import UserError, one_line
-
-# (observation and info as the game gives them, action space, random numbers) -> an action
-Player = Callable[[Any, Mapping[str, Any], spaces.Space, np.random.Generator], Any]
+from policygrad.rollout import state_size
 
 
 def random_player(obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
@@ -43,6 +42,106 @@ def random_player(obs: Any, info: Mapping[str, Any], space: spaces.Space, genera
     drawn = deepcopy(space)
     drawn.seed(int(generator.integers(2**31)))
     return drawn.sample() if mask is None else drawn.sample(mask=mask)
+
+
+class Asked(NamedTuple):
+    """A move that is asked for."""
+
+    obs: Any  # as the game gives it
+    info: Mapping[str, Any]
+    generator: np.random.Generator  # of all chance in the move
+    held: dict[str, Tensor]  # what the player keeps of this game until it is asked again; empty where a game begins
+
+
+class Frozen:
+    """A player that is a policy as it was after an iteration. It samples, as the policy in training does.
+
+    observation_space: of the game, as the policy's is made of. action_space: as the policy's. The policy is on the CPU.
+    If it has memory, it remembers what it saw at its own moves in this game, as the policy in training does: held is
+    its state [1, S].
+    """
+
+    def __init__(
+        self,
+        iteration: int,
+        steps: int,
+        policy: nn.Module,
+        normalizer: ObservationNormalizer | None,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+    ) -> None:
+        self.iteration, self.steps = iteration, steps
+        self.policy, self.normalizer = policy.cpu().requires_grad_(False).eval(), normalizer
+        self.observation_space, self.action_space = observation_space, action_space
+        self.remembers = state_size(policy) > 0
+        self.exact: nn.Module | None = None  # the policy in float64, once it has been asked
+        if normalizer is not None:
+            normalizer.frozen = True
+
+    def moves(self, asked: Sequence[Asked]) -> list[Any]:
+        """An action for each, which does not depend on who else asks; `held` is changed.
+
+        The logits of many rows have other last bits than those of one. They are computed in float64, and so is memory,
+        and the noise that is added to them is that of each one's own generator, so that another action would take noise
+        within 1e-15 of a tie. Distributions that are not categorical are sampled one by one.
+        """
+        seen = [self._seen(one.obs, one.info) for one in asked]
+        if type(self.policy) is not Policy or not isinstance(self.policy.head, CategoricalHead):
+            return [self._alone(obs, one) for obs, one in zip(seen, asked, strict=True)]
+        logits = self._logits(together(seen, self.observation_space), [one.held for one in asked])
+        noise = np.stack([self.policy.head.noise(one.generator, ()) for one in asked])
+        return list(to_environment((logits + noise).argmax(-1), self.action_space))
+
+    @torch.no_grad()
+    def _logits(self, batch: np.ndarray, held: Sequence[dict[str, Tensor]]) -> np.ndarray:
+        """Logits [B, n] of observations [B, ...] as the game gives them, in float64, after what is held of each."""
+        if self.exact is None:
+            self.exact = deepcopy(self.policy).double()
+        policy: Any = self.policy
+        if policy.mask is not None:
+            check_masks(batch, np.ones(len(batch), bool), policy.observation_space, self.action_space, "game")
+        if self.normalizer is not None:
+            batch = self.normalizer(batch, np.zeros(len(batch), bool))
+        given, usual = torch.from_numpy(stored(batch)).unsqueeze(1), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # which encoders cast whole numbers to
+        try:
+            return self._after(given.double() if given.is_floating_point() else given, held).logits[:, 0].numpy()
+        finally:
+            torch.set_default_dtype(usual)
+
+    def _after(self, obs: Tensor, held: Sequence[dict[str, Tensor]]) -> Any:
+        """The distribution in float64 for observations [B, 1, ...], with the memory of each, which goes on."""
+        exact: Any = self.exact
+        if not self.remembers:
+            return exact(obs)
+        state = torch.cat([one.get("state", exact.initial(1)) for one in held]).unsqueeze(1)
+        start = torch.zeros(len(obs), 1, dtype=torch.bool)  # an empty memory starts a game
+        found, after = exact.unrolled(Rows(obs, start, state, state[..., :0]))
+        for one, x in zip(held, after.split(1), strict=True):
+            one["state"] = x
+        return found
+
+    def _alone(self, obs: Any, asked: Asked) -> Any:
+        known = self.observation_space, self.action_space
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(int(asked.generator.integers(2**62)))
+            given: dict[str, Any] = {"state": asked.held.get("state"), "greedy": False, "normalizer": self.normalizer}
+            found = act(self.policy, obs, *known, **given)
+        if not self.remembers:
+            return found
+        action, asked.held["state"] = found
+        return action
+
+    def _seen(self, obs: Any, info: Mapping[str, Any]) -> Any:
+        """What the policy sees: the observation with its mask."""
+        inside = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
+        if inside and not (isinstance(obs, Mapping) and MASK in obs):
+            return joined(obs, flat_mask(info[MASK], self.action_space))
+        return obs
+
+
+# (observation and info as the game gives them, action space, random numbers) -> an action; or an earlier self
+Player = Callable[[Any, Mapping[str, Any], spaces.Space, np.random.Generator], Any] | Frozen
 
 
 class Opponents:
@@ -63,81 +162,6 @@ class Opponents:
     def __call__(self, generator: np.random.Generator, count: int) -> Player:
         """A player for the next game, one of the first `count`."""
         return self.player
-
-
-Asked = tuple[Any, Mapping[str, Any], np.random.Generator]  # for a move: observation, info, random numbers
-
-
-class Frozen:
-    """A player that is a policy as it was after an iteration. It samples, as the policy in training does.
-
-    observation_space: of the game, as the policy's is made of. action_space: as the policy's. The policy is on the CPU.
-    """
-
-    def __init__(
-        self,
-        iteration: int,
-        steps: int,
-        policy: nn.Module,
-        normalizer: ObservationNormalizer | None,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-    ) -> None:
-        self.iteration, self.steps = iteration, steps
-        self.policy, self.normalizer = policy.cpu().requires_grad_(False).eval(), normalizer
-        self.observation_space, self.action_space = observation_space, action_space
-        self.exact: nn.Module | None = None  # the policy in float64, once it has been asked
-        if normalizer is not None:
-            normalizer.frozen = True
-
-    def __call__(self, obs: Any, info: Mapping[str, Any], space: spaces.Space, generator: np.random.Generator) -> Any:
-        """An action. All chance in it is the generator's."""
-        return self.moves([(obs, info, generator)])[0]
-
-    def moves(self, asked: Sequence[Asked]) -> list[Any]:
-        """An action for each, which does not depend on who else asks.
-
-        The logits of many rows have other last bits than those of one. They are computed in float64, and the noise that
-        is added to them is that of each one's own generator, so that another action would take noise within 1e-15 of a
-        tie. Distributions that are not categorical are sampled one by one.
-        """
-        seen = [self._seen(obs, info) for obs, info, _ in asked]
-        if type(self.policy) is not Policy or not isinstance(self.policy.head, CategoricalHead):
-            return [self._alone(obs, generator) for obs, (_, _, generator) in zip(seen, asked, strict=True)]
-        logits = self._logits(together(seen, self.observation_space))
-        noise = np.stack([self.policy.head.noise(generator, ()) for _, _, generator in asked])
-        return list(to_environment((logits + noise).argmax(-1), self.action_space))
-
-    @torch.no_grad()
-    def _logits(self, batch: np.ndarray) -> np.ndarray:
-        """Logits [B, n] of observations [B, ...] as the game gives them, in float64."""
-        if self.exact is None:
-            self.exact = deepcopy(self.policy).double()
-        policy: Any = self.policy
-        if policy.mask is not None:
-            check_masks(batch, np.ones(len(batch), bool), policy.observation_space, self.action_space, "game")
-        if self.normalizer is not None:
-            batch = self.normalizer(batch, np.zeros(len(batch), bool))
-        given, usual = torch.from_numpy(stored(batch)).unsqueeze(1), torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # which encoders cast whole numbers to
-        try:
-            return self.exact(given.double() if given.is_floating_point() else given).logits[:, 0].numpy()
-        finally:
-            torch.set_default_dtype(usual)
-
-    def _alone(self, obs: Any, generator: np.random.Generator) -> Any:
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(int(generator.integers(2**62)))
-            return act(
-                self.policy, obs, self.observation_space, self.action_space, greedy=False, normalizer=self.normalizer
-            )
-
-    def _seen(self, obs: Any, info: Mapping[str, Any]) -> Any:
-        """What the policy sees: the observation with its mask."""
-        inside = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
-        if inside and not (isinstance(obs, Mapping) and MASK in obs):
-            return joined(obs, flat_mask(info[MASK], self.action_space))
-        return obs
 
 
 class Selves(Opponents):
@@ -187,6 +211,7 @@ class Seat(gymnasium.Env):
         self.render_mode = getattr(environment, "render_mode", None)
         self.seat, self.total, self.known = 0, 0.0, opponents.count
         self.ahead: Turn | Exception | None = None  # what the next step comes to, if it has been made already
+        self.held: dict[Any, dict[str, Tensor]] = {}  # what the player keeps of this game, in each of the other seats
         opponents.seats.append(self)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -195,7 +220,7 @@ class Seat(gymnasium.Env):
         for _ in range(100):
             self.game.reset(seed=int(self.np_random.integers(2**31)))
             self.seat, self.total = int(self.np_random.integers(len(self.agents))), 0.0
-            self.player = self.opponents(self.np_random, self.known)
+            self.player, self.held = self.opponents(self.np_random, self.known), {}
             obs, _, terminated, truncated, info = self._alone(self._turn())
             if not (terminated or truncated):
                 return obs, dict(info)
@@ -235,7 +260,8 @@ class Seat(gymnasium.Env):
         mine, game = self._agent(), self.game
         while (now := game.agent_selection) != mine:
             obs, _, terminated, truncated, info = game.last()
-            game.step(None if terminated or truncated else (yield obs, info, self.np_random))
+            over, held = terminated or truncated, self.held.setdefault(now, {})
+            game.step(None if over else (yield Asked(obs, info or {}, self.np_random, held)))
             if mine not in game.agents:
                 raise UserError(
                     f"agent {one_line(mine, 40)} is gone after the turn of {one_line(now, 40)}: fix the game"
@@ -249,10 +275,10 @@ class Seat(gymnasium.Env):
         answer = None
         while True:
             try:
-                obs, info, generator = moves.send(answer)
+                asked = moves.send(answer)
             except StopIteration as end:
                 return end.value
-            answer = self.player(obs, info, self.action_space, generator)
+            (answer,) = _moves(self.player, [(self, asked)])
 
 
 Turn = tuple[Any, float, bool, bool, Mapping[str, Any]]  # observation, reward, terminated, truncated, info
@@ -305,17 +331,19 @@ def _moves(player: Player, asked: list[tuple[Seat, Asked]]) -> list[Any]:
     """A player's moves in several games."""
     if isinstance(player, Frozen):
         return player.moves([x for _, x in asked])
-    return [player(obs, info, seat.action_space, generator) for seat, (obs, info, generator) in asked]
+    return [player(x.obs, x.info, seat.action_space, x.generator) for seat, x in asked]
 
 
 def play(seat: Seat, players: Sequence[Player], generator: np.random.Generator) -> list[float]:
     """One game in which every seat has a player of its own. Returns the sum of each player's rewards."""
     game, total = seat.game, dict.fromkeys(seat.agents, 0.0)
+    held: dict[Any, dict[str, Tensor]] = {agent: {} for agent in seat.agents}
     game.reset(seed=int(generator.integers(2**31)))
     while game.agents:
         now = game.agent_selection
         obs, reward, terminated, truncated, info = game.last()
         total[now] += float(checked_number(reward))
-        over = terminated or truncated
-        game.step(None if over else players[seat.agents.index(now)](obs, info or {}, seat.action_space, generator))
+        asked = Asked(obs, info or {}, generator, held[now])
+        over, player = terminated or truncated, players[seat.agents.index(now)]
+        game.step(None if over else _moves(player, [(seat, asked)])[0])
     return [total[x] for x in seat.agents]

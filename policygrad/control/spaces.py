@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from torch import Tensor
 
@@ -21,7 +22,10 @@ class Flat(spaces.Box):
     slices: where each part is, by its key, or its number in a Tuple. leaves: (key, space, place) of every part that is
     no Dict or Tuple itself, in order. mask: where the `action_mask` of a Dict is; None if it has none, or if not
     `masked`. kept [N]: the numbers that no normalization may change, those of masks, images and
-    an agent's number.
+    an agent's number. mixed: whether there are images among other numbers, which then take a float for each pixel.
+
+    Rollouts keep mixed observations packed, if all that read them know of it: as bytes [..., K], first those of the
+    other numbers in torch's default dtype, then one for each pixel, then some that fill the last number.
     """
 
     def __init__(self, of: spaces.Dict | spaces.Tuple, masked: bool = True) -> None:
@@ -45,9 +49,55 @@ class Flat(spaces.Box):
             if unscaled is not None:
                 self.kept[unscaled] = True
 
+        self.images = [place for _, leaf, place in self.leaves if is_image(leaf)]
+        self.mixed = bool(self.images) and self.dtype != np.uint8
+
     def parts(self, obs: Tensor) -> dict[str, Tensor]:
         """The parts of observations [..., N], by their keys, each [..., n]."""
         return {name: obs[..., part] for name, part in self.slices.items()}
+
+    def packed(self, obs: np.ndarray) -> np.ndarray:
+        """Mixed observations [..., N] as bytes [..., K]."""
+        dtype = _of_torch(torch.get_default_dtype())
+        others = [place for _, leaf, place in self.leaves if not is_image(leaf)]
+        numbers = np.concatenate([obs[..., :0].astype(dtype), *(obs[..., x].astype(dtype) for x in others)], -1)
+        pixels = [obs[..., x].astype(np.uint8) for x in self.images]
+        spare = np.zeros((*obs.shape[:-1], -sum(x.shape[-1] for x in pixels) % dtype.itemsize), np.uint8)
+        return np.concatenate([numbers.view(np.uint8), *pixels, spare], -1)
+
+    def place(self, where: slice) -> "Place":
+        """The place of numbers of the vector, which are within an image, or have no pixels."""
+        before = sum(x.stop - x.start for x in self.images if x.stop <= where.start)
+        pixels = sum(x.stop - x.start for x in self.images)
+        image = any(x.start <= where.start < x.stop for x in self.images)
+        first = before if image else where.start - before
+        return Place(where, self.mixed, image, first, self.shape[0] - pixels)
+
+
+class Place(NamedTuple):
+    """Where numbers of a Flat are, in observations that are packed or not."""
+
+    where: slice  # in the vector
+    mixed: bool
+    image: bool
+    first: int  # the pixels, or the other numbers, before it
+    others: int  # the numbers of the vector that are no pixels
+
+    def of(self, obs: Tensor) -> Tensor:
+        """These numbers of observations [..., N], or of packed ones [..., K]."""
+        if not self.mixed or obs.dtype != torch.uint8:
+            return obs[..., self.where]
+        dtype, count = torch.get_default_dtype(), self.where.stop - self.where.start
+        if self.image:
+            first = self.others * dtype.itemsize + self.first
+            return obs[..., first : first + count]
+        found = obs[..., self.first * dtype.itemsize : (self.first + count) * dtype.itemsize]
+        return found.contiguous().view(dtype)
+
+
+def _of_torch(dtype: torch.dtype) -> np.dtype:
+    """The same dtype of numpy's."""
+    return torch.zeros(0, dtype=dtype).numpy().dtype
 
 
 def has_densities(space: spaces.Space) -> bool:

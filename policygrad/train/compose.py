@@ -508,7 +508,8 @@ def loop_of(
     named = KNOWN[options.method].objective
     loop = partial(LOOPS[named], weights=average_of(options, sample), fit=fit, diagnose=diagnose)
     if named == "clone":
-        return partial(loop, epochs=1, minibatch_size=options.minibatch_size, normalize=unnormalized)
+        size = rows_in(sample, policy, options.minibatch_size)
+        return partial(loop, epochs=1, minibatch_size=size, normalize=unnormalized)
     if named not in ("ppo", "grpo"):
         return partial(loop, epochs=getattr(options, "epochs", 1))
     normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized

@@ -70,6 +70,7 @@ REMEMBERS = ("gru", "lstm", "transformer")  # a policy with memory
 CLIPPED: When = {"gain": ("surrogate", "weight")}
 GAUSSIAN: When = {"distribution": ("normal", "squashed")}
 BOOTSTRAPPED = ("gae", "n_step", "monte_carlo", "vtrace")
+DEMONSTRATED = "demonstrated"  # the credit of clone, which has no such option
 EPISODIC = ("reward_to_go", "trajectory_return", "group")  # credit that needs whole episodes as rows
 OF_CRITIC = ("value", "start_value")  # baselines of a return that are learned
 OF_GROUPS = ("length_weighted", "token")  # baselines of a return that compare the rows of a group
@@ -185,17 +186,17 @@ class Options:
         "all.", TEXTS, **CONTROL, **SAMPLED)
     memory: Literal["none", "gru", "lstm", "transformer"] = option("none",
         "Memory of the policy, after the encoder: none, a GRU, an LSTM, or a small transformer over a window.",
-        **CONTROL, **SAMPLED)
-    memory_size: int = option(64, "Features of the memory.", COUNT, **CONTROL, **SAMPLED, memory=REMEMBERS)
+        **CONTROL)
+    memory_size: int = option(64, "Features of the memory.", COUNT, **CONTROL, memory=REMEMBERS)
     memory_window: int = option(16,
-        "Steps that each of the transformer's two blocks looks at, the newest included.", TWO, **CONTROL, **SAMPLED,
+        "Steps that each of the transformer's two blocks looks at, the newest included.", TWO, **CONTROL,
         memory=("transformer",))
     critic_memory: Literal["own", "shared", "none"] = option("own",
         "Memory of the critic: one like the policy's, the policy's own (with its encoder), or none.",
         **CONTROL, **SAMPLED, memory=REMEMBERS)
     sequence_length: int | None = option(None,
         "Learn from pieces of this many steps of the rows of a policy with memory, which divides num_steps; None: from "
-        "whole rows.", COUNT, **CONTROL, credit=BOOTSTRAPPED)
+        "whole rows.", COUNT, **CONTROL, credit=(*BOOTSTRAPPED, DEMONSTRATED))
     hidden: tuple[int, ...] = option((64, 64),
         "Sizes of the hidden layers of both policy and critic.", SIZES, **CONTROL)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = option("tanh",
@@ -514,7 +515,7 @@ class Options:
         COUNT, **ASCEND, **SAMPLED)
     minibatch_size: int | None = option(64,
         "Decisions in a gradient step, whole rows with at most so many if the policy has memory; or rows, if they are "
-        "completions or its whole episodes. None: the whole rollout.",
+        "completions or its own whole episodes. None: the whole rollout.",
         COUNT, objective=("ppo", "grpo", "clone"))
     micro_batch: int | None = option(None,
         "Rows computed at a time, completions sampled too: smaller saves memory; the gradient is the same.",
@@ -714,10 +715,11 @@ def _check_read(f: Field, options: Any) -> None:
     """Raise OptionError if an option was set but the other options mean that it is not read."""
     for other, values in f.metadata["when"].items():
         if hasattr(options, other) and other not in ("world", "method") and getattr(options, other) not in values:
+            allowed = " or ".join(str(x) for x in values if x != DEMONSTRATED)
             raise OptionError(
                 f.name,
-                f"{f.name} is read only where {other} is {' or '.join(map(str, values))}, and {other} is "
-                f"{getattr(options, other)}: set that too, or leave {f.name} out",
+                f"{f.name} is read only where {other} is {allowed}, and {other} is {getattr(options, other)}: "
+                f"set that too, or leave {f.name} out",
             )
     scaled = getattr(options, "scale_rewards", False)
     scaled = scaled or bool(getattr(options, "state_weight", 0.0))
@@ -847,8 +849,6 @@ def _penalty_conflicts(o: Any) -> Any:
 def _sampling_conflicts(o: Any) -> Any:
     """Conflicts of memory, self-play, and a rollout that is sampled beside."""
     method = KNOWN[o.method]
-    if o.overlap and o.memory != "none":
-        yield "overlap", "overlap is for policies without memory: leave overlap or memory out"
     if o.sequence_length is not None and o.credit not in EPISODIC and o.num_steps % o.sequence_length:
         yield (
             "sequence_length",
@@ -1054,7 +1054,7 @@ def _applies(f: Field, method: Method, world: str) -> bool:
     """Whether the method can read the option on this world, for some values of the other options."""
     known = {"world": world, "objective": method.objective, "update": method.update}
     if method.objective == "clone":
-        known["credit"] = "demonstrated"  # no option, and none of those that options of credit are for
+        known["credit"] = DEMONSTRATED
     return all(known[name] in values for name, values in f.metadata["when"].items() if name in known)
 
 

@@ -11,15 +11,18 @@ from gymnasium import spaces
 from torch import nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 
+from policygrad import ranks
 from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.control import ObservationNormalizer, Policy
-from policygrad.control.demonstrations import Demonstrations, as_columns, demonstrated, transitions
+from policygrad.control.demonstrations import Demonstrations, as_columns, demonstrated, in_rows, transitions
 from policygrad.control.distributions import INSIDE
+from policygrad.control.memory import Rows
 from policygrad.control.spaces import FlatActions, flat
 from policygrad.credit import demonstrated as credit
 from policygrad.errors import UserError
-from policygrad.rollout import decisions
+from policygrad.rollout import Rollout, decisions
 from policygrad.weights import per_token
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -353,3 +356,144 @@ def test_an_action_that_its_mask_forbids_is_named(space: Any, mask: list[int], a
     nothing = {**obs, "action_mask": [0] * len(mask)}
     with pytest.raises(UserError, match="row 0 of 1 allows no action"):
         transitions({"observation": [nothing], "action": [allowed]}, observation_space, space)
+
+
+# Policies with memory
+
+
+LENGTHS = (3, 1, 5, 2, 2, 4)
+each_kind = pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+
+
+def of_episodes(lengths: Any = LENGTHS, **more: Any) -> Any:
+    count = sum(lengths)
+    return transitions(columns(count=count, episode=np.repeat(range(len(lengths)), lengths), **more), OBS, FOUR)
+
+
+def remembering(kind: str) -> Any:
+    """With parameters at which the memory matters."""
+    policy = Policy(OBS, FOUR, memory=kind, memory_size=4, memory_window=3, hidden=(5,))
+    generator = torch.Generator().manual_seed(1)
+    for p in policy.parameters():
+        p.data = 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return policy
+
+
+def step_by_step(policy: Any, found: Any, cut: int = 1_000_000, width: int = 0) -> torch.Tensor:
+    """The mean of log pi(a_t | o_0 .. o_t), each episode from the empty memory, a step at a time.
+
+    cut: no gradient flows through the memory before steps at multiples of this in rows of `width`.
+    """
+    total, place = torch.zeros(()), 0
+    for episode in np.unique(found.episode):
+        its = np.flatnonzero(found.episode == episode)
+        if place % width + len(its) > width:
+            place = (place // width + 1) * width
+        state = policy.initial(1)
+        for t in its:
+            state = state.detach() if place % cut == 0 else state
+            obs = torch.as_tensor(found.observation[t], dtype=torch.get_default_dtype()).reshape(1, 1, 3)
+            start = torch.zeros(1, 1, dtype=torch.bool)
+            made, state = policy.unrolled(Rows(obs, start, state.unsqueeze(1), state.unsqueeze(1)[..., :0]))
+            total = total + made.log_prob(torch.tensor([[int(found.action[t]) - 2]])).sum()
+            place += 1
+    return total / len(found)
+
+
+@pytest.mark.usefixtures("float64")
+@each_kind
+def test_the_likelihood_of_whole_episodes_is_that_of_their_steps(kind: str) -> None:
+    """And so is its gradient, which flows back through each episode and no further."""
+    found, policy = of_episodes(), remembering(kind)
+    batch = batch_of(policy, FOUR, found)
+    assert batch.mask.shape == (4, 5), "episodes of 3 and 1, 5, 2 and 2, 4 steps, the longest as wide as a row"
+    objective, _ = ReinforceObjective(policy)(batch)
+    plain = step_by_step(policy, found, width=5)
+    assert objective.item() == pytest.approx(plain.item(), rel=1e-12)
+    torch.testing.assert_close(gradient(objective, policy), gradient(plain, policy), rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_pieces_have_the_memory_before_them_and_no_gradient_flows_out_of_them(kind: str) -> None:
+    found, policy = of_episodes(), remembering(kind)
+    sample = Demonstrations(found, FOUR, sequence_length=2)
+    assert (sample.length, sample.pieces) == (6, 3)
+    for _ in range(2):
+        rollout = sample(policy)
+        batch = decisions(rollout, per_token(rollout.mask), *credit(rollout))
+        assert batch.mask.shape == (3 * len(rollout.mask), 2)
+        objective, _ = ReinforceObjective(policy)(batch)
+        plain = step_by_step(policy, found, cut=2, width=6)
+        assert objective.item() == pytest.approx(plain.item(), rel=1e-12)
+        torch.testing.assert_close(gradient(objective, policy), gradient(plain, policy), rtol=1e-9, atol=1e-13)
+        for p in policy.parameters():  # the next call takes the memory of the policy as it then is
+            p.data += 0.1
+    whole = step_by_step(policy, found, width=6)
+    assert not torch.allclose(gradient(whole, policy), gradient(objective_now(policy, found), policy))
+
+
+def objective_now(policy: Any, found: Any) -> torch.Tensor:
+    rollout = Demonstrations(found, FOUR, sequence_length=2)(policy)
+    batch = decisions(rollout, per_token(rollout.mask), *credit(rollout))
+    return ReinforceObjective(policy)(batch)[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_have_every_episode_once_and_whole(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 9, generator.integers(1, 12))
+    episode = np.repeat(3 * np.arange(len(lengths)), lengths)
+    width = int(lengths.max() + generator.integers(3))
+    index, start, mask = in_rows(episode, width)
+    assert index.shape == start.shape == mask.shape
+    assert index.shape[1] == width
+    assert index[mask].tolist() == list(range(len(episode))), "each once, in order"
+    assert set(index[~mask]) <= set(range(len(episode)))
+    assert start[:, 0].all()
+    assert not (start & ~mask).any()
+    begins = np.flatnonzero(np.diff(episode, prepend=-1))
+    assert index[start].tolist() == begins.tolist(), "where episodes start"
+    for those in mask:
+        assert not (np.diff(those.astype(int)) == 1).any(), "holes are at the end"
+    following = [lengths[episode[first] // 3] for first in index[1:, 0]]
+    assert (mask[:-1].sum(1) + following > width).all(), "an episode goes after the one before if there is room"
+
+
+def test_ends_of_episodes_in_rows() -> None:
+    rollout = Demonstrations(of_episodes(), FOUR)(remembering("gru"))
+    ended = [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert rollout.ended.int().tolist() == ended
+    assert rollout.mask.sum() == sum(LENGTHS)
+    assert not rollout.memoryless
+    assert rollout.metrics["steps"] == sum(LENGTHS)
+
+
+def test_a_policy_with_memory_needs_to_know_where_episodes_start() -> None:
+    found = transitions(columns(), OBS, FOUR)
+    with pytest.raises(
+        UserError, match="needs to know where episodes start: give the demonstrations a column"
+    ) as error:
+        Demonstrations(found, FOUR)(remembering("gru"))
+    assert len(str(error.value)) <= 200
+    for name in ("episode", "terminated", "truncated"):
+        found = transitions(columns(**{name: np.zeros(64, int)}), OBS, FOUR)
+        assert Demonstrations(found, FOUR)(remembering("gru")).mask.shape == (1, 64)
+
+
+@pytest.mark.parametrize("kind", ["none", "gru"])
+def test_each_rank_has_its_share_of_the_rows(kind: str) -> None:
+    found, policy = of_episodes(), Policy(OBS, FOUR, memory=kind, hidden=())
+    whole, parts = Demonstrations(found, FOUR)(policy), []
+    try:
+        for rank in range(3):
+            ranks.sample_as(rank, 3)
+            parts.append(Demonstrations(found, FOUR)(policy))
+    finally:
+        ranks.sample_as(0, 1)
+    assert [len(x.mask) for x in parts] == ([6, 6, 5] if kind == "none" else [2, 1, 1])
+    joined = Rollout.join(parts)
+    assert torch.equal(joined.action, whole.action)
+    assert torch.equal(joined.mask, whole.mask)
+    for x, y in zip(tree_leaves(joined.obs), tree_leaves(whole.obs), strict=True):
+        assert torch.equal(x, y)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from outcomes import parameters, untimed
 
 import policygrad as pg
 from policygrad.control import ObservationNormalizer, Policy, Sampler, make_environments
 from policygrad.control.encoders import Joined, make_encoder, measured
 from policygrad.control.spaces import Flat, FlatActions, describe, kept_of, rebuild
 from policygrad.errors import UserError
+from policygrad.train.worlds import control
 
 IMAGE, OTHER = spaces.Box(0, 255, (1, 8, 8), np.uint8), spaces.Box(0, 255, (7, 9, 3), np.uint8)
 SPACE = spaces.Dict(
@@ -210,3 +212,138 @@ def test_an_encoder_of_ones_own_sees_all_but_the_mask() -> None:
     obs = torch.arange(7.0).expand(1, 1, 7)
     assert make_encoder(space, Own())(obs).tolist() == [[[0.0, 1.0, 5.0, 6.0]]]
     assert seen[-1].shape == (1, 4)
+
+
+# Images among other numbers, kept as bytes
+
+MIXED = spaces.Dict(
+    {**SPACE.spaces, "action_mask": spaces.MultiBinary(3), "whole": spaces.Box(-9, 9, (2,), np.float64)}
+)
+
+
+class Mixed(Sampling):
+    """Images among floats, whole numbers and a mask that forbids the last action at times."""
+
+    def __init__(self) -> None:
+        super().__init__(MIXED)
+
+    def _next(self) -> Any:
+        obs = super()._next()
+        obs["action_mask"] = np.array([1, 1, self.t % 2], np.int8)
+        return obs
+
+
+def mixed_batch(space: spaces.Dict, rows: int = 3, steps: int = 4) -> np.ndarray:
+    space.seed(3)
+    drawn = [spaces.flatten(space, space.sample()) for _ in range(rows * steps)]
+    return np.stack(drawn).reshape(rows, steps, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "space",
+    [SPACE, MIXED, spaces.Dict(a=IMAGE, b=spaces.Discrete(3)), spaces.Dict(a=IMAGE, b=IMAGE, c=spaces.Box(0, 1, (1,)))],
+)
+def test_packed_numbers_are_those_at_their_places(
+    space: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
+    known, obs = Flat(space), mixed_batch(space)
+    assert known.mixed
+    packed = torch.from_numpy(known.packed(obs))
+    pixels = sum(place.stop - place.start for place in known.images)
+    assert packed.dtype == torch.uint8
+    least = (known.shape[0] - pixels) * dtype.itemsize + pixels
+    assert least <= packed.shape[-1] < least + dtype.itemsize
+    for _, leaf, place in known.leaves:
+        image = leaf.dtype == np.uint8 and len(leaf.shape) == 3
+        for i, t in ((slice(None), slice(None)), (slice(1, 2), slice(2, 3)), (slice(2, 3), slice(1, None))):
+            found = known.place(place).of(packed[i, t])  # from any byte on
+            assert found.dtype == (torch.uint8 if image else dtype)
+            assert torch.equal(found.to(dtype), torch.from_numpy(obs[i, t, place]).to(dtype))
+
+
+def test_what_is_all_bytes_or_has_no_images_is_not_packed() -> None:
+    for space in (spaces.Dict(a=IMAGE, b=OTHER), spaces.Dict(a=spaces.Discrete(3), b=spaces.Box(-1, 1, (2,)))):
+        assert not Flat(space).mixed
+    environments = make_environments("CartPole-v1", 1)
+    policy = Policy(environments.single_observation_space, environments.single_action_space)
+    assert Sampler(environments, 4, packed=True)(policy).obs.dtype == torch.float32
+
+
+def test_a_sampler_keeps_bytes_only_where_it_is_told_so() -> None:
+    space = Flat(SPACE)
+    for packed in (False, True):
+        environments = make_environments(Sampling, 2, vectorization="sync")
+        rollout = Sampler(environments, 6, seed=0, packed=packed)(Policy(space, environments.single_action_space))
+        size = 7 * 4 + 64 + 189 + 3 if packed else 4 * space.shape[0]  # 3 bytes fill the last number
+        assert rollout.obs.element_size() * rollout.obs.shape[-1] == size
+        assert rollout.final_obs.dtype == rollout.obs.dtype == (torch.uint8 if packed else torch.float32)
+
+
+PACKED: list[tuple[str, dict[str, Any]]] = [
+    ("ppo", {"num_steps": 16, "minibatch_size": 8, "normalize_observations": True}),
+    ("ppo", {"num_steps": 16, "minibatch_size": 16, "memory": "gru", "memory_size": 4, "sequence_length": 4}),
+    ("ppo", {"num_steps": 16, "minibatch_size": 8, "policy_keys": ["goal", "camera"], "overlap": True}),
+    ("trpo", {"num_steps": 16, "critic_minibatch_size": 16}),
+    ("reinforce", {"episode_steps": 7}),
+    ("grpo", {"episode_steps": 7, "minibatch_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("method", "values"), PACKED, ids=[f"{x}-{i}" for i, (x, _) in enumerate(PACKED)])
+def test_a_run_that_keeps_bytes_is_the_run_that_keeps_floats(
+    method: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, parameters and metrics."""
+    values = {"num_envs": 2, "iterations": 3, "hidden": (4,), "progress": False, **values}
+    seen: list[torch.dtype] = []
+
+    class Told(Sampler):
+        def __call__(self, *modules: Any) -> Any:
+            rollout = super().__call__(*modules)
+            seen.append(getattr(rollout.obs, "obs", rollout.obs).dtype)
+            return rollout
+
+    def of_floats(*given: Any, packed: bool, **more: Any) -> Sampler:
+        assert packed
+        return Told(*given, **more)
+
+    runs = []
+    for sampler in (Told, of_floats):
+        monkeypatch.setattr(control, "Sampler", sampler)
+        runs.append(pg.train(method, Mixed, **values))
+    assert {*seen} == {torch.uint8, torch.float32}
+    assert torch.equal(*map(parameters, runs))
+    assert untimed(runs[0].metrics) == untimed(runs[1].metrics)
+
+
+def test_packed_observations_go_into_one_graph() -> None:
+    space = spaces.Dict(a=IMAGE, b=spaces.Discrete(3), action_mask=spaces.MultiBinary(2))
+    policy, obs = Policy(Flat(space), spaces.Discrete(2), hidden=()), mixed_batch(space)
+    packed = torch.from_numpy(Flat(space).packed(obs))
+
+    def logits(obs: torch.Tensor) -> torch.Tensor:
+        return policy.network(policy.encode(obs)) + policy.allowed.of(obs)
+
+    found = torch.compile(logits, backend="aot_eager", fullgraph=True)(packed)
+    torch.testing.assert_close(found, logits(torch.from_numpy(obs).float()))
+
+
+def test_modules_of_ones_own_get_vectors_of_floats() -> None:
+    seen: list[torch.dtype] = []
+
+    class Own(torch.nn.Module):
+        def __init__(self, space: Any, actions: Any = None) -> None:
+            super().__init__()
+            self.last = torch.nn.Linear(space.shape[0], 3 if actions is not None else 1)
+
+        def forward(self, obs: torch.Tensor) -> Any:
+            seen.append(obs.dtype)
+            out = self.last(obs / 255)
+            return torch.distributions.Categorical(logits=out) if out.shape[-1] > 1 else out.squeeze(-1)
+
+    for own in ({"policy": Own}, {"critic": Own}):
+        pg.train("ppo", Sampling, num_envs=2, num_steps=8, minibatch_size=8, iterations=1, progress=False, **own)
+        assert {*seen} == {torch.float32}
+        seen.clear()

@@ -13,12 +13,16 @@ import torch
 from gymnasium import spaces
 from nim import Nim, best, best_of_seats
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 import policygrad as pg
 from policygrad.control import Policy, Sampler, make_environments
-from policygrad.control.seats import Frozen, Opponents, Seat, Selves, SideBySide, random_player
+from policygrad.control.memory import rows_of
+from policygrad.control.seats import Asked, Frozen, Opponents, Seat, Selves, SideBySide, play, random_player
 from policygrad.errors import Note, UserError
+from policygrad.rollout import state_size
 from policygrad.train.checkpoints import load_policy
+from policygrad.train.elo import elo
 
 
 def one(obs: Any, info: Any, space: Any, generator: Any) -> int:
@@ -180,6 +184,11 @@ def test_seats_of_different_spaces_are_one_line() -> None:
 SELF: Any = {"num_envs": 4, "num_steps": 19, "iterations": 6, "opponent": "self", "freeze_every": 2}
 
 
+def moved(player: Frozen, obs: Any, generator: np.random.Generator, held: dict[str, Any] | None = None) -> Any:
+    """One move, by default the first of a game."""
+    return player.moves([Asked(obs, {}, generator, {} if held is None else held)])[0]
+
+
 def frozen_of(training: Any) -> list[Frozen]:
     return training.world.selves.frozen
 
@@ -202,14 +211,14 @@ def test_a_frozen_self_samples_its_policy_and_draws_from_the_generator_alone() -
     with torch.no_grad():
         one.policy.network[-1].bias[:] = torch.tensor([1.0, 0.0])
         chance = one.policy(torch.tensor([[[1.0, 1.0, 5.0]]])).probs[0, 0, 0]
-    drawn = [one(obs, {}, spaces.Discrete(2), generator) for _ in range(1000)]
+    drawn = [moved(one, obs, generator) for _ in range(1000)]
     assert 1 - np.mean(drawn) == pytest.approx(float(chance), abs=0.05)
     assert torch.equal(torch.get_rng_state(), before)
-    assert [one(obs, {}, spaces.Discrete(2), np.random.default_rng(k)) for k in range(9)] == [
-        one(obs, {}, spaces.Discrete(2), np.random.default_rng(k)) for k in range(9)
+    assert [moved(one, obs, np.random.default_rng(k)) for k in range(9)] == [
+        moved(one, obs, np.random.default_rng(k)) for k in range(9)
     ]
     mask = {"observation": np.array([1], np.float32), "action_mask": np.array([1, 0], np.int8)}
-    assert {int(one(mask, {}, spaces.Discrete(2), generator)) for _ in range(50)} == {0}
+    assert {int(moved(one, mask, generator)) for _ in range(50)} == {0}
 
 
 def moved_selves(count: int, **how: Any) -> list[Frozen]:
@@ -230,11 +239,13 @@ def test_moves_asked_for_together_are_those_asked_for_alone(normalize: bool) -> 
         one.normalizer.statistics.update(np.random.default_rng(0).normal(4, 2, (50, 3)))
     heaps = np.random.default_rng(1).integers(1, 9, 3000)
     seen = [{"observation": np.array([x], np.float32), "action_mask": np.array([1, x > 1], np.int8)} for x in heaps]
-    together = one.moves([(obs, {}, np.random.default_rng(k)) for k, obs in enumerate(seen)])
-    alone = [one(obs, {}, spaces.Discrete(2), np.random.default_rng(k)) for k, obs in enumerate(seen)]
+    together = one.moves([Asked(obs, {}, np.random.default_rng(k), {}) for k, obs in enumerate(seen)])
+    alone = [moved(one, obs, np.random.default_rng(k)) for k, obs in enumerate(seen)]
     assert together == alone
     assert 0.05 < np.mean(alone) < 0.95
-    logits = one._logits(np.stack([np.concatenate([x["action_mask"], x["observation"]]) for x in seen]))
+    logits = one._logits(
+        np.stack([np.concatenate([x["action_mask"], x["observation"]]) for x in seen]), [{}] * len(seen)
+    )
     numbers = np.stack([np.concatenate([x["action_mask"], x["observation"]]) for x in seen])
     if one.normalizer is not None:
         numbers = one.normalizer(numbers, np.zeros(len(numbers), bool))
@@ -243,15 +254,16 @@ def test_moves_asked_for_together_are_those_asked_for_alone(normalize: bool) -> 
     torch.testing.assert_close(torch.from_numpy(logits).float(), plain)
 
 
+@pytest.mark.parametrize("memory", ["none", "gru"])
 @pytest.mark.parametrize("mask", ["key", "info"])
 @pytest.mark.parametrize("whole_episodes", [False, True])
-def test_games_side_by_side_are_those_stepped_alone(mask: str, whole_episodes: bool) -> None:
+def test_games_side_by_side_are_those_stepped_alone(mask: str, whole_episodes: bool, memory: str) -> None:
     """Bit for bit, with several selves that are asked together; and they are asked together."""
 
     def made() -> Nim:
         return Nim(heap=11, mask=mask)
 
-    players, found, asked = moved_selves(3), [], []
+    players, found, asked = moved_selves(3, memory=memory), [], []
     for together in (True, False):
         selves = Selves()
         selves.frozen = [deepcopy(x) for x in players]
@@ -263,7 +275,8 @@ def test_games_side_by_side_are_those_stepped_alone(mask: str, whole_episodes: b
         assert isinstance(environments, SideBySide)
         environments = environments if together else environments.env
         torch.manual_seed(0)
-        policy = Policy(environments.single_observation_space, environments.single_action_space, hidden=(8,))
+        known = environments.single_observation_space, environments.single_action_space
+        policy = Policy(*known, memory=memory, hidden=(8,))
         sample = Sampler(environments, 60, seed=0, whole_episodes=whole_episodes)
         torch.manual_seed(0)
         found += [[sample(policy) for _ in range(3)]]
@@ -271,7 +284,8 @@ def test_games_side_by_side_are_those_stepped_alone(mask: str, whole_episodes: b
         asked.clear()
     for one, other in zip(*found, strict=True):
         for name in ("obs", "action", "logp", "reward", "ended", "mask"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+            for x, y in zip(tree_leaves(getattr(one, name)), tree_leaves(getattr(other, name)), strict=True):
+                assert torch.equal(x, y), name
         assert one.metrics == other.metrics
 
 
@@ -314,6 +328,73 @@ def self_of_one() -> Selves:
     return Ones()
 
 
+# With memory
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+def test_a_self_that_is_the_learner_acts_as_the_learner_does(kind: str, float64: None) -> None:
+    """In games of its own: the logits of each move are those of the learner's whole row of that seat's turns."""
+    (one,), generator = moved_selves(1, memory=kind, memory_size=4), np.random.default_rng(0)
+    for p in one.policy.parameters():
+        p += 0.5 * torch.randn_like(p)
+    learner, seat, asked = one.policy, Seat(Nim(heap=11), Opponents()), []
+    its = one._logits
+    one._logits = lambda batch, held: asked.append((batch, its(batch, held))) or asked[-1][1]  # type: ignore[method-assign]
+    for _ in range(5):
+        seat.opponents.player = one  # type: ignore[assignment]
+        asked.clear()
+        (obs, _), over = seat.reset(seed=int(generator.integers(99))), False
+        while not over:
+            action = int(generator.integers(2)) if obs["action_mask"][1] else 0
+            obs, _, over, *_ = seat.step(action)
+        rows = torch.from_numpy(np.concatenate([x for x, _ in asked])).double().unsqueeze(0)
+        assert rows.shape[1] > 2
+        with torch.no_grad():
+            whole = learner(rows_of(rows, state_size(learner))).logits[0]  # an episode from the empty memory
+            alone = torch.cat([learner(rows_of(rows[:, t : t + 1], state_size(learner))).logits[0] for t in range(3)])
+        found = torch.from_numpy(np.concatenate([x for _, x in asked]))
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
+        assert not torch.allclose(alone[1:], whole[1:3], atol=1e-3), "the memory matters"
+
+
+def test_actions_of_several_parts_are_sampled_after_what_is_held() -> None:
+    space, seen = spaces.MultiDiscrete([2, 3]), spaces.Box(-1, 1, (2,), np.float32)
+    torch.manual_seed(0)
+    policy = Policy(seen, space, memory="gru", memory_size=4, orthogonal=False)
+    one, held, state = Frozen(0, 0, deepcopy(policy), None, seen, space), {}, None
+    for k in range(6):
+        obs = np.array([k / 6, 1 - k / 3], np.float32)
+        found = moved(one, obs, np.random.default_rng(k), held)
+        torch.manual_seed(int(np.random.default_rng(k).integers(2**62)))
+        action, state = policy.act(obs, state, greedy=False)
+        np.testing.assert_array_equal(found, action)
+        assert torch.equal(held["state"], state)
+
+
+def test_each_game_and_each_seat_has_a_memory_of_its_own() -> None:
+    """Two selves that are one object play both seats of games: what one seat saw, the other does not remember."""
+    (one,) = moved_selves(1, memory="gru")
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    its = one.moves
+    one.moves = lambda given: asked.extend((x.obs, dict(x.held)) for x in given) or its(given)  # type: ignore[method-assign,func-returns-value]
+    for seed in range(2):
+        asked.clear()
+        play(Seat(Nim(heap=11), Opponents()), [one, one], np.random.default_rng(seed))
+        assert [bool(held) for _, held in asked] == [False, False, *[True] * (len(asked) - 2)]
+        states = [held["state"] for _, held in asked[2:]]
+        again: list[Any] = [{}, {}]
+        for k, (obs, _) in enumerate(asked[:-2]):
+            its([Asked(obs, {}, np.random.default_rng(0), again[k % 2])])
+            assert torch.equal(again[k % 2]["state"], states[k])
+
+
+def test_ratings_of_selves_with_memory(tmp_path: Path) -> None:
+    run = pg.train("ppo", "nim:Nim", out=tmp_path / "run", progress=False, memory="gru", memory_size=4, **SELF)
+    found = elo(pg.Run.load(tmp_path / "run", trust=True), games=2, players=3)
+    assert [x.games for x in found] == [4, 4, 4]
+    assert run.evaluate(4).episodes == 4
+
+
 def test_half_of_the_games_are_against_the_newest() -> None:
     selves, generator = Selves(), np.random.default_rng(0)
     training = pg.Training("ppo", Nim, **SELF)
@@ -336,9 +417,9 @@ def test_a_game_that_has_begun_keeps_its_player() -> None:
     assert all(x.known == len(frozen_of(training)) for x in seats)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_self_play_goes_on_bit_for_bit(normalize: bool, tmp_path: Path) -> None:
-    how = SELF | {"normalize_observations": normalize, "checkpoint_every": 1, "progress": False}
+@pytest.mark.parametrize(("normalize", "memory"), [(False, "none"), (True, "none"), (True, "lstm")])
+def test_self_play_goes_on_bit_for_bit(normalize: bool, memory: str, tmp_path: Path) -> None:
+    how = SELF | {"normalize_observations": normalize, "checkpoint_every": 1, "progress": False, "memory": memory}
     whole = pg.train("ppo", "nim:Nim", out=tmp_path / "whole", **how)
     pg.train("ppo", "nim:Nim", out=tmp_path / "run", **how | {"iterations": 3})
     with warnings.catch_warnings():
@@ -381,7 +462,6 @@ def test_a_mask_from_the_info_reaches_the_selves() -> None:
         (Nim, {"wrap": ("TimeLimit:9",)}, "leave wrap out"),
         (Nim, {"vectorization": "async"}, "leave vectorization out"),
         (Nim, {"overlap": True}, "leave overlap out"),
-        (Nim, {"memory": "gru"}, "leave one out"),
     ],
 )
 def test_where_there_is_no_self_play(task: Any, how: Any, said: str) -> None:

@@ -1,6 +1,7 @@
 """Training with memory: every method, every memory, every head, what needs it is learned, and what does not fit."""
 
 import warnings
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from outcomes import WHOLE
+from outcomes import WHOLE, parameters
 from torch import nn
 
 import policygrad as pg
@@ -18,6 +19,7 @@ from policygrad.control.memory import GRU
 from policygrad.errors import Note, UserError
 from policygrad.rollout import state_size
 from policygrad.samplers import RandomNetworkDistillation
+from policygrad.train import compose
 from policygrad.train.options import EPISODIC, options_of
 
 TWO = spaces.Discrete(2)
@@ -167,6 +169,44 @@ def test_a_compiled_step_is_the_plain_one(kind: str, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
+# Sampled beside
+
+
+class Behind:
+    """What Overlapped does, one after the other: a rollout of policy and critic of `lag` calls before."""
+
+    def __init__(self, sample: Any, lag: int) -> None:
+        self.sample, self.lag, self.versions = sample, lag, list[Any]()
+
+    def __call__(self, policy: Any) -> Any:
+        self.versions.append(deepcopy([policy] if self.sample.critic is None else [policy, self.sample.critic]))
+        policy, *critic = self.versions[max(0, len(self.versions) - 1 - self.lag)]
+        self.sample.critic = critic[0] if critic else None  # bound to the sampler while it samples
+        try:
+            return self.sample(policy)
+        finally:
+            self.sample.critic = self.versions[-1][1] if critic else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "critic_memory"),
+    [("gru", "own"), ("gru", "shared"), ("gru", "none"), ("lstm", "own"), ("transformer", "own")],
+)
+def test_overlap_is_sampling_from_the_policy_and_critic_of_one_update_before(
+    kind: str, critic_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"num_envs": 4, "num_steps": 8, "sequence_length": 4, "minibatch_size": 16, "epochs": 2}
+    values |= {"memory": kind, "memory_size": 4, "hidden": (4,), "iterations": 5, "learning_rate": 0.01}
+    values |= {"critic_memory": critic_memory, "progress": False}
+    plain, found, again = (pg.train("ppo", Sign, **values, overlap=x) for x in (False, True, True))
+    monkeypatch.setattr(compose, "Overlapped", Behind)
+    behind = pg.train("ppo", Sign, **values, overlap=True)
+    assert [row["policy_lag"] for row in found.metrics] == [0, 1, 1, 1, 1]
+    assert torch.equal(parameters(found), parameters(behind))
+    assert torch.equal(parameters(found), parameters(again))
+    assert not torch.equal(parameters(found), parameters(plain))
+
+
 # What does not fit
 
 
@@ -177,7 +217,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"memory": "transformer", "memory_window": 1}, "memory_window is 1: it must be at least 2"),
     ("ppo", {"sequence_length": 8}, "sequence_length cuts rows of a policy with memory, and this one has none"),
     ("ppo", {"memory": "gru", "sequence_length": 24}, "sequence_length is 24, which does not divide num_steps, 32"),
-    ("ppo", {"memory": "gru", "overlap": True}, "overlap is for policies without memory"),
     ("trpo", {"memory": "gru", "critic_memory": "shared"}, "critic_memory is shared, and trpo fits its critic alone"),
     ("grpo", {"memory": "gru", "critic_memory": "none"}, "critic_memory is a critic's, and credit group has none"),
     ("ppo", {"memory": "gru", "kl_ref": "reward"}, "kl_ref is to a policy with a memory of its own"),

@@ -19,6 +19,7 @@ from policygrad.train import options as table
 from policygrad.train.methods import CLONE, KNOWN, METHODS, TABLE
 from policygrad.train.options import (
     BOOTSTRAPPED,
+    DEMONSTRATED,
     EPISODIC,
     OptionError,
     Options,
@@ -92,6 +93,7 @@ def test_every_condition_can_be_met() -> None:
     hints = inspect.get_annotations(Options, eval_str=True)
     objectives = {m.objective for m in KNOWN.values()}
     possible = {"world": set(WORLDS), "objective": objectives, "update": {m.update for m in TABLE}}
+    possible["credit"] = {*hints["credit"].__args__, DEMONSTRATED}
     for f in known.values():
         for other, values in f.metadata["when"].items():
             choices = possible.get(other) or set(hints[other].__args__)
@@ -299,7 +301,7 @@ def outcome(method: str, world: str, task: Any = None, **options: Any) -> Any:
     values = {name: x for name, x in values.items() if name not in unread - set(options)}
     if method == "clone":
         images = {"observation": PIXELS, "action": np.arange(20) % 3}
-        numbers = {"observation": OF_CLONE[:, :3], "action": OF_CLONE[:, 3:]}
+        numbers = {"observation": OF_CLONE[:, :3], "action": OF_CLONE[:, 3:], "episode": np.arange(20) // 5}
         values = {"demonstrations": numbers if task is None else images} | values
     usual = "CartPole-v1" if world == "control" and method in OF_CARTPOLE else TASKS[world]
     run = pg.train(method, task or usual, progress=False, **values)

@@ -123,6 +123,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "options of the environment": ("ppo", {"env_options": {"max_episode_steps": 5}}),
     "memory": ("ppo", {"memory": "lstm", "memory_size": 4, "critic_memory": "own"}),
     "memory in pieces": ("trpo", {"memory": "transformer", "memory_size": 4, "memory_window": 3, "sequence_length": 5}),
+    "overlap with memory": ("ppo", {"overlap": True, "memory": "gru", "memory_size": 4, "sequence_length": 5}),
     "memory of episodes": ("grpo", {"memory": "gru", "num_envs": 4, "episode_steps": 9}),
     "infinite clip": ("ppo", {"clip_low": float("inf"), "clip_high": float("inf")}),
 }  # fmt: skip

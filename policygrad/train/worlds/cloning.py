@@ -15,10 +15,12 @@ from torch import Tensor
 from policygrad import ranks
 from policygrad.control.demonstrations import (
     COLUMNS,
+    TOGETHER,
     Demonstrations,
     Transitions,
     as_columns,
     demonstrated,
+    layout_of,
     transitions,
 )
 from policygrad.control.environments import unflattened
@@ -26,7 +28,7 @@ from policygrad.control.minari import place_of, read_minari
 from policygrad.control.spaces import Flat
 from policygrad.errors import Note, UserError, ending, listed, shortened
 from policygrad.language.reading import read_file
-from policygrad.rollout import Rollout, in_parts
+from policygrad.rollout import Rollout, Split, in_parts, state_size
 from policygrad.score import log_probabilities
 from policygrad.train.compose import split_of
 from policygrad.train.options import OptionError
@@ -35,8 +37,6 @@ from policygrad.train.worlds import ROWS
 from policygrad.train.worlds.control import ControlWorld
 from policygrad.train.worlds.world import Own, World
 from policygrad.weights import average, per_token
-
-TOGETHER = 4096  # transitions whose likelihood is computed at a time
 
 
 @dataclass
@@ -84,9 +84,13 @@ class Cloning(World):
         rollout = self.held_out()
         assert rollout is not None
         weight = per_token(rollout.mask)
-        logp = log_probabilities(self.policy, rollout, split_of(self.options, self.policy) or TOGETHER)
+        logp = log_probabilities(self.policy, rollout, self.together(rollout))
         found = float(average(logp, weight))
         return Likelihood(found, self.accuracy(rollout), int(rollout.mask.sum()))
+
+    def together(self, rollout: Rollout) -> Split:
+        """The rows whose likelihood is computed at a time."""
+        return split_of(self.options, self.policy) or max(1, TOGETHER // rollout.mask.shape[1])
 
     def accuracy(self, rollout: Rollout) -> float | None:
         """How often the policy's most likely action is the demonstrator's; None if that is not measured."""
@@ -170,9 +174,20 @@ class ClonedControl(Cloning, ControlWorld):
         found = transitions(columns_of(source), raw, action_space, masked=masked)
         self.described, self.digest = described(found), found.digest()
         train, self.kept = found.split(options.validation, options.seed)
-        if len(train) < ranks.size():
-            raise UserError(f"there are {len(train):,} transitions for {ranks.size()} ranks: start fewer")
-        return Demonstrations(train, action_space, normalizer=self.normalizer, device=options.device)
+        how = {"sequence_length": options.sequence_length, "device": options.device}
+        return Demonstrations(train, action_space, normalizer=self.normalizer, **how)
+
+    def _check_memory(self) -> None:
+        """As the base class; and raise UserError for demonstrations that such a policy cannot learn from."""
+        super()._check_memory()
+        train: Transitions = self.sample.found
+        rows = len(layout_of(self.policy, train, self.options.sequence_length).mask)
+        if rows < ranks.size():
+            what = "rows of whole episodes" if state_size(self.policy) else "transitions"
+            raise UserError(f"there are {rows:,} {what} for {ranks.size()} ranks: start fewer")
+        if state_size(self.policy) and self.kept is not None and self.kept.episode[0] in train.episode:
+            said = "a policy with memory learns from whole episodes, and all demonstrations are one"
+            raise OptionError("validation", f"{said}: give more episodes, or set validation to 0")
 
     def held_out(self) -> Rollout | None:
         if self.kept is None:
@@ -185,12 +200,12 @@ class ClonedControl(Cloning, ControlWorld):
         if isinstance(self.action_space, gymnasium.spaces.Box):
             return None
 
-        def hits(obs: Tensor, action: Tensor) -> Tensor:
+        def hits(obs: Any, action: Tensor) -> Tensor:
             return (self.policy(obs).mode == action).reshape(*action.shape[:2], -1).all(-1)
 
-        split = split_of(self.options, self.policy) or TOGETHER
         try:
-            return float(in_parts(hits, split, rollout.obs, rollout.action).double().mean())
+            found = in_parts(hits, self.together(rollout), rollout.obs, rollout.action)
+            return float(found[rollout.mask].double().mean())
         except (NotImplementedError, AttributeError):  # a distribution of the user's own, without a mode
             return None
 

@@ -69,6 +69,7 @@ class ControlWorld(World):
     trained_on = "an environment"  # its name, where it is all that is known
     unflattened: gymnasium.Space | None = None  # as the environment gives it
     selves: Selves | None = None  # the opponents of self-play
+    packed = False  # whether all that reads observations takes packed ones, too
     finished: list[tuple[float, int]] | None = None  # the last episodes of all ranks
 
     def __init__(self, task: Any, options: Any) -> None:
@@ -127,6 +128,8 @@ class ControlWorld(World):
 
     def build(self, own: Own, progress: bool) -> None:
         options, self.environments = self.options, self._environments()
+        self.packed = own.policy is None and own.critic is None and not self._separate
+        self.packed = self.packed and getattr(options, "symmetry", None) is None  # which is the user's function
         self.wrappers = Wrappers(self.environments)
         self.unflattened = unflattened(self.environments)
         self.sample = self._sampler(self.environments)
@@ -221,16 +224,10 @@ class ControlWorld(World):
         return {name: getattr(self.options, name) for name in ("memory", "memory_size", "memory_window")}
 
     def _check_memory(self) -> None:
-        """Raise UserError for options that do not fit the policy's memory, or need one that it has not."""
-        options = self.options
-        if not state_size(self.policy):
-            if getattr(options, "sequence_length", None) is not None:
-                said = "sequence_length cuts rows of a policy with memory, and this one has none: leave it out"
-                raise OptionError("sequence_length", said)
-            return
-        if getattr(options, "opponent", "random") == "self":
-            said = "opponent self is for policies without memory, since a frozen one keeps no state: leave one out"
-            raise OptionError("opponent", said)
+        """Raise UserError for options that need a memory that the policy has not."""
+        if not state_size(self.policy) and getattr(self.options, "sequence_length", None) is not None:
+            said = "sequence_length cuts rows of a policy with memory, and this one has none: leave it out"
+            raise OptionError("sequence_length", said)
 
     def _check_probabilities(self) -> None:
         """Raise OptionError for options that read probabilities, where actions have densities or are several."""
@@ -307,6 +304,7 @@ class ControlWorld(World):
             reward_scaler=RewardScaler(environments.num_envs, options.gamma) if options.scale_rewards else None,
             sequence_length=None if whole else options.sequence_length,
             greedy=compares_greedy(options),
+            packed=self.packed,
             device=options.device,
         )
 

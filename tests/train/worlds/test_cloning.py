@@ -12,7 +12,7 @@ import torch
 from outcomes import parameters, untimed
 
 import policygrad as pg
-from policygrad.control import Policy
+from policygrad.control import Policy, memory
 from policygrad.errors import Note, UserError
 from policygrad.train.options import OptionError
 
@@ -280,3 +280,128 @@ def test_a_run_that_goes_on_with_other_demonstrations_says_so(demonstrations: Ro
     path.write_text("".join(json.dumps(row | {"action": 1 - row["action"]}) + "\n" for row in demonstrations))
     with pytest.warns(Note, match="the training data is no longer what it was"):
         pg.resume(tmp_path / "run", trust=True, iterations=1, progress=False)
+
+
+# With memory
+
+LENGTH = {"env_options": {"length": 3}}
+MAZE: dict[str, Any] = {"preset": "none", "progress": False, "validation": 0.25, "learning_rate": 0.02} | LENGTH
+MAZE |= {"minibatch_size": 16, "hidden": (), "evaluation_patience": None}
+REMEMBERS: dict[str, Any] = {"memory": "gru", "memory_size": 16, **MAZE}
+
+
+def mazes(episodes: int = 40, length: int = 3) -> Rows:
+    """Walks through a T-maze that turn as the sign said, which is seen in the first step alone."""
+    rows: Rows = []
+    for k in range(episodes):
+        environment = gymnasium.make("policygrad/TMaze-v0", length=length)
+        (obs, _), ended, sign = environment.reset(seed=k), False, 0
+        while not ended:
+            sign = int(obs[0]) or sign
+            action = (0 if sign == 1 else 2) if obs[2] else 1
+            rows.append({"observation": obs.tolist(), "action": action, "episode": k})
+            obs, _, ended, *_ = environment.step(action)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def maze_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "mazes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in mazes()))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+def test_what_needs_memory_is_cloned_with_one(kind: str, maze_file: Path) -> None:
+    run = pg.clone("policygrad/TMaze-v0", maze_file, iterations=25, **REMEMBERS | {"memory": kind})
+    assert run.after.log_probability > -0.05
+    assert run.after.accuracy == 1
+    assert run.after.decisions == 40
+    assert run.evaluate(20).return_mean == 1
+
+
+def test_without_memory_it_cannot_be_fitted(maze_file: Path) -> None:
+    """Of four decisions one is a coin: nothing is more likely than its frequencies, and half of the turns are wrong."""
+    run = pg.clone("policygrad/TMaze-v0", maze_file, iterations=200, **MAZE)
+    train, kept = run.world.sample.found, run.world.kept
+    up = np.mean(train.action[train.observation[:, 2] == 1] == 0)
+    best = (up * np.log(up) + (1 - up) * np.log(1 - up)) / 4
+    assert run.metrics[-1]["objective"] == pytest.approx(best, abs=5e-3)
+    assert run.after.log_probability < -0.1
+    assert run.after.accuracy == 1 - np.mean(kept.action[kept.observation[:, 2] == 1] != 2 * (up < 0.5)) / 4
+    assert run.evaluate(40).return_mean < 0.7
+
+
+def test_a_clone_with_memory_resumes_and_any_method_goes_on_from_it(maze_file: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = REMEMBERS | {"sequence_length": 2, "checkpoint_every": 1, "normalize_observations": True}
+    whole = pg.clone("policygrad/TMaze-v0", maze_file, iterations=4, out=tmp_path / "whole", **how)
+    pg.clone("policygrad/TMaze-v0", maze_file, iterations=2, out=tmp_path / "part", **how)
+    again = pg.resume(tmp_path / "part", iterations=2, demonstrations=maze_file, progress=False)
+    assert torch.equal(parameters(whole), parameters(again))
+    assert untimed(whole.metrics) == untimed(again.metrics)
+    on: dict[str, Any] = {"memory": "gru", "memory_size": 16, "hidden": (), "preset": "none", **LENGTH}
+    on |= {"normalize_observations": True, "num_envs": 2, "start": tmp_path / "whole"}
+    with pytest.warns(Note, match="has no critic"):
+        training = pg.Training("ppo", "policygrad/TMaze-v0", **on)
+    with training:
+        mine, its = training.world.policy.state_dict(), whole.policy.state_dict()
+        assert all(torch.equal(mine[name], x) for name, x in its.items())
+        next(training)
+
+
+def test_minibatches_are_whole_rows_or_pieces_of_them(maze_file: Path) -> None:
+    how: dict[str, Any] = REMEMBERS | {"iterations": 2}
+    whole, pieces = (pg.clone("policygrad/TMaze-v0", maze_file, **how, **x) for x in ({}, {"sequence_length": 3}))
+    assert whole.metrics[-1]["updates"] == 8, "30 episodes of 4 steps, 4 in a minibatch"
+    assert pieces.metrics[-1]["updates"] == 12, "30 rows of 6 steps in two pieces each, 5 in a minibatch"
+    assert pieces.metrics[-1]["steps"] == whole.metrics[-1]["steps"] == 2 * 120
+
+
+def test_what_is_held_out_is_judged_as_it_is_acted(maze_file: Path) -> None:
+    """Episodes of several lengths: what fills their rows counts for nothing."""
+    rows = [{**row, "episode": f"{k}, {row['episode']}"} for k in (1, 5, 2) for row in mazes(6, k)]
+    run = pg.clone("policygrad/TMaze-v0", rows, iterations=2, **REMEMBERS)
+    kept, right, total = run.world.kept, 0, 0.0
+    for episode in np.unique(kept.episode):
+        state = None
+        for t in np.flatnonzero(kept.episode == episode):
+            start = torch.zeros(1, 1, dtype=torch.bool)
+            before = run.policy.initial(1) if state is None else state
+            given = memory.Rows(
+                torch.tensor(kept.observation[t]).view(1, 1, 3), start, before.unsqueeze(1), before[:, None, :0]
+            )
+            with torch.no_grad():
+                made, _ = run.policy.unrolled(given)
+            total += float(made.log_prob(torch.tensor([[int(kept.action[t])]])))
+            action, state = run.act(kept.observation[t], state)
+            right += action == kept.action[t]
+    assert run.after.decisions == len(kept)
+    assert run.after.accuracy == pytest.approx(right / len(kept))
+    assert run.after.log_probability == pytest.approx(total / len(kept), abs=1e-6)
+
+
+def test_a_policy_of_ones_own_with_memory_is_cloned(maze_file: Path) -> None:
+    def policy(*spaces: Any) -> Policy:
+        return Policy(*spaces, memory="gru", memory_size=16, hidden=())
+
+    how: dict[str, Any] = {name: x for name, x in MAZE.items() if name != "hidden"}
+    assert pg.clone("policygrad/TMaze-v0", maze_file, policy=policy, iterations=25, **how).after.accuracy == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "said"),
+    [
+        ([{**row, "episode": 0} for row in mazes(3)], {"memory": "gru"}, "all demonstrations are one: give more"),
+        (
+            [{x: y for x, y in row.items() if x != "episode"} for row in mazes(3)],
+            {"memory": "gru"},
+            "needs to know where episodes start: give the demonstrations a column episode",
+        ),
+        (mazes(3), {"sequence_length": 2}, "sequence_length cuts rows of a policy with memory, and this one has none"),
+        (mazes(3), {"memory_size": 2}, "memory_size is read only where memory is gru or lstm or transformer"),
+    ],
+)
+def test_what_a_memory_cannot_be_cloned_from_is_one_line(rows: Rows, how: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        pg.clone("policygrad/TMaze-v0", rows, iterations=1, **MAZE, **how)
+    assert len(str(raised.value)) <= 200
