@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class ProcessEngine:
         self.process: subprocess.Popen[str] | None = None
         self.directory: Path | None = None  # of the weights and what the process prints
         self.sent: list[Tensor] | None = None  # the parameters, as they were written last
+        self.closed = False
         self.version = self.loaded = self.checked = 0  # of the weights: written, in the process, and compared
 
     @torch.no_grad()
@@ -89,21 +91,25 @@ class ProcessEngine:
         return done
 
     def close(self) -> None:
-        """End the process and remove its files."""
+        """End the process and remove its files. A call in another thread (lag) fails, and later ones do."""
+        self.closed = True
         self._end()
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory = None
-        self.sent = None
 
     def _answered(self, policy: LanguagePolicy, asked: dict[str, Any]) -> dict[str, Any]:
         """The answer to a question about this policy, by as many processes as it takes."""
-        self._write(policy)
         for _ in range(RESTARTS):
             try:
+                if self.closed:
+                    raise UserError(f"the {self.kind} engine is closed: make another one")
+                self._write(policy)
                 self._bring_up_to_date(policy)
                 return self._ask(**asked)
             except Ended as end:
+                if self.closed:
+                    raise UserError(f"the {self.kind} engine was closed while it sampled") from end
                 said = f"the {self.kind} engine {end}: it is started again, and samples the same again"
                 warnings.warn(said, Note, stacklevel=3)
                 self._end()
@@ -118,6 +124,7 @@ class ProcessEngine:
             return
         if self.directory is None:
             self.directory = Path(tempfile.mkdtemp(prefix="policygrad-engine-"))
+            weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)  # of one that nobody closed
         self.version += 1
         model, how = policy.model, dict[str, Any]()
         if hasattr(model, "peft_config"):

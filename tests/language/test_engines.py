@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -206,13 +207,21 @@ def test_what_cannot_start_is_an_error_of_one_line(kind: str, python: str, messa
     assert len(str(error.value)) <= 200
 
 
-def test_closing_ends_the_process_and_removes_its_files() -> None:
+def test_closing_ends_the_process_and_the_call_of_another_thread_and_removes_its_files() -> None:
     made = ProcessEngine("transformers", sys.executable, context=32)
     made(model(), *prompts(3), request(), generator())
     assert made.process is not None
     assert made.directory is not None
     process, directory = made.process, Path(made.directory)
     assert [x.name for x in directory.glob("version-*")] == ["version-1"]
-    made.close()
+    os.kill(process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(made, model(), *prompts(3), request(), generator())
+        time.sleep(0.5)  # it has asked by now
+        made.close()
+        with pytest.raises(UserError, match="the transformers engine was closed while it sampled"):
+            waiting.result()
     assert process.poll() is not None
     assert not directory.exists()
+    with pytest.raises(UserError, match="the transformers engine is closed"):
+        made(model(), *prompts(3), request(), generator())
