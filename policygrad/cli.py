@@ -293,6 +293,8 @@ class Reproduce:
     """CPU threads of torch; by default as before."""
     ray: str | None = None
     """Address of the Ray cluster that has the samplers; by default as before."""
+    engine_python: str | None = None
+    """Python of the environment that has the engine (language models)."""
     json: FlagCreatePairsOff[bool] = False
     """Print one JSON object at the end, and nothing else."""
 

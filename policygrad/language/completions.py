@@ -40,6 +40,10 @@ class Completions:
     mask: Bool[Tensor, "B T"]
     cut: Bool[Tensor, " B"]
 
+    def to(self, device: torch.device | str) -> "Completions":
+        """The same on another device."""
+        return Completions(*(x.to(device) for x in vars(self).values()))
+
     def ids(self) -> list[list[int]]:
         """The tokens of each completion up to its end, inserted ones among them."""
         whole = self.mask.flip(1).cumsum(1).flip(1) > 0  # up to the last decision

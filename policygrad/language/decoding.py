@@ -97,18 +97,34 @@ class Decoding(ABC):
         self.cache.reorder_cache(going)  # type: ignore[arg-type]
 
     def _stopped(self) -> Bool[Tensor, " n"]:
-        """Whether a stop text ends with the newest token.
-
-        Each byte of it takes at most one token, so the last few tokens are enough; some more complete the first
-        character.
-        """
-        assert self.request.decode is not None
-        reach = max(len(text.encode()) for text in self.request.stop_texts) + MARGIN
+        """Whether a stop text ends with the newest token."""
         going = self.alive.nonzero().squeeze(1)
-        tokens = self.done.tokens[self.rows[going], max(0, self.count - reach) : self.count]
-        said = self.request.decode(tokens.tolist())
-        found = [any(text in x for text in self.request.stop_texts) for x in said]
+        tokens = self.done.tokens[self.rows[going], max(0, self.count - _reach(self.request)) : self.count]
+        found = _have_stop_text(tokens.tolist(), self.request)
         return torch.zeros_like(self.alive).index_put_((going,), torch.tensor(found, device=going.device))
+
+
+def stopped_at(tokens: list[int], request: Request) -> int | None:
+    """The number of tokens at which decoding would have ended a completion for a stop text; None: for none."""
+    if not request.stop_texts:
+        return None
+    ends, reach = range(1, len(tokens) + 1), _reach(request)
+    found = _have_stop_text([tokens[max(0, end - reach) : end] for end in ends], request)
+    return next((end for end, stops in zip(ends, found, strict=True) if stops), None)
+
+
+def _reach(request: Request) -> int:
+    """How many tokens are looked at for a stop text.
+
+    Each byte of it takes at most one token, so the last few tokens are enough; some more complete the first character.
+    """
+    return max(len(text.encode()) for text in request.stop_texts) + MARGIN
+
+
+def _have_stop_text(tokens: list[list[int]], request: Request) -> list[bool]:
+    """Whether each of these tokens as text has a stop text in it."""
+    assert request.decode is not None
+    return [any(text in said for text in request.stop_texts) for said in request.decode(tokens)]
 
 
 class Growing(Decoding):

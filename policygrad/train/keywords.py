@@ -108,6 +108,8 @@ class Keywords(TypedDict, total=False):
     cut: Literal["kept", "masked", "penalized"]
     cut_penalty: float
     old_logp: Literal["sampled", "recomputed"]
+    engine_python: str | Path | None
+    engine_tolerance: float
     importance_bound: float
     importance_low: float
     importance_level: Literal["token", "sequence", "product"]

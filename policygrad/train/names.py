@@ -32,12 +32,14 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "demonstrations": (),
     "symmetry": (),
     "ray": ("auto",),
+    "engine_python": (),
 }
 # What a run keeps itself, or needs in training alone, so that loading it does not read the name; a model is kept unless
 # it is an adapter's base.
 KEPT = (
     "start", "model", "base_model", "tokenizer", "teacher", "mix",
     "dataset", "evaluation_dataset", "demonstrations", "symmetry", "ray",
+    "engine_python",
 )  # fmt: skip
 PATTERNS = ("format:", "overlong:")  # built-in rewards with arguments
 

@@ -311,6 +311,15 @@ class Options:
         "Subtracted from the reward of a cut completion.", NOT_NEGATIVE, **LANGUAGE, **SAMPLED, cut=("penalized",))
     old_logp: Literal["sampled", "recomputed"] = option("sampled",
         "Log-probabilities of the old policy: from sampling, or recomputed by the learner.", **LANGUAGE, **SAMPLED)
+    engine: Literal["own", "vllm", "transformers"] = option("own",
+        "What samples in training: the library's own decoding, or vLLM or transformers in another process.",
+        **LANGUAGE, **SAMPLED)
+    engine_python: str | None = option(None,
+        "Python of the environment that has the engine, ENVIRONMENT/bin/python; None: for transformers, this one.",
+        TEXT, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
+    engine_tolerance: float = option(1e-3,
+        "Most nats between engine and learner in the log-probability of a token, of 64 after each change of the "
+        "weights; more is an error.", POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
     importance_bound: float = option(2.0,
         "Upper bound of the importance weights pi_old / sampling policy; 0: no correction.",
         POSSIBLY_INFINITE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
@@ -952,6 +961,7 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda x: x != "float32", "optimizers keep float32 copies of other weights, which are not sharded"),
     "critic": (lambda x: x == "shared", "a trunk belongs to one model"),
     "divergence_mask": (lambda x: x in ("tv", "kl"), "it keeps a whole copy of the policy"),
+    "engine": (lambda x: x != "own", "it would need whole weights on each rank"),
     "baseline": (lambda x: x == "optimal", "it needs the score of each row"),
     "gradient_noise": (lambda x: x == "exact", "it needs the gradient of each row"),
     "autocast": (lambda x: x != "none", "the backward pass would keep 16-bit copies of all weights, whole"),
@@ -965,6 +975,9 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _language_conflicts(o: Any) -> Any:
     if getattr(o, "shard", False) and KNOWN[o.method].objective == "clone":
         yield "shard", "shard is not for clone, which learns with whole weights: leave it out"
+    if getattr(o, "engine", "own") == "vllm" and o.engine_python is None:
+        said = "engine is vllm, which needs an environment of its own"
+        yield "engine_python", f"{said}: give engine_python, the path of its bin/python"
     for name, (refused, why) in NOT_SHARDED.items() if getattr(o, "shard", False) else ():
         if hasattr(o, name) and refused(x := getattr(o, name)):
             yield name, f"{name} is {shortened(x, 20)}, and not with shard, since {why}: leave one of the two out"

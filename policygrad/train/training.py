@@ -87,8 +87,8 @@ class Training:
     exact:chain or another exact world. out: a directory for the run; None writes nothing. preset: the name of tuned
     settings, a file of them, or "none"; by default the task's preset if it has one. policy, critic: for control, your
     own modules, or callables that make them from (observation_space, action_space) and (observation_space); for
-    language, critic is a text, the option of that name. engine: the function that samples completions. keywords: any
-    option of the method (see policygrad.train.options); they override the preset.
+    language, critic is a text, the option of that name. engine: the function that samples completions, or a text, the
+    option of that name. keywords: any option of the method (see policygrad.train.options); they override the preset.
 
     The seed determines all random numbers: the same seed gives the same parameters, bit for bit, on the same machine
     with the same number of threads, also those from the global generators of torch, NumPy and Python, which are left
@@ -130,6 +130,8 @@ class Training:
             task = str(task)
         if isinstance(critic, str):  # for a language model, critic is an option
             values["critic"], critic = critic, None
+        if isinstance(engine, str):
+            values["engine"], engine = engine, None
         task, rows = rows_apart(task, values)
         kind = kind_of(task, values)
         if "demonstrations" in rows:

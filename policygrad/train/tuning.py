@@ -183,7 +183,7 @@ class Search:
     def __init__(self, method: str, task: Any, values: dict[str, Any], preset: Any) -> None:
         self.method, self.task, self.values = method, task, {x: y for x, y in values.items() if x != "seed"}
         plain = {
-            x: y for x, y in values.items() if x not in ("policy", "engine") and (x != "critic" or isinstance(y, str))
+            x: y for x, y in values.items() if x != "policy" and (x not in ("critic", "engine") or isinstance(y, str))
         }
         named, rows = rows_apart(task, plain)
         kind = kind_of(named, plain | ({"dataset": "rows"} if rows else {}))

@@ -38,12 +38,12 @@ class Arguments(Keywords, total=False):
 '''
 # From Python these may be more than text.
 IN_PYTHON = {
-    **dict.fromkeys(["model", "tokenizer", "base_model", "start"], "str | Path | None"),
+    **dict.fromkeys(["model", "tokenizer", "base_model", "start", "engine_python"], "str | Path | None"),
     **dict.fromkeys(["dataset", "evaluation_dataset", "reward", "demonstrations"], "Any"),
     **dict.fromkeys(["env_options", "template_variables"], "str | dict[str, Any] | None"),
     "columns": "str | dict[str, str] | Sequence[str]",
 }
-ARGUMENTS = {"critic"}  # of train and Training themselves
+ARGUMENTS = {"critic", "engine"}  # of train and Training themselves
 
 
 def written(kind: object) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ from policygrad.language.conversations import (
     text_in,
     within,
 )
+from policygrad.language.engines import ProcessEngine
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
 from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
@@ -85,6 +87,7 @@ class LanguageWorld(World):
     reads: Callable[..., list[data.Example]] = staticmethod(data.load_examples)  # rows of training and of evaluation
     make: Callable[[], Environment] | None = None  # the environment to talk to, if there is one
     tools: Sequence[Tool] = ()
+    process: ProcessEngine | None = None  # an engine in another process, if there is one
     anchor: nn.Module | None = None  # the reference, where it is sharded
     collected: Mapping[str, torch.Tensor] = {}  # the tensors of a sharded world, as they were when all ranks gave them
     teacher: str | None = None  # its digest, once it is read
@@ -118,7 +121,8 @@ class LanguageWorld(World):
             self.prompts = self._task(progress)
             self.policy, device = self.prompts.policy, options.device
             self._check_mergeable()
-            if own.engine is None:
+            self.process = self._process()
+            if own.engine is None and self.process is None:
                 check_scored_as_sampled(self.policy, self.prompts.train, options.max_tokens)
             self.policy.shared = self._shares_prompts()
             asked = self.rows_of_rank("prompts_per_rollout")
@@ -134,7 +138,7 @@ class LanguageWorld(World):
                 decouple_rewards=options.decouple_rewards,
                 greedy=compares_greedy(options),
                 dataset_weight=options.dataset_weight,
-                engine=own.engine or generate,
+                engine=own.engine or self.process or generate,
                 seed=options.seed,
                 device=device,
             )
@@ -144,6 +148,19 @@ class LanguageWorld(World):
                 self.critic = self._critic()
             if getattr(options, "mix", None) is not None:
                 self.demonstrations = self._mixed_in()
+
+    def _process(self) -> ProcessEngine | None:
+        """The engine in another process that the options ask for, with room for the longest prompt."""
+        options = self.options
+        if options.engine == "own":
+            return None
+        context = int(self.prompts.train.lengths.max()) + options.max_tokens
+        python = options.engine_python or sys.executable
+        return ProcessEngine(options.engine, python, context=context, tolerance=options.engine_tolerance)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()
 
     def _mixed_in(self) -> DemonstrationSampler:
         """The demonstrations that are mixed in. Raises UserError if they are not as `clone` takes them."""

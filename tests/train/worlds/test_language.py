@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import sys
 import warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -204,6 +206,58 @@ def test_an_engine_of_ones_own_samples(language: dict[str, Any]) -> None:
 
     pg.train("grpo", **language, engine=engine)
     assert len(asked) >= 2
+
+
+def test_an_engine_in_another_process_samples_and_may_be_killed(language: dict[str, Any], tmp_path: Path) -> None:
+    """The same run with and without the engine's death; its samples are not those of the own engine."""
+    options = language | {"learning_rate": 1e-2, "iterations": 3}
+    own = pg.train("grpo", **options)
+    plain = pg.train("grpo", **options, engine="transformers", out=tmp_path / "run")
+    with pg.Training("grpo", **options, engine="transformers") as training:
+        next(training)
+        process = training.world.process
+        os.kill(process.process.pid, signal.SIGKILL)
+        with pytest.warns(Note, match="the transformers engine was ended by signal 9"):
+            list(training)
+    assert torch.equal(parameters(training.run), parameters(plain))
+    assert not torch.equal(parameters(own), parameters(plain))
+    assert process.process is None
+    assert pg.load(tmp_path / "run", trust=True).evaluate().prompts == 8
+
+
+def test_a_run_with_an_engine_goes_on_bit_for_bit_and_its_program_is_named_again(
+    language: dict[str, Any], tmp_path: Path
+) -> None:
+    """A run directory says which program was the engine's, and may be anyone's."""
+    options = language | {"learning_rate": 1e-2, "engine": "transformers", "engine_python": sys.executable}
+    whole = pg.train("grpo", **options | {"iterations": 4})
+    pg.train("grpo", **options | {"iterations": 2}, out=tmp_path / "run")
+    repeated = {"model": options["model"], "dataset": options["task"], "reward": options["reward"]}
+    with pytest.raises(UserError, match=r"the run names what is not its own, engine_python .*: repeat that"):
+        pg.resume(tmp_path / "run", iterations=2, progress=False, **repeated)
+    again = pg.resume(tmp_path / "run", iterations=2, progress=False, engine_python=sys.executable, **repeated)
+    assert torch.equal(parameters(whole), parameters(again))
+
+
+@pytest.mark.parametrize(
+    ("change", "option", "said"),
+    [
+        ({"engine": "vllm"}, "engine_python", "engine is vllm, which needs an environment of its own: give engine_pyt"),
+        ({"engine_python": "/x"}, "engine_python", "engine_python is read only where engine is vllm or transformers"),
+        ({"engine_tolerance": 0.1}, "engine_tolerance", "engine_tolerance is read only where engine is vllm or trans"),
+        ({"engine": "transformers", "engine_tolerance": 1e-12}, None, "engine and learner differ by"),
+        ({"engine": "transformers", "engine_python": "/x/python"}, None, "engine_python /x/python cannot be run"),
+        ({"engine": "transformers", "shard": True}, "engine", "engine is 'transformers', and not with shard"),
+    ],
+    ids=str,
+)
+def test_an_engine_that_cannot_be_is_said(
+    language: dict[str, Any], change: dict[str, Any], option: str | None, said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        pg.train("grpo", **language | change)
+    assert getattr(raised.value, "option", None) == option
+    assert len(str(raised.value)) <= 200
 
 
 @pytest.mark.parametrize(

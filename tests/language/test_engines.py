@@ -1,0 +1,227 @@
+"""Engines in another process, compared with the learner's own model. vLLM needs an environment of its own."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from policygrad.errors import Note, UserError
+from policygrad.language.adapters import add_adapter
+from policygrad.language.completions import Completions, Request
+from policygrad.language.engines import ProcessEngine
+from policygrad.language.generation import generate
+from policygrad.language.policies import LanguagePolicy, Prefixes
+from tests.language.conftest import END, PAD, VOCABULARY, alone, picked, prompts, tiny
+
+PYTHONS = {"transformers": sys.executable, "vllm": os.environ.get("POLICYGRAD_VLLM_PYTHON")}
+SIZE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
+TEMPERATURE = 0.7
+FALSE = str(shutil.which("false"))  # a program that fails
+
+
+def model(**options: object) -> LanguagePolicy:
+    """A policy with tied embeddings; heads of 32 features, as few as vLLM's attention on a CPU has."""
+    return LanguagePolicy(tiny("llama", **SIZE, **options), temperature=TEMPERATURE)
+
+
+def request(**options: object) -> Request:
+    return Request(**({"completions": 3, "max_tokens": 12, "stop": (END, 2), "pad": PAD} | options))  # type: ignore[arg-type]
+
+
+def moved(policy: LanguagePolicy, size: float = 0.05) -> LanguagePolicy:
+    """The same after an update of every weight that learns."""
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(size * torch.randn_like(p) * p.requires_grad)
+    return policy
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module", params=PYTHONS)
+def engine(request: pytest.FixtureRequest) -> Iterator[ProcessEngine]:
+    """One process for all tests, since it takes long to start; each hands over weights of its own."""
+    python = PYTHONS[request.param]
+    if python is None:
+        pytest.skip("POLICYGRAD_VLLM_PYTHON names no Python of an environment with vLLM")
+    made = ProcessEngine(request.param, python, context=32)
+    yield made
+    made.close()
+
+
+def check_log_probabilities(
+    policy: LanguagePolicy, given: tuple[torch.Tensor, torch.Tensor], done: Completions
+) -> None:
+    """Of every token, against the model's own logits row by row, without padding."""
+    rows = torch.arange(len(done.tokens)) // (len(done.tokens) // len(given[0]))
+    obs = Prefixes(given[0][rows], given[1][rows], done.tokens, done.mask)
+    with torch.no_grad():
+        expected = picked(obs, alone(policy.model, obs, policy.temperature))  # type: ignore[arg-type]
+    torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
+
+
+def test_log_probabilities_are_the_learners_before_and_after_updates(engine: ProcessEngine) -> None:
+    """The prompts stay the same: keys and values kept of them would be those of other weights."""
+    policy, given = model(), prompts(5, 2, 9)
+    for _ in range(3):
+        done = engine(policy, *given, request(), generator())
+        check_log_probabilities(policy, given, done)
+        assert engine.checked == engine.version == engine.loaded
+        moved(policy)
+
+
+def test_completions_end_at_a_stop_token_or_are_cut(engine: ProcessEngine) -> None:
+    done = engine(model(), *prompts(5, 2, 9, 1, 7), request(completions=8), generator())
+    lengths = done.mask.sum(1)
+    assert (done.mask == (torch.arange(12) < lengths.unsqueeze(1))).all()
+    ends = torch.isin(done.tokens, torch.tensor([END, 2])) & done.mask
+    assert (ends.sum(1) == (~done.cut).long()).all()
+    assert ends.take_along_dim(lengths.unsqueeze(1) - 1, 1).squeeze(1)[~done.cut].all()
+    assert (lengths[done.cut] == 12).all()
+    assert 0 < done.cut.sum() < 40
+    assert (done.tokens[~done.mask] == PAD).all()
+    assert (done.logp[~done.mask] == 0).all()
+
+
+def test_tokens_are_drawn_from_the_policy(engine: ProcessEngine) -> None:
+    """The first token of 3,000 completions of a prompt, against its exact probabilities."""
+    policy, given = model(), prompts(4)
+    done = engine(policy, *given, request(completions=3000, max_tokens=1), generator())
+    with torch.no_grad():
+        p = (policy.model(input_ids=given[0][:, -4:]).logits[0, -1].double() / TEMPERATURE).softmax(-1)
+    seen = torch.bincount(done.tokens[:, 0], minlength=VOCABULARY)
+    likely = p * 3000 >= 5
+    counts = torch.cat([seen[likely], seen[~likely].sum().view(1)]).double()
+    expected = torch.cat([p[likely], p[~likely].sum().view(1)]) * 3000
+    square = ((counts - expected).square() / expected).sum()
+    assert likely.sum() > 5
+    assert torch.special.gammaincc(likely.sum() / 2, square / 2) > 1e-3  # so rare is a chi-square as large
+
+
+def test_greedy_completions_are_those_of_the_own_engine(engine: ProcessEngine) -> None:
+    policy, given = model(), prompts(5, 2, 9)
+    asked = request(completions=2, greedy=True)
+    done, own = engine(policy, *given, asked, generator()), generate(policy, *given, asked, generator())
+    for name in ("tokens", "mask", "cut"):
+        assert torch.equal(getattr(done, name), getattr(own, name))
+    torch.testing.assert_close(done.logp, own.logp, rtol=0, atol=1e-4)
+
+
+def test_the_generator_decides_the_samples(engine: ProcessEngine) -> None:
+    policy, given = model(), prompts(5, 2, 9)
+    first, again, other = (engine(policy, *given, request(), generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+    assert first.tokens.unique(dim=0).shape[0] > 6  # the completions of a prompt are not one
+
+
+def test_an_adapter_is_merged(engine: ProcessEngine) -> None:
+    policy, given = LanguagePolicy(add_adapter(model().model, 2), temperature=TEMPERATURE), prompts(5, 2)
+    for _ in range(2):
+        moved(policy, 0.1)
+        done = engine(policy, *given, request(), generator())
+        rows = torch.arange(6) // 3
+        obs = Prefixes(given[0][rows], given[1][rows], done.tokens, done.mask)
+        with torch.no_grad():
+            own = policy(obs).log_prob(obs.completion)
+        torch.testing.assert_close(done.logp[done.mask], own[done.mask], rtol=0, atol=1e-4)
+    engine.sent = None  # of another model, for the other tests
+
+
+def test_a_stop_text_ends_a_completion_as_in_the_own_engine(engine: ProcessEngine) -> None:
+    def decode(rows: list[list[int]]) -> list[str]:
+        return ["".join(chr(ord("a") + x) for x in row) for row in rows]
+
+    policy, given = model(), prompts(5, 2, 9, 1)
+    likely = generate(policy, *given, request(completions=1, greedy=True), generator())
+    text = decode([likely.tokens[0, 2:4].tolist()])[0]
+    asked = request(completions=1, greedy=True, stop_texts=(text,), decode=decode)
+    done, own = engine(policy, *given, asked, generator()), generate(policy, *given, asked, generator())
+    assert own.mask[0].sum() <= 4
+    assert not own.cut[0]
+    for name in ("tokens", "mask", "cut"):
+        assert torch.equal(getattr(done, name), getattr(own, name))
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_process_that_is_killed_costs_time_only(engine: ProcessEngine, when: str) -> None:
+    """SIGKILL before it is asked, or while it samples: the samples are those of an engine that lives."""
+    policy, given = model(), prompts(5, 2, 9)
+    expected = engine(policy, *given, request(), generator())
+    assert engine.process is not None
+    number = engine.process.pid
+    if when == "before":
+        os.kill(number, signal.SIGKILL)
+    else:
+        os.kill(number, signal.SIGSTOP)
+
+        def kill() -> None:
+            time.sleep(0.5)  # asked by now
+            os.kill(number, signal.SIGKILL)
+
+        threading.Thread(target=kill).start()
+    with pytest.warns(Note, match=f"the {engine.kind} engine was ended by signal 9: it is started again"):
+        done = engine(policy, *given, request(), generator())
+    assert engine.process.pid != number
+    assert torch.equal(done.tokens, expected.tokens)
+    assert torch.equal(done.logp, expected.logp)
+
+
+def test_another_distribution_than_the_learners_is_refused(engine: ProcessEngine) -> None:
+    """The learner scales its states, which the engine does not know of."""
+    policy, given = moved(model()), prompts(5, 2, 9)
+    hook = policy.model.model.norm.register_forward_hook(lambda module, inputs, out: 1.01 * out)  # type: ignore
+    with pytest.raises(
+        UserError, match=r"engine and learner differ by .* nats on a token, more than engine_tol"
+    ) as error:
+        engine(policy, *given, request(), generator())
+    assert len(str(error.value)) <= 200
+    hook.remove()
+    check_log_probabilities(policy, given, engine(policy, *given, request(), generator()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "python", "message"),
+    [
+        ("vllm", "/nowhere/bin/python", "engine_python /nowhere/bin/python cannot be run (No such file or directory)"),
+        ("vllm", FALSE, "the vllm engine ended with code 1 before it had started: give engine_python"),
+        ("vllm", sys.executable, "the vllm engine cannot start: ModuleNotFoundError: No module named 'vllm'"),
+    ],
+)
+def test_what_cannot_start_is_an_error_of_one_line(kind: str, python: str, message: str) -> None:
+    made = ProcessEngine(kind, python, context=32)
+    with pytest.raises(UserError) as error:
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) <= 200
+
+
+def test_closing_ends_the_process_and_the_call_of_another_thread_and_removes_its_files() -> None:
+    made = ProcessEngine("transformers", sys.executable, context=32)
+    made(model(), *prompts(3), request(), generator())
+    assert made.process is not None
+    assert made.directory is not None
+    process, directory = made.process, Path(made.directory)
+    assert [x.name for x in directory.glob("version-*")] == ["version-1"]
+    os.kill(process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(made, model(), *prompts(3), request(), generator())
+        time.sleep(0.5)  # it has asked by now
+        made.close()
+        with pytest.raises(UserError, match="the transformers engine was closed while it sampled"):
+            waiting.result()
+    assert process.poll() is not None
+    assert not directory.exists()
+    with pytest.raises(UserError, match="the transformers engine is closed"):
+        made(model(), *prompts(3), request(), generator())
