@@ -293,6 +293,15 @@ def as_often(parts: Sequence[Any], idle: Callable[[Any], Any] = lambda x: x) -> 
     return parts + [idle(last) for _ in range(count - len(parts))]
 
 
+def summed_with_last(module: Any, parts: Sequence[Any]) -> Iterator[Any]:
+    """The parts of a gradient step. Shards with `once_a_step` sum their gradients in the last backward pass of it."""
+    once = [x for x in module.modules() if getattr(x, "once_a_step", False)] if hasattr(module, "modules") else []
+    for i, part in enumerate(parts, 1):
+        for one in once:
+            one.set_requires_gradient_sync(i == len(parts), recurse=False)
+        yield part
+
+
 # Processes
 
 

@@ -15,11 +15,13 @@ from policygrad import ranks
 from policygrad.errors import UserError
 
 
-def shard(module: nn.Module) -> None:
+def shard(module: nn.Module, *, once_a_step: bool = False) -> None:
     """Shard a policy or a value model over the ranks, in place: each transformer block, and the rest as its root.
 
     The gradient of a rank's backward pass is then this rank's part of the sum over all ranks (torch takes the mean).
-    The parameters become DTensors, so an optimizer is made afterwards. Raises UserError for a model without blocks.
+    once_a_step: gradients of micro-batches add up on each rank, whole, and are summed over the ranks after the last
+    one (ranks.summed_with_last). The parameters become DTensors, so an optimizer is made afterwards. Raises UserError
+    for a model without blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -34,6 +36,7 @@ def shard(module: nn.Module) -> None:
     for part in _parts(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+        part.once_a_step = once_a_step
     with torch.no_grad():  # torch takes for the root what is called first
         module(torch.zeros(1, 2, dtype=torch.long, device=device))
     cut(module)

@@ -76,6 +76,7 @@ class Keywords(TypedDict, total=False):
     lora_alpha: float | None
     lora_targets: str | Sequence[str]
     shard: bool
+    gradient_sync: Literal["micro_batch", "step"]
     save: Literal["adapter", "merged"]
     gradient_checkpointing: bool
     autocast: Literal["none", "bfloat16", "auto"]

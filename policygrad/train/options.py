@@ -241,6 +241,9 @@ class Options:
     shard: bool = option(False,
         "Of several ranks (torchrun), each holds a part of all weights, of the reference and of the optimizer.",
         **LANGUAGE, **ASCEND)
+    gradient_sync: Literal["micro_batch", "step"] = option("micro_batch",
+        "When ranks sum the gradients of shards: after each micro-batch, so that each holds its part; or once a step: "
+        "fewer messages, and each holds a whole gradient meanwhile.", shard=(True,), **LANGUAGE, **ASCEND)
     save: Literal["adapter", "merged"] = option("adapter",
         "What is saved of a run that trains an adapter: the adapter alone, or the whole model with it merged in.",
         **LANGUAGE)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import spawned
+from rank_cases import Messages, spawned
 from tiny_models import tiny
 from torch import nn
 
@@ -24,6 +24,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reinforce": ("reinforce", {}),
     "grpo, activations computed again": ("grpo", {"gradient_checkpointing": True, "epochs": 2}),
     "ppo, activations computed again": ("ppo", {"gradient_checkpointing": True, "epochs": 2}),
+    "grpo, one part": ("grpo", {"kl_ref": "loss", "epochs": 2, "micro_batch": None}),
+    "grpo, summed once a step": ("grpo", {"kl_ref": "loss", "epochs": 2, "gradient_sync": "step"}),
+    "ppo, summed once a step": ("ppo", {"epochs": 2, "critic_learning_rate": 0.3, "gradient_sync": "step"}),
 }  # fmt: skip
 ROWS = (6, 2)  # of the ranks: one has three micro-batches, the other one
 TIED = {"tie_word_embeddings": True}
@@ -57,16 +60,18 @@ def learned(case: str, shard: bool) -> dict[str, Any]:
     numbers = sum(p.numel() for x in modules for p in x.parameters())
     if shard:
         for module in modules:
-            sharding.shard(module)
+            sharding.shard(module, once_a_step=values.get("gradient_sync") == "step")
     ranks.in_lockstep(shard)
     rollout = rollout_of(ranks.rank())
     given = {**EXACT, "minibatch_size": 100, **values, "prompts_per_rollout": 100, "world": "language", "shard": shard}
+    given = given if shard else {x: y for x, y in given.items() if x != "gradient_sync"}
     given = given if method in ("grpo", "ppo") else {x: y for x, y in given.items() if x != "minibatch_size"}
     learner = assemble(method, policy, lambda _: rollout, critic=critic, reference=reference, **given)
     iterator, rows = iter(learner), []
-    for _ in range(2):
-        rows.append({name: float(x) for name, x in next(iterator).items()})
-        sharding.cut(*modules)
+    with Messages() as messages:
+        for _ in range(2):
+            rows.append({name: float(x) for name, x in next(iterator).items()})
+            sharding.cut(*modules)
     held = sum(ranks.local(p).numel() for x in modules for p in x.parameters())
     moments = sum(
         ranks.local(x).numel() for one in learner.optimizers for s in one.state.values() for x in s.values() if x.ndim
@@ -75,6 +80,9 @@ def learned(case: str, shard: bool) -> dict[str, Any]:
     return {
         "parameters": torch.cat([x.detach().reshape(-1) for x in found]),
         "rows": rows,
+        "calls": messages.calls,
+        "bytes": messages.bytes,
+        "numbers": [sum(p.numel() for p in x.parameters()) for x in modules],
         "share": held / numbers,
         "moments": moments / sum(p.numel() for x in modules[:2] for p in x.parameters()),
     }
@@ -112,6 +120,29 @@ def test_each_rank_holds_half(case: str, processes: list[dict[str, Any]]) -> Non
     if case == "ppo, Adam":
         whole = processes[0][f"{case}, False"]["moments"]
         assert [x[f"{case}, True"]["moments"] / whole for x in processes] == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def test_micro_batches_send_their_gradient_or_once_a_step_for_all(processes: list[dict[str, Any]]) -> None:
+    """2 iterations of 2 epochs: the gradient of each micro-batch, or of each step, by blocks and the root."""
+    policy = LanguagePolicy(tiny())
+    most = max(len(policy.parts(rollout_of(rank).obs, rows=2)[0]) for rank in range(2))
+    assert most > 1
+    each, once = (processes[0][f"{case}, True"] for case in ("grpo", "grpo, summed once a step"))
+    parts = len(sharding.blocks(policy)) + 1
+    for found, sums in ((each, 2 * 2 * most), (once, 2 * 2)):
+        assert found["calls"]["_reduce_scatter_base_"] == sums * parts
+        sent = found["bytes"]["_reduce_scatter_base_"]
+        assert sent == pytest.approx(sums * 8 * found["numbers"][0], rel=0.02)  # and some padding
+    for name in ("allreduce_", "allgather_", "_allgather_base_"):
+        assert once["calls"][name] == each["calls"][name]
+
+
+def test_whole_models_send_their_gradient_once_a_step(processes: list[dict[str, Any]]) -> None:
+    """In one message, with all metrics; those without micro-batches send as often."""
+    found = processes[0]["grpo, False"]
+    with_one = processes[0]["grpo, one part, False"]
+    assert found["calls"] == with_one["calls"]
+    assert found["bytes"] == with_one["bytes"]
 
 
 def test_blocks_are_those_of_the_longest_list() -> None:
