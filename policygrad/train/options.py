@@ -952,7 +952,6 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "divergence_mask": (lambda x: x in ("tv", "kl"), "it keeps a whole copy of the policy"),
     "baseline": (lambda x: x == "optimal", "it needs the score of each row"),
     "gradient_noise": (lambda x: x == "exact", "it needs the gradient of each row"),
-    "autocast": (lambda x: x != "none", "the backward pass would keep 16-bit copies of all weights, whole"),
     "reference_every": (lambda x: x is not None, "a sharded reference stays as it is"),
     "reference_decay": (lambda x: x is not None, "a sharded reference stays as it is"),
     "mix": (lambda x: x is not None, "ranks would pass through it a different number of times"),
