@@ -24,6 +24,7 @@ from policygrad.errors import UserError, one_line, shortened
 
 TIME_LIMIT = 1800.0  # seconds that a rank waits for the others, unless it is told another number
 JOINING = 300.0  # seconds that it waits for them at the start
+ANSWERING = 10.0  # seconds that it waits for the store when it ends
 BUCKET = 2**22  # numbers of one message; larger sums go in several
 
 
@@ -389,7 +390,10 @@ def join() -> None:
                 ) from error
             late = re.search("timed out after|timeout", said, re.IGNORECASE)
             why = f"no answer within {JOINING:,.0f} s" if late else one_line(said, 80)
-            raise UserError(f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT") from error
+            raise UserError(
+                f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT, and that all "
+                f"{os.environ['WORLD_SIZE']} were started"
+            ) from error
     _joined = Processes(store)
     limit_to(TIME_LIMIT)
 
@@ -434,11 +438,21 @@ def check_alike(what: str, own: dict[str, Any]) -> None:
 def speaks(line: str, error: BaseException) -> tuple[bool, str]:
     """Whether this rank is the one to print what ended it, and the line: that of another rank whose error it was.
 
-    Rank 0 does. Another rank tells it why it ends, and prints only what ends it together with rank 0, if that is gone.
+    Rank 0 does. Another rank tells it why it ends, and prints only what ends it together with rank 0, if that is gone,
+    or does not answer: of a network that is cut the store says nothing, for ever.
     """
     group = _joined
     if not isinstance(group, Processes) or group.store is None:
         return True, line
+    found: list[tuple[bool, str]] = []
+    asking = threading.Thread(target=lambda: found.append(_said_by(group, line, error)), daemon=True)
+    asking.start()
+    asking.join(ANSWERING)
+    return found[0] if found else (True, line)
+
+
+def _said_by(group: Processes, line: str, error: BaseException) -> tuple[bool, str]:
+    """As speaks says, with a store that answers."""
     caused = not isinstance(error, Lost | KeyboardInterrupt)
     try:
         if caused:
