@@ -4,9 +4,10 @@
 
 Each host is a network namespace with an address of its own (Linux, `ip` of iproute2, and root), and runs one torchrun
 with one rank; both write to one file system. The cases: `whole`, two hosts that nothing happens to; `back`, the cable
-is pulled for some seconds in the midst of the run; `gone`, it is pulled for good. The first two must end with the
-parameters of two ranks on one host, bit for bit, and the last one with one line on each host, soon after the time limit
-that it says. (A host that never comes is waited for by torchrun, before it starts a rank.)
+is pulled for some seconds in the midst of the run; `late`, it is pulled for longer than the ranks wait for each other,
+and torchrun may start them again; `gone`, it is pulled for good. The first three must end with the parameters of two
+ranks on one host, bit for bit, and the last one with one line on each host, soon after the time limit that it says. (A
+host that never comes is waited for by torchrun, before it starts a rank.)
 """
 
 import argparse
@@ -28,8 +29,8 @@ HOSTS = [f"policygrad-{os.getpid()}-{i}" for i in range(2)]
 CABLE = "cable"  # the name of its end on each host
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 PORT = "29511"
-AWAY = 6.0  # seconds that the cable is out
 WAITS = 15.0  # the run's rank_time_limit
+AWAY = {"back": 6.0, "late": 2 * WAITS}  # seconds that the cable is out
 TRAIN = ["train", "ppo", "CartPole-v1", "--preset", "none", "--num-envs", "4", "--num-steps", "32", "--epochs", "2",
          "--iterations", "60", "--minibatch-size", "64", "--compile", "off", "--checkpoint-every", "5",
          "--threads", "1", "--rank-time-limit", f"{WAITS:g}"]  # fmt: skip
@@ -63,11 +64,11 @@ def pull(out: bool) -> None:
     ip("-n", HOSTS[1], "link", "set", CABLE, "down" if out else "up")
 
 
-def started(out: Path) -> list[subprocess.Popen[str]]:
+def started(out: Path, restarts: int) -> list[subprocess.Popen[str]]:
     """The run, by torchrun on each of two hosts."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": CABLE}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    launch += ["--master-addr", ADDRESSES[0], "--master-port", PORT]
+    launch += ["--max-restarts", str(restarts), "--master-addr", ADDRESSES[0], "--master-port", PORT]
     return [
         subprocess.Popen(
             [
@@ -101,7 +102,7 @@ def ended(running: list[subprocess.Popen[str]], limit: float) -> list[tuple[int 
         try:
             _, errors = process.communicate(timeout=max(1.0, limit - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its rank
             found.append((None, time.monotonic() - start, lines(process.communicate()[1])))
             continue
         found.append((process.returncode, time.monotonic() - start, lines(errors)))
@@ -138,31 +139,32 @@ def case(name: str, place: Path) -> tuple[bool, Any]:
     """Whether a case is as it should be, and what came of each host."""
     out = place / name
     with two_hosts():
-        running = started(out)
-        if name in ("back", "gone"):
+        running = started(out, restarts=3 if name == "late" else 0)
+        if name != "whole":
             begun(out, running)
             pull(True)
-        if name == "back":
-            time.sleep(AWAY)
+        if name in AWAY:
+            time.sleep(AWAY[name])
             pull(False)
         found = ended(running, 600)
     said = [line for _, _, its in found for line in its]
     if name == "gone":
         soon = all(code not in (0, None) and seconds < WAITS + 45 for code, seconds, _ in found)
         return soon and all(len(its) == 1 and "lost another rank" in its[0] for _, _, its in found), found
-    return [code for code, _, _ in found] == [0, 0] and not said and same(out, place / "one host"), found
+    right = [code for code, _, _ in found] == [0, 0] and bool(said) == (name == "late")
+    return right and same(out, place / "one host"), found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="whole, back, gone; by default all")
-    cases = parser.parse_args().cases or ["whole", "back", "gone"]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="whole, back, late, gone; by default all")
+    cases = parser.parse_args().cases or ["whole", "back", "late", "gone"]
     if os.geteuid() != 0:
         raise SystemExit("hosts.py makes network namespaces, which takes root: run it with sudo")
     wrong = 0
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        if {"whole", "back"} & {*cases}:
+        if {*cases} != {"gone"}:
             on_one_host(place / "one host")
         for name in cases:
             right, found = case(name, place)

@@ -350,8 +350,8 @@ def _answering() -> Iterator[None]:
         why = f"no answer within {_limit:,.0f} s (rank_time_limit)" if late else one_line(error, 70)
         why = "its connection was closed" if closed and not late else why
         raise Lost(
-            f"rank {rank()} lost another rank ({why}): it has ended, or hangs; torchrun --max-restarts goes on from "
-            "the last checkpoint"
+            f"rank {rank()} lost another rank ({why}): it has ended, hangs or cannot be reached; torchrun "
+            "--max-restarts goes on from the last checkpoint"
         ) from error
 
 
