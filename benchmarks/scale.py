@@ -1,34 +1,36 @@
-"""One run on several processes: how much faster, what is sent, and what is left when one is killed.
+"""One run on several processes: how much faster, and what is sent.
 
     python benchmarks/scale.py                  all of it, into docs/scale.json and the section of docs/scale.md
+    python benchmarks/scale.py messages         only this part; the others stay as they were measured last
+    python benchmarks/scale.py scaling --workloads environments learning
     python benchmarks/scale.py --quick          tiny numbers, printed only: does the script run?
-    python benchmarks/scale.py --kills 20 --only kills
 
 Scaling: each workload on 1 and on 2 processes, in turn, `--repeats` times; of each the median seconds of an iteration
 after the first. Weak: twice the environments or prompts on twice the processes. Strong: the same number on both.
-Messages: every call of torch.distributed in an iteration, and the bytes that a rank hands to it, beside the least that
-data-parallel learning can do, one sum of the gradient for each gradient step. Kills: runs under torchrun of which a
-rank is killed by SIGKILL at a random moment, and what they come to beside an undisturbed run. Nothing else should run
-beside this: processes that wait for one another feel every other one.
+Nothing else should run beside it: processes that wait for one another feel every other one. Messages: every call of
+torch.distributed in an iteration of 2 processes, and the bytes that a rank sends where they go around a ring, beside
+the least that data-parallel learning can do, one sum of the gradient for each gradient step. (Kills are kills.py, two
+hosts hosts.py.)
 """
 
 import argparse
 import json
 import math
 import os
-import random
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured by benchmarks/scale.py -->", "<!-- end of what was measured -->"
@@ -45,53 +47,68 @@ WORKLOADS: dict[str, tuple[str, str, dict[str, Any], str, int]] = {
     "language": ("grpo", "arithmetic", {"prompts_per_rollout": 8, "completions": 8, "held_out": 0, "max_tokens": 24,
                                         "learning_rate": 1e-4}, "prompts_per_rollout", 6),
 }  # fmt: skip
-KILLED = ["train", "ppo", "CartPole-v1", "--preset", "none", "--num-envs", "3", "--num-steps", "32",
-          "--iterations", "40", "--minibatch-size", "48", "--normalize-observations",
-          "--checkpoint-every", "2"]  # fmt: skip
+LANGUAGE = WORKLOADS["language"][2] | {"micro_batch": 8, "shared_prompts": "off"}
+# Only counted: one process has nothing to shard.
+SHARDED: dict[str, tuple[str, str, dict[str, Any], str, int]] = {
+    name: ("grpo", "arithmetic", LANGUAGE | {"shard": True} | more, "prompts_per_rollout", 4)
+    for name, more in {
+        "sharded": {},
+        "sharded, once a step": {"gradient_sync": "step"},
+        "sharded, in bfloat16": {"gradient_sync": "step", "autocast": "bfloat16"},
+    }.items()
+}
+COUNTED = {
+    **WORKLOADS,
+    "language, micro-batches": ("grpo", "arithmetic", LANGUAGE, "prompts_per_rollout", 4),
+    **SHARDED,
+}
 
 
-class Counted:
-    """Counts what torch.distributed is asked to send: calls, and the bytes of this rank's own tensor."""
+class Messages(TorchDispatchMode):
+    """Counts what torch.distributed is asked for: calls, and the bytes that a rank sends if they go around a ring."""
 
     def __init__(self) -> None:
-        self.calls = self.bytes = 0
-        for name in ("all_reduce", "all_gather"):
-            setattr(dist, name, self._counting(getattr(dist, name)))
-        dist.distributed_c10d.all_gather = dist.all_gather  # of objects, which are gathered as bytes
+        super().__init__()
+        self.calls, self.bytes = 0, 0.0
 
-    def _counting(self, function: Any) -> Any:
-        def counted(*arguments: Any, **options: Any) -> Any:
-            own = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]
-            self.calls, self.bytes = self.calls + 1, self.bytes + own.numel() * own.element_size()
-            return function(*arguments, **options)
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function.namespace == "c10d":
+            others = dist.get_world_size() - 1
+            at, share = {
+                "allreduce_": (0, 2 * others / (others + 1)),
+                "_reduce_scatter_base_": (1, others / (others + 1)),
+                "_allgather_base_": (1, others),
+                "allgather_": (1, others),
+            }[function._schema.name.partition("::")[2]]
+            given = arguments[at] if isinstance(arguments[at], list | tuple) else [arguments[at]]
+            self.calls += 1
+            self.bytes += share * sum(x.nbytes for x in given)
+        return function(*arguments, **(options or {}))
 
-        return counted
 
-
-def rank_of(name: str, options: dict[str, Any], place: Path) -> None:
+def rank_of(name: str, options: dict[str, Any], counting: bool, place: Path) -> None:
     """One process of a workload: what it has measured is a file."""
     from policygrad import ranks
     from policygrad.train.training import Training
 
     torch.set_num_threads(1)
-    method, task, *_, iterations = WORKLOADS[name]
+    method, task, *_, iterations = COUNTED[name]
     iterations = options.pop("iterations", iterations)
-    counted = None
-    if ranks.asked_for():
-        counted = Counted()
-        ranks.join()
-    seconds, messages, steps = [], [], []
+    ranks.join()
+    seconds, sent, steps = [], [], []
     with Training(method, task, iterations=iterations, **COMMON, **options) as training:
         learned = sum(p.numel() for p in training.learner.objective.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in training.world.modules().parameters() if p.requires_grad)
         for _ in range(iterations):
-            before, start = (counted.calls, counted.bytes) if counted else (0, 0), time.perf_counter()
-            row = next(training)
+            messages, start = Messages(), time.perf_counter()
+            with messages if counting else nullcontext():
+                row = next(training)
             seconds.append(time.perf_counter() - start)
-            after = (counted.calls, counted.bytes) if counted else (0, 0)
-            messages.append([y - x for x, y in zip(before, after, strict=True)])
+            sent.append((messages.calls, messages.bytes))
             steps.append(row.get("updates", 1.0))
-    found = {"seconds": seconds[1:], "messages": messages[1:], "updates": steps[1:], "parameters": learned}
-    (place / f"{ranks.rank()}.json").write_text(json.dumps({**found, "steps": row["steps"]}))
+    found = {"seconds": seconds[1:], "messages": sent[1:], "updates": steps[1:]}
+    found |= {"parameters": learned, "fitted": trained - learned}
+    (place / f"{ranks.rank()}.json").write_text(json.dumps(found))
     ranks.leave()
 
 
@@ -101,11 +118,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def measured(name: str, processes: int, options: dict[str, Any]) -> dict[str, Any]:
+def measured(name: str, processes: int, options: dict[str, Any], counting: bool = False) -> dict[str, Any]:
     """A workload on so many processes, once."""
     with tempfile.TemporaryDirectory() as place:
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         given = [sys.executable, __file__, "--rank-of", name, "--options", json.dumps(options), "--place", place]
+        given += ["--counting"] if counting else []
         running = [
             subprocess.Popen(given, env={**os.environ, "OMP_NUM_THREADS": "1", **together, "RANK": str(i)})
             for i in range(processes)
@@ -117,103 +135,71 @@ def measured(name: str, processes: int, options: dict[str, Any]) -> dict[str, An
 
 def scaling(name: str, repeats: int, quick: bool) -> dict[str, Any]:
     """Seconds of an iteration on one process, and on two: of the same work, and of twice as much."""
-    _, _, options, grows, _ = WORKLOADS[name]
-    options = {**options, **({"iterations": 3} if quick else {})}
-    if quick and "num_steps" in options:
-        options |= {"num_steps": 16}
-        options |= {x: 64 for x in ("minibatch_size", "critic_minibatch_size") if x in options}
+    options, grows = shortened(WORKLOADS[name][2], quick), WORKLOADS[name][3]
     cases = {"one": (1, options), "strong": (2, options), "weak": (2, options | {grows: 2 * options[grows]})}
     seconds: dict[str, list[float]] = {case: [] for case in cases}
-    last: dict[str, Any] = {}
     for _ in range(repeats):
         for case, (processes, given) in cases.items():
-            last[case] = measured(name, processes, given)
-            seconds[case].append(median(last[case]["seconds"]))
+            seconds[case].append(median(measured(name, processes, given)["seconds"]))
     one, strong, weak = (median(seconds[case]) for case in cases)
-    return {
-        "seconds": seconds,
-        "strong": one / (2 * strong),
-        "weak": one / weak,
-        "messages": traffic(last["strong"], products=10 if name == "trpo" else 0),
-        "parameters": last["strong"]["parameters"],
-    }
+    return {"seconds": seconds, "strong": one / (2 * strong), "weak": one / weak}
 
 
-def traffic(found: dict[str, Any], products: int) -> dict[str, float]:
-    """Messages and bytes of an iteration, and the least there can be: a sum of gradients for each step.
+def shortened(options: dict[str, Any], quick: bool) -> dict[str, Any]:
+    if not quick:
+        return options
+    sizes = ("num_steps", "minibatch_size", "critic_minibatch_size")
+    small = dict(zip(sizes, (16, 64, 64), strict=True))
+    return options | {"iterations": 3} | {name: x for name, x in small.items() if name in options}
 
-    products: those with the Fisher matrix in a natural step, which are sums as long as a gradient.
+
+def traffic(name: str, quick: bool) -> dict[str, float]:
+    """Messages and bytes of an iteration of a workload on two processes, and the least there can be.
+
+    That is a sum of gradients for each step, which a ring does with 2 (N - 1) / N times their bytes, also of shards,
+    whose weights are gathered in one half of it and whose gradients are summed in the other. Products with the Fisher
+    matrix, of which a natural step has as many as conjugate gradient has iterations, are sums as long as a gradient.
     """
+    options = shortened(COUNTED[name][2], quick)
+    found = measured(name, 2, options, counting=True)
     calls, size = (median(x[i] for x in found["messages"]) for i in range(2))
-    sums = median(found["updates"]) + products
-    return {"calls": calls, "bytes": size, "least_calls": sums, "least_bytes": 4 * found["parameters"] * sums}
-
-
-# Kills
-
-
-def killed(kills: int, place: Path) -> dict[str, Any]:
-    """Kill a rank of a run so often, and compare what it comes to with an undisturbed run."""
-    from safetensors.torch import load_file
-
-    whole = torchrun(place / "whole", 0)
-    survived, each = 0, 4
-    for i in range(math.ceil(kills / each)):
-        count = min(each, kills - each * i)
-        out = place / f"killed-{i}"
-        if torchrun(out, count, seed=i):
-            break
-        first, second = (load_file(x / "policy.safetensors") for x in (place / "whole", out))
-        same = all(torch.equal(x, second[name]) for name, x in first.items())
-        rows = [untimed(x / "metrics.jsonl") for x in (place / "whole", out)]
-        survived += count if same and rows[0] == rows[1] else 0
-    return {"kills": kills, "survived": survived, "undisturbed": whole == 0}
-
-
-def untimed(path: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: x for name, x in row.items() if "second" not in name} for row in rows]
-
-
-def torchrun(out: Path, kills: int, seed: int = 0) -> int:
-    """Train on two ranks, of which one is killed after a new checkpoint, as often as is said. Returns the exit code."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "--max-restarts", str(kills), "-m", "policygrad", *KILLED, "--out", str(out)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running, generator, seen = subprocess.Popen(command, **quiet), random.Random(seed), ""  # type: ignore[call-overload]
-    while kills and running.poll() is None:
-        newest = max((path.name for path in (out / "checkpoints").glob("*.json")), default="")
-        if newest > seen:
-            time.sleep(generator.uniform(0, 0.5))
-            newest = max((path.name for path in (out / "checkpoints").glob("*.json")), default="")
-            listed = ["ps", "-o", "pid=", "--ppid", str(running.pid)]
-            ranks = [int(x) for x in subprocess.run(listed, capture_output=True, text=True).stdout.split()]
-            if len(ranks) == 2:
-                os.kill(generator.choice(ranks), signal.SIGKILL)
-                seen, kills = newest, kills - 1
-        time.sleep(0.02)
-    return running.wait()
+    sums = median(found["updates"]) + 10 * (name == "trpo")
+    size_of_sums = 4 * found["parameters"] * sums
+    if found["fitted"]:  # a critic of its own, in one epoch
+        fits = options["num_envs"] * options["num_steps"] / options["critic_minibatch_size"]
+        sums, size_of_sums = sums + fits, size_of_sums + 4 * found["fitted"] * fits
+    return {"parameters": found["parameters"] + found["fitted"], "calls": calls, "bytes": size, "least_calls": sums,
+            "least_bytes": size_of_sums}  # fmt: skip
 
 
 # Cost
 
 
+PARTS, BLOCKS = 8, 24  # micro-batches of a step, and transformer blocks of a model
+
+
 def model_of_cost() -> list[dict[str, Any]]:
     """Share of the time that computes, on many GPUs, for three sizes of model that fit one of them.
 
-    A gradient step of 64 x 1,024 tokens on each GPU at 40% of 989 TFLOP/s takes 6 P tokens / speed seconds; a ring
-    sums 4 P bytes in 2 (N - 1) / N 4 P / bandwidth seconds, at 450 GB/s within 8 GPUs and 50 GB/s beyond, plus 20
-    microseconds and log2(N) for each message. Not overlapped, as here.
+    A gradient step of 64 x 1,024 tokens on each GPU at 40% of 989 TFLOP/s takes 6 P tokens / speed seconds. With whole
+    models a ring sums 4 P bytes, 2 (N - 1) / N of which each sends. With shards in bfloat16, summed once a step, 2 P
+    bytes are gathered twice for each of PARTS micro-batches, and 4 P summed once, (N - 1) / N of each. 450 GB/s within
+    8 GPUs and 50 GB/s beyond, and 20 microseconds and log2(N) for each message. Nothing is overlapped.
     """
     rows = []
     for parameters in (1e8, 5e8, 3e9):
         compute = 6 * parameters * 64 * 1024 / (0.4 * 989e12)
         for count in (8, 64, 1024):
-            bandwidth = 450e9 if count <= 8 else 50e9
-            messages = 2 + math.ceil(parameters / 2**22)
-            sums = 2 * (count - 1) / count * 4 * parameters / bandwidth + messages * 20e-6 * math.log2(count)
-            rows.append({"parameters": parameters, "gpus": count, "compute": compute, "sums": sums,
-                         "efficiency": compute / (compute + sums)})  # fmt: skip
+            share, bandwidth = (count - 1) / count, 450e9 if count <= 8 else 50e9
+            sent = {
+                "whole": (2 * share * 4 * parameters, 2 + math.ceil(parameters / 2**22)),
+                "sharded": (share * (2 * PARTS * 2 + 4) * parameters, (2 * PARTS + 1) * (BLOCKS + 1)),
+            }
+            row: dict[str, Any] = {"parameters": parameters, "gpus": count, "compute": compute}
+            for name, (size, messages) in sent.items():
+                seconds = size / bandwidth + messages * 20e-6 * math.log2(count)
+                row[name] = {"seconds": seconds, "efficiency": compute / (compute + seconds)}
+            rows.append(row)
     return rows
 
 
@@ -229,52 +215,52 @@ def section(found: dict[str, Any]) -> str:
         for name, x in found["scaling"].items():
             one, strong, weak = (median(x["seconds"][case]) for case in ("one", "strong", "weak"))
             lines.append(f"| {name} | {one:.3f} | {strong:.3f} | {x['strong']:.2f} | {weak:.3f} | {x['weak']:.2f} |")
-        lines += ["", "| workload | parameters | messages | least | bytes | least |", "|---|---|---|---|---|---|"]
-        for name, x in found["scaling"].items():
-            sent = x["messages"]
-            numbers = (x["parameters"], *(sent[n] for n in ("calls", "least_calls", "bytes", "least_bytes")))
+        lines.append("")
+    if found["messages"]:
+        lines += ["| workload | parameters | messages | least | bytes | least |", "|---|---|---|---|---|---|"]
+        for name, x in found["messages"].items():
+            numbers = (x[n] for n in ("parameters", "calls", "least_calls", "bytes", "least_bytes"))
             lines.append(f"| {name} | " + " | ".join(f"{n:,.0f}" for n in numbers) + " |")
         lines.append("")
-    if found["kills"]:
-        x = found["kills"]
-        lines += [f"Kills: {x['survived']} of {x['kills']} survived, with the parameters and metrics of a run that was "
-                  "not disturbed.", ""]  # fmt: skip
-    lines += ["| parameters | GPUs | a step computes, s | and sums, s | efficiency |", "|---|---|---|---|---|"]
-    for x in found["cost"]:
-        numbers = f"{x['compute']:.3f} | {x['sums']:.4f} | {x['efficiency']:.2f}"
-        lines.append(f"| {x['parameters']:.0e} | {x['gpus']:,} | {numbers} |")
-    return "\n".join([*lines, "", f"torch {torch.__version__}, {os.cpu_count()} cores.", "", END])
+    lines += ["| parameters | GPUs | a step computes, s | whole: sends, s | efficiency | shards: s | efficiency |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for x in model_of_cost():
+        both = [f"{x[name]['seconds']:.3f} | {x[name]['efficiency']:.2f}" for name in ("whole", "sharded")]
+        lines.append(f"| {x['parameters']:.0e} | {x['gpus']:,} | {x['compute']:.3f} | {' | '.join(both)} |")
+    return "\n".join([*lines, "", f"torch {found['torch']}, {found['cores']} cores.", "", END])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="scaling, messages; by default both")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--only", nargs="*", choices=[*WORKLOADS, "kills"], default=[*WORKLOADS, "kills"])
+    parser.add_argument("--workloads", nargs="*", choices=[*COUNTED])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--options", help=argparse.SUPPRESS)
+    parser.add_argument("--counting", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank_of:
-        rank_of(given.rank_of, json.loads(given.options), given.place)
+        rank_of(given.rank_of, json.loads(given.options), given.counting, given.place)
         return
-    found: dict[str, Any] = {"scaling": {}, "kills": None, "cost": model_of_cost()}
-    for name in (x for x in given.only if x != "kills"):
-        found["scaling"][name] = scaling(name, 1 if given.quick else given.repeats, given.quick)
-        print(json.dumps({name: found["scaling"][name]}), flush=True)
-    if "kills" in given.only:
-        with tempfile.TemporaryDirectory() as place:
-            found["kills"] = killed(2 if given.quick else given.kills, Path(place))
+    if unknown := {*given.parts} - {"scaling", "messages"}:
+        parser.error(f"no part {', '.join(unknown)}: there are scaling and messages")
+    path, document = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"scaling": {}, "messages": {}}
+    found |= {"torch": torch.__version__, "cores": os.cpu_count()}
+    for part in given.parts or ("scaling", "messages"):
+        known = WORKLOADS if part == "scaling" else COUNTED
+        for name in (x for x in given.workloads or known if x in known):
+            measure = partial(scaling, repeats=given.repeats) if part == "scaling" else traffic
+            found[part][name] = measure(name, quick=given.quick)
+            print(json.dumps({part: {name: found[part][name]}}), flush=True)
     text = section(found)
     print(text)
-    if not given.quick and set(given.only) == {*WORKLOADS, "kills"}:
-        (ROOT / "docs" / "scale.json").write_text(json.dumps(found, indent=2) + "\n")
-        document = ROOT / "docs" / "scale.md"
+    if not given.quick:
+        path.write_text(json.dumps(found, indent=2) + "\n")
         before, _, rest = document.read_text().partition(BEGIN)
         document.write_text(before + text + rest.partition(END)[2])
-    if found["kills"] and found["kills"]["survived"] < found["kills"]["kills"]:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from policygrad.errors import UserError, one_line, shortened
 
 TIME_LIMIT = 1800.0  # seconds that a rank waits for the others, unless it is told another number
 JOINING = 300.0  # seconds that it waits for them at the start
+ANSWERING = 10.0  # seconds that it waits for the store when it ends
 BUCKET = 2**22  # numbers of one message; larger sums go in several
 
 
@@ -293,6 +294,15 @@ def as_often(parts: Sequence[Any], idle: Callable[[Any], Any] = lambda x: x) -> 
     return parts + [idle(last) for _ in range(count - len(parts))]
 
 
+def summed_with_last(module: Any, parts: Sequence[Any]) -> Iterator[Any]:
+    """The parts of a gradient step. Shards with `once_a_step` sum their gradients in the last backward pass of it."""
+    once = [x for x in module.modules() if getattr(x, "once_a_step", False)] if hasattr(module, "modules") else []
+    for i, part in enumerate(parts, 1):
+        for one in once:
+            one.set_requires_gradient_sync(i == len(parts), recurse=False)
+        yield part
+
+
 # Processes
 
 
@@ -340,8 +350,8 @@ def _answering() -> Iterator[None]:
         why = f"no answer within {_limit:,.0f} s (rank_time_limit)" if late else one_line(error, 70)
         why = "its connection was closed" if closed and not late else why
         raise Lost(
-            f"rank {rank()} lost another rank ({why}): it has ended, or hangs; torchrun --max-restarts goes on from "
-            "the last checkpoint"
+            f"rank {rank()} lost another rank ({why}): it has ended, hangs or cannot be reached; torchrun "
+            "--max-restarts goes on from the last checkpoint"
         ) from error
 
 
@@ -380,7 +390,10 @@ def join() -> None:
                 ) from error
             late = re.search("timed out after|timeout", said, re.IGNORECASE)
             why = f"no answer within {JOINING:,.0f} s" if late else one_line(said, 80)
-            raise UserError(f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT") from error
+            raise UserError(
+                f"the ranks cannot meet at {place} ({why}): check MASTER_ADDR and MASTER_PORT, and that all "
+                f"{os.environ['WORLD_SIZE']} were started"
+            ) from error
     _joined = Processes(store)
     limit_to(TIME_LIMIT)
 
@@ -425,11 +438,21 @@ def check_alike(what: str, own: dict[str, Any]) -> None:
 def speaks(line: str, error: BaseException) -> tuple[bool, str]:
     """Whether this rank is the one to print what ended it, and the line: that of another rank whose error it was.
 
-    Rank 0 does. Another rank tells it why it ends, and prints only what ends it together with rank 0, if that is gone.
+    Rank 0 does. Another rank tells it why it ends, and prints only what ends it together with rank 0, if that is gone,
+    or does not answer: of a network that is cut the store says nothing, for ever.
     """
     group = _joined
     if not isinstance(group, Processes) or group.store is None:
         return True, line
+    found: list[tuple[bool, str]] = []
+    asking = threading.Thread(target=lambda: found.append(_said_by(group, line, error)), daemon=True)
+    asking.start()
+    asking.join(ANSWERING)
+    return found[0] if found else (True, line)
+
+
+def _said_by(group: Processes, line: str, error: BaseException) -> tuple[bool, str]:
+    """As speaks says, with a store that answers."""
     caused = not isinstance(error, Lost | KeyboardInterrupt)
     try:
         if caused:

@@ -235,7 +235,7 @@ def _backward_everywhere(
                 p.grad = None if x is None else -share * x
             whole, total = share * value, {name: share * x for name, x in metrics.items()}
         elif parts:
-            whole, total = _backward(objective, parts)
+            whole, total = _backward(objective, ranks.summed_with_last(objective, parts))
         else:
             with torch.no_grad():
                 whole, total = objective(batch)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from policygrad import ranks
 from policygrad.control import Critic, Policy
@@ -119,6 +120,24 @@ def as_rank(case: str, layout: str) -> tuple[Tensor, list[dict[str, float]]]:
     """What this rank has learned from its own rows."""
     problem = Problem(layout)
     return learned(*problem.learner(case, problem.parts[ranks.rank()]))
+
+
+class Messages(TorchDispatchMode):
+    """Counts what torch.distributed is asked for inside the block: calls by their kind, and the bytes handed in."""
+
+    SENT = {"allreduce_": 0, "allgather_": 1, "_allgather_base_": 1, "_reduce_scatter_base_": 1}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = dict.fromkeys(self.SENT, 0), dict.fromkeys(self.SENT, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = function._schema.name.partition("::")[2]
+            given = arguments[self.SENT[name]]  # a kind that is not known is an error
+            self.calls[name] += 1
+            self.bytes[name] += sum(x.nbytes for x in (given if isinstance(given, list | tuple) else [given]))
+        return function(*arguments, **(options or {}))
 
 
 def free_port() -> int:

@@ -1,6 +1,8 @@
 """What several ranks learn is what one process learns from the rows of all of them; alone, nothing is summed."""
 
 import math
+import threading
+import time
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -357,6 +359,33 @@ def test_layouts_are_what_they_say(tmp_path: Path, float64: None) -> None:
     assert all(not part.mask.any() for part in Problem("empty").parts[1:])
     first, second = Problem("cut").parts
     assert {*first.group.tolist()} & {*second.group.tolist()}
+
+
+class Silent:
+    """The store of a rank 0 that a cut network has taken away: it never answers."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+
+    def check(self, keys: list[str]) -> bool:
+        return self.free.wait()
+
+    def set(self, key: str, value: str) -> None:
+        self.free.wait()
+
+
+@pytest.mark.parametrize("error", [ranks.Lost("lost"), UserError("broken")])
+def test_a_rank_that_cannot_reach_rank_0_any_more_speaks_itself(
+    error: UserError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = ranks.Processes.__new__(ranks.Processes)
+    group.rank, group.size, group.store = 1, 2, Silent()
+    monkeypatch.setattr(ranks, "_joined", group)
+    monkeypatch.setattr(ranks, "ANSWERING", 0.2)
+    start = time.monotonic()
+    assert ranks.speaks("why", error) == (True, "why")
+    assert time.monotonic() - start < 5
+    group.store.free.set()
 
 
 @pytest.mark.parametrize(("number", "count"), [("5", "2"), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "x"), ("", "2")])

@@ -13,27 +13,37 @@ from torch import nn
 
 from policygrad import ranks
 from policygrad.errors import UserError
+from policygrad.language.policies import ValueModel
 
 
-def shard(module: nn.Module) -> None:
+def shard(module: nn.Module, *, once_a_step: bool = False) -> None:
     """Shard a policy or a value model over the ranks, in place: each transformer block, and the rest as its root.
 
     The gradient of a rank's backward pass is then this rank's part of the sum over all ranks (torch takes the mean).
+    once_a_step: gradients of micro-batches add up on each rank, whole, and are summed over the ranks after the last
+    one (ranks.summed_with_last). With autocast to bfloat16, weights are gathered in it, which is half of what is sent,
+    and computed with; each rank's part of them is float32, and so are sums of gradients. A critic's head stays float32.
     The parameters become DTensors, so an optimizer is made afterwards. Raises UserError for a model without blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device = next(module.parameters()).device
     mesh = init_device_mesh(device.type, (ranks.size(),))
     layers = blocks(module)
     if not layers:
         raise UserError("the model has no list of transformer blocks that could be sharded: leave shard out")
+    computed = getattr(module, "autocast", None)
+    mixed = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=computed and torch.float32)
+    if computed is not None and isinstance(module, ValueModel):
+        module.head.register_forward_hook(lambda head, given, value: value.clone())  # FSDP2 warns of views
+        fully_shard(module.head, mesh=mesh)
     for part in (*layers, module):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=mixed)
     for part in _parts(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+        part.once_a_step = once_a_step
     with torch.no_grad():  # torch takes for the root what is called first
         module(torch.zeros(1, 2, dtype=torch.long, device=device))
     cut(module)

@@ -77,6 +77,7 @@ class Keywords(TypedDict, total=False):
     lora_targets: str | Sequence[str]
     quantize: Literal["none", "4bit"]
     shard: bool
+    gradient_sync: Literal["micro_batch", "step"]
     save: Literal["adapter", "merged"]
     gradient_checkpointing: bool
     autocast: Literal["none", "bfloat16", "auto"]

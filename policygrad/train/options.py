@@ -244,6 +244,9 @@ class Options:
     shard: bool = option(False,
         "Of several ranks (torchrun), each holds a part of all weights, of the reference and of the optimizer.",
         **LANGUAGE, **ASCEND)
+    gradient_sync: Literal["micro_batch", "step"] = option("micro_batch",
+        "When ranks sum the gradients of shards: after each micro-batch, so that each holds its part; or once a step: "
+        "fewer messages, and each holds a whole gradient meanwhile.", shard=(True,), **LANGUAGE, **ASCEND)
     save: Literal["adapter", "merged"] = option("adapter",
         "What is saved of a run that trains an adapter: the adapter alone, or the whole model with it merged in.",
         **LANGUAGE)
@@ -964,7 +967,6 @@ NOT_SHARDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "engine": (lambda x: x != "own", "it would need whole weights on each rank"),
     "baseline": (lambda x: x == "optimal", "it needs the score of each row"),
     "gradient_noise": (lambda x: x == "exact", "it needs the gradient of each row"),
-    "autocast": (lambda x: x != "none", "the backward pass would keep 16-bit copies of all weights, whole"),
     "reference_every": (lambda x: x is not None, "a sharded reference stays as it is"),
     "reference_decay": (lambda x: x is not None, "a sharded reference stays as it is"),
     "mix": (lambda x: x is not None, "ranks would pass through it a different number of times"),

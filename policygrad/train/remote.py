@@ -7,6 +7,7 @@ process to another is names, numbers and arrays; each process makes its world an
 
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,6 +191,7 @@ class Remote(Wrapper):
                 columns, self.parts[i], self.states[i], notes = self._answer(i, answer, self.limit)
             except self.ray.exceptions.RayActorError:
                 warnings.warn(f"sampler {i} has died: it starts again, with the same rollout", Note, stacklevel=3)
+                self._wait_for(i)
                 self.anew.add(i)
                 self._begin(i)
                 continue
@@ -198,6 +200,19 @@ class Remote(Wrapper):
                 warnings.warn(f"sampler {i}: {note}", Note, stacklevel=3)
             return Rollout(**_tensors(columns)), self.version - version
         raise UserError(f"sampler {i} has died of one rollout {TRIES} times: sample without samplers to see why")
+
+    def _wait_for(self, i: int) -> None:
+        """Until an actor that has died is there again: before that Ray refuses what it is asked, at once."""
+        end = time.monotonic() + self.limit
+        while True:
+            try:
+                self.ray.get(self.actors[i].__ray_ready__.remote(), timeout=max(0.0, end - time.monotonic()))
+                return
+            except (self.ray.exceptions.RayActorError, self.ray.exceptions.GetTimeoutError) as error:
+                if time.monotonic() >= end:
+                    said = f"sampler {i} has died, and did not start again within {self.limit:,.0f} s"
+                    raise UserError(f"{said}: rank_time_limit is how long it is waited for") from error
+                time.sleep(0.1)
 
     def _answer(self, i: int, answer: Any, limit: float) -> Any:
         """What a sampler returns. Raises UserError for its error, and where there is no answer in time."""

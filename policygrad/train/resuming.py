@@ -19,7 +19,7 @@ from policygrad.train.worlds import ROWS as OF_ROWS
 # Options in which a run that goes on may differ: they say how it is computed and kept, and not what it is.
 FREE = {
     *("trust", "trust_remote_code", "device", "threads", "profile", "gradient_noise"),
-    *("checkpoint_every", "checkpoints", "keep_best", "log", "shard", "engine_python"),
+    *("checkpoint_every", "checkpoints", "keep_best", "log", "shard", "gradient_sync", "engine_python"),
     *("rank_time_limit", "step_time_limit", "reward_time_limit"),
 }
 TOTAL = ("iteration", "steps", "iterations")  # the names of what a run was to have, and up to where

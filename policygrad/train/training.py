@@ -809,7 +809,8 @@ def _on_rank(options: Any, defaults: Any = None) -> Any:
         if getattr(options, "shard", False) and defaults is not None:
             said = "shard is of several ranks, and this is one process: start it by torchrun, or leave it out"
             raise OptionError("shard", said)
-        return replace(options, shard=False) if getattr(options, "shard", False) else options
+        whole = {"shard": False, "gradient_sync": "micro_batch"}
+        return replace(options, **whole) if getattr(options, "shard", False) else options
     if getattr(options, "samplers", None) is not None:
         said = "samplers are of one learner, and ranks sample for themselves"
         raise OptionError("samplers", f"{said}: leave out samplers or torchrun")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import spawned
+from rank_cases import Messages, spawned
 from tiny_models import tiny
 from torch import nn
 
@@ -24,9 +24,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reinforce": ("reinforce", {}),
     "grpo, activations computed again": ("grpo", {"gradient_checkpointing": True, "epochs": 2}),
     "ppo, activations computed again": ("ppo", {"gradient_checkpointing": True, "epochs": 2}),
+    "grpo, one part": ("grpo", {"kl_ref": "loss", "epochs": 2, "micro_batch": None}),
+    "grpo, summed once a step": ("grpo", {"kl_ref": "loss", "epochs": 2, "gradient_sync": "step"}),
+    "ppo, summed once a step": ("ppo", {"epochs": 2, "critic_learning_rate": 0.3, "gradient_sync": "step"}),
 }  # fmt: skip
+# One step: after it, weights that differ by a rounding of float32 may be other numbers of bfloat16.
+IN_BFLOAT16: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name}, bfloat16": (name, {**CASES[name][1], "epochs": 1, "minibatch_size": 100}) for name in ("grpo", "ppo")
+}
 ROWS = (6, 2)  # of the ranks: one has three micro-batches, the other one
-TIED = {"tie_word_embeddings": True}
 
 
 def rollout_of(rank: int) -> Rollout:
@@ -43,38 +49,58 @@ def rollout_of(rank: int) -> Rollout:
 
 
 def learned(case: str, shard: bool) -> dict[str, Any]:
-    """The parameters after two iterations, and their metrics, and the numbers that this rank holds."""
-    method, values = CASES[case]
+    """The parameters after two iterations, and their metrics, and the numbers that this rank holds.
+
+    In bfloat16 weights are numbers of it: of a whole model in its type, and the optimizer keeps float32 copies; and
+    of shards in float32. A weight that is used twice would have its gradients added in bfloat16 in a shard, and in
+    float32 in the other.
+    """
+    method, values = (CASES | IN_BFLOAT16)[case]
+    low = torch.bfloat16 if case in IN_BFLOAT16 else None
+    torch.set_default_dtype(torch.float64 if low is None else torch.float32)
     torch.manual_seed(3)
-    policy = LanguagePolicy(tiny(**TIED).double())
+    policy = LanguagePolicy(tiny(tie_word_embeddings=low is None).to(torch.get_default_dtype()), autocast=low)
     reference = deepcopy(policy).requires_grad_(False)
     for p in policy.parameters():
         p.data += 0.05 * torch.randn_like(p)
     if values.get("gradient_checkpointing"):
         models.checkpoint_gradients(policy.model)
-    critic = ValueModel(deepcopy(trunk(policy.model))).double() if method == "ppo" else None
+    critic = ValueModel(deepcopy(trunk(policy.model)), autocast=low) if method == "ppo" else None
     modules = [x for x in (policy, critic, reference) if x is not None]
     numbers = sum(p.numel() for x in modules for p in x.parameters())
+    for p in () if low is None else (p for x in modules for name, p in x.named_parameters() if "head." not in name):
+        p.data = p.data.to(low).float() if shard else p.data.to(low)
     if shard:
         for module in modules:
-            sharding.shard(module)
+            sharding.shard(module, once_a_step=values.get("gradient_sync") == "step")
     ranks.in_lockstep(shard)
     rollout = rollout_of(ranks.rank())
     given = {**EXACT, "minibatch_size": 100, **values, "prompts_per_rollout": 100, "world": "language", "shard": shard}
+    given = given if shard else {x: y for x, y in given.items() if x != "gradient_sync"}
     given = given if method in ("grpo", "ppo") else {x: y for x, y in given.items() if x != "minibatch_size"}
     learner = assemble(method, policy, lambda _: rollout, critic=critic, reference=reference, **given)
-    iterator, rows = iter(learner), []
-    for _ in range(2):
-        rows.append({name: float(x) for name, x in next(iterator).items()})
-        sharding.cut(*modules)
+    iterator, rows, seen = iter(learner), [], set()
+    for block in sharding.blocks(policy):
+        block.register_forward_pre_hook(lambda block, given: seen.add((given[0].dtype, next(block.parameters()).dtype)))
+    with Messages() as messages:
+        for _ in range(2 if low is None else 1):
+            rows.append({name: float(x) for name, x in next(iterator).items()})
+            sharding.cut(*modules)
     held = sum(ranks.local(p).numel() for x in modules for p in x.parameters())
     moments = sum(
         ranks.local(x).numel() for one in learner.optimizers for s in one.state.values() for x in s.values() if x.ndim
     )
-    found = [p.full_tensor() if ranks.is_shard(p) else p for x in modules for p in x.parameters()]
+    copies = {p: s["master"] for one in learner.optimizers for p, s in one.state.items() if "master" in s}
+    held_in = {p.dtype for x in modules for p in x.parameters()}
+    found = [p.full_tensor() if ranks.is_shard(p) else copies.get(p, p) for x in modules for p in x.parameters()]
     return {
-        "parameters": torch.cat([x.detach().reshape(-1) for x in found]),
+        "computed in": seen,
+        "held in": held_in,
+        "parameters": torch.cat([x.detach().reshape(-1).to(torch.get_default_dtype()) for x in found]),
         "rows": rows,
+        "calls": messages.calls,
+        "bytes": messages.bytes,
+        "numbers": [sum(p.numel() for p in x.parameters()) for x in modules],
         "share": held / numbers,
         "moments": moments / sum(p.numel() for x in modules[:2] for p in x.parameters()),
     }
@@ -82,8 +108,7 @@ def learned(case: str, shard: bool) -> dict[str, Any]:
 
 def in_a_process() -> dict[str, Any]:
     """Each case, sharded and whole, as one of two ranks."""
-    torch.set_default_dtype(torch.float64)
-    return {f"{case}, {shard}": learned(case, shard) for case in CASES for shard in (True, False)}
+    return {f"{case}, {shard}": learned(case, shard) for case in CASES | IN_BFLOAT16 for shard in (True, False)}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +137,41 @@ def test_each_rank_holds_half(case: str, processes: list[dict[str, Any]]) -> Non
     if case == "ppo, Adam":
         whole = processes[0][f"{case}, False"]["moments"]
         assert [x[f"{case}, True"]["moments"] / whole for x in processes] == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_in_bfloat16_shards_learn_what_weights_with_float32_copies_do(
+    case: str, processes: list[dict[str, Any]]
+) -> None:
+    """The same arithmetic."""
+    sharded, whole = (processes[0][f"{case}, {x}"] for x in (True, False))
+    assert sharded["computed in"] == whole["computed in"] == {(torch.bfloat16, torch.bfloat16)}
+    assert sharded["held in"] == {torch.float32}
+    torch.testing.assert_close(sharded["parameters"], whole["parameters"], rtol=0, atol=1e-6)
+    assert torch.equal(processes[1][f"{case}, True"]["parameters"], sharded["parameters"])
+
+
+def test_micro_batches_send_their_gradient_or_once_a_step_for_all(processes: list[dict[str, Any]]) -> None:
+    """2 iterations of 2 epochs: the gradient of each micro-batch, or of each step, by blocks and the root."""
+    policy = LanguagePolicy(tiny())
+    most = max(len(policy.parts(rollout_of(rank).obs, rows=2)[0]) for rank in range(2))
+    assert most > 1
+    each, once = (processes[0][f"{case}, True"] for case in ("grpo", "grpo, summed once a step"))
+    parts = len(sharding.blocks(policy)) + 1
+    for found, sums in ((each, 2 * 2 * most), (once, 2 * 2)):
+        assert found["calls"]["_reduce_scatter_base_"] == sums * parts
+        sent = found["bytes"]["_reduce_scatter_base_"]
+        assert sent == pytest.approx(sums * 8 * found["numbers"][0], rel=0.02)  # and some padding
+    for name in ("allreduce_", "allgather_", "_allgather_base_"):
+        assert once["calls"][name] == each["calls"][name]
+
+
+def test_whole_models_send_their_gradient_once_a_step(processes: list[dict[str, Any]]) -> None:
+    """In one message, with all metrics; those without micro-batches send as often."""
+    found = processes[0]["grpo, False"]
+    with_one = processes[0]["grpo, one part, False"]
+    assert found["calls"] == with_one["calls"]
+    assert found["bytes"] == with_one["bytes"]
 
 
 def test_blocks_are_those_of_the_longest_list() -> None:

@@ -96,7 +96,7 @@ def test_every_condition_can_be_met() -> None:
     possible["credit"] = {*hints["credit"].__args__, DEMONSTRATED}
     for f in known.values():
         for other, values in f.metadata["when"].items():
-            choices = possible.get(other) or set(hints[other].__args__)
+            choices = possible.get(other) or set(getattr(hints[other], "__args__", (True, False)))
             assert set(values) <= choices, (f.name, other)
 
 
@@ -230,7 +230,7 @@ VALUES: dict[str, Any] = {
 OF_EXACT = {"steps", "iterations", "seed", "evaluate_every", "num_envs", "episode_steps", "gamma", "credit", "weights"}
 ELSEWHERE = {"compile", "profile", "overlap", "device", "threads", "vectorization", "step_time_limit", "micro_batch"}
 ELSEWHERE |= {"checkpoint_every", "checkpoints", "keep_best", "log", "start", "evaluation_patience", "wrap"}
-ELSEWHERE |= {"shard", "gradient_noise", "on_nonfinite", "restart_envs", "action_mask"}
+ELSEWHERE |= {"shard", "gradient_sync", "gradient_noise", "on_nonfinite", "restart_envs", "action_mask"}
 ELSEWHERE |= {"policy_keys", "critic_keys", "opponent", "freeze_every", "rank_time_limit", "agents"}
 ELSEWHERE |= {"samplers", "ray", "lag"}
 # No step on a table oversteps its radius, so that none is shortened.

@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,36 @@ def in_a_process(place: Path) -> dict[str, Any]:
     for compiled in ("on", "off"):
         values = known("ppo", num_envs=3, compile=compiled, iterations=3) | {"threads": 1}
         found[f"compile {compiled}"] = parameters(pg.train("ppo", "CartPole-v1", **values))
+    for name in DISTURBED:
+        with disturbed(name):
+            found[name] = parameters(pg.train("ppo", "CartPole-v1", **known("ppo", num_envs=3) | {"threads": 1}))
     found["environment"] = refused(partial(Training, "ppo", pg.make_environments("CartPole-v1", 2)))
     return found
+
+
+# What happens to rank 1, whose one environment is fewer than the two of rank 0.
+DISTURBED = ("nothing", "it is slow", "its mask is empty", "its mask is empty, and it is slow")
+
+
+@contextmanager
+def disturbed(name: str) -> Iterator[None]:
+    """Rank 1 sleeps after each rollout inside the block, and none of its decisions counts."""
+    from policygrad.control.sampler import Sampler
+
+    plain = Sampler.__call__
+
+    def sampled(self: Any, policy: Any) -> Any:
+        rollout = plain(self, policy)
+        if "slow" in name and ranks.rank() == 1:
+            time.sleep(0.2)
+        counts = "empty" not in name or ranks.rank() == 0
+        return replace(rollout, mask=rollout.mask & counts)
+
+    Sampler.__call__ = sampled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Sampler.__call__ = plain  # type: ignore[method-assign]
 
 
 ALONE = ("statistics", "memory", "answers", "language, grpo")  # cases of one process that two go on with
@@ -290,6 +320,16 @@ def test_compiled_gradients_of_ranks_are_the_plain_ones(processes: list[dict[str
     assert torch.equal(on, processes[1]["compile on"])
 
 
+def test_a_slow_rank_and_one_whose_mask_is_empty_change_nothing_but_the_time(processes: list[dict[str, Any]]) -> None:
+    plain, slow, empty, both = ([found[name] for found in processes] for name in DISTURBED)
+    for found in (plain, slow, empty, both):
+        assert torch.equal(found[0], found[1])
+        assert found[0].isfinite().all()
+    assert torch.equal(slow[0], plain[0])
+    assert torch.equal(both[0], empty[0])
+    assert not torch.equal(empty[0], plain[0])
+
+
 def test_a_run_of_ranks_is_not_reproduced_by_one_process(place: Path, processes: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="was trained by 2 ranks, and one process would sample otherwise"):
         reproduce(place / "statistics" / "whole")
@@ -335,6 +375,20 @@ def said(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str, list[s
     outputs = [process.communicate(timeout=90) for process in processes]
     lines = [line for _, errors in outputs for line in errors.splitlines() if line.startswith(("policygrad", "Trace"))]
     return [process.returncode for process in processes], "".join(x for x, _ in outputs), lines
+
+
+SOON = "import sys; from policygrad import cli, ranks; ranks.JOINING = 3.0; cli.main(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_rank_that_never_comes_is_waited_for_as_long_as_is_said(here: int) -> None:
+    port = free_port()
+    code, output, lines = said(started([TRAIN], port, ["-c", SOON], WORLD_SIZE="2", RANK=str(here)))
+    assert (code, output) == ([2], "")
+    assert lines == [
+        f"policygrad: the ranks cannot meet at 127.0.0.1:{port} (no answer within 3 s): check MASTER_ADDR and "
+        "MASTER_PORT, and that all 2 were started"
+    ]
 
 
 TRAIN = ["train", "ppo", "CartPole-v1", "--preset", "none", "--iterations", "2", "--num-envs", "4"]

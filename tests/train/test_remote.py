@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from outcomes import parameters, untimed
@@ -242,6 +243,51 @@ def test_no_rollout_is_older_than_the_bound_and_none_is_dropped() -> None:
         assert min(lags) == 0
         assert sorted(taken + [x for x, _ in remote.pending.values()]) == sorted(begun)
         assert {x[0] for x in taken[-6 * bound :]} == {0, 1, 2}
+
+
+class Restarting:
+    """Stands in for Ray, and for an actor that has died: until it is there again, it refuses all that it is asked."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals, self.asked, self.begun = refusals, 0, 0
+        self.sample = self.__ray_ready__ = self
+
+    def remote(self, *arguments: Any) -> str:
+        self.begun += len(arguments) > 0
+        return "a rollout" if arguments else "whether it is there"
+
+    def get(self, answer: str, timeout: float) -> Any:
+        self.asked += 1
+        if self.asked <= self.refusals:
+            raise ray.exceptions.ActorUnavailableError("it restarts", b"0" * 16)
+        ones = np.ones((1, 1), dtype=bool)
+        columns = dict.fromkeys(("obs", "action", "logp", "reward"), np.zeros((1, 1)))
+        columns |= {"terminated": ones, "ended": ones, "mask": ones, "group": np.zeros(1)}
+        return columns, ({}, 1.0), "its state", []
+
+
+@pytest.mark.parametrize("refusals", [1, 9])
+def test_a_sampler_that_has_died_is_asked_again_when_it_is_there_and_not_before(refusals: int) -> None:
+    from policygrad.train.remote import Remote
+
+    remote, actor = Remote.__new__(Remote), Restarting(refusals)
+    remote.ray, remote.actors, remote.states, remote.parts = actor, [actor], ["the state before"], {}
+    remote.anew, remote.weights, remote.version, remote.limit, remote.pending = set(), "weights", 1, 30.0, {}
+    remote._begin(0)
+    with pytest.warns(Note, match="sampler 0 has died: it starts again, with the same rollout") as said:
+        assert remote._taken(0)[0].mask.all()
+    assert (actor.begun, len(said), remote.states) == (2, 1, ["its state"])
+
+
+def test_a_sampler_that_does_not_start_again_is_said() -> None:
+    from policygrad.train.remote import Remote
+
+    remote, actor = Remote.__new__(Remote), Restarting(10**9)
+    remote.ray, remote.actors, remote.limit = actor, [actor], 0.3
+    with pytest.raises(UserError, match=r"sampler 0 has died, and did not start again within 0 s: rank_time_limit is"):
+        remote._wait_for(0)
 
 
 def test_samplers_that_do_not_wait_learn_by_vtrace(tmp_path: Path) -> None:

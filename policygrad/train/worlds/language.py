@@ -529,7 +529,7 @@ class LanguageWorld(World):
             self.collected = {name: x.detach().cpu().clone() for name, x in self.modules().state_dict().items()}
         for module in (self.policy, self.critic, self.anchor):
             if module is not None:
-                shard(module)
+                shard(module, once_a_step=options.gradient_sync == "step")
         ranks.in_lockstep()
 
     def whole(self) -> AbstractContextManager[None]:
