@@ -10,6 +10,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, relu
 
+from policygrad.control.memory import is_mapped
 from policygrad.control.spaces import MASK, Flat, is_image
 from policygrad.errors import UserError, listed, one_line, type_of
 
@@ -79,7 +80,9 @@ class Images(Each):
         if obs.shape[1:] != self.shape:
             raise UserError(f"the encoder takes images {list(self.shape)}, and got {list(obs.shape[1:])}: fix the two")
         images = obs if self.channels == "first" else obs.movedim(-1, 1)
-        floats = images.to(torch.get_default_dtype(), memory_format=torch.channels_last)  # convolutions are faster so
+        # Convolutions are faster with the channels last; torch.vmap, as for the optimal baseline, has no such tensors.
+        layout = torch.preserve_format if is_mapped(images) else torch.channels_last
+        floats = images.to(torch.get_default_dtype(), memory_format=layout)
         return (floats - self.low) / self.span if self.low else floats / self.span
 
 

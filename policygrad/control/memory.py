@@ -86,7 +86,7 @@ class Recurrent(Memory):
         return self
 
     def forward(self, features: Tensor, start: Tensor, state: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or _is_mapped(features, *self.layer.parameters()):
+        if torch.compiler.is_compiling() or is_mapped(features, *self.layer.parameters()):
             return self.unrolled(features, start, state)[0]
         rows, steps = start.shape
         begins = start.clone()
@@ -223,9 +223,10 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def _is_mapped(*tensors: Tensor) -> bool:
+def is_mapped(*tensors: Tensor) -> bool:
     """Whether torch.func is transforming a function of these, as torch.vmap does."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    compiling = torch.compiler.is_compiling()  # which cannot look
+    return not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def make_memory(kind: str, inputs: int, size: int, window: int, orthogonal: bool) -> Memory | None:
