@@ -373,7 +373,12 @@ def started(
 def said(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str, list[str]]:
     """Exit codes, standard output, and the lines of errors of all."""
     outputs = [process.communicate(timeout=90) for process in processes]
-    lines = [line for _, errors in outputs for line in errors.splitlines() if line.startswith(("policygrad", "Trace", "terminate", "  what", "Fatal"))]
+    lines = [
+        line
+        for _, errors in outputs
+        for line in errors.splitlines()
+        if line.startswith(("policygrad", "Trace", "terminate", "  what", "Fatal"))
+    ]
     return [process.returncode for process in processes], "".join(x for x, _ in outputs), lines
 
 
