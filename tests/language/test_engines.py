@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from language.conftest import END, PAD, VOCABULARY, alone, picked, prompts, tiny
 from policygrad.errors import Note, UserError
 from policygrad.language.adapters import add_adapter
 from policygrad.language.completions import Completions, Request
 from policygrad.language.engines import ProcessEngine
 from policygrad.language.generation import generate
 from policygrad.language.policies import LanguagePolicy, Prefixes
-from tests.language.conftest import END, PAD, VOCABULARY, alone, picked, prompts, tiny
 
 PYTHONS = {"transformers": sys.executable, "vllm": os.environ.get("POLICYGRAD_VLLM_PYTHON")}
 SIZE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
