@@ -203,7 +203,7 @@ FAULTS = {
     "gamma^t dropped": (returns, "discount", "random", lambda f: lambda *x: torch.ones_like(f(*x))),
     "gamma^t left out of the credit": (credit, "discounted", "random", lambda f: lambda assign, gamma: assign),
     "gamma^t not set back by an end": (returns, "discount", "random, two episodes a row",
-        lambda f: lambda mask, ended, gamma: f(mask, ended & False, gamma)),
+        lambda f: lambda mask, ended, *x: f(mask, ended & False, *x)),
     "reward-to-go without its own reward": (returns, "reward_to_go", "random",
         lambda f: lambda r, *x, **o: f(r, *x, **o) - r),
     "reward-to-go over an end": (returns, "reward_to_go", "updates",
@@ -215,7 +215,7 @@ FAULTS = {
     "V-trace without lambda": (returns, "vtrace", "random", lambda f: lambda *x: f(*x[:6], 1.0, *x[7:])),
     # Holes
     "a hole counted in gamma^t": (returns, "discount", "random, with holes",
-        lambda f: lambda mask, ended, gamma: f(mask | ~ended, ended, gamma)),
+        lambda f: lambda mask, ended, *x: f(mask | ~ended, ended, *x)),
     "a critic's 0 or worse at a hole taken for a value": (rollout, "holes_last", "random, with holes",
         lambda f: lambda mask, ended: torch.arange(mask.shape[1]).expand_as(mask)),
     "a hole taken for where the row stops": (credit._Decisions, "values", "random, cut rows with holes",
