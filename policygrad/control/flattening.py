@@ -1,6 +1,6 @@
 """Observations of several parts as one vector, of all environments at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -11,9 +11,7 @@ from gymnasium.vector import VectorEnv, VectorObservationWrapper
 from gymnasium.vector.utils import batch_space
 
 from policygrad.control.checks import whole
-from policygrad.control.spaces import flat, unsupported
-
-Leaf = tuple[tuple[Any, ...], spaces.Space]  # the keys that lead to it
+from policygrad.control.spaces import flat, members, unsupported
 
 
 class VectorFlattened(VectorObservationWrapper):
@@ -34,60 +32,33 @@ class VectorFlattened(VectorObservationWrapper):
 
 
 def flattener(space: spaces.Space) -> Callable[[Any], np.ndarray]:
-    """The function x -> spaces.flatten(space, x), to the bit; and of batches [B, ...], by row.
+    """The function that makes a batch of observations [B, ...] one array [B, D]: by row spaces.flatten's, to the bit.
 
     The numbers of Box and MultiBinary follow one another as they are, and of Discrete and MultiDiscrete one-hot.
     Raises UserError for one of these outside its space.
     """
     if unsupported(space) is not None:  # which a policy will refuse
         return partial(spaces.flatten, space)  # type: ignore[return-value]
-    leaves = list(_leaves(space))
-    dtype = np.result_type(*[leaf.dtype for _, leaf in leaves])
-    ends = np.cumsum([0, *[spaces.flatdim(leaf) for _, leaf in leaves]]).tolist()
-    writes = [(path, slice(*ends), _numbers(leaf)) for (path, leaf), ends in zip(leaves, pairwise(ends), strict=True)]
-    path, leaf = leaves[0]
-    dimensions = len(leaf.shape or ())
+    leaves = [leaf for leaf, _ in members(space)]
+    dtype = np.result_type(*[leaf.dtype for leaf in leaves])
+    ends = np.cumsum([0, *[spaces.flatdim(leaf) for leaf in leaves]]).tolist()
+    places = [(slice(*both), _numbers(leaf)) for both, leaf in zip(pairwise(ends), leaves, strict=True)]
 
-    def flatten(obs: Any) -> np.ndarray:
-        before = np.shape(_at(obs, path))
-        before = before[: len(before) - dimensions]
-        found = np.empty((*before, ends[-1]), dtype)
-        for keys, where, numbers in writes:
-            found[..., where] = numbers(_at(obs, keys), before)
+    def flatten(observations: Any) -> np.ndarray:
+        parts = [x for _, x in members(space, observations)]
+        found = np.empty((len(parts[0]), ends[-1]), dtype)
+        for (where, numbers), part in zip(places, parts, strict=True):
+            found[:, where] = numbers(part)
         return found
 
     return flatten
 
 
-def _leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[Leaf]:
-    """The parts that have none themselves, in the order of flattening."""
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        members = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
-        for key, member in members:
-            yield from _leaves(member, (*path, key))
-    else:
-        yield path, space
-
-
-def _at(obs: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        obs = obs[key]
-    return obs
-
-
-def _numbers(space: Any) -> Callable[[Any, tuple[int, ...]], Any]:
-    """The function (observations [*before, ...], before) -> their numbers [*before, D]."""
-    if isinstance(space, spaces.Discrete):
-        choices = np.arange(space.start, space.start + space.n)
-        return lambda x, before: whole(np.asarray(x), space)[..., None] == choices
-    if isinstance(space, spaces.MultiDiscrete):
-        counts = space.nvec.reshape(-1)
-        choices = np.concatenate(
-            [first + np.arange(n) for first, n in zip(space.start.reshape(-1), counts, strict=True)]
-        )
-
-        def one_hot(x: Any, before: tuple[int, ...]) -> np.ndarray:
-            return np.repeat(whole(np.asarray(x), space).reshape(*before, -1), counts, axis=-1) == choices
-
-        return one_hot
-    return lambda x, before: np.reshape(np.asarray(x, dtype=space.dtype), (*before, -1))
+def _numbers(space: Any) -> Callable[[Any], Any]:
+    """The function (observations of one part [B, ...]) -> their numbers [B, n]."""
+    if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return lambda x: np.asarray(x, dtype=space.dtype).reshape(len(x), -1)
+    counts = np.reshape(space.n if isinstance(space, spaces.Discrete) else space.nvec, -1)
+    starts = np.reshape(space.start, -1)
+    choices = np.concatenate([start + np.arange(n) for start, n in zip(starts, counts, strict=True)])
+    return lambda x: np.repeat(whole(np.asarray(x), space).reshape(len(x), -1), counts, axis=-1) == choices

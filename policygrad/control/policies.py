@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,8 +93,9 @@ class Policy(nn.Module):
         self.memory = make_memory(memory, self.encode.size, memory_size, memory_window, orthogonal)
         self.observation_space, self.action_space = observation_space, action_space
         check_mask_space(observation_space, action_space)
-        self.mask = observation_space.mask if isinstance(observation_space, Flat) else None
-        self.allowed = None if self.mask is None else Flat.place(cast(Flat, observation_space), self.mask)
+        of = observation_space
+        self.mask = of.mask if isinstance(of, Flat) else None
+        self.allowed = of.place(of.mask) if isinstance(of, Flat) and of.mask is not None else None
         self.head = head(action_space, distribution, state_dependent_std, initial_log_std)
         sizes = [_width(self.encode, self.memory), *hidden, self.head.size]
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)

@@ -150,31 +150,7 @@ class Sampler:
             stepping.environments.num_envs, self.length, CAPACITY if self.whole_episodes else self.length
         )
         stepping.reset() if self.whole_episodes else stepping.go_on()
-        failed: Any = stepping.resetting & False
-        for t in range(self.length):
-            obs, mask = stepping.now(), ~stepping.resetting
-            if memories is not None:
-                memories.before(t)
-                columns.write(t, start=stepping.starting)
-            try:
-                action, taken = act(obs, mask, stepping.starting)
-            except NonFiniteError as error:
-                error.evidence = {"obs": obs, "mask": mask}
-                raise
-            restarts, step = stepping.restarts, stepping.step(taken)
-            columns.write(
-                t, obs=self.pack(obs), action=action, mask=step.counts, reward=step.reward, terminated=step.terminated,
-                ended=step.ended, final=None if step.final is None else self.pack(step.final),
-            )  # fmt: skip
-            if stepping.restarts > restarts:
-                cut = mask & ~step.counts
-                failed = failed | cut
-                if t:  # obs is where these episodes were cut, by their environments
-                    columns.columns["ended"][cut, t - 1] = True
-            if self.whole_episodes and stepping.resetting.all():
-                break
-        if self.whole_episodes:
-            stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
+        t, failed = self._stepped(act, columns, memories)
         if t + 1 < self.length:  # where the episodes that ended last stopped
             columns.write(
                 t + 1, obs=self.pack(stepping.now()), **({} if memories is None else {"start": stepping.starting})
@@ -212,6 +188,36 @@ class Sampler:
             metrics=metrics,
             greedy=of_mode,
         )
+
+    def _stepped(self, act: Actor, columns: "_Columns", memories: "_Memories | None") -> tuple[int, Any]:
+        """Step all environments until the columns are full. Returns the last step, and where episodes failed, [B]."""
+        stepping = self.stepping
+        failed: Any = stepping.resetting & False
+        for t in range(self.length):
+            obs, mask = stepping.now(), ~stepping.resetting
+            if memories is not None:
+                memories.before(t)
+                columns.write(t, start=stepping.starting)
+            try:
+                action, taken = act(obs, mask, stepping.starting)
+            except NonFiniteError as error:
+                error.evidence = {"obs": obs, "mask": mask}
+                raise
+            restarts, step = stepping.restarts, stepping.step(taken)
+            columns.write(
+                t, obs=self.pack(obs), action=action, mask=step.counts, reward=step.reward, terminated=step.terminated,
+                ended=step.ended, final=None if step.final is None else self.pack(step.final),
+            )  # fmt: skip
+            if stepping.restarts > restarts:
+                cut = mask & ~step.counts
+                failed = failed | cut
+                if t:  # obs is where these episodes were cut, by their environments
+                    columns.columns["ended"][cut, t - 1] = True
+            if self.whole_episodes and stepping.resetting.all():
+                break
+        if self.whole_episodes:
+            stepping.finish(~stepping.resetting)  # these episodes are cut at `steps`
+        return t, failed
 
     def _grouped(self, found: dict[str, Any], failed: np.ndarray) -> Tensor:
         """The group of each row [B]. Where an episode failed, its row counts for nothing, in a group of its own."""

@@ -29,7 +29,7 @@ class Flat(spaces.Box):
     """
 
     def __init__(self, of: spaces.Dict | spaces.Tuple, masked: bool = True) -> None:
-        _some(_leaves(of), "observation")
+        _some(of, "observation")
         flattened: Any = spaces.flatten_space(of)
         super().__init__(flattened.low, flattened.high, flattened.shape, flattened.dtype)
         self.of, start = of, 0
@@ -38,7 +38,7 @@ class Flat(spaces.Box):
         self.kept = np.zeros(self.shape, bool)
         for name, part in of.spaces.items() if isinstance(of, spaces.Dict) else enumerate(of.spaces):
             first = start
-            for leaf in _leaves(part):
+            for leaf, _ in members(part):
                 place = slice(start, start + spaces.flatdim(leaf))
                 self.leaves.append((str(name), leaf, place))
                 self.kept[place] = is_image(leaf)
@@ -126,7 +126,7 @@ class FlatActions(spaces.Box):
     def __init__(self, of: spaces.Space) -> None:
         self.of, self.parts, bounds = of, [], []
         start = 0
-        for part in _some(_leaves(of), "action"):
+        for part in _some(of, "action"):
             bounds.append(_numbers_between(part))
             self.parts.append((part, slice(start, start + len(bounds[-1][0]))))
             start += len(bounds[-1][0])
@@ -156,31 +156,24 @@ class FlatActions(spaces.Box):
 
     def vectors(self, actions: Any) -> np.ndarray:
         """The vectors [B, D] of a batch of actions, as `structured` makes them."""
-
-        def numbers(space: spaces.Space, x: Any) -> list[np.ndarray]:
-            if isinstance(space, spaces.Dict):
-                return [one for name, member in space.spaces.items() for one in numbers(member, x[name])]
-            if isinstance(space, spaces.Tuple):
-                return [one for member, part in zip(space.spaces, x, strict=True) for one in numbers(member, part)]
-            return [np.asarray(x, np.float64).reshape(len(x), -1)]
-
-        return np.concatenate(numbers(self.of, actions), 1)
+        parts = [np.asarray(x, np.float64).reshape(len(x), -1) for _, x in members(self.of, actions)]
+        return np.concatenate(parts, 1)
 
 
-def _some(leaves: Iterator[spaces.Space], what: str) -> list[spaces.Space]:
+def _some(space: spaces.Space, what: str) -> list[spaces.Space]:
     """The parts of a space. Raises UserError if there are none."""
-    if not (found := list(leaves)):
+    if not (found := [x for x, _ in members(space)]):
         raise UserError(f"the {what} space is a Dict or Tuple without parts: give it at least one")
     return found
 
 
-def _leaves(space: spaces.Space) -> Iterator[spaces.Space]:
-    """The parts of a space that are no Dict or Tuple, in order."""
+def members(space: spaces.Space, x: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
+    """The parts of a space that are no Dict or Tuple, in order, each with that part of x, an element or a batch."""
     if not isinstance(space, spaces.Dict | spaces.Tuple):
-        yield space
+        yield space, x
         return
-    for member in space.values() if isinstance(space, spaces.Dict) else space:
-        yield from _leaves(member)
+    for name, member in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space):
+        yield from members(member, None if x is None else x[name])
 
 
 def _numbers_between(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:

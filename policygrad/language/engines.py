@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from policygrad.errors import Note, UserError, ending, one_line
+from policygrad.errors import Note, UserError, ending, one_line, shortened
 from policygrad.language import engine_worker
 from policygrad.language.adapters import merged_weights
 from policygrad.language.completions import Completions, Request
@@ -188,7 +188,14 @@ class ProcessEngine:
         if not line.endswith("\n"):
             code = process.wait()
             raise Ended(f"was ended by signal {-code}" if code < 0 else f"ended with code {code}")
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            reply: Any = json.loads(line)
+        except ValueError:
+            reply = None
+        if not isinstance(reply, dict):
+            self._end()
+            said = f"engine_python {ending(self.python)} answers {shortened(line.rstrip(), 40)}"
+            raise UserError(f"{said}, and is no engine's: give the python of the engine's environment")
         if "error" in reply:
             self._end()
             raise UserError(f"the {self.kind} engine cannot {asked['do']}: {one_line(reply['error'], 140)}")

@@ -48,14 +48,6 @@ def quantized(model: nn.Module) -> dict[str, Any]:
     return {name: x for name, x in model.named_modules() if hasattr(x._parameters.get("weight"), "quant_state")}
 
 
-@torch.no_grad()
-def dequantized(layer: Any) -> torch.Tensor:
-    """The weight [outputs, inputs] that a layer's codes stand for, float32."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-
-
 def _codes_alone(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for name in [x for x in state if x.startswith(f"{prefix}weight.")]:
         del state[name]

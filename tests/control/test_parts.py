@@ -287,6 +287,7 @@ PACKED: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"num_steps": 16, "minibatch_size": 8, "policy_keys": ["goal", "camera"], "overlap": True}),
     ("trpo", {"num_steps": 16, "critic_minibatch_size": 16}),
     ("reinforce", {"episode_steps": 7}),
+    ("reinforce", {"episode_steps": 7, "baseline": "optimal"}),
     ("grpo", {"episode_steps": 7, "minibatch_size": 2}),
 ]
 

@@ -24,7 +24,7 @@ from policygrad.language.policies import LanguagePolicy, Prefixes
 PYTHONS = {"transformers": sys.executable, "vllm": os.environ.get("POLICYGRAD_VLLM_PYTHON")}
 SIZE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
 TEMPERATURE = 0.7
-FALSE = str(shutil.which("false"))  # a program that fails
+FALSE, ECHO = (str(shutil.which(name)) for name in ("false", "echo"))  # one fails, one says something else
 
 
 def model(**options: object) -> LanguagePolicy:
@@ -195,6 +195,7 @@ def test_another_distribution_than_the_learners_is_refused(engine: ProcessEngine
     [
         ("vllm", "/nowhere/bin/python", "engine_python /nowhere/bin/python cannot be run (No such file or directory)"),
         ("vllm", FALSE, "the vllm engine ended with code 1 before it had started: give engine_python"),
+        ("vllm", ECHO, f"engine_python {ECHO} answers '-I "),
         ("vllm", sys.executable, "the vllm engine cannot start: ModuleNotFoundError: No module named 'vllm'"),
     ],
 )

@@ -18,11 +18,11 @@ from policygrad.language.completions import Request
 from policygrad.language.data import left_padded
 from policygrad.language.generation import generate
 from policygrad.language.policies import LanguagePolicy, Prefixes, causal, reference_of
-from policygrad.language.quantization import dequantized, quantized
+from policygrad.language.quantization import quantized
 from policygrad.language.tasks import policy_of
 from policygrad.rollout import Batch
 
-pytest.importorskip("bitsandbytes")
+dequantize_4bit = pytest.importorskip("bitsandbytes").functional.dequantize_4bit
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
@@ -36,6 +36,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(saved: Path, **options: Any) -> Any:
     return models.load_model(str(saved), quantize=True, **options)
+
+
+@torch.no_grad()
+def dequantized(layer: Any) -> Tensor:
+    """The weight [outputs, inputs] that a layer's codes stand for, float32."""
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
 
 
 def plain(base: nn.Module) -> nn.Module:

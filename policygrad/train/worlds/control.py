@@ -128,8 +128,8 @@ class ControlWorld(World):
 
     def build(self, own: Own, progress: bool) -> None:
         options, self.environments = self.options, self._environments()
-        self.packed = own.policy is None and own.critic is None and not self._separate
-        self.packed = self.packed and getattr(options, "symmetry", None) is None  # which is the user's function
+        of_users = own.policy, own.critic, getattr(options, "symmetry", None)
+        self.packed = not self._separate and all(x is None for x in of_users)
         self.wrappers = Wrappers(self.environments)
         self.unflattened = unflattened(self.environments)
         self.sample = self._sampler(self.environments)
