@@ -42,8 +42,8 @@ NOTES = {
     "masks": """\
 An iteration of 2,048 decisions takes 240 ms here (`--profile`, plain). The environments themselves take 52 of it.
 Another 76 check and join their observations and masks, one environment at a time. The gradient steps take 72 (10 if
-they are compiled), and acting 29. MaskablePPO checks nothing, and asks each environment a second time for its mask. Twice its
-speed would be 124 ms an iteration.""",
+they are compiled), and acting 29. MaskablePPO checks nothing, and asks each environment a second time for its mask.
+Twice its speed would be 124 ms an iteration.""",
 }
 STEPS = {"memory": 100_000, "masks": 240_000}
 
