@@ -179,12 +179,10 @@ class ProcessEngine:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it does not listen any more, but what it said can still be read
             process.stdin.write(json.dumps(asked | {"version": self.version}) + "\n")
             process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        line = process.stdout.readline()
         if not line.endswith("\n"):
             code = process.wait()
             raise Ended(f"was ended by signal {-code}" if code < 0 else f"ended with code {code}")

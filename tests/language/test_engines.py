@@ -208,6 +208,20 @@ def test_what_cannot_start_is_an_error_of_one_line(kind: str, python: str, messa
     assert len(str(error.value)) <= 200
 
 
+def test_what_a_process_said_before_it_ended_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question cannot be written to it any more: the same error as if it could."""
+    start = ProcessEngine._start
+
+    def start_and_wait(self: ProcessEngine) -> None:
+        start(self)
+        assert self.process is not None
+        self.process.wait()
+
+    monkeypatch.setattr(ProcessEngine, "_start", start_and_wait)
+    test_what_cannot_start_is_an_error_of_one_line("vllm", ECHO, f"engine_python {ECHO} answers '-I ")
+    test_what_cannot_start_is_an_error_of_one_line("vllm", FALSE, "the vllm engine ended with code 1 before it had")
+
+
 def test_closing_ends_the_process_and_the_call_of_another_thread_and_removes_its_files() -> None:
     made = ProcessEngine("transformers", sys.executable, context=32)
     made(model(), *prompts(3), request(), generator())
