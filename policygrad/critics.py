@@ -37,6 +37,14 @@ def bootstrap_values(critic: nn.Module, rollout: Rollout, micro_batch: Split = N
     return torch.cat([value, last], 1)
 
 
+def both(policy: nn.Module, critic: nn.Module | None, obs: Any) -> tuple[Any, Float[Tensor, "B T"] | None]:
+    """pi(. | s) and V(s), None without a critic. Layers that both have are computed once: critic.with_policy."""
+    if critic is None:
+        return policy(obs), None
+    together = getattr(critic, "with_policy", None)
+    return (policy(obs), critic(obs)) if together is None else together(policy, obs)
+
+
 def unit(critic: nn.Module) -> Tensor | float:
     """The unit of a critic's values: its `scale`, or 1 if it has none.
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from policygrad.critics import (
     bootstrap_values,
+    both,
     fit_critic,
     fitted,
     no_fit,
@@ -299,3 +300,26 @@ def test_without_another_row_the_optimal_baseline_is_0_and_not_the_rows_own_retu
 ) -> None:
     rollout = sample(policy).rows(slice(0, 1))
     assert optimal_baseline(rollout, torch.full_like(rollout.reward, 3.0), policy=policy).eq(0).all()
+
+
+# Layers that policy and critic share
+
+
+def test_policy_and_critic_are_asked_one_by_one_unless_the_critic_knows_how_to_share(
+    policy: nn.Module, critic: nn.Module
+) -> None:
+    obs = torch.randn(2, 5, 3)
+    distribution, value = both(policy, critic, obs)
+    action = distribution.sample()
+    assert torch.equal(distribution.log_prob(action), policy(obs).log_prob(action))
+    assert torch.equal(value, critic(obs))
+    assert both(policy, None, obs)[1] is None
+    asked = []
+
+    def with_policy(*given: object) -> tuple[str, Tensor]:
+        asked.append(given)
+        return "distribution", value
+
+    critic.with_policy = with_policy  # type: ignore[assignment]
+    assert both(policy, critic, obs) == ("distribution", value)
+    assert asked == [(policy, obs)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policygrad.algorithms.reinforce import reinforce
-from policygrad.critics import unit
+from policygrad.critics import both, unit
 from policygrad.objectives import squared_error
 from policygrad.rollout import Batch
 from policygrad.score import score
@@ -39,14 +39,14 @@ class ActorCriticObjective(Objective):
         self.entropy_coefficient, self.value_coefficient = entropy_coefficient, value_coefficient
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        distribution = self.policy(batch.obs)
+        distribution, value = both(self.policy, self.critic, batch.obs)
         logp = distribution.log_prob(batch.action)
         gain = average(score(logp, torch.ones_like(logp), batch.advantage), batch.weight)
         entropy = average(distribution.entropy(), batch.weight)
         total, metrics = gain + self.entropy_coefficient * entropy, {"objective": gain, "entropy": entropy}
-        if self.critic is not None:
+        if self.critic is not None and value is not None:
             one = unit(self.critic)
-            error = average(squared_error(self.critic(batch.obs) / one, batch.target / one), batch.weight)
+            error = average(squared_error(value / one, batch.target / one), batch.weight)
             total, metrics["value_loss"] = total - self.value_coefficient * error, error
         return total, {name: x.detach() for name, x in metrics.items()}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from policygrad import ranks
 from policygrad.advantages import standardize
 from policygrad.credit import Assign, check_modules, check_rows
-from policygrad.critics import Fit, fitted, no_fit, unit
+from policygrad.critics import Fit, both, fitted, no_fit, unit
 from policygrad.diagnostics import after_update, clip_fraction, clip_fraction_by_side, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, imitated, penalized_surrogate
@@ -52,7 +52,7 @@ class PPOObjective(Objective):
         self.entropy_coefficient, self.value_coefficient = entropy_coefficient, value_coefficient
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        distribution = self.policy(batch.obs)
+        distribution, value = both(self.policy, self.critic, batch.obs)
         logp = distribution.log_prob(batch.action).where(batch.mask, 0.0)
         ratio = token_ratio(logp, batch.logp, batch.mask)
         low, high = self.clip
@@ -64,10 +64,8 @@ class PPOObjective(Objective):
             gain = penalized_surrogate(gain, k3(batch.logp, logp), self.penalty.value)
         gain, entropy = average(gain, batch.weight), average(distribution.entropy(), batch.weight)
         total, metrics = gain + self.entropy_coefficient * entropy, {"objective": gain, "entropy": entropy}
-        if self.critic is not None:
-            value, target, value_old = (
-                x / unit(self.critic) for x in (self.critic(batch.obs), batch.target, batch.value)
-            )
+        if self.critic is not None and value is not None:
+            value, target, value_old = (x / unit(self.critic) for x in (value, batch.target, batch.value))
             error = clipped_squared_error(value, target, value_old, self.value_clip)
             metrics["value_loss"] = average(error, batch.weight)
             total = total - self.value_coefficient * metrics["value_loss"]

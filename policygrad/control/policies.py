@@ -101,10 +101,14 @@ class Policy(nn.Module):
         self.network = perceptron(sizes, activation, last_gain=0.01 if orthogonal else None)
 
     def forward(self, obs: Any) -> Distribution:
+        return self.distribution(obs, self.features(obs))
+
+    def features(self, obs: Any) -> Tensor:
+        """What the hidden layers are given, [B, T, F]: the observations encoded, and remembered."""
         if self.memory is None:
-            return self._distribution(obs, self.encode(obs))
+            return self.encode(obs)
         rows = rows_of(obs, self.memory.state_size)
-        return self._distribution(rows.obs, self.memory(self.encode(rows.obs), rows.start, rows.state[:, 0]))
+        return self.memory(self.encode(rows.obs), rows.start, rows.state[:, 0])
 
     def initial(self, batch: int) -> Tensor:
         """The empty memory [batch, S]; S = 0 without one."""
@@ -116,12 +120,14 @@ class Policy(nn.Module):
         features, state = self.encode(rows.obs), rows.state[:, 0]
         if self.memory is not None:
             features, state = self.memory.unrolled(features, rows.start, state)
-        return self._distribution(rows.obs, features), state
+        return self.distribution(rows, features), state
 
-    def _distribution(self, obs: Tensor, features: Tensor) -> Distribution:
+    def distribution(self, obs: Any, features: Tensor) -> Distribution:
+        """The distribution at observations of which `features` are known."""
         output = self.network(features)
         if self.allowed is None:
             return self.head(output)
+        obs = obs.obs if isinstance(obs, Rows) else obs
         return self.head(self.head.masked(output, self.allowed.of(obs) != 0))
 
     def act(self, obs: Any, state: Any = None, *, greedy: bool = True) -> Any:
@@ -143,7 +149,8 @@ class Policy(nn.Module):
 class Critic(nn.Module):
     """obs [B, T, ...] -> V(s) = scale network(s), [B, T]. The arguments are Policy's.
 
-    of: a policy whose encoder and memory it shares, in place of its own. A critic without memory takes Rows, too.
+    of: a policy whose encoder and memory it shares, in place of its own; with_policy then computes them once. A critic
+    without memory takes Rows, too.
 
     The scale is the root mean square of the rewards, so that the network learns the same numbers in any unit of reward
     (as PopArt, van Hasselt et al. 2016, arXiv 1602.07714, which takes the size of the targets instead). A step of the
@@ -189,6 +196,13 @@ class Critic(nn.Module):
             return self._value(features)
         rows = rows_of(obs, self.memory.state_size)
         return self._value(self.memory(self.encode(rows.obs), rows.start, self._state(rows)))
+
+    def with_policy(self, policy: nn.Module, obs: Any) -> tuple[Distribution, Tensor]:
+        """The policy's distribution and V(s), and what both share computed once (critics.both)."""
+        if not (self.shares and isinstance(policy, Policy) and self.encode is policy.encode):
+            return policy(obs), self(obs)
+        features = policy.features(obs)
+        return policy.distribution(obs, features), self._value(features)
 
     def initial(self, batch: int) -> Tensor:
         """The empty memory [batch, S] of its own; S = 0 without one, and where it shares the policy's."""

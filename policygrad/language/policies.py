@@ -88,9 +88,13 @@ class LanguagePolicy(nn.Module):
     def forward(self, obs: Prefixes | Tensor) -> TokenDistribution:
         """The distribution of the next token after every prefix."""
         obs = prefixes(obs) if isinstance(obs, Tensor) else obs
+        return self.distribution(self.features(obs), obs.completion_mask)
+
+    def features(self, obs: Prefixes) -> Float[Tensor, "B T H"]:
+        """The `states` at the T positions that predict the completion's tokens."""
         if self.shared and not torch.compiler.is_compiling() and (several := _Shared.of(obs)) is not None:
-            return self.distribution(several.states(self), obs.completion_mask)
-        return self.distribution(_over_steps(obs, self.states, self.autocast), obs.completion_mask)
+            return several.states(self)
+        return _over_steps(obs, self.states, self.autocast)
 
     def states(self, count: int, **inputs: Any) -> Float[Tensor, "B T H"]:
         """The last `count` hidden states of each row, or their logits if the head is more than a linear layer."""
@@ -214,7 +218,19 @@ class ValueModel(nn.Module):
     def forward(self, obs: Prefixes | Tensor) -> Float[Tensor, "B T"]:
         """The value after every prefix; 0 where there is no decision."""
         obs = prefixes(obs) if isinstance(obs, Tensor) else obs
-        hidden = hidden_states(self.trunk, obs, self.autocast)
+        return self._value(obs, hidden_states(self.trunk, obs, self.autocast))
+
+    def with_policy(self, policy: nn.Module, obs: Prefixes | Tensor) -> tuple[Any, Float[Tensor, "B T"]]:
+        """The policy's distribution and V, and a trunk that both have computed once (critics.both)."""
+        if not (isinstance(policy, LanguagePolicy) and policy.plain_head and self.trunk is trunk(policy.model)):
+            return policy(obs), self(obs)
+        if self.autocast != policy.autocast:
+            return policy(obs), self(obs)
+        obs = prefixes(obs) if isinstance(obs, Tensor) else obs
+        hidden = policy.features(obs)
+        return policy.distribution(hidden, obs.completion_mask), self._value(obs, hidden)
+
+    def _value(self, obs: Prefixes, hidden: Float[Tensor, "B T H"]) -> Float[Tensor, "B T"]:
         value = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         return value.where(obs.completion_mask, 0.0)
 

@@ -52,6 +52,7 @@ class Keywords(TypedDict, total=False):
     channels: Literal["auto", "first", "last"]
     policy_keys: str | Sequence[str]
     critic_keys: str | Sequence[str]
+    critic_encoder: Literal["own", "shared"]
     memory: Literal["none", "gru", "lstm", "transformer"]
     memory_size: int
     memory_window: int

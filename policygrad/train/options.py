@@ -184,6 +184,9 @@ class Options:
     critic_keys: tuple[str, ...] = option((),
         "Part of Dict observations that the critic sees, such as what only a simulator knows. Repeatable; by default "
         "all.", TEXTS, **CONTROL, **SAMPLED)
+    critic_encoder: Literal["own", "shared"] = option("own",
+        "Encoder of the critic: one like the policy's, or the policy's own, so that images are encoded once for both.",
+        **CONTROL, memory=("none",), objective=("actor_critic", "ppo"))
     memory: Literal["none", "gru", "lstm", "transformer"] = option("none",
         "Memory of the policy, after the encoder: none, a GRU, an LSTM, or a small transformer over a window.",
         **CONTROL)
@@ -769,6 +772,7 @@ def _check_read(f: Field, options: Any) -> None:
         "critic_minibatch_size",
         "critic",
         "critic_learning_rate",
+        "critic_encoder",
         "critic_memory",
     }
     if KNOWN[options.method].update != "ascend":  # then the optimizer is the critic's alone

@@ -174,6 +174,18 @@ def test_a_critic_may_see_more_than_the_policy() -> None:
     assert run.world.critic.encode.size == 128 + 2 + 2
 
 
+def test_a_critic_on_the_policys_encoder_learns_with_it_and_comes_back(tmp_path: Path) -> None:
+    options = {"critic_encoder": "shared", "hidden": (), "num_envs": 16, "num_steps": 16, "learning_rate": 3e-3}
+    run = pg.train("ppo", "policygrad/Catch-v0", steps=1_000, preset="none", progress=False, out=tmp_path, **options)
+    policy, critic, obs = run.policy, run.world.critic, torch.randint(0, 256, (8, 1, 1, 10, 10), dtype=torch.uint8)
+    assert critic.encode is policy.encode
+    options |= {"learning_rate": 1e-12}
+    again = pg.train("ppo", "policygrad/Catch-v0", steps=1, preset="none", progress=False, start=tmp_path, **options)
+    assert again.world.critic.encode is again.policy.encode
+    torch.testing.assert_close(again.world.critic(obs), critic(obs), rtol=0, atol=1e-5)
+    assert critic(obs).std() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -183,6 +195,22 @@ def test_a_critic_may_see_more_than_the_policy() -> None:
         ),
         ({"critic_keys": ["x"]}, "critic_keys names x, and the parts of observations"),
         ({"encoder": "nature"}, "encoder nature needs images of at least 36 x 36"),
+        (
+            {"critic_encoder": "shared", "critic_keys": ["goal"]},
+            "critic_keys is of an encoder of the critic's own, and critic_encoder is shared: leave one out",
+        ),
+        (
+            {"critic_encoder": "shared", "policy_keys": ["goal"]},
+            "critic_encoder shared is of images: the encoder of these observations learns nothing: use own",
+        ),
+        (
+            {"critic_encoder": "shared", "memory": "gru"},
+            "critic_encoder is read only where memory is none",
+        ),
+        (
+            {"critic_encoder": "shared", "critic": lambda obs, actions: torch.nn.Linear(1, 1)},
+            "critic_encoder shapes the networks made here, and you hand in your own: leave critic_encoder out",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(options: dict[str, Any], message: str) -> None:

@@ -16,7 +16,9 @@ from torch.distributions import Categorical, kl_divergence
 from torch.func import functional_call
 
 from policygrad.control import Critic, Policy
+from policygrad.control.memory import Rows
 from policygrad.control.policies import ACTIVATIONS
+from policygrad.critics import both
 from policygrad.divergences import kl
 from policygrad.errors import UserError
 
@@ -443,3 +445,50 @@ def test_the_scale_of_a_critic_is_part_of_its_state() -> None:
     assert torch.equal(again(obs), critic(obs))
     more = torch.randn(9)
     assert torch.equal(rescaled(again, more).scale, rescaled(critic, more).scale)
+
+
+# What policy and critic share
+
+
+PICTURE = spaces.Box(0, 255, (3, 5, 5), np.uint8)
+
+
+def shared_pairs() -> list[Any]:
+    """(policy, critic on its encoder, observations, the module that both have)."""
+    pictures = torch.randint(0, 256, (4, 6, 3, 5, 5), dtype=torch.uint8)
+    vectors = torch.randn(4, 6, 3)
+    start = torch.rand(4, 6) < 0.3
+    rows = Rows(vectors, start, torch.randn(4, 1, 5), torch.zeros(4, 1, 0))
+    images = Policy(PICTURE, spaces.Discrete(3), hidden=())
+    memory = Policy(spaces.Box(-1, 1, (3,)), spaces.Discrete(3), memory="gru", memory_size=5)
+    return [
+        (images, Critic(PICTURE, hidden=(), of=images), pictures, images.encode),
+        (memory, Critic(spaces.Box(-1, 1, (3,)), of=memory), rows, memory.memory),
+    ]
+
+
+@pytest.mark.parametrize("case", [0, 1], ids=["encoder", "memory"])
+def test_what_policy_and_critic_share_is_computed_once_and_has_the_gradient_of_both(case: int) -> None:
+    policy, critic, obs, inner = shared_pairs()[case]
+    action = torch.randint(0, 3, (4, 6))
+
+    def gradients(distribution: Any, value: Tensor) -> list[Tensor]:
+        total = distribution.log_prob(action).sum() + (value**2).sum()
+        return list(torch.autograd.grad(total, [*policy.parameters(), *critic.network.parameters()]))
+
+    expected = gradients(policy(obs), critic(obs))
+    calls: list[int] = []
+    inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = gradients(*both(policy, critic, obs))
+    assert len(calls) == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_critic_beside_another_policy_than_its_own_computes_its_own_layers() -> None:
+    policy, critic, obs, _ = shared_pairs()[0]
+    other = Policy(PICTURE, spaces.Discrete(3), hidden=())
+    distribution, value = both(other, critic, obs)
+    assert torch.equal(value, critic(obs))
+    assert torch.equal(distribution.logits, other(obs).logits)
+    assert not torch.equal(distribution.logits, policy(obs).logits)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from language.conftest import (
     valued,
     with_holes,
 )
-from policygrad.critics import bootstrap_values
+from policygrad.critics import bootstrap_values, both
 from policygrad.divergences import kl
 from policygrad.language.completions import Request
 from policygrad.language.generation import generate
@@ -567,6 +568,35 @@ def test_a_shared_trunk_is_trained_by_both(adapter: bool) -> None:
         given = torch.autograd.grad(value, shared)
         assert all(g.isfinite().all() for g in given)
         assert any(g.any() for g in given)
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["prompts", "groups"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_shared_trunk_is_computed_once_and_has_the_gradient_of_both(
+    adapter: bool, repeated: bool, number_of_calls: Callable[[nn.Module], list[int]]
+) -> None:
+    policy = LanguagePolicy(add_adapter(tiny(), 2) if adapter else tiny(), shared=repeated)
+    critic, obs = valued(policy.model), observed()
+    if repeated:  # then the policy computes a prompt once for its completions, and the critic so with it
+        obs = obs._replace(prompt=obs.prompt[[0, 0, 1, 1]], prompt_mask=obs.prompt_mask[[0, 0, 1, 1]])
+
+    def total(distribution: Any, value: Tensor) -> Tensor:
+        return distribution.log_prob(obs.completion).where(obs.completion_mask, 0).sum() + (value**2).sum()
+
+    both_modules = nn.ModuleList([policy, critic])
+    expected = gradients(total(policy(obs), critic(obs)), both_modules)
+    calls = number_of_calls(critic.trunk)
+    found = gradients(total(*both(policy, critic, obs)), both_modules)
+    assert len(calls) == 1 + repeated  # prompts, then completions
+    assert distance(found, expected) < 1e-5
+
+
+def test_a_critic_of_another_trunk_or_arithmetic_computes_its_own() -> None:
+    policy, obs = LanguagePolicy(tiny()), observed()
+    for critic in (valued(deepcopy(trunk(policy.model))), valued(policy.model, autocast=torch.bfloat16)):
+        distribution, value = both(policy, critic, obs)
+        assert torch.equal(value, critic(obs))
+        assert torch.equal(distribution.logits, policy(obs).logits)
 
 
 def test_a_copied_trunk_is_trained_apart() -> None:

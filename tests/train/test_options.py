@@ -122,6 +122,7 @@ VALUES: dict[str, Any] = {
     "memory": "gru",
     "memory_size": 5,
     "memory_window": 3,
+    "critic_encoder": ("shared", {"task": "policygrad/Catch-v0"}),
     "critic_memory": "none",
     "sequence_length": (4, {"memory": "gru"}),
     "hidden": (8, 8),

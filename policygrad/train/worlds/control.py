@@ -171,6 +171,8 @@ class ControlWorld(World):
         if own.critic is None:
             try:
                 self.critic = self._critic(observation_space)
+            except OptionError:
+                raise
             except UserError as error:
                 raise OptionError("critic_keys", f"critic_{error}") from error
         else:
@@ -245,15 +247,30 @@ class ControlWorld(World):
     def _critic(self, space: gymnasium.Space) -> Critic | SeparateCritics:
         """A critic as the options say."""
         how = self._memory()
-        kind = self.options.critic_memory if how else "none"
+        option = "critic_memory" if how else "critic_encoder"
+        kind = self.options.critic_memory if how else self._encoder_of_critic()
         if kind == "shared":
             if self.options.critic_keys:
-                raise UserError("keys is of an encoder of the critic's own, and critic_memory is shared: leave one out")
+                raise UserError(f"keys is of an encoder of the critic's own, and {option} is shared: leave one out")
             how, of = {}, cast(Any, self.policy)
         else:
             how, of = how if kind == "own" else {}, None
         kind = SeparateCritics if self._separate else Critic
         return kind(space, keys=self.options.critic_keys, of=of, **self._shape(), **how)
+
+    def _encoder_of_critic(self) -> str:
+        """critic_encoder. Raises OptionError where there is nothing to share."""
+        kind = getattr(self.options, "critic_encoder", "own")
+        if kind == "shared":
+            made_here = isinstance(self.policy, Policy | SeparatePolicies)
+            if not made_here:
+                said = "critic_encoder shared is the encoder of a policy made here, and one is handed in: leave it out"
+                raise OptionError("critic_encoder", said)
+            one: Any = self.policy.policies[0] if isinstance(self.policy, SeparatePolicies) else self.policy
+            if not any(p.requires_grad for p in one.encode.parameters()):
+                said = "critic_encoder shared is of images: the encoder of these observations learns nothing: use own"
+                raise OptionError("critic_encoder", said)
+        return kind
 
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
