@@ -92,7 +92,15 @@ CASES = {
         {"task": "lookup", "problems": [2000, 512], "steps": 40, "max_tokens": 72, "learning_rate": 3e-4, "turns": 4},
     ),
 }
-
+SEVERAL_TURNS = [
+    """policygrad: the environment `Lookup`, a class with `reset(seed)` and `step(text)`, whose `step` gives the reward
+    of a turn; the chat template writes the contents of messages (`policygrad train grpo lookup`).""",
+    """TRL: a class with `reset` whose public methods are the tools, a reward function that is given these environments,
+    a chat template that writes `tool_calls` too, and a `response_template` that reads them, which is TRL's own for
+    Qwen3 (`Chain` and `TEMPLATE` in `benchmarks/peers/trl_run.py`). The prompts have the same tokens.""",
+    """Both append tokens and count only the policy's. A call that is no whole JSON is a text to TRL, which ends the
+    conversation; here it is answered by an error.""",
+]
 
 # Each of these runs in a process of its own, so that memory is a run's alone. torch is imported only there.
 
@@ -469,6 +477,7 @@ def write_page(results: dict[str, Any], path: Path) -> None:
         lines += ["## Do the curves agree?", "", *agreement(results), ""]
         lines += ["## Is the gradient the same?", "", *gradients(results), ""]
         lines += ["## Is a step faster?", "", *speed(results), ""]
+        lines += ["## Several turns: what either side is given", "", *map(item, SEVERAL_TURNS), ""] * ("tools" in cases)
     lines += ["## Versions", "", "| | " + " | ".join(libraries) + " |", "|---|" + "---|" * len(libraries)]
     for name in dict.fromkeys(name for versions in results["versions"].values() for name in versions):
         lines.append(f"| {name} | " + " | ".join(results["versions"][x].get(name, "") for x in libraries) + " |")
@@ -584,7 +593,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         axes.set_xlim(1, results["cases"][name]["settings"]["steps"])
-        axes.set_ylim(top=1)
+    panels[0].set_ylim(top=1)
     panels[0].set_ylabel(f"training reward, mean of {SMOOTH} steps")
     figure.suptitle("The same model, prompts, reward and settings: mean and standard deviation over seeds", fontsize=11)
     figure.savefig(path)
