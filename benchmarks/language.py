@@ -1,20 +1,21 @@
-"""Side by side with TRL: GRPO and RLOO on the same language model, prompts, rewards and hyperparameters.
+"""Side by side with TRL: methods and a task of several turns, on the same model, prompts, rewards and settings.
 
     python benchmarks/language.py --peer-python PYTHON    writes docs/language.md, docs/language.png, language.json here
+    python benchmarks/language.py --peer-python PYTHON --cases gspo tools                    and keeps the other cases
     python benchmarks/language.py --peer-python PYTHON --quick      a smoke run, whose results stay in --work
     python benchmarks/language.py --draw                            the page and the picture from the results there are
 
 PYTHON is a Python with TRL: `python -m venv PEER && PEER/bin/pip install trl==1.16.0`. Without it only our side runs,
 and its results stay in --work.
 
-A small Llama learns addition with written-out working from imperfect demonstrations, once; every run starts from those
-weights. Each run is a process of its own, and the libraries take turns. The same code judges both: the weights that a
-run saved answer problems that no run has seen, sampled at temperature 1.
+A small Llama learns a task from imperfect demonstrations, once; every run starts from those weights. Each run is a
+process of its own, and the libraries take turns. The same code judges both: the weights that a run saved answer
+problems that no run has seen, sampled at temperature 1. In every run of TRL's GRPOTrainer one batch is captured with
+TRL's gradient, and our objective is differentiated on the same batch at the same weights.
 """
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -34,71 +36,125 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-METHODS = {"grpo": "GRPO", "rloo": "RLOO"}
 LIBRARIES = {"policygrad": "#3a6ea5", "TRL": "#b3452f"}
 SMOOTH = 10  # steps
 
 JOB: dict[str, Any] = {
+    "task": "arithmetic",
     "problems": [8000, 512],  # to train on, and held out
     "prompts": 16,  # a step
     "completions": 8,  # a prompt
     "max_tokens": 40,
+    "steps": 60,  # a step is one rollout with its updates
+    "epochs": 1,  # updates of a rollout, each on all of it
     "learning_rate": 3e-5,
     "adam_betas": [0.9, 0.999],
     "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
-    "clip": 0.2,
+    "clip_low": 0.2,  # None: nothing is clipped below
+    "clip_high": 0.2,
 }
-WARM_UP = {"steps": 800, "rows": 128, "learning_rate": 2e-3}
 
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared: a method with its settings, those of JOB unless said otherwise. peers/trl_run.py has TRL's."""
+
+    title: str
+    method: str
+    about: str  # for the page
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "grpo": Case("GRPO", "grpo", 'as published (TRL: `loss_type="grpo"`, `scale_rewards="group"`)'),
+    "rloo": Case("RLOO", "rloo", "without a normalization of advantages (TRL: `normalize_advantages=False`)"),
+    "gspo": Case(
+        "GSPO",
+        "gspo",
+        """the ratio of whole completions (TRL: `importance_sampling_level="sequence"`, `loss_type="grpo"`). At the
+        first update of a rollout its gradient is GRPO's, so there are four, each on the whole rollout""",
+        {"steps": 20, "epochs": 4, "clip_low": 0.01, "clip_high": 0.01},
+    ),
+    "cispo": Case(
+        "CISPO",
+        "cispo",
+        """the ratio of a token weighs its log-probability, clipped from above (TRL: `loss_type="cispo"`, whose
+        `epsilon_high` is the largest weight itself, here 1 + the clip), with four updates too""",
+        {"steps": 20, "epochs": 4, "clip_low": None, "clip_high": 0.02},
+    ),
+    "tools": Case(
+        "GRPO, several turns",
+        "grpo",
+        """the task `lookup` (`policygrad/language/lookup.py`): find the number at the end of a chain of one to three
+        keys, each by a call of a tool, in at most four turns (TRL: `environment_factory`,
+        `max_tool_calling_iterations=3`)""",
+        {"task": "lookup", "problems": [2000, 512], "steps": 40, "max_tokens": 72, "learning_rate": 3e-4, "turns": 4},
+    ),
+}
+SEVERAL_TURNS = [
+    """policygrad: the environment `Lookup`, a class with `reset(seed)` and `step(text)`, whose `step` gives the reward
+    of a turn; the chat template writes the contents of messages (`policygrad train grpo lookup`).""",
+    """TRL: a class with `reset` whose public methods are the tools, a reward function that is given these environments,
+    a chat template that writes `tool_calls` too, and a `response_template` that reads them, which is TRL's own for
+    Qwen3 (`Chain` and `TEMPLATE` in `benchmarks/peers/trl_run.py`). The prompts have the same tokens.""",
+    """Both append tokens and count only the policy's. A call that is no whole JSON is a text to TRL, which ends the
+    conversation; here it is answered by an error.""",
+]
 
 # Each of these runs in a process of its own, so that memory is a run's alone. torch is imported only there.
 
 
 def warm_up(job: dict[str, Any]) -> dict[str, Any]:
-    """Learn the demonstrations: the weights that every run starts from."""
-    import torch
-
-    from policygrad.language import arithmetic
+    """The weights that every run starts from, which are those of `policygrad train grpo TASK`."""
     from policygrad.language.models import save_model
-    from policygrad.language.policies import LanguagePolicy
-    from policygrad.language.warmup import demonstrations_batch, fit_demonstrations
+    from policygrad.language.warmup import OWN, warmed_up
 
-    def progress(done: int, total: int, status: str) -> None:
-        if done % 100 == 0:
-            say(f"  step {done:4}: {status}")
-
-    torch.manual_seed(0)
-    tokenizer = arithmetic.tokenizer()
-    policy = LanguagePolicy(arithmetic.model())
-    examples, _ = arithmetic.splits(*job["problems"], seed=0)
-    batch = demonstrations_batch(examples, arithmetic.demonstrations(examples, seed=0), tokenizer)
-    fit_demonstrations(policy, batch, job["steps"], job["rows"], job["learning_rate"], progress=progress)
-    save_model(policy.model, tokenizer, Path(job["out"]))
-    return {}
+    save_model(warmed_up(say, task=job["task"]), OWN[job["task"]].tokenizer(), Path(job["out"]))
+    return judge(job)
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Our side of a run; peers/trl_run.py is TRL's."""
+    """Our side of a run, judged; peers/trl_run.py is TRL's."""
     import torch
 
-    from policygrad.language import arithmetic
-    from policygrad.language.completions import Request
-    from policygrad.language.models import load_model, load_tokenizer, save_model, stop_tokens
+    from policygrad.language.models import load_model, load_tokenizer, save_model
     from policygrad.language.policies import LanguagePolicy
-    from policygrad.language.rewards import Rewards
-    from policygrad.language.sampler import CompletionSampler
-    from policygrad.train.compose import assemble
 
     torch.manual_seed(job["seed"])
-    tokenizer, model = load_tokenizer(job["start"]), load_model(job["start"])
-    policy = LanguagePolicy(model)
-    examples, _ = arithmetic.splits(*job["problems"], seed=0)
+    tokenizer = load_tokenizer(job["start"])
+    policy = LanguagePolicy(load_model(job["start"]))
+    sample, learner = learner_of(job, policy, tokenizer)
+    steps = iter(learner)
+    rewards, lengths, seconds, before_mb = [], [], [], peak_mb()
+    for step in range(1, job["steps"] + 1):
+        start = time.perf_counter()
+        metrics = next(steps)
+        seconds.append(time.perf_counter() - start)
+        rewards.append(float(metrics["reward"]))
+        lengths.append(float(metrics["length"]))
+        if step % 10 == 0:
+            clipped = sum(float(x) for name, x in metrics.items() if name.startswith("clip_fraction"))
+            say(f"  step {step:4}: reward {rewards[-1]:.2f}, clipped {clipped:.2f}")
+    result = {"reward": rewards, "length": lengths, "seconds": seconds, "before_mb": before_mb, "peak_mb": peak_mb()}
+    save_model(policy.model, tokenizer, Path(job["out"]))
+    result["prompts"] = digest(sample.last.prompts.texts)
+    named = {name: version(name) for name in ("torch", "transformers", "policygrad")}
+    return {**result, **judge(job), "versions": {"python": platform.python_version(), **named}}
+
+
+def learner_of(job: dict[str, Any], policy: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The task's sampler, and the method on it."""
+    from policygrad.language.sampler import CompletionSampler, request_of
+    from policygrad.train.compose import assemble
+
+    train, _, answers, rewards = task_of(job, tokenizer)
     sample = CompletionSampler(
-        prompts_of(examples, tokenizer),
+        train,
         tokenizer,
-        Rewards([arithmetic.right]),
-        Request(job["completions"], job["max_tokens"], stop_tokens(model, tokenizer), tokenizer.pad_token_id),
+        rewards,
+        request_of(policy.model, tokenizer, job["completions"], job["max_tokens"]),
+        answers=answers,
         prompts_per_rollout=job["prompts"],
         seed=job["seed"],
     )
@@ -108,60 +164,101 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         sample,
         world="language",
         kl_ref="none",
-        clip_low=job["clip"],
-        clip_high=job["clip"],
+        epochs=job["epochs"],
+        clip_low=float("inf") if job["clip_low"] is None else job["clip_low"],
+        clip_high=job["clip_high"],
         learning_rate=job["learning_rate"],
         adam_epsilon=job["adam_epsilon"],
         max_grad_norm=job["max_grad_norm"],
     )
-    steps = iter(learner)
-    rewards, lengths, seconds, before_mb = [], [], [], peak_mb()
-    for step in range(1, job["steps"] + 1):
-        start = time.perf_counter()
-        metrics = next(steps)
-        seconds.append(time.perf_counter() - start)
-        rewards.append(float(metrics["reward"]))
-        lengths.append(float(metrics["length"]))
-        if step % 20 == 0:
-            say(f"  step {step:4}: reward {rewards[-1]:.2f}")
-    result = {"reward": rewards, "length": lengths, "seconds": seconds, "before_mb": before_mb, "peak_mb": peak_mb()}
-    save_model(policy.model, tokenizer, Path(job["out"]))
-    result["prompts"] = digest(sample.last.prompts.texts)
-    named = {name: version(name) for name in ("torch", "transformers", "policygrad")}
-    return {**result, "versions": {"python": platform.python_version(), **named}}
+    return sample, learner
+
+
+def task_of(job: dict[str, Any], tokenizer: Any) -> tuple[Any, Any, Any, Any]:
+    """(prompts to train on, held-out prompts, how they are answered, the reward; None: the environment's)."""
+    from policygrad.language import arithmetic
+    from policygrad.language.conversations import Dialogue, from_seed, starts
+    from policygrad.language.lookup import Lookup
+    from policygrad.language.rewards import Rewards
+    from policygrad.language.sampler import answer
+    from policygrad.language.tasks import prepared
+
+    count, held_out = job["problems"]
+    if job["task"] == "arithmetic":
+        train, kept = (prepared(x, tokenizer) for x in arithmetic.splits(count, held_out, seed=0))
+        return train, kept, answer, Rewards([arithmetic.right])
+    train, kept = (prepared(starts(Lookup, n, first), tokenizer) for n, first in ((count, 0), (held_out, count)))
+    return train, kept, Dialogue(from_seed(Lookup), job["turns"]), None
 
 
 def judge(job: dict[str, Any]) -> dict[str, Any]:
     """The share of right answers to the held-out problems, four samples of each, by saved weights."""
     import torch
 
-    from policygrad.language import arithmetic
-    from policygrad.language.completions import Request
-    from policygrad.language.models import load_model, load_tokenizer, stop_tokens
+    from policygrad.language.generation import generate
+    from policygrad.language.models import load_model, load_tokenizer
     from policygrad.language.policies import LanguagePolicy
-    from policygrad.language.rewards import Rewards
-    from policygrad.language.sampler import answer
+    from policygrad.language.sampler import request_of
 
-    tokenizer, model = load_tokenizer(job["start"]), load_model(job["out"])
-    _, held_out = arithmetic.splits(*job["problems"], seed=0)
-    request = Request(4, job["max_tokens"], stop_tokens(model, tokenizer), tokenizer.pad_token_id)
-    prompts, rewards = prompts_of(held_out, tokenizer), Rewards([arithmetic.right])
-    generator = torch.Generator().manual_seed(0)
-    answers = answer(LanguagePolicy(model), prompts, request, tokenizer, rewards, generator)
-    return {"held_out": float(answers.reward.mean())}
+    tokenizer, policy = load_tokenizer(job["start"]), LanguagePolicy(load_model(job["out"]))
+    _, held_out, answers, rewards = task_of(job, tokenizer)
+    request, generator = request_of(policy.model, tokenizer, 4, job["max_tokens"]), torch.Generator().manual_seed(0)
+    found = answers(policy, held_out, request, tokenizer, rewards, generator, generate)
+    captured = Path(job["out"]) / "captured.pt"
+    return {"held_out": float(found.reward.mean()), **(compare(job, captured) if captured.exists() else {})}
 
 
-def prompts_of(examples: list[dict[str, Any]], tokenizer: Any) -> Any:
-    from policygrad.language.data import columns_of, encode_prompts
-    from policygrad.language.sampler import Prompts
+def compare(job: dict[str, Any], path: Path) -> dict[str, Any]:
+    """|our gradient - TRL's| / |TRL's| on a batch of TRL's, with the same of the advantages from TRL's rewards.
 
-    rows = encode_prompts(examples, tokenizer)
-    return Prompts.of([x["prompt"] for x in examples], rows, columns_of(examples), pad=tokenizer.pad_token_id)
+    clipped: the share of the batch that is beyond a clip. token_gradient: the distance of GRPO's gradient, with its
+    clip of 0.2 and every token a decision, on the same batch: what the first number would be for another method.
+    """
+    import torch
+
+    from policygrad import advantages
+    from policygrad.language.models import load_model, load_tokenizer
+    from policygrad.language.policies import LanguagePolicy, Prefixes
+    from policygrad.rollout import Batch
+
+    captured = torch.load(path)
+    policy, x = LanguagePolicy(load_model(job["start"])), captured["batch"]
+    policy.model.load_state_dict(captured["weights"], strict=False)  # a tied head is left out
+    every = x["completion_mask"].bool()
+    mask = every & x["tool_mask"].bool() if "tool_mask" in x else every
+    advantage = x["advantages"].unsqueeze(1)
+    theirs = torch.cat([captured["gradient"][name].flatten() for name, _ in policy.model.named_parameters()])
+
+    def distance(job: dict[str, Any], mask: torch.Tensor) -> tuple[float, dict[str, Any]]:
+        _, learner = learner_of(job, policy, load_tokenizer(job["start"]))
+        obs = Prefixes(x["prompt_ids"], x["prompt_mask"].bool(), x["completion_ids"], mask)
+        old = x.get("old_per_token_logps")  # none if the policy is the one that sampled
+        old = policy(obs).log_prob(obs.completion).detach() if old is None else old
+        zero, weight = torch.zeros(mask.shape), learner.loop.keywords["weights"](mask)
+        shared = advantage.where(mask, zero)
+        batch = Batch(obs, obs.completion, old.where(mask, zero), mask, weight, shared, zero, zero)
+        value, metrics = learner.objective(batch)
+        gradient = torch.autograd.grad(-value, list(policy.model.parameters()))
+        mine = torch.cat([x.flatten() for x in gradient])
+        return float((mine - theirs).norm() / theirs.norm()), metrics
+
+    apart, metrics = distance(job, mask)
+    other, _ = distance({**job, "method": "grpo", "clip_low": 0.2, "clip_high": 0.2}, every)
+    reward, given = captured["rewards"], captured["advantages"]
+    group = torch.arange(len(reward)) // job["completions"]
+    scaled = (reward - advantages.group_mean(reward, group)) / advantages.group_scale(reward, group)
+    return {
+        "gradient": apart,
+        "token_gradient": other,
+        "advantage": float((scaled - given).norm() / given.norm()),
+        "clipped": sum(float(x) for name, x in metrics.items() if name.startswith("clip_fraction")),
+    }
 
 
-def digest(prompts: list[str]) -> str:
+def digest(prompts: list[Any]) -> str:
     """A digest of the last step's prompts, to see that both libraries had the same."""
-    return hashlib.sha256(" ".join(sorted(set(prompts))).encode()).hexdigest()[:12]
+    texts = {x if isinstance(x, str) else x[-1]["content"] for x in prompts}
+    return hashlib.sha256(" ".join(sorted(texts)).encode()).hexdigest()[:12]
 
 
 def peak_mb() -> float:
@@ -190,51 +287,47 @@ def ours(worker: str, job: dict[str, Any]) -> dict[str, Any]:
     return in_process([sys.executable, __file__, "--worker", worker], job)
 
 
-def starting_weights(work: Path, threads: int, steps: int) -> Path:
-    """The directory of the warmed-up model, made if there is none of this task and these settings."""
-    job = {**WARM_UP, "steps": steps, "problems": JOB["problems"]}
-    task = HERE.parent / "policygrad" / "language" / "arithmetic.py"
-    made_of = task.read_text() + inspect.getsource(warm_up) + json.dumps(job)
-    out = work / f"start-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
-    if not (out / "tokenizer.json").exists():  # the last file that is written
-        say(f"warming up, {steps} steps")
-        ours("warm_up", {**job, "threads": threads, "out": str(out)})
-    return out
-
-
 def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """All runs, the libraries taking turns. The results are written after every run."""
-    start = starting_weights(arguments.work, arguments.threads, arguments.warm_up)
-    job = {**JOB, "steps": arguments.steps, "threads": arguments.threads, "start": str(start)}
-    settings = {**JOB, "steps": arguments.steps, "warm_up": {**WARM_UP, "steps": arguments.warm_up}}
-    machine = {"threads": arguments.threads, "cores": os.cpu_count()}
-    results = {"settings": settings, "machine": machine, "versions": {}, "runs": []}
-    if arguments.resume and path.exists():
-        found = json.loads(path.read_text())
-        if found["settings"] != settings or found["machine"] != machine:
-            sys.exit(f"{path.name} was measured with other settings: run without --resume")
-        results = found
-    results["before"] = ours("judge", {**job, "out": str(start)})["held_out"]
-    say(f"before: {results['before']:.1%} of the held-out problems right")
-    done = {(run["library"], run["method"], run["seed"]) for run in results["runs"]}
+    """All runs of the cases, the libraries taking turns. The results are written after every run."""
+    results: dict[str, Any] = {"commands": [], "cases": {}, "versions": {}, "runs": []}
+    results = json.loads(path.read_text()) if path.exists() else results
+    given = sys.argv[1:]
+    for name in ("--peer-python", "--work"):  # whose values are this machine's
+        if name in given:
+            given[given.index(name) + 1] = name.removeprefix("--peer-").removeprefix("--").upper()
+    command = " ".join(["python benchmarks/language.py", *given])
+    results["commands"] = [*(x for x in results["commands"] if x != command), command]
     sides = {"policygrad": [sys.executable, __file__, "--worker", "train"]}
     if arguments.peer_python:
         sides["TRL"] = [arguments.peer_python, str(HERE / "peers" / "trl_run.py")]
     else:
         say("no --peer-python: only our side runs, and the results stay in --work")
-    plan = [(seed, method, library) for seed in range(arguments.seeds) for method in METHODS for library in sides]
-    for number, (seed, method, library) in enumerate(plan, 1):
-        if (library, method, seed) in done:
-            continue
-        say(f"{number}/{len(plan)}  {library}, {METHODS[method]}, seed {seed}")
-        with tempfile.TemporaryDirectory() as out:
-            this = {**job, "method": method, "seed": seed, "out": out}
-            run = {"library": library, "method": method, "seed": seed, **in_process(sides[library], this)}
-            run |= ours("judge", this)
-        results["versions"][library] = run.pop("versions")
-        results["runs"].append(run)
-        say(f"  {median_seconds([run]):.3f} s a step, {run['held_out']:.1%} of the held-out problems right")
-        write(results, path)
+    for name in arguments.cases:
+        case, short = CASES[name], {"steps": 4} if arguments.quick else {}
+        settings = {**JOB, "method": case.method, **case.settings, **short}
+        start = str(arguments.work / f"start-{settings['task']}")
+        job = {**settings, "case": name, "seed": 0, "threads": arguments.threads, "start": start, "out": start}
+        before = ours("warm_up", job)["held_out"]
+        say(f"{case.title}, before: {before:.1%} of the held-out problems right")
+        of = {"settings": settings, "threads": arguments.threads, "cores": os.cpu_count(), "before": round(before, 5)}
+        if not arguments.resume or results["cases"].get(name) != of:
+            results["runs"] = [run for run in results["runs"] if run["case"] != name]
+        results["cases"][name] = of
+        done = {(run["library"], run["seed"]) for run in results["runs"] if run["case"] == name}
+        for seed, library in product(range(arguments.seeds), sides):
+            if (library, seed) in done:
+                continue
+            say(f"{library}, {case.title}, seed {seed}")
+            with tempfile.TemporaryDirectory() as out:
+                this = {**job, "seed": seed, "out": out}
+                run = {"library": library, "case": name, "seed": seed, **in_process(sides[library], this)}
+                run |= {} if "held_out" in run else ours("judge", this)
+            say(f"  {median_seconds([run]):.3f} s a step, {run['held_out']:.1%} of the held-out problems right")
+            if arguments.busy:
+                run = {key: x for key, x in run.items() if key not in ("seconds", "before_mb", "peak_mb")}
+            results["versions"][library] = run.pop("versions")
+            results["runs"].append(run)
+            write(results, path)
     return results
 
 
@@ -246,19 +339,23 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 
 def rounded(x: Any) -> Any:
-    return [round(y, 5) for y in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
+    """Six digits of every number."""
+    return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 # The results become a page and a picture here.
 
 
-def runs_of(results: dict[str, Any], method: str, library: str) -> list[dict[str, Any]]:
-    runs = [run for run in results["runs"] if (run["method"], run["library"]) == (method, library)]
+def runs_of(results: dict[str, Any], case: str, library: str) -> list[dict[str, Any]]:
+    runs = [run for run in results["runs"] if (run["case"], run["library"]) == (case, library)]
     return sorted(runs, key=lambda run: run["seed"])
 
 
-def run_prompts(results: dict[str, Any], library: str) -> list[str]:
-    return [run["prompts"] for method in METHODS for run in runs_of(results, method, library)]
+def pair(results: dict[str, Any], case: str) -> list[list[dict[str, Any]]]:
+    """Our runs and TRL's, of the seeds that both have."""
+    sides = [runs_of(results, case, library) for library in LIBRARIES]
+    both = set.intersection(*({run["seed"] for run in runs} for runs in sides))
+    return [[run for run in runs if run["seed"] in both] for runs in sides]
 
 
 def median_seconds(runs: list[dict[str, Any]]) -> float:
@@ -303,138 +400,202 @@ def item(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 120, initial_indent="- ", subsequent_indent="  ")
 
 
+def last_reward(run: dict[str, Any]) -> float:
+    return float(np.mean(run["reward"][-SMOOTH:]))
+
+
+def in_errors(a: list[float], b: list[float]) -> str:
+    """The difference of two means, and how many pooled standard errors that is."""
+    difference, error = np.mean(a) - np.mean(b), np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / len(a))
+    return f"{difference:+.3f} ({abs(difference) / error if error else 0:.1f})"
+
+
 def write_page(results: dict[str, Any], path: Path) -> None:
-    settings, machine, libraries = results["settings"], results["machine"], list(results["versions"])
-    seeds = len({run["seed"] for run in results["runs"]})
-    pairs = zip(*(run_prompts(results, library) for library in libraries), strict=True)
-    same = "; the prompts of a step are the same in both libraries"
-    same = same if len(libraries) > 1 and all(len(set(pair)) == 1 for pair in pairs) else ""
-    command = f"python benchmarks/language.py --seeds {seeds} --steps {settings['steps']} --peer-python PYTHON"
+    cases = {name: case for name, case in CASES.items() if name in results["cases"]}
+    libraries = [library for library in LIBRARIES if library in results["versions"]]
+    every = [run["prompts"] for name in cases for library in libraries for run in pair(results, name)[0]]
+    theirs = [run["prompts"] for name in cases for library in libraries for run in pair(results, name)[1]]
+    same = "; the prompts of a step are the same in both libraries" if every and every == theirs else ""
     lines = [
         "# Side by side with TRL",
         "",
-        *paragraph(f"Written by `{command}`, where PYTHON is a Python with TRL."),
+        "Written by these commands, where PYTHON is a Python with TRL:",
+        "",
+        *(f"    {command}" for command in results["commands"]),
+        "",
         *paragraph(
-            f"""The task is addition of numbers below 1000 with written-out working
-            (`policygrad/language/arithmetic.py`), the model a small Llama that learned it from imperfect demonstrations
-            for {settings["warm_up"]["steps"]} steps. Every run starts from those weights, which are right on
-            {results["before"]:.1%} of the held-out problems. A step answers {settings["prompts"]} prompts
-            {settings["completions"]} times, with at most {settings["max_tokens"]} tokens at temperature 1, and makes
-            one update of them all: AdamW, learning rate {settings["learning_rate"]:g}, constant, betas
-            {" and ".join(map(str, settings["adam_betas"]))}, eps {settings["adam_epsilon"]:g}, no weight decay,
-            gradient norm at most {settings["max_grad_norm"]:g}, clip {settings["clip"]:g}, no KL penalty, float32. The
-            reward is 1 for a right sum and else 0. The seeds vary the samples and the order of the prompts{same}. GRPO
-            is the published one (TRL: `loss_type="grpo"`, `scale_rewards="group"`), RLOO without a normalization of
-            advantages. TRL's gradient checkpointing and bfloat16, on by default, are off."""
+            f"""Both libraries train the same small Llama, which has learned a task from imperfect demonstrations, on
+            the same prompts and the same reward, 1 for a right answer and else 0. The task is addition of numbers below
+            1000 with written-out working (`policygrad/language/arithmetic.py`) unless said otherwise. A step answers
+            {JOB["prompts"]} prompts {JOB["completions"]} times at temperature 1, and makes one update of them all or,
+            where said, several: AdamW at a constant rate, betas {" and ".join(map(str, JOB["adam_betas"]))}, eps
+            {JOB["adam_epsilon"]:g}, no weight decay, gradient norm at most {JOB["max_grad_norm"]:g}, no KL penalty,
+            float32. The seeds vary the samples and the order of the prompts{same}. TRL's gradient checkpointing and
+            bfloat16, on by default, are off."""
         ),
+        *(item(f"**{case.title}**: {case.about}. {described(results['cases'][name])}") for name, case in cases.items()),
+        "",
         "![Training reward of both libraries](language.png)",
         "",
-        "| method | library | training reward, last 10 steps | held-out accuracy | seconds a step | tokens an answer | "
-        "peak memory (before training) |",
-        "|---|---|---|---|---|---|---|",
+        "| case | library | seeds | training reward, last 10 steps | held-out accuracy | seconds a step "
+        "| tokens an answer | peak memory (before training) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for method, name in METHODS.items():
+    for name, case in cases.items():
         for library in libraries:
-            runs = runs_of(results, method, library)
-            ratio = median_seconds(runs) / median_seconds(runs_of(results, method, libraries[0]))
-            times = f" ({ratio:.2f} times)" if library != libraries[0] else ""
-            peak, before = (np.median([run[key] for run in runs]) for key in ("peak_mb", "before_mb"))
+            runs = runs_of(results, name, library)
+            if not runs:
+                continue
+            seconds, memory = "", ""
+            if "seconds" in runs[0]:
+                ratio = median_seconds(runs) / median_seconds(runs_of(results, name, libraries[0]))
+                times = f" ({ratio:.2f} times)" if library != libraries[0] else ""
+                peak, before = (np.median([run[key] for run in runs]) for key in ("peak_mb", "before_mb"))
+                seconds, memory = f"{median_seconds(runs):.3f}{times}", f"{peak:,.0f} MB ({before:,.0f})"
             cells = [
-                name,
+                case.title,
                 library,
-                spread([np.mean(run["reward"][-10:]) for run in runs]),
+                str(len(runs)),
+                spread([last_reward(run) for run in runs]),
                 spread([run["held_out"] for run in runs]),
-                f"{median_seconds(runs):.3f}{times}",
+                seconds,
                 f"{np.mean([run['length'] for run in runs]):.1f}",
-                f"{peak:,.0f} MB ({before:,.0f})",
+                memory,
             ]
             lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         *paragraph(
-            f"""Mean ± standard deviation over {seeds} seeds. Held-out accuracy: {settings["problems"][1]} problems,
-        four samples of each at temperature 1; the same code judges the weights that either library saved. Seconds: the
-        median over all steps but each run's first three; a step is sampling, reward and update, without TRL's logging.
-        Memory: the process's largest resident set, and what it was before the first step. The libraries took turns,
-        run by run."""
+            f"""Mean ± standard deviation over the seeds. Held-out accuracy: {JOB["problems"][1]} problems, four samples
+            of each at temperature 1; the same code judges the weights that either library saved. Seconds: the median
+            over all steps but each run's first three; a step is sampling, reward and update, without TRL's logging.
+            Memory: the process's largest resident set, and what it was before the first step. Neither is given where
+            other work shared the machine. The libraries took turns, run by run."""
         ),
     ]
     if "TRL" in libraries:
-        lines += ["## Do the curves agree?", "", *(agreement(results) if seeds > 1 else []), ""]
+        lines += ["## Do the curves agree?", "", *agreement(results), ""]
+        lines += ["## Is the gradient the same?", "", *gradients(results), ""]
         lines += ["## Is a step faster?", "", *speed(results), ""]
-    lines += [
-        "## Versions",
-        "",
-        f"{machine['cores']} cores, {machine['threads']} threads in either library.",
-        "",
-        "| | " + " | ".join(libraries) + " |",
-        "|---|" + "---|" * len(libraries),
-    ]
+        lines += ["## Several turns: what either side is given", "", *map(item, SEVERAL_TURNS), ""] * ("tools" in cases)
+    lines += ["## Versions", "", "| | " + " | ".join(libraries) + " |", "|---|" + "---|" * len(libraries)]
     for name in dict.fromkeys(name for versions in results["versions"].values() for name in versions):
         lines.append(f"| {name} | " + " | ".join(results["versions"][x].get(name, "") for x in libraries) + " |")
     path.write_text("\n".join(lines) + "\n")
 
 
+def described(case: dict[str, Any]) -> str:
+    """The settings of a case in words."""
+    x = case["settings"]
+    clips = f"{'nothing' if x['clip_low'] is None else x['clip_low']} below and {x['clip_high']:g} above"
+    epochs = "one update" if x["epochs"] == 1 else f"{x['epochs']} updates"
+    threads = f"{case['threads']} thread" + "s" * (case["threads"] > 1)
+    own = f" (after {x['warm_up']['steps']} steps of demonstrations, not the task's own 600)" if "warm_up" in x else ""
+    return (
+        f"Before: {case['before']:.1%} of the held-out problems right{own}. {x['steps']} steps of {epochs}, learning "
+        f"rate {x['learning_rate']:g}, clip {clips}, at most {x['max_tokens']} tokens, {threads}."
+    )
+
+
 def agreement(results: dict[str, Any]) -> list[str]:
     lines = paragraph(
-        f"""Of each run take the reward as the mean of {SMOOTH} steps, and of each seed the difference of the two
-        libraries; then look where its mean over the seeds is largest. In units of its standard error (from the variance
-        between seeds, pooled over the steps) that is the largest of many differences, so it is not small by itself.
-        Beside it stands in how many of the ways to swap the libraries within seeds it is as large."""
+        f"""Differences are policygrad's mean minus TRL's; in parentheses, in standard errors, from the variance between
+        the seeds of either side. For the curve, take the reward as the mean of {SMOOTH} steps, and of each seed the
+        difference of the two libraries, and look where its mean over the seeds is largest. In units of its standard
+        error (from the variance between seeds, pooled over the steps) that is the largest of many differences, so it is
+        not small by itself. Beside it stands in how many of the ways to swap the libraries within seeds it is as
+        large."""
     )
-    for method, name in METHODS.items():
-        a, b = (curves(runs_of(results, method, library)) for library in LIBRARIES)
-        where, difference, units = largest_difference(a - b)
-        k, n = as_large_by_chance(a - b)
-        lines.append(
-            item(
-                f"""{name}: at most {units:.1f} standard errors, which are {abs(difference):.3f} of reward, policygrad
-                being {"above" if difference > 0 else "below"} TRL, at steps {where + 1} to {where + SMOOTH}; as large
-                in {k} of {n} ways."""
-            )
-        )
+    lines += [
+        f"| case | last {SMOOTH} steps | held-out accuracy | largest of the curve | where | as large by swapping |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in CASES.items():
+        ours, theirs = pair(results, name) if name in results["cases"] else ([], [])
+        if len(ours) < 2:
+            continue
+        curve = curves(ours) - curves(theirs)
+        where, difference, units = largest_difference(curve)
+        k, n = as_large_by_chance(curve)
+        cells = [
+            case.title,
+            in_errors([last_reward(run) for run in ours], [last_reward(run) for run in theirs]),
+            in_errors([run["held_out"] for run in ours], [run["held_out"] for run in theirs]),
+            f"{difference:+.3f} ({units:.1f})",
+            f"steps {where + 1} to {where + SMOOTH}",
+            f"{k} of {n} ways",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def gradients(results: dict[str, Any]) -> list[str]:
+    lines = paragraph(
+        """Of each of TRL's runs one batch was captured, that of the second step's last update, with the weights before
+        it and TRL's gradient. Our objective was differentiated on the same batch at the same weights. The distance is
+        |ours - TRL's| / |TRL's|, the largest of the seeds; beside it that of another objective, GRPO's with a clip of
+        0.2 and every token a decision, to show what a difference looks like. Advantages: the same distance between ours
+        and TRL's, from the same rewards; TRL adds 1e-4 to a group's standard deviation, and this library does not."""
+    )
+    lines += [
+        "| case | distance of the gradients | the other objective's | beyond a clip, of that batch | advantages |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in CASES.items():
+        runs = [run for run in runs_of(results, name, "TRL") if "gradient" in run]
+        if runs:
+            most = {key: max(run[key] for run in runs) for key in ("gradient", "advantage")}
+            other = min(run["token_gradient"] for run in runs)
+            clipped = np.mean([run["clipped"] for run in runs])
+            cells = f"{most['gradient']:.1e} | {other:.2g} | {clipped:.0%} | {most['advantage']:.1e}"
+            lines.append(f"| {case.title} | {cells} |")
     return lines
 
 
 def speed(results: dict[str, Any]) -> list[str]:
     lines = []
-    for method, name in METHODS.items():
-        a, b = (runs_of(results, method, library) for library in LIBRARIES)
+    for name, case in CASES.items():
+        a, b = pair(results, name) if name in results["cases"] else ([], [])
+        if not a or "seconds" not in a[0]:
+            continue
         ratios = [median_seconds([y]) / median_seconds([x]) for x, y in zip(a, b, strict=True)]
         lines.append(
             item(
-                f"""{name}: a step of TRL takes {np.median(ratios):.2f} times as long (the median of {len(ratios)} pairs
-                of runs, one after the other; {min(ratios):.2f} to {max(ratios):.2f})."""
+                f"""{case.title}: a step of TRL takes {np.median(ratios):.2f} times as long (the median of {len(ratios)}
+                pairs of runs, one after the other; {min(ratios):.2f} to {max(ratios):.2f})."""
             )
         )
     return lines
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Two panels: the reward while training, the mean over seeds and one standard deviation around it."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (method, name) in zip(panels, METHODS.items(), strict=True):
-        for library in results["versions"]:
-            runs, color = runs_of(results, method, library), LIBRARIES[library]
+    """A panel for each case: the reward while training, the mean over seeds and one standard deviation around it."""
+    cases = {name: case for name, case in CASES.items() if name in results["cases"]}
+    columns = min(3, len(cases))
+    figure = Figure(figsize=(4.6 * columns, 3.7 * -(-len(cases) // columns)), layout="constrained", dpi=130)
+    panels = figure.subplots(-(-len(cases) // columns), columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(cases) :]:
+        axes.axis("off")
+    for axes, (name, case) in zip(panels, cases.items(), strict=False):
+        for library, color in LIBRARIES.items():
+            if not (runs := runs_of(results, name, library)):
+                continue
             y = curves(runs)
             x = np.arange(y.shape[1]) + (len(runs[0]["reward"]) - y.shape[1]) / 2 + 1
             mean, deviation = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
             axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
-            label = f"{library} {results['versions'][library][library.lower()]}, {median_seconds(runs):.2f} s a step"
+            seconds = f", {median_seconds(runs):.2f} s a step" if "seconds" in runs[0] else ""
+            label = f"{library} {results['versions'][library][library.lower()]}{seconds}"
             axes.plot(x, mean, color=color, linewidth=2, label=label)
-        axes.set_title(name, loc="left", fontweight="bold")
+        axes.set_title(f"{case.title}, {len(runs_of(results, name, 'policygrad'))} seeds", loc="left")
         axes.set_xlabel("step")
         axes.legend(loc="lower right", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
-        axes.set_xlim(1, len(runs[0]["reward"]))
-        axes.set_ylim(top=1)
+        axes.set_xlim(1, results["cases"][name]["settings"]["steps"])
+    panels[0].set_ylim(top=1)
     panels[0].set_ylabel(f"training reward, mean of {SMOOTH} steps")
-    seeds = len({run["seed"] for run in results["runs"]})
-    figure.suptitle(
-        f"The same model, prompts, reward and settings: mean and standard deviation of {seeds} seeds", fontsize=11
-    )
+    figure.suptitle("The same model, prompts, reward and settings: mean and standard deviation over seeds", fontsize=11)
     figure.savefig(path)
 
 
@@ -445,12 +606,12 @@ def say(message: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--warm-up", type=int, default=WARM_UP["steps"], help="steps of supervised learning before")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="the others keep their results")
+    parser.add_argument("--busy", action="store_true", help="other work is running: keep no times, and no memory")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peer-python", help="a Python that has TRL")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "policygrad" / "benchmark-language")
-    parser.add_argument("--quick", action="store_true", help="two seeds of four steps from a model that knows nothing")
+    parser.add_argument("--quick", action="store_true", help="two seeds of four steps")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results already")
     parser.add_argument("--draw", action="store_true", help="only write the page and the picture again")
     parser.add_argument("--worker", nargs=2, metavar=("WORKER", "JOB"), help=argparse.SUPPRESS)
@@ -465,7 +626,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     path, docs = HERE / "language.json", DOCS
     if arguments.quick:
-        arguments.seeds, arguments.steps, arguments.warm_up = 2, 4, 4
+        arguments.seeds = 2
     if arguments.quick or not (arguments.peer_python or arguments.draw):
         path, docs = arguments.work / "language.json", arguments.work
     results = json.loads(path.read_text()) if arguments.draw else measure(arguments, path)
