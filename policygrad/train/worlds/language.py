@@ -68,7 +68,7 @@ from policygrad.train.options import OptionError, compares_greedy, has_critic, w
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.snapshots import digest
-from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
+from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, VERIFIERS, is_conversation
 from policygrad.train.worlds.world import DECISIONS, Own, World
 
 STARTS = 2048  # beginnings of conversations, of an environment that has no number of its own
@@ -378,14 +378,17 @@ class LanguageWorld(World):
         """What the chat template reads: the user's variables, and the schemas of the tools."""
         text = self.options.template_variables
         given = None if text is None else json.loads(text)
-        tools = [*self.tools, *getattr(None if self.make is None else started(self._limited()), "tools", ())]
-        if not tools or tokenizer.chat_template is None:
+        environment = None if self.make is None else started(self._limited())
+        tools, own = [*self.tools, *getattr(environment, "tools", ())], [*getattr(environment, "schemas", ())]
+        if self.tools and own:
+            raise OptionError("tool", "the environment has tools, and answers their calls itself: leave tool out")
+        if not (tools or own) or tokenizer.chat_template is None:
             return given
         if not templates.reads("tools", tokenizer):
             said = "the chat template shows no tools: say in system_prompt how to call them"
             warnings.warn(said, Note, stacklevel=2)
             return given
-        return {**(given or {}), "tools": [schema_of(tool) for tool in tools]}
+        return {**(given or {}), "tools": [*map(schema_of, tools), *own]}
 
     def _source(self) -> str | None:
         """The model to begin with: the one that is named, or that of another run; None: the task's own."""
@@ -700,6 +703,12 @@ def environment_named(task: str, seconds: float = SECONDS) -> Callable[[], Envir
         from policygrad.language.reasoning import reasoning_gym
 
         return reasoning_gym(task.removeprefix(REASONING_GYM))
+    if task.startswith(VERIFIERS):
+        from policygrad.language.verifiers import verifiers_environment
+
+        load = partial(verifiers_environment, task.removeprefix(VERIFIERS))
+        loaded: Callable[[], Environment] = within(load, seconds, f"the start of {ending(task, 40)}")
+        return loaded
     make = load_function(task, what="environment")
     try:
         made = within(make, seconds, f"the start of {ending(task, 40)}")
