@@ -77,7 +77,7 @@ def calls_in(text: str, tools: Mapping[str, Tool]) -> list[Call]:
 
 
 def parts_of_calls(text: str, names: Container[str]) -> list[str]:
-    """What stands between the marks of calls in a text; of a text that is one JSON object with one of these names, all."""
+    """What stands between the marks of calls; all of a text that is one JSON object with one of these names."""
     marked: list[str] = MARKED.findall(text)
     whole = None if marked else json_object(text.strip())
     return [text.strip()] if whole is not None and whole.get("name") in names else marked

@@ -1,4 +1,4 @@
-"""Environments of verifiers (pip install policygrad[verifiers]) as conversations: the package's own rollout, by turns."""
+"""Environments of verifiers (pip install policygrad[verifiers]) as conversations: its own rollouts, by turns."""
 
 import asyncio
 import json
@@ -222,7 +222,9 @@ def _rows(environment: Any) -> Any:
     try:
         return environment.get_dataset()
     except ValueError as error:
-        raise UserError(f"the environment has nothing to train on ({one_line(error, 80)}): give it a dataset") from error
+        raise UserError(
+            f"the environment has nothing to train on ({one_line(error, 80)}): give it a dataset"
+        ) from error
 
 
 def _run(work: Any) -> Any:
@@ -238,7 +240,7 @@ def _response(text: str, names: Sequence[str], turn: int) -> Any:
     from verifiers.types import Response, ResponseMessage, ToolCall
 
     found = [json_object(part) for part in parts_of_calls(text, names)] if names else []
-    calls = []
+    calls: list[Any] = []
     for written in found:
         if written is not None and isinstance(written.get("name"), str):
             arguments = written.get("arguments", written.get("parameters", {}))

@@ -39,7 +39,11 @@ def is_conversation(task: Any) -> bool:
     if not isinstance(task, str) or task in (ROWS, "arithmetic"):
         return False
     place, _, name = task.rpartition(":")
-    return task == "lookup" or task.startswith(VERIFIERS) or (name.isidentifier() and (place.endswith(".py") or _is_module(place)))
+    return (
+        task == "lookup"
+        or task.startswith(VERIFIERS)
+        or (name.isidentifier() and (place.endswith(".py") or _is_module(place)))
+    )
 
 
 def _is_module(place: str) -> bool:
