@@ -66,6 +66,7 @@ class Keywords(TypedDict, total=False):
     demonstrations: Any
     validation: float
     model: str | Path | None
+    heads: int | None
     tokenizer: str | Path | None
     dtype: Literal["float32", "bfloat16", "float16", "auto"]
     attention: str | None
@@ -111,6 +112,7 @@ class Keywords(TypedDict, total=False):
     old_logp: Literal["sampled", "recomputed"]
     engine_python: str | Path | None
     engine_tolerance: float
+    engine_time_limit: float
     importance_bound: float
     importance_low: float
     importance_level: Literal["token", "sequence", "product"]

@@ -221,6 +221,8 @@ class Options:
     # What is sampled: completions
     model: str | None = option(None,
         "Hugging Face causal language model, a directory or hub id; by default the task's own.", **LANGUAGE)
+    heads: int | None = option(None,
+        "Heads of attention in the model that arithmetic or lookup brings; None: 4.", COUNT, **LANGUAGE)
     tokenizer: str | None = option(None, "Tokenizer, a directory or hub id; by default the model's.", **LANGUAGE)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32",
         "Type of the weights; auto: the type in the file.", **LANGUAGE)
@@ -323,6 +325,9 @@ class Options:
     engine_tolerance: float = option(1e-3,
         "Most nats between engine and learner in the log-probability of a token, of 64 after each change of the "
         "weights; more is an error.", POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
+    engine_time_limit: float = option(1800.0,
+        "Seconds that the engine may take for its start, for new weights, or for a rollout; then it is started again.",
+        POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
     importance_bound: float = option(2.0,
         "Upper bound of the importance weights pi_old / sampling policy; 0: no correction.",
         POSSIBLY_INFINITE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))

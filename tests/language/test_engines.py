@@ -177,6 +177,57 @@ def test_a_process_that_is_killed_costs_time_only(engine: ProcessEngine, when: s
     assert torch.equal(done.logp, expected.logp)
 
 
+def test_a_process_that_answers_nothing_costs_time_only(engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, and a question longer than what a pipe holds: it would be waited for in writing, too."""
+    policy, given = model(), tuple(x.repeat(6000, 1) for x in prompts(5))
+    asked = request(completions=1, max_tokens=1)
+    expected = engine(policy, *given, asked, generator())
+    assert engine.process is not None
+    number, start = engine.process.pid, ProcessEngine._start
+    os.kill(number, signal.SIGSTOP)
+
+    def start_in_time(self: ProcessEngine) -> None:
+        self.time_limit = 600.0
+        start(self)
+
+    monkeypatch.setattr(ProcessEngine, "_start", start_in_time)
+    engine.time_limit = 1.0
+    with pytest.warns(Note, match=f"the {engine.kind} engine did not answer within 1 s: it is started again"):
+        done = engine(policy, *given, asked, generator())
+    assert engine.process.pid != number
+    assert torch.equal(done.tokens, expected.tokens)
+
+
+def test_a_time_limit_that_is_never_met_is_one_line() -> None:
+    made = ProcessEngine("transformers", sys.executable, context=32, time_limit=0.05)
+    with pytest.raises(
+        UserError, match=r"did not answer within 0.05 s before it had started.*: raise engine_time_limit"
+    ):
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+
+
+def test_an_engine_that_hangs_again_and_again_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ask = ProcessEngine("transformers", sys.executable, context=32), ProcessEngine._ask
+
+    def stopped(self: ProcessEngine, **asked: object) -> dict[str, object]:
+        assert self.process is not None
+        if asked["do"] == "generate":
+            self.time_limit = 0.2
+            os.kill(self.process.pid, signal.SIGSTOP)
+        else:
+            self.time_limit = 600.0
+        return ask(self, **asked)
+
+    monkeypatch.setattr(ProcessEngine, "_ask", stopped)
+    with pytest.warns(Note), pytest.raises(UserError) as error:
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+    assert str(error.value).startswith("the transformers engine did not answer within 0.2 s, 3 times in a row")
+    assert str(error.value).endswith(": raise engine_time_limit")
+    assert len(str(error.value)) <= 200
+
+
 def test_another_distribution_than_the_learners_is_refused(engine: ProcessEngine) -> None:
     """The learner scales its states, which the engine does not know of."""
     policy, given = moved(model()), prompts(5, 2, 9)

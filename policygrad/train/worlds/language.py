@@ -156,7 +156,8 @@ class LanguageWorld(World):
             return None
         context = int(self.prompts.train.lengths.max()) + options.max_tokens
         python = options.engine_python or sys.executable
-        return ProcessEngine(options.engine, python, context=context, tolerance=options.engine_tolerance)
+        limits = {"tolerance": options.engine_tolerance, "time_limit": options.engine_time_limit}
+        return ProcessEngine(options.engine, python, context=context, **limits)
 
     def close(self) -> None:
         if self.process is not None:
@@ -432,7 +433,13 @@ class LanguageWorld(World):
         for name in ("tokenizer", "base_model"):
             if source is None and getattr(options, name) is not None:
                 raise OptionError(name, f"{name} is of a model of your own, and there is none: give model")
-        source = source or str(warm_model(progress, options.device, self.task).name_or_path)
+        if source is not None and options.heads is not None:
+            raise OptionError(
+                "heads", "heads is of the model that a task brings, and there is another: leave heads out"
+            )
+        if source is None:
+            heads = 4 if options.heads is None else options.heads
+            source = str(warm_model(progress, options.device, self.task, heads).name_or_path)
         tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
         model = models.load_model(
             source,
@@ -475,7 +482,7 @@ class LanguageWorld(World):
         folder = directory / "model"
         stage = _stage(folder, directory)
         if self.options.lora_rank == 0 or self.options.save == "merged":
-            here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None}
+            here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None, "heads": None}
             self.options = dataclasses.replace(self.options, **here)
         elif (self.options.model or self.options.start) is not None:  # the base of the adapter
             self.options = dataclasses.replace(self.options, tokenizer=str(folder))
@@ -792,10 +799,11 @@ def _stage(folder: Path, directory: Path) -> Stage:
     return stages.pop()
 
 
-def warm_model(progress: bool, device: str, task: str = ARITHMETIC) -> Any:
+def warm_model(progress: bool, device: str, task: str = ARITHMETIC, heads: int = 4) -> Any:
     """A task's own model after its demonstrations, with a progress bar if it is trained now."""
     with progress_bar("learning from demonstrations", int(RECIPE["steps"]), progress) as advance:
-        return warmed_up(progress=lambda done, total, status: advance(status), task=task, device=device)
+        found = {"task": task, "heads": heads, "device": device}
+        return warmed_up(progress=lambda done, total, status: advance(status), **found)
 
 
 def verdict(before: Evaluation, after: Evaluation) -> list[str]:

@@ -246,6 +246,17 @@ def test_a_run_with_an_engine_goes_on_bit_for_bit_and_its_program_is_named_again
         ({"engine_python": "/x"}, "engine_python", "engine_python is read only where engine is vllm or transformers"),
         ({"engine_tolerance": 0.1}, "engine_tolerance", "engine_tolerance is read only where engine is vllm or trans"),
         ({"engine": "transformers", "engine_tolerance": 1e-12}, None, "engine and learner differ by"),
+        (
+            {"engine_time_limit": 9.0},
+            "engine_time_limit",
+            "engine_time_limit is read only where engine is vllm or trans",
+        ),
+        (
+            {"engine": "transformers", "engine_time_limit": 0.05},
+            None,
+            "did not answer within 0.05 s before it had start",
+        ),
+        ({"heads": 3}, "heads", "heads is of the model that a task brings, and there is another: leave heads out"),
         ({"engine": "transformers", "engine_python": "/x/python"}, None, "engine_python /x/python cannot be run"),
         ({"engine": "transformers", "shard": True}, "engine", "engine is 'transformers', and not with shard"),
     ],
