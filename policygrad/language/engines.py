@@ -17,13 +17,14 @@ from torch import Tensor
 
 from policygrad.errors import Note, UserError, ending, one_line, shortened
 from policygrad.language import engine_worker
-from policygrad.language.adapters import merged_weights
+from policygrad.language.adapters import merged_weights, weights_without
 from policygrad.language.completions import Completions, Request
 from policygrad.language.decoding import stopped_at
 from policygrad.language.models import quiet
 from policygrad.language.policies import LanguagePolicy, Prefixes, causal, evaluating
 
 CHECKED = 64  # tokens
+BASE = "base"  # the directory of the weights under an adapter
 RESTARTS = 3  # of one call
 TIME_LIMIT = 1800.0  # seconds for an answer, by default
 
@@ -41,10 +42,11 @@ class ProcessEngine:
 
     kind: vllm or transformers. python: the interpreter of an environment that has it; it needs nothing of policygrad.
     context: the most tokens of a prompt and its completion together. tolerance: see below, in nats. time_limit: seconds
-    for each answer: the start, new weights, the completions of a rollout.
+    for each answer: the start, new weights, the completions of a rollout. adapter_alone: vLLM gets the weights under an
+    adapter once, and then adapters; False: an adapter is merged into the weights.
 
-    The process starts at the first call. A call hands over the policy's weights if they are others than before (an
-    adapter merged into them; parameters without gradient are taken to stay), as safetensors in a temporary directory.
+    The process starts at the first call. A call hands over the policy's weights if they are others than before
+    (parameters without gradient are taken to stay), as safetensors in a temporary directory.
     A prompt's completions have one seed, from the generator, so that it decides the samples. A process that ends, or
     exceeds the time limit, is started again and asked the same: that costs time only. Stop texts are looked for here,
     in samples that went on.
@@ -53,15 +55,25 @@ class ProcessEngine:
     sampled, which must be within the tolerance of the engine's: other weights and other settings show so. Those of
     greedy completions are always the learner's, since an engine's are not at the policy's temperature.
 
-    Raises UserError if the process cannot start, says that it cannot do what it is asked, or ends again and again, and
+    Raises UserError if adapter_alone is for another kind, or a policy without one. A call raises it if the process
+    cannot start, says that it cannot do what it is asked, or ends again and again, and
     if engine and learner do not agree.
     """
 
     def __init__(
-        self, kind: str, python: str, *, context: int, tolerance: float = 1e-3, time_limit: float = TIME_LIMIT
+        self,
+        kind: str,
+        python: str,
+        *,
+        context: int,
+        tolerance: float = 1e-3,
+        time_limit: float = TIME_LIMIT,
+        adapter_alone: bool = False,
     ) -> None:
+        if adapter_alone and kind != "vllm":
+            raise UserError(f"{kind} takes no adapter alone: let it be merged, or give the engine vllm")
         self.kind, self.python, self.context, self.tolerance = kind, python, context, tolerance
-        self.time_limit = time_limit
+        self.time_limit, self.adapter_alone = time_limit, adapter_alone
         self.process: subprocess.Popen[str] | None = None
         self.directory: Path | None = None  # of the weights and what the process prints
         self.sent: list[Tensor] | None = None  # the parameters, as they were written last
@@ -138,11 +150,20 @@ class ProcessEngine:
             self.directory = Path(tempfile.mkdtemp(prefix="policygrad-engine-"))
             weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)  # of one that nobody closed
         self.version += 1
-        model, how = policy.model, dict[str, Any]()
-        if hasattr(model, "peft_config"):
+        model: Any = policy.model
+        how, place = dict[str, Any](), self._weights()
+        adapted = hasattr(model, "peft_config")
+        if self.adapter_alone:
+            if not adapted:
+                raise UserError("the policy has no adapter to hand over alone: give it one, or merge")
+            with quiet():
+                model.save_pretrained(place, save_embedding_layers=False)
+            place, how["state_dict"] = self.directory / BASE, weights_without(model)
+        elif adapted:
             how["state_dict"] = merged_weights(model)
-        with quiet():
-            causal(model).save_pretrained(self._weights(), max_shard_size="1000TB", **how)
+        if not place.is_dir() or not self.adapter_alone:
+            with quiet():
+                causal(model).save_pretrained(place, max_shard_size="1000TB", **how)
         self.sent = [p.to("cpu", copy=True) for p in now]
 
     def _weights(self) -> Path:
@@ -151,12 +172,16 @@ class ProcessEngine:
 
     def _bring_up_to_date(self, policy: LanguagePolicy) -> None:
         """A process that has the newest version of the weights."""
+        assert self.directory is not None
         place = str(self._weights())
         if self.process is None:
             self._start()
             dtype = str(policy.autocast or next(policy.parameters()).dtype).removeprefix("torch.")
+            asked = {"directory": place, "dtype": dtype, "context": self.context}
+            if self.adapter_alone:
+                asked |= {"directory": str(self.directory / BASE), "adapter": place}
             try:
-                self._ask(do="start", directory=place, dtype=dtype, context=self.context)
+                self._ask(do="start", **asked)
             except Ended as end:
                 said = f"the {self.kind} engine {end} before it had started{self._last_words()}"
                 raise UserError(

@@ -112,6 +112,7 @@ class Keywords(TypedDict, total=False):
     old_logp: Literal["sampled", "recomputed"]
     engine_python: str | Path | None
     engine_tolerance: float
+    engine_adapter: Literal["merged", "alone"]
     engine_time_limit: float
     importance_bound: float
     importance_low: float

@@ -325,6 +325,9 @@ class Options:
     engine_tolerance: float = option(1e-3,
         "Most nats between engine and learner in the log-probability of a token, of 64 after each change of the "
         "weights; more is an error.", POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
+    engine_adapter: Literal["merged", "alone"] = option("merged",
+        "How an adapter reaches vLLM: merged into the weights, or alone, beside weights that it gets once.",
+        **LANGUAGE, **SAMPLED, engine=("vllm",))
     engine_time_limit: float = option(1800.0,
         "Seconds that the engine may take for its start, for new weights, or for a rollout; then it is started again.",
         POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
@@ -985,6 +988,10 @@ def _language_conflicts(o: Any) -> Any:
     if getattr(o, "engine", "own") == "vllm" and o.engine_python is None:
         said = "engine is vllm, which needs an environment of its own"
         yield "engine_python", f"{said}: give engine_python, the path of its bin/python"
+    if getattr(o, "engine_adapter", "merged") == "alone" and not o.lora_rank:
+        yield "engine_adapter", "engine_adapter alone is of an adapter, and lora_rank is 0: set that too"
+    if getattr(o, "engine", "own") != "own" and o.quantize != "none":
+        yield "engine", f"{o.engine} would need the rounded weights that quantize holds: use the engine own"
     for name, (refused, why) in NOT_SHARDED.items() if getattr(o, "shard", False) else ():
         if hasattr(o, name) and refused(x := getattr(o, name)):
             yield name, f"{name} is {shortened(x, 20)}, and not with shard, since {why}: leave one of the two out"

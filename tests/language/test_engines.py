@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,46 @@ def test_an_adapter_is_merged(engine: ProcessEngine) -> None:
             own = policy(obs).log_prob(obs.completion)
         torch.testing.assert_close(done.logp[done.mask], own[done.mask], rtol=0, atol=1e-4)
     engine.sent = None  # of another model, for the other tests
+
+
+def test_an_adapter_alone_is_the_merged_one() -> None:
+    """Weights are handed over once. Samples have the policy's own log-probabilities; after a death they stay."""
+    python = PYTHONS["vllm"]
+    if python is None:
+        pytest.skip("POLICYGRAD_VLLM_PYTHON names no Python of an environment with vLLM")
+    policy, given = LanguagePolicy(add_adapter(model().model, 2), temperature=TEMPERATURE), prompts(5, 2)
+    made = ProcessEngine("vllm", python, context=32, adapter_alone=True)
+    drawn = []
+    for size in (0.1, 0.1, 0.0):
+        moved(policy, size)
+        dies = nullcontext() if size else pytest.warns(Note, match="the vllm engine was ended by signal 9")
+        if not size:
+            assert made.process is not None
+            os.kill(made.process.pid, signal.SIGKILL)
+        with dies:
+            done = made(policy, *given, request(), generator())
+        drawn.append(done.tokens)
+        rows = torch.arange(6) // 3
+        obs = Prefixes(given[0][rows], given[1][rows], done.tokens, done.mask)
+        with torch.no_grad():
+            own = policy(obs).log_prob(obs.completion)
+        torch.testing.assert_close(done.logp[done.mask], own[done.mask], rtol=0, atol=1e-4)
+        assert made.directory is not None
+        files = {x.relative_to(made.directory).as_posix() for x in made.directory.rglob("*.safetensors")}
+        assert files == {"base/model.safetensors", f"version-{made.version}/adapter_model.safetensors"}
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2])
+    assert made.version == 2
+    made.close()
+
+
+def test_an_adapter_alone_is_for_vllm_and_of_a_policy_that_has_one() -> None:
+    with pytest.raises(UserError, match="transformers takes no adapter alone"):
+        ProcessEngine("transformers", sys.executable, context=32, adapter_alone=True)
+    made = ProcessEngine("vllm", sys.executable, context=32, adapter_alone=True)
+    with pytest.raises(UserError, match="the policy has no adapter to hand over alone"):
+        made(model(), *prompts(3), request(), generator())
+    made.close()
 
 
 def test_a_stop_text_ends_a_completion_as_in_the_own_engine(engine: ProcessEngine) -> None:

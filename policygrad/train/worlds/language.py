@@ -156,8 +156,9 @@ class LanguageWorld(World):
             return None
         context = int(self.prompts.train.lengths.max()) + options.max_tokens
         python = options.engine_python or sys.executable
-        limits = {"tolerance": options.engine_tolerance, "time_limit": options.engine_time_limit}
-        return ProcessEngine(options.engine, python, context=context, **limits)
+        how = {"tolerance": options.engine_tolerance, "time_limit": options.engine_time_limit}
+        alone = options.engine_adapter == "alone"
+        return ProcessEngine(options.engine, python, context=context, adapter_alone=alone, **how)
 
     def close(self) -> None:
         if self.process is not None:
@@ -802,8 +803,7 @@ def _stage(folder: Path, directory: Path) -> Stage:
 def warm_model(progress: bool, device: str, task: str = ARITHMETIC, heads: int = 4) -> Any:
     """A task's own model after its demonstrations, with a progress bar if it is trained now."""
     with progress_bar("learning from demonstrations", int(RECIPE["steps"]), progress) as advance:
-        found = {"task": task, "heads": heads, "device": device}
-        return warmed_up(progress=lambda done, total, status: advance(status), **found)
+        return warmed_up(progress=lambda done, total, status: advance(status), task=task, heads=heads, device=device)
 
 
 def verdict(before: Evaluation, after: Evaluation) -> list[str]:

@@ -256,6 +256,13 @@ def test_a_run_with_an_engine_goes_on_bit_for_bit_and_its_program_is_named_again
             None,
             "did not answer within 0.05 s before it had start",
         ),
+        ({"engine": "transformers", "engine_adapter": "alone", "lora_rank": 2}, "engine_adapter", "is read only where"),
+        (
+            {"engine": "vllm", "engine_python": "/x", "engine_adapter": "alone"},
+            "engine_adapter",
+            "engine_adapter alone is of an adapter, and lora_rank is 0: set that too",
+        ),
+        ({"engine": "transformers", "lora_rank": 2, "quantize": "4bit"}, "engine", "would need the rounded weights"),
         ({"heads": 3}, "heads", "heads is of the model that a task brings, and there is another: leave heads out"),
         ({"engine": "transformers", "engine_python": "/x/python"}, None, "engine_python /x/python cannot be run"),
         ({"engine": "transformers", "shard": True}, "engine", "engine is 'transformers', and not with shard"),
