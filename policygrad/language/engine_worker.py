@@ -13,7 +13,7 @@ of the Hugging Face layout; nothing is unpickled. What libraries print goes to s
 answered by {}; by {"tokens": [[8, 1], [9, 9, 9]], "logp": [[-0.5, -1.0], ...]}, the completions of each prompt side by
 side, with the log-probability of each token under the distribution that it was sampled from; or by {"error": "..."}.
 With "adapter": "..." in the first line, a directory in PEFT's layout, vLLM gets that beside the weights, and `load` is
-of other adapters.
+of other adapters. With "sleep": true it gives back the GPU's memory after each answer.
 """
 
 import json
@@ -42,8 +42,10 @@ class Engine(Protocol):
 class Vllm:
     """vLLM in this process. Its cache of prompts is emptied with each version of the weights."""
 
-    def __init__(self, directory: str, dtype: str, context: int, adapter: str | None = None) -> None:
-        self.context, self.adapted = context, adapter is not None
+    def __init__(
+        self, directory: str, dtype: str, context: int, adapter: str | None = None, sleep: bool = False
+    ) -> None:
+        self.context, self.adapted, self.sleeps, self.asleep = context, adapter is not None, sleep, False
         self.adapters, self.adapter = 0, None  # how many there were, and the newest as vLLM asks for one
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name, x in {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}.items():
@@ -54,7 +56,11 @@ class Vllm:
         settings: dict[str, Any] = {}
         if adapter is not None:
             settings = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": self._rank(adapter)}
+        if sleep:
+            settings["enable_sleep_mode"] = True
         if current_platform.is_cpu():
+            if sleep:
+                raise RuntimeError("vLLM sleeps on GPUs alone, leave engine_sleep out")
             if adapter is None:
                 self._keep_weights()
             settings["distributed_executor_backend"] = "uni"
@@ -96,6 +102,7 @@ class Vllm:
         utils.check_cpu_sgl_kernel = lambda *_: False
 
     def load(self, directory: str) -> None:
+        self._wake()
         if self.adapted:
             from vllm.lora.request import LoRARequest
 
@@ -105,6 +112,11 @@ class Vllm:
             self._load_weights(directory)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of the weights before")
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def _load_weights(self, directory: str) -> None:
         from safetensors.torch import load_file
@@ -116,6 +128,7 @@ class Vllm:
     def generate(self, prompts: list[list[int]], seeds: list[int], **how: Any) -> Sampled:
         from vllm import SamplingParams
 
+        self._wake()
         greedy = how["greedy"]
         each = [
             SamplingParams(
@@ -136,6 +149,9 @@ class Vllm:
         done = [x for out in answers for x in out.outputs * copies]
         tokens = [list(x.token_ids) for x in done]
         logp = [[at[t].logprob for at, t in zip(x.logprobs, x.token_ids, strict=True)] for x in done]
+        if self.sleeps:
+            self.llm.sleep(level=1)  # weights wait in the memory of the CPU: an adapter's base does not come again
+            self.asleep = True
         return tokens, logp
 
 

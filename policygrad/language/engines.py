@@ -43,7 +43,8 @@ class ProcessEngine:
     kind: vllm or transformers. python: the interpreter of an environment that has it; it needs nothing of policygrad.
     context: the most tokens of a prompt and its completion together. tolerance: see below, in nats. time_limit: seconds
     for each answer: the start, new weights, the completions of a rollout. adapter_alone: vLLM gets the weights under an
-    adapter once, and then adapters; False: an adapter is merged into the weights.
+    adapter once, and then adapters; False: an adapter is merged into the weights. sleep: vLLM gives back the memory of
+    its GPU after each answer.
 
     The process starts at the first call. A call hands over the policy's weights if they are others than before
     (parameters without gradient are taken to stay), as safetensors in a temporary directory.
@@ -55,7 +56,7 @@ class ProcessEngine:
     sampled, which must be within the tolerance of the engine's: other weights and other settings show so. Those of
     greedy completions are always the learner's, since an engine's are not at the policy's temperature.
 
-    Raises UserError if adapter_alone is for another kind, or a policy without one. A call raises it if the process
+    Raises UserError if adapter_alone or sleep is for another kind. A call raises it if the process
     cannot start, says that it cannot do what it is asked, or ends again and again, and
     if engine and learner do not agree.
     """
@@ -69,11 +70,12 @@ class ProcessEngine:
         tolerance: float = 1e-3,
         time_limit: float = TIME_LIMIT,
         adapter_alone: bool = False,
+        sleep: bool = False,
     ) -> None:
-        if adapter_alone and kind != "vllm":
-            raise UserError(f"{kind} takes no adapter alone: let it be merged, or give the engine vllm")
+        if (adapter_alone or sleep) and kind != "vllm":
+            raise UserError(f"adapters alone and sleep are of vllm, and the engine is {kind}: leave them out")
         self.kind, self.python, self.context, self.tolerance = kind, python, context, tolerance
-        self.time_limit, self.adapter_alone = time_limit, adapter_alone
+        self.time_limit, self.adapter_alone, self.sleep = time_limit, adapter_alone, sleep
         self.process: subprocess.Popen[str] | None = None
         self.directory: Path | None = None  # of the weights and what the process prints
         self.sent: list[Tensor] | None = None  # the parameters, as they were written last
@@ -180,6 +182,8 @@ class ProcessEngine:
             asked = {"directory": place, "dtype": dtype, "context": self.context}
             if self.adapter_alone:
                 asked |= {"directory": str(self.directory / BASE), "adapter": place}
+            if self.sleep:
+                asked |= {"sleep": True}
             try:
                 self._ask(do="start", **asked)
             except Ended as end:

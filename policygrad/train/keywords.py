@@ -113,6 +113,7 @@ class Keywords(TypedDict, total=False):
     engine_python: str | Path | None
     engine_tolerance: float
     engine_adapter: Literal["merged", "alone"]
+    engine_sleep: bool
     engine_time_limit: float
     importance_bound: float
     importance_low: float

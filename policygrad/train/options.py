@@ -328,6 +328,9 @@ class Options:
     engine_adapter: Literal["merged", "alone"] = option("merged",
         "How an adapter reaches vLLM: merged into the weights, or alone, beside weights that it gets once.",
         **LANGUAGE, **SAMPLED, engine=("vllm",))
+    engine_sleep: bool = option(False,
+        "vLLM gives back its GPU's memory while the policy learns; on a CPU it cannot, which is an error.",
+        **LANGUAGE, **SAMPLED, engine=("vllm",))
     engine_time_limit: float = option(1800.0,
         "Seconds that the engine may take for its start, for new weights, or for a rollout; then it is started again.",
         POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from language.conftest import END, PAD, VOCABULARY, alone, picked, prompts, tiny
 from policygrad.errors import Note, UserError
+from policygrad.language import engine_worker
 from policygrad.language.adapters import add_adapter
 from policygrad.language.completions import Completions, Request
 from policygrad.language.engines import ProcessEngine
@@ -171,10 +173,57 @@ def test_an_adapter_alone_is_the_merged_one() -> None:
 
 
 def test_an_adapter_alone_is_for_vllm_and_of_a_policy_that_has_one() -> None:
-    with pytest.raises(UserError, match="transformers takes no adapter alone"):
-        ProcessEngine("transformers", sys.executable, context=32, adapter_alone=True)
+    for more in ({"adapter_alone": True}, {"sleep": True}):
+        with pytest.raises(UserError, match="adapters alone and sleep are of vllm, and the engine is transformers"):
+            ProcessEngine("transformers", sys.executable, context=32, **more)  # type: ignore[arg-type]
     made = ProcessEngine("vllm", sys.executable, context=32, adapter_alone=True)
     with pytest.raises(UserError, match="the policy has no adapter to hand over alone"):
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+
+
+def test_vllm_sleeps_after_each_answer_and_is_woken_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of vLLM, in its order, since it sleeps on a GPU alone."""
+    did: list[str] = []
+
+    class Recording:
+        def __init__(self, **settings: object) -> None:
+            assert settings["enable_sleep_mode"]
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *_, **__: did.append(name) or ([] if name == "generate" else True)
+
+    class Gpu:
+        def is_cpu(self) -> bool:
+            return False
+
+    fake, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    fake.LLM, fake.SamplingParams, platforms.current_platform = Recording, dict, Gpu()  # type: ignore[attr-defined]
+    for name, module in (("vllm", fake), ("vllm.platforms", platforms)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(engine_worker.Vllm, "_load_weights", lambda *_: did.append("load"))
+    made = engine_worker.Vllm("", "float32", 32, sleep=True)
+    asked: dict[str, object] = {"completions": 1, "greedy": False, "max_tokens": 1, "temperature": 1.0, "stop": []}
+    made.generate([[1]], [0], **asked)
+    made.load("")
+    made.generate([[1]], [0], **asked)
+    made.generate([[1]], [0], **asked)
+    assert did == [
+        *("generate", "sleep"),
+        *("wake_up", "load", "reset_prefix_cache", "generate", "sleep"),
+        *("wake_up", "generate", "sleep"),
+    ]
+
+
+def test_vllm_on_a_cpu_refuses_to_sleep() -> None:
+    """It would free nothing there, and not answer any more: it stops its scheduler, and then ignores the rest."""
+    python = PYTHONS["vllm"]
+    if python is None:
+        pytest.skip("POLICYGRAD_VLLM_PYTHON names no Python of an environment with vLLM")
+    made = ProcessEngine("vllm", python, context=32, sleep=True)
+    with pytest.raises(
+        UserError, match="the vllm engine cannot start: RuntimeError: vLLM sleeps on GPUs alone, leave en"
+    ):
         made(model(), *prompts(3), request(), generator())
     made.close()
 

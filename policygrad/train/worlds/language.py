@@ -157,8 +157,8 @@ class LanguageWorld(World):
         context = int(self.prompts.train.lengths.max()) + options.max_tokens
         python = options.engine_python or sys.executable
         how = {"tolerance": options.engine_tolerance, "time_limit": options.engine_time_limit}
-        alone = options.engine_adapter == "alone"
-        return ProcessEngine(options.engine, python, context=context, adapter_alone=alone, **how)
+        how |= {"adapter_alone": options.engine_adapter == "alone", "sleep": options.engine_sleep}
+        return ProcessEngine(options.engine, python, context=context, **how)
 
     def close(self) -> None:
         if self.process is not None:

@@ -256,6 +256,7 @@ def test_a_run_with_an_engine_goes_on_bit_for_bit_and_its_program_is_named_again
             None,
             "did not answer within 0.05 s before it had start",
         ),
+        ({"engine": "transformers", "engine_sleep": True}, "engine_sleep", "is read only where engine is vllm"),
         ({"engine": "transformers", "engine_adapter": "alone", "lora_rank": 2}, "engine_adapter", "is read only where"),
         (
             {"engine": "vllm", "engine_python": "/x", "engine_adapter": "alone"},
