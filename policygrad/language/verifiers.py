@@ -21,7 +21,7 @@ FAULTS: ContextVar[list[str]] = ContextVar("FAULTS")  # what the rubric of a rol
 
 
 class Verifiers:
-    """An environment of verifiers (its class `Environment`: SingleTurnEnv, MultiTurnEnv, ToolEnv and those made of them).
+    """An environment of verifiers, of its class `Environment`: SingleTurnEnv, MultiTurnEnv, ToolEnv and theirs.
 
     environment: may serve many conversations at once. Its data set has the beginnings, a row a seed, and its rubric
     pays at the end. verifiers' own rollout runs, with its stop conditions and its state; it is given the policy's turn
