@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := runs/demo
-# What the tests use. Not here, for their size: envpool, jax, ray, mlflow, trackio, quantize. Their tests are then skipped.
+# What the tests use. Not here, for their size: envpool, jax, ray, mlflow, trackio, quantize, verifiers. Their tests are then skipped.
 EXTRAS := dev,mujoco,box2d,atari,minigrid,pettingzoo,minari,language,reasoning,video,wandb,tune,export
 
 # Tests of whole runs. They go without the check of every shape, as users' runs do; the others are checked.

@@ -1300,6 +1300,10 @@ def test_arithmetic_needs_nothing_else_and_is_warmed_up_once(
     written = (cached / "model.safetensors").stat().st_mtime_ns
     assert policygrad("train", "ppo", "arithmetic", *some, "--minibatch-size", "2").code == 0
     assert (cached / "model.safetensors").stat().st_mtime_ns == written
+    assert policygrad("train", "grpo", "arithmetic", *some, "--heads", "3", "--out", tmp_path / "run").code == 0
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["num_attention_heads"] == 3
+    assert policygrad("eval", tmp_path / "run").code == 0
+    assert policygrad("resume", tmp_path / "run", "--iterations", "1").code == 0
 
 
 LANGUAGE_BAD: list[tuple[list[str], str]] = [

@@ -119,8 +119,8 @@ def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     for _, name, *rest in (line for line in commands(document) if line[0] == "policygrad"):
         if name == "clone" and "--model" in rest:
             name, rest = "train", ["clone", *rest]
-        if name == "train" and ("--model" in rest or ("--start" in rest and "--dataset" in rest)):
-            # a model and files that are the reader's
+        theirs = "--model" in rest or "--engine-python" in rest or ("--start" in rest and "--dataset" in rest)
+        if name == "train" and theirs:  # a model, a program and files that are the reader's
             defaults = options_of(method_named(rest[0]).name, "language")()
             given = cli._parse(cli._command(defaults), rest[1:], "train", UseAppendAction).options
             validate(with_values(defaults, vars(given)), defaults)

@@ -159,12 +159,8 @@ def check_mergeable(model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a model that add_adapter made, W + (alpha / r) B A in each adapted layer, named as without one.
-
-    The sum is taken in float32 and rounded to the type of W. The model stays as it is.
-    """
+def weights_without(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights W of a model that add_adapter made, named as without an adapter."""
     found, adapted = {}, _adapted(model)
     for name, x in model.get_base_model().state_dict().items():  # type: ignore[operator]
         place = next((y for y in adapted if name.startswith(f"{y}.")), None)
@@ -172,6 +168,16 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             found[name] = x
         elif name.startswith(f"{place}.base_layer."):
             found[name.replace(f"{place}.base_layer.", f"{place}.", 1)] = x
+    return found
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model that add_adapter made, W + (alpha / r) B A in each adapted layer, named as without one.
+
+    The sum is taken in float32 and rounded to the type of W. The model stays as it is.
+    """
+    found, adapted = weights_without(model), _adapted(model)
     for place, layer in adapted.items():
         weight = layer.base_layer.weight
         change = layer.get_delta_weight(layer.active_adapters[0])

@@ -117,11 +117,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-def configuration(hidden: int = 96, layers: int = 3) -> LlamaConfig:
-    """The configuration of a small Llama."""
-    return small_llama(tokenizer(), hidden, layers, context=64)
+def configuration(hidden: int = 96, layers: int = 3, heads: int = 4) -> LlamaConfig:
+    """The configuration of a small Llama. Raises UserError as small_llama does."""
+    return small_llama(tokenizer(), hidden, layers, heads, context=64)
 
 
-def model(hidden: int = 96, layers: int = 3) -> LlamaForCausalLM:
+def model(hidden: int = 96, layers: int = 3, heads: int = 4) -> LlamaForCausalLM:
     """A small Llama with weights from torch's global generator."""
-    return LlamaForCausalLM(configuration(hidden, layers))
+    return LlamaForCausalLM(configuration(hidden, layers, heads))

@@ -34,7 +34,8 @@ SECONDS = 60.0  # for an environment's start, a reset or a step, by default
 class Environment(Protocol):
     """What the policy talks to: a game, a user, a problem with its judge. Each conversation has one of its own.
 
-    It may also have `tools`, a list of functions (tools.py), whose calls are answered before it sees the text.
+    It may also have `tools`, a list of functions (tools.py), whose calls are answered before it sees the text, or
+    `schemas`, the JSON schemas of tools whose calls it answers itself.
     """
 
     def reset(self, seed: int) -> Messages:
@@ -58,6 +59,11 @@ class Limited:
     def tools(self) -> Sequence[Any]:
         """Those of the environment."""
         return getattr(self.environment, "tools", ())
+
+    @property
+    def schemas(self) -> Sequence[Any]:
+        """Those of the environment."""
+        return getattr(self.environment, "schemas", ())
 
     def reset(self, seed: int) -> Messages:
         """That of the environment."""

@@ -12,6 +12,8 @@ of the Hugging Face layout; nothing is unpickled. What libraries print goes to s
 
 answered by {}; by {"tokens": [[8, 1], [9, 9, 9]], "logp": [[-0.5, -1.0], ...]}, the completions of each prompt side by
 side, with the log-probability of each token under the distribution that it was sampled from; or by {"error": "..."}.
+With "adapter": "..." in the first line, a directory in PEFT's layout, vLLM gets that beside the weights, and `load` is
+of other adapters. With "sleep": true it gives back the GPU's memory after each answer.
 """
 
 import json
@@ -40,8 +42,11 @@ class Engine(Protocol):
 class Vllm:
     """vLLM in this process. Its cache of prompts is emptied with each version of the weights."""
 
-    def __init__(self, directory: str, dtype: str, context: int) -> None:
-        self.context = context
+    def __init__(
+        self, directory: str, dtype: str, context: int, adapter: str | None = None, sleep: bool = False
+    ) -> None:
+        self.context, self.adapted, self.sleeps, self.asleep = context, adapter is not None, sleep, False
+        self.adapters, self.adapter = 0, None  # how many there were, and the newest as vLLM asks for one
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name, x in {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}.items():
             os.environ.setdefault(name, x)
@@ -49,9 +54,16 @@ class Vllm:
         from vllm.platforms import current_platform
 
         settings: dict[str, Any] = {}
+        if adapter is not None:
+            settings = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": self._rank(adapter)}
+        if sleep:
+            settings["enable_sleep_mode"] = True
         if current_platform.is_cpu():
-            self._keep_weights()
-            settings = {"distributed_executor_backend": "uni"}
+            if sleep:
+                raise RuntimeError("vLLM sleeps on GPUs alone, leave engine_sleep out")
+            if adapter is None:
+                self._keep_weights()
+            settings["distributed_executor_backend"] = "uni"
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 settings["kv_cache_memory_bytes"] = 2**30
         self.llm = LLM(
@@ -64,6 +76,18 @@ class Vllm:
             enforce_eager=True,
             **settings,
         )
+        if adapter is not None:
+            self.load(adapter)
+
+    @staticmethod
+    def _rank(adapter: str) -> int:
+        """The least rank that vLLM has room for and the adapter fits."""
+        from typing import get_args
+
+        from vllm.config.lora import MaxLoRARanks
+
+        rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+        return int(min(x for x in get_args(MaxLoRARanks) if x >= rank))
 
     @staticmethod
     def _keep_weights() -> None:
@@ -78,17 +102,33 @@ class Vllm:
         utils.check_cpu_sgl_kernel = lambda *_: False
 
     def load(self, directory: str) -> None:
+        self._wake()
+        if self.adapted:
+            from vllm.lora.request import LoRARequest
+
+            self.adapters += 1  # under a number that there was, vLLM goes on with what it had
+            self.adapter = LoRARequest(f"adapter-{self.adapters}", self.adapters, directory)
+        else:
+            self._load_weights(directory)
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of the weights before")
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def _load_weights(self, directory: str) -> None:
         from safetensors.torch import load_file
 
         weights = load_file(Path(directory) / "model.safetensors")
         # reload_weights is silently wrong where embeddings are tied (0.32)
         self.llm.apply_model(lambda model: len(model.load_weights(weights.items())))
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept keys and values of the weights before")
 
     def generate(self, prompts: list[list[int]], seeds: list[int], **how: Any) -> Sampled:
         from vllm import SamplingParams
 
+        self._wake()
         greedy = how["greedy"]
         each = [
             SamplingParams(
@@ -105,9 +145,13 @@ class Vllm:
         ]
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
         copies = how["completions"] if greedy else 1  # vLLM gives one of them
-        done = [x for out in self.llm.generate(given, each, use_tqdm=False) for x in out.outputs * copies]
+        answers = self.llm.generate(given, each, use_tqdm=False, lora_request=self.adapter)
+        done = [x for out in answers for x in out.outputs * copies]
         tokens = [list(x.token_ids) for x in done]
         logp = [[at[t].logprob for at, t in zip(x.logprobs, x.token_ids, strict=True)] for x in done]
+        if self.sleeps:
+            self.llm.sleep(level=1)  # weights wait in the memory of the CPU: an adapter's base does not come again
+            self.asleep = True
         return tokens, logp
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -16,41 +17,65 @@ from torch import Tensor
 
 from policygrad.errors import Note, UserError, ending, one_line, shortened
 from policygrad.language import engine_worker
-from policygrad.language.adapters import merged_weights
+from policygrad.language.adapters import merged_weights, weights_without
 from policygrad.language.completions import Completions, Request
 from policygrad.language.decoding import stopped_at
 from policygrad.language.models import quiet
 from policygrad.language.policies import LanguagePolicy, Prefixes, causal, evaluating
 
 CHECKED = 64  # tokens
+BASE = "base"  # the directory of the weights under an adapter
 RESTARTS = 3  # of one call
+TIME_LIMIT = 1800.0  # seconds for an answer, by default
 
 
 class Ended(Exception):
-    """The engine's process ended before it answered."""
+    """The engine's process ended before it answered, by itself or by a signal."""
+
+
+class Late(Ended):
+    """It took longer than the time limit, and was ended for that."""
 
 
 class ProcessEngine:
     """An Engine in another process; engine_worker.py has what the two say to each other.
 
     kind: vllm or transformers. python: the interpreter of an environment that has it; it needs nothing of policygrad.
-    context: the most tokens of a prompt and its completion together. tolerance: see below, in nats.
+    context: the most tokens of a prompt and its completion together. tolerance: see below, in nats. time_limit: seconds
+    for each answer: the start, new weights, the completions of a rollout. adapter_alone: vLLM gets the weights under an
+    adapter once, and then adapters; False: an adapter is merged into the weights. sleep: vLLM gives back the memory of
+    its GPU after each answer.
 
-    The process starts at the first call. A call hands over the policy's weights if they are others than before (an
-    adapter merged into them; parameters without gradient are taken to stay), as safetensors in a temporary directory.
-    A prompt's completions have one seed, from the generator, so that it decides the samples. A process that ends is
-    started again and asked the same: that costs time only. Stop texts are looked for here, in samples that went on.
+    The process starts at the first call. A call hands over the policy's weights if they are others than before
+    (parameters without gradient are taken to stay), as safetensors in a temporary directory.
+    A prompt's completions have one seed, from the generator, so that it decides the samples. A process that ends, or
+    exceeds the time limit, is started again and asked the same: that costs time only. Stop texts are looked for here,
+    in samples that went on.
 
     After the start and each change of the weights, the learner computes the log-probabilities of the first 64 tokens
     sampled, which must be within the tolerance of the engine's: other weights and other settings show so. Those of
     greedy completions are always the learner's, since an engine's are not at the policy's temperature.
 
-    Raises UserError if the process cannot start, says that it cannot do what it is asked, or ends again and again, and
+    Raises UserError if adapter_alone or sleep is for another kind. A call raises it if the process
+    cannot start, says that it cannot do what it is asked, or ends again and again, and
     if engine and learner do not agree.
     """
 
-    def __init__(self, kind: str, python: str, *, context: int, tolerance: float = 1e-3) -> None:
+    def __init__(
+        self,
+        kind: str,
+        python: str,
+        *,
+        context: int,
+        tolerance: float = 1e-3,
+        time_limit: float = TIME_LIMIT,
+        adapter_alone: bool = False,
+        sleep: bool = False,
+    ) -> None:
+        if (adapter_alone or sleep) and kind != "vllm":
+            raise UserError(f"adapters alone and sleep are of vllm, and the engine is {kind}: leave them out")
         self.kind, self.python, self.context, self.tolerance = kind, python, context, tolerance
+        self.time_limit, self.adapter_alone, self.sleep = time_limit, adapter_alone, sleep
         self.process: subprocess.Popen[str] | None = None
         self.directory: Path | None = None  # of the weights and what the process prints
         self.sent: list[Tensor] | None = None  # the parameters, as they were written last
@@ -100,7 +125,7 @@ class ProcessEngine:
 
     def _answered(self, policy: LanguagePolicy, asked: dict[str, Any]) -> dict[str, Any]:
         """The answer to a question about this policy, by as many processes as it takes."""
-        for _ in range(RESTARTS):
+        for left in reversed(range(RESTARTS)):
             try:
                 if self.closed:
                     raise UserError(f"the {self.kind} engine is closed: make another one")
@@ -110,12 +135,13 @@ class ProcessEngine:
             except Ended as end:
                 if self.closed:
                     raise UserError(f"the {self.kind} engine was closed while it sampled") from end
+                self._end()
+                if not left:
+                    said = f"the {self.kind} engine {end}, {RESTARTS} times in a row{self._last_words()}"
+                    raise UserError(f"{said}: {advice(end, 'see to that first')}") from end
                 said = f"the {self.kind} engine {end}: it is started again, and samples the same again"
                 warnings.warn(said, Note, stacklevel=3)
-                self._end()
-        raise UserError(
-            f"the {self.kind} engine ended {RESTARTS} times in a row{self._last_words()}: see to that first"
-        )
+        raise AssertionError
 
     def _write(self, policy: LanguagePolicy) -> None:
         """Write the policy's weights as the next version, if they are not those of the last one."""
@@ -126,11 +152,20 @@ class ProcessEngine:
             self.directory = Path(tempfile.mkdtemp(prefix="policygrad-engine-"))
             weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)  # of one that nobody closed
         self.version += 1
-        model, how = policy.model, dict[str, Any]()
-        if hasattr(model, "peft_config"):
+        model: Any = policy.model
+        how, place = dict[str, Any](), self._weights()
+        adapted = hasattr(model, "peft_config")
+        if self.adapter_alone:
+            if not adapted:
+                raise UserError("the policy has no adapter to hand over alone: give it one, or merge")
+            with quiet():
+                model.save_pretrained(place, save_embedding_layers=False)
+            place, how["state_dict"] = self.directory / BASE, weights_without(model)
+        elif adapted:
             how["state_dict"] = merged_weights(model)
-        with quiet():
-            causal(model).save_pretrained(self._weights(), max_shard_size="1000TB", **how)
+        if not place.is_dir() or not self.adapter_alone:
+            with quiet():
+                causal(model).save_pretrained(place, max_shard_size="1000TB", **how)
         self.sent = [p.to("cpu", copy=True) for p in now]
 
     def _weights(self) -> Path:
@@ -139,15 +174,23 @@ class ProcessEngine:
 
     def _bring_up_to_date(self, policy: LanguagePolicy) -> None:
         """A process that has the newest version of the weights."""
+        assert self.directory is not None
         place = str(self._weights())
         if self.process is None:
             self._start()
             dtype = str(policy.autocast or next(policy.parameters()).dtype).removeprefix("torch.")
+            asked = {"directory": place, "dtype": dtype, "context": self.context}
+            if self.adapter_alone:
+                asked |= {"directory": str(self.directory / BASE), "adapter": place}
+            if self.sleep:
+                asked |= {"sleep": True}
             try:
-                self._ask(do="start", directory=place, dtype=dtype, context=self.context)
+                self._ask(do="start", **asked)
             except Ended as end:
                 said = f"the {self.kind} engine {end} before it had started{self._last_words()}"
-                raise UserError(f"{said}: give engine_python of an environment in which it runs") from end
+                raise UserError(
+                    f"{said}: {advice(end, 'give engine_python of an environment in which it runs')}"
+                ) from end
             self.checked = 0
         elif self.loaded != self.version:
             self._ask(do="load", directory=place)
@@ -179,12 +222,28 @@ class ProcessEngine:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it does not listen any more, but what it said can still be read
-            process.stdin.write(json.dumps(asked | {"version": self.version}) + "\n")
-            process.stdin.flush()
-        line = process.stdout.readline()
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()  # which ends what it reads and writes, in the middle of a line too
+
+        timer = threading.Timer(min(self.time_limit, threading.TIMEOUT_MAX), end)
+        timer.daemon = True
+        timer.start()
+        try:
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # it does not listen any more, but what it said can still be read
+                process.stdin.write(json.dumps(asked | {"version": self.version}) + "\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
         if not line.endswith("\n"):
             code = process.wait()
+            if late.is_set():
+                raise Late(f"did not answer within {self.time_limit:g} s")
             raise Ended(f"was ended by signal {-code}" if code < 0 else f"ended with code {code}")
         try:
             reply: Any = json.loads(line)
@@ -227,6 +286,11 @@ class ProcessEngine:
                 f"engine and learner differ by {largest:.2g} nats on a token, more than engine_tolerance "
                 f"{self.tolerance:g}: raise it only for another arithmetic, with old_logp recomputed"
             )
+
+
+def advice(end: Ended, otherwise: str) -> str:
+    """What to do about a process that ended."""
+    return "raise engine_time_limit" if isinstance(end, Late) else otherwise
 
 
 def _completions(tokens: list[list[int]], logp: list[list[float]], request: Request) -> Completions:

@@ -120,11 +120,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def configuration(hidden: int = 64, layers: int = 2) -> LlamaConfig:
-    """The configuration of a small Llama."""
-    return small_llama(tokenizer(), hidden, layers, context=192)
+def configuration(hidden: int = 64, layers: int = 2, heads: int = 4) -> LlamaConfig:
+    """The configuration of a small Llama. Raises UserError as small_llama does."""
+    return small_llama(tokenizer(), hidden, layers, heads, context=192)
 
 
-def model(hidden: int = 64, layers: int = 2) -> LlamaForCausalLM:
+def model(hidden: int = 64, layers: int = 2, heads: int = 4) -> LlamaForCausalLM:
     """A small Llama with weights from torch's global generator."""
-    return LlamaForCausalLM(configuration(hidden, layers))
+    return LlamaForCausalLM(configuration(hidden, layers, heads))

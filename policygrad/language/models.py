@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from policygrad.errors import UserError, ending, one_line, shortened
+from policygrad.errors import UserError, ending, listed, one_line, shortened
 from policygrad.files import add_metadata, check_directory, check_file, damaged, read_json
 from policygrad.language.adapters import Adapter, base_of, merge, merged_weights, saved_adapter
 from policygrad.language.adapters import add_adapter as add_adapter
@@ -22,14 +22,22 @@ from policygrad.language.quantization import four_bits, settle
 LAYERS = 10_000  # more than any model has; each would be built before its weights are missed
 
 
-def small_llama(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, *, context: int) -> LlamaConfig:
-    """The configuration of a small Llama with four heads, for the tasks that bring a model of their own."""
+def small_llama(
+    tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, heads: int, *, context: int
+) -> LlamaConfig:
+    """The configuration of a small Llama, for the tasks that bring a model of their own.
+
+    Raises UserError unless each head has the same even number of features, since positions turn pairs of them.
+    """
+    if heads < 1 or hidden % (2 * heads):
+        fit = listed(str(x) for x in range(1, hidden) if hidden % (2 * x) == 0)
+        raise UserError(f"heads is {heads}, and {hidden} features cannot be shared evenly: give one of {fit}")
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         max_position_embeddings=context,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

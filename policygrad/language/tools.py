@@ -7,7 +7,7 @@ the text is evaluated.
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers.utils import get_json_schema
@@ -73,11 +73,20 @@ def calls_in(text: str, tools: Mapping[str, Tool]) -> list[Call]:
     """The calls in a text: JSON between <tool_call> and </tool_call> (Qwen, Hermes), or a text that is one JSON object
     with the name of a tool (Llama). Arguments are named `arguments` or `parameters`.
     """
-    marked = MARKED.findall(text)
-    if marked:
-        return [_call(part, tools) for part in marked]
-    whole = _object(text.strip())
-    return [_call(text.strip(), tools)] if whole is not None and whole.get("name") in tools else []
+    return [_call(part, tools) for part in parts_of_calls(text, tools)]
+
+
+def parts_of_calls(text: str, names: Container[str]) -> list[str]:
+    """What stands between the marks of calls; all of a text that is one JSON object with one of these names."""
+    marked: list[str] = MARKED.findall(text)
+    whole = None if marked else json_object(text.strip())
+    return [text.strip()] if whole is not None and whole.get("name") in names else marked
+
+
+def before_calls(text: str) -> str:
+    """What a text with calls says before the first of them."""
+    first = MARKED.search(text)
+    return text[: first.start()].strip() if first else ""
 
 
 def answers_to_calls(text: str, tools: Sequence[Tool]) -> list[Message]:
@@ -120,7 +129,7 @@ def with_tools(begin: Begin | None, tools: Sequence[Tool] = ()) -> Begin:
 
 
 def _call(text: str, tools: Mapping[str, Tool]) -> Call:
-    found = _object(text)
+    found = json_object(text)
     if found is None or not isinstance(found.get("name"), str):
         return Call("", {}, 'a call is a JSON object {"name": ..., "arguments": {...}}')
     name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
@@ -169,7 +178,7 @@ def _result(call: Call, tools: Mapping[str, Tool]) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} characters left out)"
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object that a text is; None if it is none."""
     try:
         found = json.loads(text)

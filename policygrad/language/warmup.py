@@ -35,16 +35,17 @@ def warmed_up(
     progress: Progress | None = None,
     *,
     task: str = ARITHMETIC,
+    heads: int = 4,
     device: torch.device | str = "cpu",
 ) -> LlamaForCausalLM:
     """A task's own model after its demonstrations, from the cache. If it is not there, train it first.
 
-    task: arithmetic or lookup.
+    task: arithmetic or lookup. heads: of its attention.
     """
-    place = cache_directory() / f"{task}-{_key(task)}"
+    place = cache_directory() / f"{task}-{_key(task, heads)}"
     if not (place / "model.safetensors").is_file():
         announce(f"the {task} model learns from imperfect demonstrations first (kept for next time)")
-        trained = _train(task, progress, device)
+        trained = _train(task, heads, progress, device)
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=place.parent))
         models.save_model(trained, OWN[task].tokenizer(), beside)
@@ -109,11 +110,11 @@ def fit_demonstrations(
     return history
 
 
-def _key(task: str) -> str:
+def _key(task: str, heads: int) -> str:
     examples, demonstrations = _demonstrations() if task == ARITHMETIC else ([], [])
     learned = [x["prompt"] + y for x, y in zip(examples, demonstrations, strict=True)]
     learned = learned or [inspect.getsource(OWN[task])]  # it makes its demonstrations
-    decides = [*learned, OWN[task].configuration().to_json_string(), json.dumps(RECIPE), torch.__version__]
+    decides = [*learned, OWN[task].configuration(heads=heads).to_json_string(), json.dumps(RECIPE), torch.__version__]
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:12]
 
 
@@ -122,10 +123,10 @@ def _demonstrations() -> tuple[list[dict[str, Any]], list[str]]:
     return examples, arithmetic.demonstrations(examples, seed=0)
 
 
-def _train(task: str, progress: Progress | None, device: torch.device | str) -> nn.Module:
+def _train(task: str, heads: int, progress: Progress | None, device: torch.device | str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        policy = LanguagePolicy(OWN[task].model())
+        policy = LanguagePolicy(OWN[task].model(heads=heads))
         policy.to(device)
         if task == ARITHMETIC:
             batch = demonstrations_batch(*_demonstrations(), arithmetic.tokenizer(), device)

@@ -67,6 +67,7 @@ class Keywords(TypedDict, total=False):
     demonstrations: Any
     validation: float
     model: str | Path | None
+    heads: int | None
     tokenizer: str | Path | None
     dtype: Literal["float32", "bfloat16", "float16", "auto"]
     attention: str | None
@@ -112,6 +113,9 @@ class Keywords(TypedDict, total=False):
     old_logp: Literal["sampled", "recomputed"]
     engine_python: str | Path | None
     engine_tolerance: float
+    engine_adapter: Literal["merged", "alone"]
+    engine_sleep: bool
+    engine_time_limit: float
     importance_bound: float
     importance_low: float
     importance_level: Literal["token", "sequence", "product"]

@@ -224,6 +224,8 @@ class Options:
     # What is sampled: completions
     model: str | None = option(None,
         "Hugging Face causal language model, a directory or hub id; by default the task's own.", **LANGUAGE)
+    heads: int | None = option(None,
+        "Heads of attention in the model that arithmetic or lookup brings; None: 4.", COUNT, **LANGUAGE)
     tokenizer: str | None = option(None, "Tokenizer, a directory or hub id; by default the model's.", **LANGUAGE)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32",
         "Type of the weights; auto: the type in the file.", **LANGUAGE)
@@ -326,6 +328,15 @@ class Options:
     engine_tolerance: float = option(1e-3,
         "Most nats between engine and learner in the log-probability of a token, of 64 after each change of the "
         "weights; more is an error.", POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
+    engine_adapter: Literal["merged", "alone"] = option("merged",
+        "How an adapter reaches vLLM: merged into the weights, or alone, beside weights that it gets once.",
+        **LANGUAGE, **SAMPLED, engine=("vllm",))
+    engine_sleep: bool = option(False,
+        "vLLM gives back its GPU's memory while the policy learns; on a CPU it cannot, which is an error.",
+        **LANGUAGE, **SAMPLED, engine=("vllm",))
+    engine_time_limit: float = option(1800.0,
+        "Seconds that the engine may take for its start, for new weights, or for a rollout; then it is started again.",
+        POSITIVE, **LANGUAGE, **SAMPLED, engine=("vllm", "transformers"))
     importance_bound: float = option(2.0,
         "Upper bound of the importance weights pi_old / sampling policy; 0: no correction.",
         POSSIBLY_INFINITE, **LANGUAGE, **SAMPLED, old_logp=("recomputed",))
@@ -984,6 +995,10 @@ def _language_conflicts(o: Any) -> Any:
     if getattr(o, "engine", "own") == "vllm" and o.engine_python is None:
         said = "engine is vllm, which needs an environment of its own"
         yield "engine_python", f"{said}: give engine_python, the path of its bin/python"
+    if getattr(o, "engine_adapter", "merged") == "alone" and not o.lora_rank:
+        yield "engine_adapter", "engine_adapter alone is of an adapter, and lora_rank is 0: set that too"
+    if getattr(o, "engine", "own") != "own" and o.quantize != "none":
+        yield "engine", f"{o.engine} would need the rounded weights that quantize holds: use the engine own"
     for name, (refused, why) in NOT_SHARDED.items() if getattr(o, "shard", False) else ():
         if hasattr(o, name) and refused(x := getattr(o, name)):
             yield name, f"{name} is {shortened(x, 20)}, and not with shard, since {why}: leave one of the two out"

@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from language.conftest import END, PAD, VOCABULARY, alone, picked, prompts, tiny
 from policygrad.errors import Note, UserError
+from policygrad.language import engine_worker
 from policygrad.language.adapters import add_adapter
 from policygrad.language.completions import Completions, Request
 from policygrad.language.engines import ProcessEngine
@@ -138,6 +141,93 @@ def test_an_adapter_is_merged(engine: ProcessEngine) -> None:
     engine.sent = None  # of another model, for the other tests
 
 
+def test_an_adapter_alone_is_the_merged_one() -> None:
+    """Weights are handed over once. Samples have the policy's own log-probabilities; after a death they stay."""
+    python = PYTHONS["vllm"]
+    if python is None:
+        pytest.skip("POLICYGRAD_VLLM_PYTHON names no Python of an environment with vLLM")
+    policy, given = LanguagePolicy(add_adapter(model().model, 2), temperature=TEMPERATURE), prompts(5, 2)
+    made = ProcessEngine("vllm", python, context=32, adapter_alone=True)
+    drawn = []
+    for size in (0.1, 0.1, 0.0):
+        moved(policy, size)
+        dies = nullcontext() if size else pytest.warns(Note, match="the vllm engine was ended by signal 9")
+        if not size:
+            assert made.process is not None
+            os.kill(made.process.pid, signal.SIGKILL)
+        with dies:
+            done = made(policy, *given, request(), generator())
+        drawn.append(done.tokens)
+        rows = torch.arange(6) // 3
+        obs = Prefixes(given[0][rows], given[1][rows], done.tokens, done.mask)
+        with torch.no_grad():
+            own = policy(obs).log_prob(obs.completion)
+        torch.testing.assert_close(done.logp[done.mask], own[done.mask], rtol=0, atol=1e-4)
+        assert made.directory is not None
+        files = {x.relative_to(made.directory).as_posix() for x in made.directory.rglob("*.safetensors")}
+        assert files == {"base/model.safetensors", f"version-{made.version}/adapter_model.safetensors"}
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2])
+    assert made.version == 2
+    made.close()
+
+
+def test_an_adapter_alone_is_for_vllm_and_of_a_policy_that_has_one() -> None:
+    for more in ({"adapter_alone": True}, {"sleep": True}):
+        with pytest.raises(UserError, match="adapters alone and sleep are of vllm, and the engine is transformers"):
+            ProcessEngine("transformers", sys.executable, context=32, **more)  # type: ignore[arg-type]
+    made = ProcessEngine("vllm", sys.executable, context=32, adapter_alone=True)
+    with pytest.raises(UserError, match="the policy has no adapter to hand over alone"):
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+
+
+def test_vllm_sleeps_after_each_answer_and_is_woken_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of vLLM, in its order, since it sleeps on a GPU alone."""
+    did: list[str] = []
+
+    class Recording:
+        def __init__(self, **settings: object) -> None:
+            assert settings["enable_sleep_mode"]
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *_, **__: did.append(name) or ([] if name == "generate" else True)
+
+    class Gpu:
+        def is_cpu(self) -> bool:
+            return False
+
+    fake, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    fake.LLM, fake.SamplingParams, platforms.current_platform = Recording, dict, Gpu()  # type: ignore[attr-defined]
+    for name, module in (("vllm", fake), ("vllm.platforms", platforms)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(engine_worker.Vllm, "_load_weights", lambda *_: did.append("load"))
+    made = engine_worker.Vllm("", "float32", 32, sleep=True)
+    asked: dict[str, object] = {"completions": 1, "greedy": False, "max_tokens": 1, "temperature": 1.0, "stop": []}
+    made.generate([[1]], [0], **asked)
+    made.load("")
+    made.generate([[1]], [0], **asked)
+    made.generate([[1]], [0], **asked)
+    assert did == [
+        *("generate", "sleep"),
+        *("wake_up", "load", "reset_prefix_cache", "generate", "sleep"),
+        *("wake_up", "generate", "sleep"),
+    ]
+
+
+def test_vllm_on_a_cpu_refuses_to_sleep() -> None:
+    """It would free nothing there, and not answer any more: it stops its scheduler, and then ignores the rest."""
+    python = PYTHONS["vllm"]
+    if python is None:
+        pytest.skip("POLICYGRAD_VLLM_PYTHON names no Python of an environment with vLLM")
+    made = ProcessEngine("vllm", python, context=32, sleep=True)
+    with pytest.raises(
+        UserError, match="the vllm engine cannot start: RuntimeError: vLLM sleeps on GPUs alone, leave en"
+    ):
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+
+
 def test_a_stop_text_ends_a_completion_as_in_the_own_engine(engine: ProcessEngine) -> None:
     def decode(rows: list[list[int]]) -> list[str]:
         return ["".join(chr(ord("a") + x) for x in row) for row in rows]
@@ -175,6 +265,57 @@ def test_a_process_that_is_killed_costs_time_only(engine: ProcessEngine, when: s
     assert engine.process.pid != number
     assert torch.equal(done.tokens, expected.tokens)
     assert torch.equal(done.logp, expected.logp)
+
+
+def test_a_process_that_answers_nothing_costs_time_only(engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, and a question longer than what a pipe holds: it would be waited for in writing, too."""
+    policy, given = model(), tuple(x.repeat(6000, 1) for x in prompts(5))
+    asked = request(completions=1, max_tokens=1)
+    expected = engine(policy, *given, asked, generator())
+    assert engine.process is not None
+    number, start = engine.process.pid, ProcessEngine._start
+    os.kill(number, signal.SIGSTOP)
+
+    def start_in_time(self: ProcessEngine) -> None:
+        self.time_limit = 600.0
+        start(self)
+
+    monkeypatch.setattr(ProcessEngine, "_start", start_in_time)
+    engine.time_limit = 1.0
+    with pytest.warns(Note, match=f"the {engine.kind} engine did not answer within 1 s: it is started again"):
+        done = engine(policy, *given, asked, generator())
+    assert engine.process.pid != number
+    assert torch.equal(done.tokens, expected.tokens)
+
+
+def test_a_time_limit_that_is_never_met_is_one_line() -> None:
+    made = ProcessEngine("transformers", sys.executable, context=32, time_limit=0.05)
+    with pytest.raises(
+        UserError, match=r"did not answer within 0.05 s before it had started.*: raise engine_time_limit"
+    ):
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+
+
+def test_an_engine_that_hangs_again_and_again_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ask = ProcessEngine("transformers", sys.executable, context=32), ProcessEngine._ask
+
+    def stopped(self: ProcessEngine, **asked: object) -> dict[str, object]:
+        assert self.process is not None
+        if asked["do"] == "generate":
+            self.time_limit = 0.2
+            os.kill(self.process.pid, signal.SIGSTOP)
+        else:
+            self.time_limit = 600.0
+        return ask(self, **asked)
+
+    monkeypatch.setattr(ProcessEngine, "_ask", stopped)
+    with pytest.warns(Note), pytest.raises(UserError) as error:
+        made(model(), *prompts(3), request(), generator())
+    made.close()
+    assert str(error.value).startswith("the transformers engine did not answer within 0.2 s, 3 times in a row")
+    assert str(error.value).endswith(": raise engine_time_limit")
+    assert len(str(error.value)) <= 200
 
 
 def test_another_distribution_than_the_learners_is_refused(engine: ProcessEngine) -> None:

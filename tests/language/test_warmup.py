@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from language.conftest import picked
+from policygrad.errors import UserError
 from policygrad.language import arithmetic, warmup
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.warmup import cache_directory, demonstrations_batch, fit_demonstrations, warmed_up
@@ -104,3 +105,20 @@ def test_the_cache_is_in_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "policygrad"
+
+
+def test_models_with_other_heads_are_kept_side_by_side(small: Path) -> None:
+    """Of 96 features, three heads have 32 each, the fewest that vLLM's attention on a CPU takes; four have 24."""
+    four, three = warmed_up(), warmed_up(heads=3)
+    assert [x.config.num_attention_heads for x in (four, three)] == [4, 3]
+    assert three.model.layers[0].self_attn.head_dim == 32
+    assert len(list(small.glob("arithmetic-*"))) == 2
+    assert weights(warmed_up()) == weights(four) != weights(three)
+
+
+@pytest.mark.parametrize("heads", [0, 5, 96])
+def test_heads_that_do_not_share_the_features(heads: int) -> None:
+    with pytest.raises(
+        UserError, match=f"heads is {heads}, and 96 features cannot be shared evenly: give one of 1, 2, 3"
+    ):
+        arithmetic.model(heads=heads)

@@ -10,6 +10,7 @@ ROWS = "rows"  # the task of prompts that are handed in as rows of Python
 PROMPTS = (".json", ".jsonl", ".csv", ".parquet")
 OWN_TASKS = ("arithmetic", "lookup")  # of language models, which need no model of the user's
 REASONING_GYM = "reasoning_gym:"  # before the name of one of its data sets
+VERIFIERS = "verifiers:"  # before the name of one of its environments
 
 
 def kind_of(task: Any, values: Any) -> str:
@@ -21,7 +22,7 @@ def kind_of(task: Any, values: Any) -> str:
     if isinstance(task, str) and task.startswith("exact:"):
         return "exact"
     of_prompts = isinstance(task, str) and (
-        task in (*OWN_TASKS, ROWS) or Path(task).suffix in PROMPTS or task.startswith(REASONING_GYM)
+        task in (*OWN_TASKS, ROWS) or Path(task).suffix in PROMPTS or task.startswith((REASONING_GYM, VERIFIERS))
     )
     if of_prompts or any(values.get(name) not in (None, ()) for name in ("model", "dataset", "turns", "tool")):
         return "language"
@@ -34,11 +35,15 @@ def kind_of(task: Any, values: Any) -> str:
 
 
 def is_conversation(task: Any) -> bool:
-    """Whether a task of language is an environment to talk to: lookup, reasoning_gym:NAME, or module:Class."""
+    """Whether a task of language is an environment to talk to: lookup, reasoning_gym:, verifiers:, or module:Class."""
     if not isinstance(task, str) or task in (ROWS, "arithmetic"):
         return False
     place, _, name = task.rpartition(":")
-    return task == "lookup" or (name.isidentifier() and (place.endswith(".py") or _is_module(place)))
+    return (
+        task == "lookup"
+        or task.startswith(VERIFIERS)
+        or (name.isidentifier() and (place.endswith(".py") or _is_module(place)))
+    )
 
 
 def _is_module(place: str) -> bool:

@@ -68,7 +68,7 @@ from policygrad.train.options import OptionError, compares_greedy, has_critic, w
 from policygrad.train.reports import Curve, Row, progress_bar
 from policygrad.train.samples import HELD_OUT, read_examples, write_examples, write_samples
 from policygrad.train.snapshots import digest
-from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, is_conversation
+from policygrad.train.worlds import NO_PROMPTS, REASONING_GYM, ROWS, VERIFIERS, is_conversation
 from policygrad.train.worlds.world import DECISIONS, Own, World
 
 STARTS = 2048  # beginnings of conversations, of an environment that has no number of its own
@@ -156,7 +156,9 @@ class LanguageWorld(World):
             return None
         context = int(self.prompts.train.lengths.max()) + options.max_tokens
         python = options.engine_python or sys.executable
-        return ProcessEngine(options.engine, python, context=context, tolerance=options.engine_tolerance)
+        how = {"tolerance": options.engine_tolerance, "time_limit": options.engine_time_limit}
+        how |= {"adapter_alone": options.engine_adapter == "alone", "sleep": options.engine_sleep}
+        return ProcessEngine(options.engine, python, context=context, **how)
 
     def close(self) -> None:
         if self.process is not None:
@@ -378,14 +380,17 @@ class LanguageWorld(World):
         """What the chat template reads: the user's variables, and the schemas of the tools."""
         text = self.options.template_variables
         given = None if text is None else json.loads(text)
-        tools = [*self.tools, *getattr(None if self.make is None else started(self._limited()), "tools", ())]
-        if not tools or tokenizer.chat_template is None:
+        environment = None if self.make is None else started(self._limited())
+        tools, own = [*self.tools, *getattr(environment, "tools", ())], [*getattr(environment, "schemas", ())]
+        if self.tools and own:
+            raise OptionError("tool", "the environment has tools, and answers their calls itself: leave tool out")
+        if not (tools or own) or tokenizer.chat_template is None:
             return given
         if not templates.reads("tools", tokenizer):
             said = "the chat template shows no tools: say in system_prompt how to call them"
             warnings.warn(said, Note, stacklevel=2)
             return given
-        return {**(given or {}), "tools": [schema_of(tool) for tool in tools]}
+        return {**(given or {}), "tools": [*map(schema_of, tools), *own]}
 
     def _source(self) -> str | None:
         """The model to begin with: the one that is named, or that of another run; None: the task's own."""
@@ -429,7 +434,13 @@ class LanguageWorld(World):
         for name in ("tokenizer", "base_model"):
             if source is None and getattr(options, name) is not None:
                 raise OptionError(name, f"{name} is of a model of your own, and there is none: give model")
-        source = source or str(warm_model(progress, options.device, self.task).name_or_path)
+        if source is not None and options.heads is not None:
+            raise OptionError(
+                "heads", "heads is of the model that a task brings, and there is another: leave heads out"
+            )
+        if source is None:
+            heads = 4 if options.heads is None else options.heads
+            source = str(warm_model(progress, options.device, self.task, heads).name_or_path)
         tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
         model = models.load_model(
             source,
@@ -472,7 +483,7 @@ class LanguageWorld(World):
         folder = directory / "model"
         stage = _stage(folder, directory)
         if self.options.lora_rank == 0 or self.options.save == "merged":
-            here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None}
+            here = {"model": str(folder), "tokenizer": str(folder), "base_model": None, "start": None, "heads": None}
             self.options = dataclasses.replace(self.options, **here)
         elif (self.options.model or self.options.start) is not None:  # the base of the adapter
             self.options = dataclasses.replace(self.options, tokenizer=str(folder))
@@ -700,6 +711,12 @@ def environment_named(task: str, seconds: float = SECONDS) -> Callable[[], Envir
         from policygrad.language.reasoning import reasoning_gym
 
         return reasoning_gym(task.removeprefix(REASONING_GYM))
+    if task.startswith(VERIFIERS):
+        from policygrad.language.verifiers import verifiers_environment
+
+        load = partial(verifiers_environment, task.removeprefix(VERIFIERS))
+        loaded: Callable[[], Environment] = within(load, seconds, f"the start of {ending(task, 40)}")
+        return loaded
     make = load_function(task, what="environment")
     try:
         made = within(make, seconds, f"the start of {ending(task, 40)}")
@@ -783,10 +800,10 @@ def _stage(folder: Path, directory: Path) -> Stage:
     return stages.pop()
 
 
-def warm_model(progress: bool, device: str, task: str = ARITHMETIC) -> Any:
+def warm_model(progress: bool, device: str, task: str = ARITHMETIC, heads: int = 4) -> Any:
     """A task's own model after its demonstrations, with a progress bar if it is trained now."""
     with progress_bar("learning from demonstrations", int(RECIPE["steps"]), progress) as advance:
-        return warmed_up(progress=lambda done, total, status: advance(status), task=task, device=device)
+        return warmed_up(progress=lambda done, total, status: advance(status), task=task, heads=heads, device=device)
 
 
 def verdict(before: Evaluation, after: Evaluation) -> list[str]:

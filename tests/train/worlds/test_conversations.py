@@ -1,6 +1,7 @@
 """Conversations on the command line: environments, tools, limits, and what a run directory holds of them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from policygrad.train.names import outside
 from policygrad.train.options import OptionError
 from policygrad.train.run import Run
 from policygrad.train.worlds import is_conversation, kind_of
+from policygrad.train.worlds.language import environment_named
 
 GAMES = '''
 """Environments to talk to."""
@@ -273,7 +275,9 @@ def test_which_tasks_are_conversations() -> None:
     assert all(is_conversation(x) for x in ("lookup", "a/b.py:Game", "games.text:Game", "reasoning_gym:chain_sum"))
     others = ("arithmetic", "x.jsonl", "rows", None, "CartPole-v1", "org/name:main", "module:Id-v0", "exact:chain-2")
     assert not any(is_conversation(x) for x in others)
+    assert is_conversation("verifiers:org/some-name")
     assert kind_of("lookup", {}) == kind_of("reasoning_gym:chain_sum", {}) == "language"
+    assert kind_of("verifiers:org/some-name", {}) == "language"
     assert kind_of("a:B", {}) == "control"
     assert (
         kind_of("a:B", {"model": "m"}) == kind_of("a:B", {"turns": 2}) == kind_of("a:B", {"tool": ("f",)}) == "language"
@@ -287,6 +291,8 @@ def test_code_that_a_run_names_is_not_believed() -> None:
     assert outside("language", "evil:Game", Plain()) == {"environment": ["evil:Game"], "tool": ["evil:f"]}
     Plain.tool = ("python:unconfined",)
     assert outside("language", "lookup", Plain()) == {"tool": ["python:unconfined"]}
+    Plain.tool = ()
+    assert outside("language", "verifiers:evil", Plain()) == {"environment": ["verifiers:evil"]}
 
 
 def test_the_task_lookup_needs_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -326,3 +332,49 @@ def test_eval_repeats_the_names_of_a_run(place: Path, tmp_path: Path, capsys: py
             cli.main(["eval", str(tmp_path / "run"), *names])
         assert (stop.value.code or 0) == code, capsys.readouterr().err
     assert "tool:" in capsys.readouterr().out
+
+
+SAYING = '''
+import verifiers as vf
+from datasets import Dataset
+
+
+def length(completion):
+    return len(completion[-1]["content"]) / 10
+
+
+def count(text: str) -> int:
+    """Count letters."""
+    return len(text)
+
+
+def load_environment():
+    data = Dataset.from_list([{"question": f"say {i}"} for i in range(6)])
+    return KIND(dataset=data, rubric=vf.Rubric(funcs=[length]))
+'''
+
+
+def test_verifiers_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    with pytest.raises(UserError, match=r"verifiers below 0.4 is not installed: pip install policygrad\[verifiers\]"):
+        environment_named("verifiers:nothing")
+
+
+def test_an_environment_of_verifiers_is_a_task(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("verifiers")
+    (tmp_path / "saying_it.py").write_text(SAYING.replace("KIND(", "vf.SingleTurnEnv("))
+    (tmp_path / "tooled_it.py").write_text(SAYING.replace("KIND(", "vf.ToolEnv(tools=[count], "))
+    monkeypatch.syspath_prepend(tmp_path)
+    task = {"task": "verifiers:saying-it", "starts": None}
+    pg.train("grpo", **values(place, **task), out=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {x["prompt"][0]["content"] for x in rows} <= {f"say {i}" for i in range(6)}
+    assert [x["reward"] for x in rows] == pytest.approx([len(x["completion"][-1]["content"]) / 10 for x in rows])
+    with pytest.raises(UserError, match="the environment has tools, and answers their calls itself"):
+        pg.train("grpo", **values(place, **task | {"task": "verifiers:tooled-it"}, tool=f"{place}/games.py:shout"))
+    for names, code in (([], 2), (["--environment", "verifiers:saying-it"], 0), (["--trust"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["eval", str(tmp_path / "run"), *names])
+        assert (stop.value.code or 0) == code, capsys.readouterr().err
