@@ -28,21 +28,32 @@ def mirrored(update: Update, mirror: Mirror) -> Update:
         sum_s eta'(s) sum_a pi(a|s) grad log pi(a|s) A'(s, a),   eta', A' of the reflected policy,
 
     which is grad J where the policy is symmetric, and leans on the reflected policy's states and values elsewhere. An
-    objective without a ratio, log pi A, would take reflected actions for the policy's own. Raises UserError, at the
-    first batch, if the function is no such reflection.
+    objective without a ratio, log pi A, would take reflected actions for the policy's own.
+
+    Of a policy with memory, histories are reflected: the observations of a row, which must begin where an episode does,
+    so that the memory before it is empty on both sides. What the reflected policy would remember in the midst of an
+    episode is not known. Raises UserError for rows that begin there, and, at the first batch, if the function is no
+    such reflection.
     """
     checked = False
 
     def update_both(objective: Any, batch: Batch) -> Metrics:
         nonlocal checked
-        obs, action = _reflected(mirror, batch.obs, batch.action)
+        rows = batch.obs if hasattr(batch.obs, "start") else None  # of a policy with memory
+        if rows is not None and not rows.start[:, 0].all():
+            raise UserError(
+                "symmetry with memory is for rows that begin with an episode, and some do not: what a reflected policy "
+                "remembers there is unknown"
+            )
+        seen = batch.obs if rows is None else rows.obs
+        obs, action = _reflected(mirror, seen, batch.action)
         if not checked:
             again = _reflected(mirror, obs, action)
-            columns = zip(tree_leaves(again), tree_leaves((batch.obs, batch.action)), strict=True)
+            columns = zip(tree_leaves(again), tree_leaves((seen, batch.action)), strict=True)
             if not all(torch.allclose(x[batch.mask], y[batch.mask], atol=1e-5) for x, y in columns):
                 raise UserError("symmetry is not its own inverse: applied twice, it must give back obs and action")
             checked = True
-        twins = batch._replace(obs=obs, action=action)
+        twins = batch._replace(obs=obs if rows is None else rows._replace(obs=obs), action=action)
         both: Batch = tree_map(lambda *x: torch.cat(x), batch, twins)
         return update(objective, both._replace(weight=both.weight / 2))
 

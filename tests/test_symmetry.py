@@ -1,15 +1,19 @@
 """Every decision and its reflection: the gradient, where the policy is symmetric and where it is not."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.utils._pytree import tree_map
 
 from policygrad.advantages import gae
 from policygrad.algorithms.ppo import PPOObjective
 from policygrad.algorithms.trpo import SurrogateObjective
+from policygrad.control.memory import Rows
 from policygrad.credit import bootstrapped
 from policygrad.errors import UserError
 from policygrad.exact.closed_form import action_value, policy_gradient, state_value, visitation, weighted_gradient
@@ -108,6 +112,62 @@ def test_of_another_policy_half_the_gradient_is_that_off_the_reflected_policy(fl
     found = gradient(SurrogateObjective(policy), batch, mirror=mirror)
     torch.testing.assert_close(found, (exact + away) / 2, rtol=0, atol=1e-12)
     assert (exact - away).norm() > 0.05 * exact.norm()
+
+
+class Remembering(nn.Module):
+    """The distribution depends on all that was seen in two steps: logits of each history, [3 + 3 x 3, A]."""
+
+    def __init__(self, theta: Tensor, tied: bool = False) -> None:
+        super().__init__()
+        self.theta, self.tied = nn.Parameter(theta.clone()), tied
+
+    def forward(self, rows: Rows) -> Categorical:
+        first, now = rows.obs[:, :1], rows.obs[:, 1:] - STATES
+        index = torch.cat([first, STATES + STATES * first + now], 1)
+        theta = (self.theta + of_histories(self.theta)) / 2 if self.tied else self.theta
+        return Categorical(logits=theta[index])
+
+
+def of_histories(theta: Tensor) -> Tensor:
+    """The logits of the reflected history, reflected."""
+    whole = theta[STATES:].unflatten(0, (STATES, STATES))[OF_STATE][:, OF_STATE].flatten(0, 1)
+    return torch.cat([theta[:STATES][OF_STATE], whole])[:, OF_ACTION]
+
+
+def with_memory(policy: Remembering, start: bool = True) -> Batch:
+    """All trajectories of two steps as whole rows, of which this policy is the old one; some credit."""
+    rollout, probability = trajectories(
+        symmetric_world(), probabilities(SoftmaxPolicy(tabular(STATES * STEPS, ACTIONS))), STEPS
+    )
+    begins = torch.zeros_like(rollout.mask)
+    begins[:, 0] = start
+    none = rollout.reward.new_zeros(len(begins), 1, 0)
+    rows = Rows(rollout.obs, begins, none, none)
+    logp = policy(rows).log_prob(rollout.action).detach()
+    rollout = replace(rollout, obs=rows, logp=logp, memoryless=False)
+    credit = torch.randn(rollout.reward.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return decisions(rollout, probability.unsqueeze(1) * rollout.mask, credit)
+
+
+@pytest.mark.parametrize("make", [SurrogateObjective, partial(PPOObjective, critic=None)])
+def test_with_memory_each_history_has_the_gradient_of_the_symmetrized_policy(make: Any, float64: None) -> None:
+    drawn = 2 * torch.randn(STATES + STATES**2, ACTIONS, generator=torch.Generator().manual_seed(5))
+    theta = (drawn + of_histories(drawn)) / 2
+    policy, symmetrized = Remembering(theta), Remembering(theta, tied=True)
+    whole = with_memory(policy)
+    assert whole.mask.shape[1] == STEPS
+    for index in (slice(0, 1), slice(4, 11), slice(None)):
+        part = tree_map(lambda x, index=index: x[index], whole)
+        one, other = gradient(make(policy), part, mirror=mirror), gradient(make(symmetrized), part)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert not torch.allclose(one, gradient(make(policy), part), atol=1e-6)
+
+
+def test_rows_that_begin_in_the_midst_of_an_episode_are_refused(float64: None) -> None:
+    policy = Remembering(torch.zeros(STATES + STATES**2, ACTIONS))
+    with pytest.raises(UserError, match="begin with an episode") as raised:
+        gradient(SurrogateObjective(policy), with_memory(policy, start=False), mirror=mirror)
+    assert len(str(raised.value)) <= 200
 
 
 @pytest.mark.parametrize(

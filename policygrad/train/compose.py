@@ -226,8 +226,9 @@ def compose(
     guard = Guard(skip=options.on_nonfinite == "skip")
     mirror = getattr(options, "symmetry", None)
     if mirror is not None:
-        if state_size(policy):
-            raise OptionError("symmetry", "symmetry is for policies without memory: what it reflects is single steps")
+        if state_size(policy) and options.credit not in EPISODIC:
+            said = "symmetry with memory needs rows that are whole episodes, before which the memory is empty"
+            raise OptionError("symmetry", f"{said}: use credit group or reward_to_go, or leave symmetry out")
         update = mirrored(update, load_function(mirror, what="symmetry"))
     meter = NoiseMeter(due) if getattr(options, "gradient_noise", "off") == "exact" else None
     update = update if meter is None else meter(update)

@@ -915,8 +915,9 @@ def _sampling_conflicts(o: Any) -> Any:
         if o.normalize_observations:
             said = "symmetry reflects observations as the environment gives them, and normalized ones have lost theirs"
             yield "normalize_observations", f"{said}: leave one out"
-        if o.memory != "none":
-            yield "memory", "symmetry is for policies without memory, since it reflects single steps: leave one out"
+        if o.memory != "none" and o.credit not in EPISODIC:
+            said = "symmetry with memory needs rows that are whole episodes, before which the memory is empty"
+            yield "memory", f"{said}: use credit group or reward_to_go, or leave one out"
         if getattr(o, "gain", "surrogate") == "score":
             yield "gain", "symmetry needs a ratio, and gain score has none: leave one of the two out"
     if o.opponent == "self":

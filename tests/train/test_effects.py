@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from gymnasium.spaces import Box
 from outcomes import parameters
 
 import policygrad as pg
+from policygrad.control import Policy
 from policygrad.errors import UserError
 from policygrad.language import arithmetic
 from policygrad.train.compose import optimizers_of
@@ -80,7 +82,7 @@ def test_overlap_is_refused_where_nothing_corrects_for_it(method: str) -> None:
     ("values", "said"),
     [
         ({"normalize_observations": True}, "normalized ones"),
-        ({"memory": "gru"}, "single steps"),
+        ({"memory": "gru"}, "whole episodes"),
         ({"symmetry": "probes:Known"}, "it takes .obs, action."),
         ({"symmetry": "probes:mirrored"}, "did you mean mirror"),
     ],
@@ -88,6 +90,21 @@ def test_overlap_is_refused_where_nothing_corrects_for_it(method: str) -> None:
 def test_symmetry_is_refused_where_nothing_can_be_reflected(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
         run("ppo", **{"symmetry": "probes:mirror"} | values)
+    assert len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize(("method", "values"), [("grpo", {}), ("ppo", {"credit": "reward_to_go"})])
+def test_symmetry_goes_with_memory_where_rows_are_whole_episodes(method: str, values: dict[str, Any]) -> None:
+    values = values | {"memory": "gru", "memory_size": 4}
+    plain, both = (parameters(run(method, **values, **x)) for x in ({}, {"symmetry": "probes:mirror"}))
+    assert not torch.equal(plain, both)
+
+
+def test_symmetry_of_a_policy_of_ones_own_with_memory_needs_whole_episodes_too() -> None:
+    known = gymnasium.make("probes:Known-v0")
+    own = Policy(known.observation_space, known.action_space, memory="gru", memory_size=4, hidden=(8,))
+    with pytest.raises(UserError, match="whole episodes") as raised:
+        pg.train("ppo", known, policy=own, symmetry="probes:mirror", steps=64, progress=False)
     assert len(str(raised.value)) <= 200
 
 
