@@ -235,7 +235,7 @@ def test_statistics_are_shared_between_rollouts() -> None:
         for x in mine:
             statistics.update(x[:2])
             statistics.update(x[2:])
-            statistics.share()
+            statistics.share(ranks.objects(statistics.fresh()))
             seen.append(statistics.state_dict())
         return seen
 
