@@ -45,12 +45,16 @@ class Elsewhere(UserError):
     """Another rank has an error that ends all of them."""
 
 
+Riding = tuple[Any, Callable[[list[Any]], None]]  # what goes with the next message, and who hears that of each rank
+
+
 @runtime_checkable
 class Group(Protocol):
     """Those who learn together. A tensor has the same shape and dtype on each."""
 
     rank: int
     size: int
+    riding: "list[Riding]"
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """The sum or the max of a tensor over the ranks, the same bits on each."""
@@ -83,13 +87,20 @@ def rank() -> int:
 def sum(x: Tensor) -> Tensor:
     """x summed over the ranks."""
     group = _group()
-    return x if group is None else group.reduce(x, "sum")
+    return x if group is None else _reduced(group, x, "sum")
 
 
 def maximum(x: Tensor) -> Tensor:
     """The largest x of all ranks, number by number."""
     group = _group()
-    return x if group is None else group.reduce(x, "max")
+    return x if group is None else _reduced(group, x, "max")
+
+
+def _reduced(group: Group, x: Tensor, how: str) -> Tensor:
+    """As group.reduce, after a message for what was to ride on it."""
+    if group.riding:
+        objects(None)
+    return group.reduce(x, how)
 
 
 def sum_all(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -108,7 +119,7 @@ def sum_all(tensors: Sequence[Tensor]) -> list[Tensor]:
         filling[x.dtype, x.device] = bucket, count + x.numel()
     found: dict[int, Tensor] = {}
     for bucket in buckets:
-        flat = group.reduce(torch.cat([tensors[i].reshape(-1) for i in bucket]), "sum")
+        flat = _reduced(group, torch.cat([tensors[i].reshape(-1) for i in bucket]), "sum")
         pieces = flat.split([tensors[i].numel() for i in bucket])
         found |= {i: piece.view_as(tensors[i]) for i, piece in zip(bucket, pieces, strict=True)}
     return [found[i] for i in range(len(tensors))]
@@ -117,7 +128,14 @@ def sum_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 def objects(x: Any) -> list[Any]:
     """An object of each rank."""
     group = _group()
-    return [x] if group is None else group.objects(x)
+    if group is None:
+        return [x]
+    riding = group.riding[:]
+    group.riding.clear()
+    found = group.objects(([own for own, _ in riding], x))
+    for i, (_, heard) in enumerate(riding):
+        heard([each[0][i] for each in found])
+    return [own for _, own in found]
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -136,15 +154,19 @@ class Told:
 
 
 @contextmanager
-def agreed() -> Iterator[Told]:
+def agreed(then: Callable[[list[Any]], None] | None = None) -> Iterator[Told]:
     """A block in which an error of one rank is an error of all: none goes on to wait for it. No sums inside.
 
-    What the block sets as `own` is told with it, in the same message, and `seen` is then that of each rank.
+    What the block sets as `own` is told with it, in the same message, and `seen` is then that of each rank. then: is
+    handed `seen` later, by the next message, on which this rides: a rank goes on until that, and has another's error
+    there. Ranks with shards, which wait for one another in each pass of their model, do not put it off.
     """
     group, told = _group(), Told()
     if group is None:
         yield told
         told.seen = [told.own]
+        if then is not None:
+            then(told.seen)
         return
     own: Exception | None = None
     try:
@@ -152,14 +174,25 @@ def agreed() -> Iterator[Told]:
     except Exception as error:
         own = error
     said = None if own is None else one_line(own if isinstance(own, UserError) else f"{type(own).__name__}: {own}", 190)
-    found = group.objects((said, told.own if own is None else None))
-    failed = [(i, x) for i, (x, _) in enumerate(found) if x is not None]
-    told.seen = [x for _, x in found]
-    if not failed:
-        return
-    if own is not None and failed[0][0] == group.rank:
-        raise own
-    raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
+
+    def heard(found: list[Any]) -> None:
+        failed = [(i, x) for i, (x, _) in enumerate(found) if x is not None]
+        if failed and own is not None and failed[0][0] == group.rank:
+            raise own
+        if failed:
+            raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
+        told.seen = [x for _, x in found]
+        if then is not None:
+            then(told.seen)
+
+    group.riding.append(((said, told.own if own is None else None), heard))
+    if then is None or own is not None or _lockstep:
+        try:
+            objects(None)
+        except Lost:
+            if own is not None:
+                raise own from None
+            raise
 
 
 def in_turn(make: Callable[[], Any]) -> Any:
@@ -248,7 +281,7 @@ collective = Collective  # as a decorator
 
 
 def begun(function: Callable[..., R], *arguments: Any) -> Steps[R]:
-    """function(*arguments) for `together`, of a collective or a partial of one. Others ask nothing, or by themselves."""
+    """function(*arguments) for `together`, of a collective or a partial of one. Others ask nothing, or on their own."""
     options: dict[str, Any] = {}
     while isinstance(function, functools.partial):
         arguments, options = (*function.args, *arguments), {**function.keywords, **options}
@@ -433,7 +466,7 @@ class Processes:
 
     def __init__(self, store: Any) -> None:
         self.rank, self.size, self.store = dist.get_rank(), dist.get_world_size(), store
-        self.room = ROOM
+        self.room, self.riding = ROOM, list[Riding]()
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """As Group says."""
@@ -636,7 +669,7 @@ class Sampling:
     """A rank that samples its share, for a learner elsewhere who has all of them: there are no sums here."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.riding = rank, size, list[Riding]()
 
     def objects(self, x: Any) -> list[Any]:
         """Raise UserError."""
@@ -661,6 +694,7 @@ class Threads:
 
     def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.board, self.barrier = rank, size, board, barrier
+        self.riding = list[Riding]()
 
     def objects(self, x: Any) -> list[Any]:
         """As Group says."""

@@ -1,6 +1,5 @@
 """Wrappers around samplers. Each changes one thing about the rollout."""
 
-import builtins
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -200,25 +199,29 @@ class Together(OfRanks):
     """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
 
     A sampler with running statistics has two methods: fresh() is what a rank has seen in a rollout, and share(seen),
-    with that of each rank, makes the statistics those of all. The same message tells the number of steps.
+    with that of each rank, makes the statistics those of all. This, the number of steps, and whether a rank has failed
+    ride on the next message, which weights and credit need in any case.
     """
 
     counted = 0
 
     def __call__(self, policy: nn.Module) -> Rollout:
         sample: Any = self.sample
-        with ranks.agreed() as told:
+        with ranks.agreed(self._heard) as told:
             rollout = sample(policy)
             told.own = getattr(sample, "steps", 0), sample.fresh() if hasattr(sample, "fresh") else None
-        steps, seen = zip(*told.seen, strict=True)
-        self.counted = builtins.sum(steps)
-        if hasattr(sample, "share"):
-            sample.share(seen)
         return rollout
+
+    def _heard(self, told: list[tuple[int, Any]]) -> None:
+        """What each rank has told of its rollout."""
+        steps, seen = zip(*told, strict=True)
+        self.counted = sum(steps)
+        if hasattr(self.sample, "share"):
+            self.sample.share(seen)
 
     @property
     def steps(self) -> int:
-        """The steps of all ranks, as they were after the last rollout."""
+        """The steps of all ranks after the last rollout, once a message has told them."""
         return self.counted
 
 
