@@ -17,7 +17,7 @@ from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
 from policygrad.ranks import Steps
-from policygrad.rollout import Batch, Rollout, Split, holes_last, in_parts, minibatches
+from policygrad.rollout import Batch, Rollout, Split, holes_last, in_parts, minibatches, weight_of_all
 from policygrad.updates import Metrics, Objective, Update, ascend
 from policygrad.weights import average
 
@@ -83,7 +83,7 @@ def fit_critic(
     )
 
     def fit(batch: Batch) -> Metrics:
-        share = batch.weight / ranks.total(batch.weight.sum()).clamp(min=1e-12)
+        share = batch.weight / weight_of_all(batch).clamp(min=1e-12)
         parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
         metrics = mean_metrics([update(objective, part) for part in parts])
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)

@@ -155,10 +155,16 @@ def rows_of_all(batch: Batch) -> int:
     return batch.everywhere.rows if isinstance(batch.everywhere, Everywhere) else ranks.total(len(batch.mask))
 
 
+def weight_of_all(batch: Batch) -> Float[Tensor, ""]:
+    """The weight of a batch on all ranks."""
+    known = batch.everywhere.weight if isinstance(batch.everywhere, Everywhere) else None
+    return ranks.total(batch.weight.sum()) if known is None else batch.weight.new_tensor(known)
+
+
 @ranks.collective
 def measured(batch: Batch) -> Steps[Batch]:
-    """The batch with its weight on all ranks; one process has no others to ask."""
-    if ranks.size() == 1:
+    """The batch with its weight on all ranks, where that is not known yet; one process has no others to ask."""
+    if ranks.size() == 1 or (isinstance(batch.everywhere, Everywhere) and batch.everywhere.weight is not None):
         return batch
     told = torch.stack([batch.weight.sum().double(), batch.mask.any().double()])
     counts, seen = zip(*(yield len(batch.mask), told), strict=True)
@@ -188,6 +194,7 @@ def minibatches(
         order = order.repeat(1 + math.ceil(spare / rows))[: count * size]
         shuffled = tree_map(lambda x, order=order: x[order], batch)  # once an epoch: the minibatches are views
         shuffled = shuffled._replace(weight=(shuffled.weight * count).where(real, 0.0), mask=shuffled.mask & real)
+        shuffled = shuffled._replace(everywhere=())
         columns, layout = tree_flatten(shuffled)
         parts = [tree_unflatten(part, layout) for part in zip(*(x.split(size) for x in columns), strict=True)]
         yield from ranks.together(*(_prepared(part, normalize) for part in parts))

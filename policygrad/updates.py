@@ -173,9 +173,7 @@ def _idle(batch: Batch, last: tuple[float, Batch] | None) -> tuple[float, Batch]
 
 def _everywhere(batch: Batch) -> tuple[float | None, bool]:
     """The weight of a batch of which every rank has a part, and whether a decision of it counts; None: alone."""
-    known = batch.everywhere
-    if not isinstance(known, Everywhere) or known.weight is None:
-        known = measured(batch).everywhere
+    known = measured(batch).everywhere
     return (known.weight, known.counts) if isinstance(known, Everywhere) else (None, bool(batch.mask.any()))
 
 

@@ -434,9 +434,9 @@ from policygrad.errors import UserError
 def odd(*arguments):
     if os.environ["RANK"] == "1":
         raise UserError("this rank alone is odd: mend it")
-    return decisions(*arguments)
+    return credited(*arguments)
 
-decisions, module.decisions = module.decisions, odd
+credited, module.credited = module.credited, odd
 cli.main(sys.argv[1:])
 """
 
