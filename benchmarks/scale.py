@@ -185,8 +185,8 @@ def model_of_cost() -> list[dict[str, Any]]:
     A gradient step of 64 x 1,024 tokens on each GPU at 40% of 989 TFLOP/s takes 6 P tokens / speed seconds. With whole
     models a ring sums 4 P bytes, 2 (N - 1) / N of which each sends. With shards in bfloat16, summed once a step, 2 P
     bytes are gathered twice for each of PARTS micro-batches, and 4 P summed once, (N - 1) / N of each. 450 GB/s within
-    8 GPUs and 50 GB/s beyond, and 20 microseconds and log2(N) for each message; ASKED ones go around the CPUs in a ring,
-    N - 1 times 20 microseconds. Nothing is overlapped.
+    8 GPUs and 50 GB/s beyond, and 20 microseconds and log2(N) for each message; ASKED ones go around the CPUs in a
+    ring, N - 1 times 20 microseconds. Nothing is overlapped.
     """
     rows = []
     for parameters in (1e8, 5e8, 3e9):

@@ -98,8 +98,9 @@ def in_a_process(place: Path) -> dict[str, Any]:
 
 
 # Of an iteration, sums of gradients and messages of other things: weights and credit, minibatches of each epoch, the
-# size of the update, and its row with the comparison of parameters. Running statistics ride on them.
-SENT = {"statistics": (4, 1 + 2 + 1 + 1), "language, grpo": (2, 1 + 2 + 1), "answers": (1, 1 + 1 + 1 + 1)}
+# size of the update, and its row with the comparison of parameters. Running statistics ride on them. In an exact world
+# each iteration ends with an evaluation, which rank 0 makes.
+SENT = {"statistics": (4, 1 + 2 + 1 + 1), "language, grpo": (2, 1 + 2 + 1), "answers": (1, 1 + 1 + 1 + 1 + 1)}
 
 
 def messages_of(name: str, place: Path) -> tuple[int, int]:
