@@ -176,6 +176,7 @@ def traffic(name: str, quick: bool) -> dict[str, float]:
 
 
 PARTS, BLOCKS = 8, 24  # micro-batches of a step, and transformer blocks of a model
+ASKED = 3  # messages of a step that are no gradient: weights and credit, the batch's weight, metrics
 
 
 def model_of_cost() -> list[dict[str, Any]]:
@@ -184,7 +185,8 @@ def model_of_cost() -> list[dict[str, Any]]:
     A gradient step of 64 x 1,024 tokens on each GPU at 40% of 989 TFLOP/s takes 6 P tokens / speed seconds. With whole
     models a ring sums 4 P bytes, 2 (N - 1) / N of which each sends. With shards in bfloat16, summed once a step, 2 P
     bytes are gathered twice for each of PARTS micro-batches, and 4 P summed once, (N - 1) / N of each. 450 GB/s within
-    8 GPUs and 50 GB/s beyond, and 20 microseconds and log2(N) for each message. Nothing is overlapped.
+    8 GPUs and 50 GB/s beyond, and 20 microseconds and log2(N) for each message; ASKED ones go around the CPUs in a
+    ring, N - 1 times 20 microseconds. Nothing is overlapped.
     """
     rows = []
     for parameters in (1e8, 5e8, 3e9):
@@ -192,12 +194,12 @@ def model_of_cost() -> list[dict[str, Any]]:
         for count in (8, 64, 1024):
             share, bandwidth = (count - 1) / count, 450e9 if count <= 8 else 50e9
             sent = {
-                "whole": (2 * share * 4 * parameters, 2 + math.ceil(parameters / 2**22)),
+                "whole": (2 * share * 4 * parameters, math.ceil(parameters / 2**22)),
                 "sharded": (share * (2 * PARTS * 2 + 4) * parameters, (2 * PARTS + 1) * (BLOCKS + 1)),
             }
             row: dict[str, Any] = {"parameters": parameters, "gpus": count, "compute": compute}
             for name, (size, messages) in sent.items():
-                seconds = size / bandwidth + messages * 20e-6 * math.log2(count)
+                seconds = size / bandwidth + 20e-6 * (messages * math.log2(count) + ASKED * (count - 1))
                 row[name] = {"seconds": seconds, "efficiency": compute / (compute + seconds)}
             rows.append(row)
     return rows

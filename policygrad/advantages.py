@@ -1,5 +1,7 @@
 """return -> advantage. Baselines, group statistics, GAE, standardization."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch.nn.functional import pad
 
 from policygrad import ranks
 from policygrad.errors import UserError
+from policygrad.ranks import Steps, added, merged
 from policygrad.returns import lambda_return, n_step
 from policygrad.rollout import Rollout, holes_last
 
@@ -20,43 +23,53 @@ def no_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor
     return torch.zeros_like(returns)
 
 
-def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """b_i = mean of the other rows' returns, over all their steps (Williams 1992, reinforcement comparison).
 
     0 if there is no other row.
     """
-    count, origin = rollout.mask.sum(1, keepdim=True), largest(returns, rollout.mask)
-    others = ranks.sum(count.sum()) - count
+    count, own = rollout.mask.sum(1, keepdim=True), returns.where(rollout.mask, -torch.inf).amax()
+    below = (returns - _known(own)).where(rollout.mask, 0.0).sum()
+    counts, most, sums = zip(*(yield count.sum(), own, below), strict=True)
+    origin, others = _known(torch.stack(most).amax()), added(counts) - count
+    # What each rank has summed is below its own largest, and these are not the same.
+    total = added([x + n * (_known(y) - origin) for n, y, x in zip(counts, most, sums, strict=True)])
     returns = (returns - origin).where(rollout.mask, 0.0)
-    mean = origin + (ranks.sum(returns.sum()) - returns.sum(1, keepdim=True)) / others.clamp(min=1)
+    mean = origin + (total - returns.sum(1, keepdim=True)) / others.clamp(min=1)
     return mean.where(others > 0, 0.0).expand_as(returns)
 
 
-def largest(returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+@ranks.collective
+def largest(returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Steps[Float[Tensor, ""]]:
     """The largest return of all decisions, of all ranks; 0 if there are none.
 
     It is subtracted before a mean is taken, so that of equal returns nothing is left, to the bit: a rounding would be
     as large as any other advantage once advantages are standardized.
     """
-    most = ranks.maximum(returns.where(mask, -torch.inf).amax())
+    return _known(torch.stack((yield returns.where(mask, -torch.inf).amax())).amax())
+
+
+def _known(most: Tensor) -> Tensor:
+    """The largest returns; 0 where there are none."""
     return most.where(most != -torch.inf, 0.0)
 
 
-def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def time_mean_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """b_it = mean of the other rows' returns at step t, not counting holes; 0 if no other row has a step t."""
     order = holes_last(rollout.mask, rollout.ended)
     mask = rollout.mask.gather(1, order)
     returns = returns.gather(1, order).where(mask, 0.0)
-    steps, longest = mask.shape[1], int(ranks.maximum(torch.tensor(mask.shape[1])))
-
-    def summed(x: Tensor) -> Tensor:
-        return ranks.sum(pad(x.sum(0), (0, longest - steps)))[:steps]
-
-    others = summed(mask) - mask.int()
-    most = returns.where(mask, -torch.inf).amax(0)  # of each step, as `largest`
-    origin = ranks.maximum(pad(most, (0, longest - steps), value=-torch.inf))[:steps]
+    own = returns.where(mask, -torch.inf).amax(0)  # of each step, as `largest`
+    seen = yield mask.sum(0), own, (returns - _known(own)).where(mask, 0.0).sum(0)
+    more = [mask.shape[1] - len(most) for _, most, _ in seen]  # steps of this rank that another does not have
+    counts, sums = ([pad(one[i], (0, n)) for one, n in zip(seen, more, strict=True)] for i in (0, 2))
+    most = [pad(one[1], (0, n), value=-torch.inf) for one, n in zip(seen, more, strict=True)]
+    origin, others = _known(torch.stack(most).amax(0)), added(counts) - mask.int()
+    total = added([x + n * (_known(y) - origin) for n, y, x in zip(counts, most, sums, strict=True)])
     returns = (returns - origin).where(mask, 0.0)
-    mean = origin + (summed(returns) - returns) / others.clamp(min=1)
+    mean = origin + (total - returns) / others.clamp(min=1)
     return torch.zeros_like(returns).scatter(1, order, mean.where(others > 0, 0.0))
 
 
@@ -73,23 +86,25 @@ def greedy_baseline(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Te
     return rollout.greedy.unsqueeze(1).expand_as(returns)
 
 
+@ranks.collective
 def optimal_constant_baseline(
     returns_score: Float[Tensor, " B"], score_score: Float[Tensor, " B"]
-) -> Float[Tensor, " B"]:
+) -> Steps[Float[Tensor, " B"]]:
     """b_i = sum_{j!=i} X_j.Z_j / sum_{j!=i} |Z_j|^2: the constant that minimizes the variance of X - b Z.
 
     Z_j = sum_t grad log pi(a_t|s_t) is row j's score, and X_j = sum_t grad log pi(a_t|s_t) G_t is its gradient without
     a baseline. For whole-trajectory returns this is E[|Z|^2 R] / E[|Z|^2] (Greensmith et al. 2004, theorem 3; Peters &
     Schaal 2008, eq. 13). `returns_score` holds X_j.Z_j, and `score_score` holds |Z_j|^2.
     """
-    (returns_score, own), (score_score, _) = ranks.gathered(returns_score), ranks.gathered(score_score)
+    (returns_score, score_score), own = yield from ranks.begun(ranks.gathered_all, returns_score, score_score)
     # Sum the other rows directly: subtracting a row with a large score from the total loses the others to rounding.
     others = ~torch.eye(len(score_score), dtype=torch.bool, device=score_score.device)[own]
     squares = _sum(others, score_score)
     return torch.where(squares > 0, _sum(others, returns_score) / squares, 0.0)
 
 
-def length_weighted_mean(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def length_weighted_mean(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """b = sum_j |y_j| R_j / sum_j |y_j| over the rows of the group, the own one too (OPO, arXiv 2505.23585).
 
     The constant of least variance, if the squared score of a row is as large as the row is long. With
@@ -97,7 +112,7 @@ def length_weighted_mean(rollout: Rollout, returns: Float[Tensor, "B T"]) -> Flo
     """
     length = rollout.mask.sum(1).to(returns.dtype)
     total = returns.gather(1, rollout.mask.int().argmax(1, keepdim=True)).squeeze(1)  # as at all of the row's decisions
-    (total, own), (length, _), (group, _) = (ranks.gathered(x) for x in (total, length, rollout.group))
+    (total, length, group), own = yield from ranks.begun(ranks.gathered_all, total, length, rollout.group)
     same, origin = _same(total, group)
     mean = origin + _sum(same, length * (total - origin)) / _sum(same, length).clamp(min=1)
     return mean[own].unsqueeze(1).expand_as(returns)
@@ -240,15 +255,36 @@ def unit_scale(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[
     return torch.ones_like(returns)
 
 
-def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def standardize(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """(x - mean) / std over the mask, whatever the unit of x. 0 if all are equal up to rounding, or if there is one."""
-    # Subtract the smallest first: equal numbers become exactly 0, so the result is exactly 0.
-    largest, negative = ranks.maxima([x.abs().where(mask, 0.0).amax(), -x.where(mask, torch.inf).amin()])
-    x = (x + negative).where(mask, 0.0)
-    total, count = ranks.sum_all([x.sum(), mask.sum().to(x.dtype)])
-    centered = (x - total / count.clamp(min=1)).where(mask, 0.0)
-    std = (ranks.sum((centered**2).sum()) / (count - 1).clamp(min=1)).sqrt()
-    equal = std <= _rounding(largest)  # not so if a number is NaN: that stays seen
+    return _standardized(x, mask, (yield _spread(x, mask)))
+
+
+def standardize_alone(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The same of one process, for a graph, in which there are no generators."""
+    return _standardized(x, mask, [_spread(x, mask)])
+
+
+def _spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Of a rank's numbers: how many, the largest magnitude, the smallest, and above it the mean and the squares."""
+    least, count = x.where(mask, torch.inf).amin(), mask.sum().to(x.dtype)
+    above = (x - least).where(mask, 0.0)
+    mean = above.sum() / count.clamp(min=1)
+    squares = ((above - mean).where(mask, 0.0) ** 2).sum()
+    return torch.stack([count, x.abs().where(mask, 0.0).amax(), least, mean, squares])
+
+
+def _standardized(x: Tensor, mask: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    """x less the mean of all ranks, over their standard deviation, of what _spread says on each."""
+    counts, sizes, leasts, means, squares = torch.stack(list(seen), 1)
+    least = leasts.amin()
+    # The smallest is subtracted first: equal numbers become exactly 0, so the result is exactly 0.
+    means = torch.where(counts > 0, means + (leasts - least), 0.0)
+    mean, square = merged(counts.unbind(), means.unbind(), squares.unbind())
+    centered = ((x - least).where(mask, 0.0) - mean).where(mask, 0.0)
+    std = (square / (counts.sum() - 1).clamp(min=1)).sqrt()
+    equal = std <= _rounding(sizes.amax())  # not so if a number is NaN: that stays seen
     return (centered / std).where(mask & ~equal, 0.0)
 
 

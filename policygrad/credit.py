@@ -16,9 +16,10 @@ from policygrad import ranks
 from policygrad.advantages import group_mean, group_scale, no_baseline, standardize
 from policygrad.critics import bootstrap_values, no_fit
 from policygrad.errors import UserError
+from policygrad.ranks import Steps, added
 from policygrad.returns import discount, reward_to_go
 from policygrad.returns import vtrace as vtrace_returns
-from policygrad.rollout import Rollout, Split, holes_last, in_parts
+from policygrad.rollout import Batch, Everywhere, Rollout, Split, decisions, holes_last, in_parts, pieces_of
 from policygrad.score import log_probabilities, token_ratio
 from policygrad.weights import per_token
 
@@ -53,6 +54,15 @@ class Imitating(NamedTuple):
 Assign = Callable[[Rollout], Any]  # a Credit, Charged or Imitating
 
 
+def credited(rollout: Rollout, weights: Callable[[Tensor], Tensor], assign: Assign) -> Batch:
+    """The decisions of a rollout with their weights and credit. What both ask of other ranks goes in one message."""
+
+    rows = ranks.begun(ranks.total, len(rollout.mask) * pieces_of(rollout))
+    weight, credit, count = ranks.together(ranks.begun(weights, rollout.mask), ranks.begun(assign, rollout), rows)
+    batch = decisions(rollout, weight, *credit)
+    return batch if ranks.size() == 1 else batch._replace(everywhere=Everywhere(count))
+
+
 def baselined(
     returns: Callable[[Tensor, Tensor], Tensor] = reward_to_go,
     baseline: Callable[[Rollout, Tensor], Tensor] = no_baseline,
@@ -63,10 +73,11 @@ def baselined(
     [B, T], from advantages.py or critics.py.
     """
 
-    def assign(rollout: Rollout) -> Credit:
+    @ranks.collective
+    def assign(rollout: Rollout) -> Steps[Credit]:
         steps = _Decisions(rollout)
         target = steps.back(returns(steps.reward, steps.ended))
-        value = baseline(rollout, target)
+        value = yield from ranks.begun(baseline, rollout, target)
         return Credit(target - value, target, value)
 
     assign.whole_episodes = True  # type: ignore[attr-defined]
@@ -132,14 +143,15 @@ def grouped(
     ranks. Raises UserError if every row is a group of its own.
     """
 
-    def assign(rollout: Rollout) -> Credit:
-        (group, own), (counts, _) = ranks.gathered(rollout.group), ranks.gathered(rollout.mask.any(1))
+    @ranks.collective
+    def assign(rollout: Rollout) -> Steps[Credit]:
+        columns = (rollout.group, rollout.mask.any(1), rollout.reward.sum(1))
+        (group, counts, returns), own = yield from ranks.begun(ranks.gathered_all, *columns)
         if _are_single(group, counts):
             raise UserError(
                 "every row is a group of its own, and there is no other return to compare it with: make groups, with "
                 "Sampler(..., whole_episodes=True, groups=4) or several completions of each prompt"
             )
-        returns, _ = ranks.gathered(rollout.reward.sum(1))
         advantage = ((returns - baseline(returns, group)) / scale(returns, group))[own]
         nothing = torch.zeros_like(rollout.reward)
         return Credit(advantage.unsqueeze(1).expand_as(rollout.reward), nothing, nothing)
@@ -163,9 +175,11 @@ def _are_single(group: Int[Tensor, " B"], counts: Bool[Tensor, " B"]) -> bool:
 def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] = standardize) -> Assign:
     """The same credit, its advantage standardized over all decisions of the rollout (REINFORCE++ standardizes G)."""
 
-    def normalized(rollout: Rollout) -> Credit:
-        credit = assign(rollout)
-        return credit._replace(advantage=normalize(credit.advantage, rollout.mask))
+    @ranks.collective
+    def normalized(rollout: Rollout) -> Steps[Credit]:
+        credit = yield from ranks.begun(assign, rollout)
+        advantage = yield from ranks.begun(normalize, credit.advantage, rollout.mask)
+        return credit._replace(advantage=advantage)
 
     return _like(assign, normalized)
 
@@ -173,8 +187,9 @@ def standardized(assign: Assign, normalize: Callable[[Tensor, Tensor], Tensor] =
 def discounted(assign: Assign, gamma: float) -> Assign:
     """The same credit, its advantage multiplied by gamma^t, a factor that is usually dropped (see returns.discount)."""
 
-    def weighed(rollout: Rollout) -> Credit:
-        credit = assign(rollout)
+    @ranks.collective
+    def weighed(rollout: Rollout) -> Steps[Credit]:
+        credit = yield from ranks.begun(assign, rollout)
         advantage = credit.advantage
         return credit._replace(advantage=advantage * discount(rollout.mask, rollout.ended, gamma, advantage.dtype))
 
@@ -184,25 +199,26 @@ def discounted(assign: Assign, gamma: float) -> Assign:
 def selected(assign: Assign, keep: Callable[[Rollout], Tensor]) -> Assign:
     """The same credit, with an advantage of 0 where `keep` [B, T] is False: nothing is learned from those decisions."""
 
-    def chosen(rollout: Rollout) -> Credit:
-        credit = assign(rollout)
-        return credit._replace(advantage=credit.advantage.where(keep(rollout), 0.0))
+    @ranks.collective
+    def chosen(rollout: Rollout) -> Steps[Credit]:
+        credit, kept = yield from ranks.joined(ranks.begun(assign, rollout), ranks.begun(keep, rollout))
+        return credit._replace(advantage=credit.advantage.where(kept, 0.0))
 
     return _like(assign, chosen)
 
 
-def covariance(rollout: Rollout, advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def covariance(rollout: Rollout, advantage: Float[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """(A - mean A) (log pi - mean log pi), of the policy that sampled; the means are over all decisions, of all ranks.
 
     Its mean is the covariance that drives the entropy down at a policy-gradient step (Cui et al. 2025, arXiv
     2505.22617, section 3): likely actions that were good, and unlikely ones that were bad. 0 behind the mask.
     """
-    count = ranks.sum(rollout.mask.sum()).clamp(min=1)
-
-    def centered(x: Tensor) -> Tensor:
-        return x - ranks.sum(x.where(rollout.mask, 0.0).sum()) / count
-
-    return (centered(advantage) * centered(rollout.logp)).where(rollout.mask, 0.0)
+    both = advantage, rollout.logp
+    counts, *sums = zip(*(yield rollout.mask.sum(), *(x.where(rollout.mask, 0.0).sum() for x in both)), strict=True)
+    count = added(counts).clamp(min=1)
+    first, second = (x - added(seen) / count for x, seen in zip(both, sums, strict=True))
+    return (first * second).where(rollout.mask, 0.0)
 
 
 def covariance_thinned(assign: Assign, *, low: float, high: float, share: float) -> Assign:
@@ -213,11 +229,13 @@ def covariance_thinned(assign: Assign, *, low: float, high: float, share: float)
     probability of not being drawn: the same gradient on average, without the noise of the draw.
     """
 
-    def thinned(rollout: Rollout) -> Credit:
-        credit = assign(rollout)
-        found = covariance(rollout, credit.advantage)
+    @ranks.collective
+    def thinned(rollout: Rollout) -> Steps[Credit]:
+        credit = yield from ranks.begun(assign, rollout)
+        found = yield from ranks.begun(covariance, rollout, credit.advantage)
         within = (found > low) & (found < high) & rollout.mask
-        drawn, count = _share_of(rollout.mask, share), ranks.sum(within.sum())
+        drawn, count = map(added, zip(*(yield rollout.mask.sum(), within.sum()), strict=True))
+        drawn = _share_of(drawn, share)
         kept = 1 - drawn.minimum(count) / count.clamp(min=1)
         return credit._replace(advantage=torch.where(within, kept * credit.advantage, credit.advantage))
 
@@ -229,11 +247,14 @@ def covariance_charged(assign: Assign, *, share: float) -> Assign:
     and 0 at the others (KL-Cov, arXiv 2505.22617, section 4). Of equal ones all are charged.
     """
 
-    def charged(rollout: Rollout) -> Charged:
-        credit = assign(rollout)
-        found = covariance(rollout, credit.advantage).where(rollout.mask, -torch.inf)
-        ranked = ranks.gathered(found.flatten())[0].sort(descending=True).values
-        least = ranked.gather(0, (_share_of(rollout.mask, share) - 1).reshape(1))
+    @ranks.collective
+    def charged(rollout: Rollout) -> Steps[Charged]:
+        credit = yield from ranks.begun(assign, rollout)
+        found = yield from ranks.begun(covariance, rollout, credit.advantage)
+        found = found.where(rollout.mask, -torch.inf)
+        whole, counts = zip(*(yield found.flatten(), rollout.mask.sum()), strict=True)
+        ranked = torch.cat(whole).sort(descending=True).values
+        least = ranked.gather(0, (_share_of(added(counts), share) - 1).reshape(1))
         charge = ((found >= least) & rollout.mask).to(credit.advantage.dtype)
         return Charged(credit.advantage, credit.target, credit.value, charge)
 
@@ -248,11 +269,12 @@ def imitating(assign: Assign, *, weight: float, weights: Callable[[Tensor], Tens
     2504.05118, section 4.3, by token). 0 where no row was right. weights: those of the method's loop.
     """
 
-    def with_imitation(rollout: Rollout) -> Imitating:
-        credit = assign(rollout)
-        each = weights(rollout.mask) if rollout.importance is None else weights(rollout.mask) * rollout.importance
+    @ranks.collective
+    def with_imitation(rollout: Rollout) -> Steps[Imitating]:
+        credit, each = yield from ranks.joined(ranks.begun(assign, rollout), ranks.begun(weights, rollout.mask))
+        each = each if rollout.importance is None else each * rollout.importance
         right = (rollout.reward.sum(1, keepdim=True) > 0) & rollout.mask
-        total = ranks.sum(each.where(right, 0.0).sum())
+        total = added((yield each.where(right, 0.0).sum()))
         coefficient = torch.where(right & (total > 0), weight / total, 0.0).to(credit.advantage.dtype)
         charge = getattr(credit, "charge", ())
         return Imitating(credit.advantage, credit.target, credit.value, charge, coefficient)
@@ -260,24 +282,25 @@ def imitating(assign: Assign, *, weight: float, weights: Callable[[Tensor], Tens
     return _like(assign, with_imitation)
 
 
-def _share_of(mask: Bool[Tensor, "B T"], share: float) -> Int[Tensor, ""]:
-    """max(1, floor(share N)), with N the decisions of all ranks."""
-    return (share * ranks.sum(mask.sum())).floor().long().clamp(min=1)
+def _share_of(count: Int[Tensor, ""], share: float) -> Int[Tensor, ""]:
+    """max(1, floor(share N)) of N decisions."""
+    return (share * count).floor().long().clamp(min=1)
 
 
-@torch.no_grad()
+@ranks.collective
 def high_entropy(
     rollout: Rollout, *, policy: nn.Module, share: float, micro_batch: Split = None
-) -> Bool[Tensor, "B T"]:
+) -> Steps[Bool[Tensor, "B T"]]:
     """Where H(pi(.|s)) is among the largest `share` of the rollout's decisions (Wang et al. 2025, arXiv 2506.01939).
 
     The paper finds that the forks of a chain of thought, the fifth of its tokens with the most entropy, teach it all.
     The number is rounded up; of equal entropies all are kept.
     """
-    entropy = in_parts(lambda obs: policy(obs).entropy(), micro_batch, rollout.obs)
-    counted, _ = ranks.gathered(entropy.where(rollout.mask, -torch.inf).flatten())
-    ranked = counted.sort(descending=True).values
-    count = (share * ranks.sum(rollout.mask.sum())).ceil().long().clamp(min=1)
+    with torch.no_grad():
+        entropy = in_parts(lambda obs: policy(obs).entropy(), micro_batch, rollout.obs)
+    counted, counts = zip(*(yield entropy.where(rollout.mask, -torch.inf).flatten(), rollout.mask.sum()), strict=True)
+    ranked = torch.cat(counted).sort(descending=True).values
+    count = (share * added(counts)).ceil().long().clamp(min=1)
     return (entropy >= ranked.gather(0, (count - 1).reshape(1))) & rollout.mask
 
 
@@ -313,7 +336,8 @@ def check_rows(sample: Any, assign: Assign) -> None:
 
 def _like(assign: Assign, changed: Assign) -> Assign:
     """Changed credit, which says of itself what the original does."""
-    changed.__dict__.update(getattr(assign, "__dict__", {}))
+    names = ("modules", "whole_episodes")
+    changed.__dict__.update({name: x for name, x in getattr(assign, "__dict__", {}).items() if name in names})
     return changed
 
 

@@ -16,7 +16,8 @@ from policygrad.diagnostics import explained_variance, mean_metrics
 from policygrad.errors import UserError
 from policygrad.linalg import score_products
 from policygrad.objectives import squared_error
-from policygrad.rollout import Batch, Rollout, Split, holes_last, in_parts, minibatches
+from policygrad.ranks import Steps
+from policygrad.rollout import Batch, Rollout, Split, holes_last, in_parts, minibatches, weight_of_all
 from policygrad.updates import Metrics, Objective, Update, ascend
 from policygrad.weights import average
 
@@ -90,7 +91,7 @@ def fit_critic(
     )
 
     def fit(batch: Batch) -> Metrics:
-        share = batch.weight / ranks.sum(batch.weight.sum()).clamp(min=1e-12)
+        share = batch.weight / weight_of_all(batch).clamp(min=1e-12)
         parts = minibatches(batch._replace(weight=share), minibatch_size, epochs)
         metrics = mean_metrics([update(objective, part) for part in parts])
         metrics["explained_variance"] = explained_variance(batch.value, batch.target, share)
@@ -133,20 +134,26 @@ def start_value_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, cri
     return value.gather(1, rollout.mask.int().argmax(1, keepdim=True)).expand_as(returns)
 
 
-def optimal_baseline(rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module) -> Float[Tensor, "B T"]:
+@ranks.collective
+def optimal_baseline(
+    rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module
+) -> Steps[Float[Tensor, "B T"]]:
     """b_i = the constant that minimizes the variance of the gradient, estimated from the other rows; 0 without any."""
-    origin = largest(returns, rollout.mask)
+    origin = yield from ranks.begun(largest, returns, rollout.mask)
     above = (returns - origin).where(rollout.mask, 0.0)
     returns_score, score_score = score_products(policy, rollout.obs, rollout.action, above, rollout.mask)
     scored = score_score > 0
-    others = ranks.sum(scored.sum()) - scored.long()
-    best = (origin + optimal_constant_baseline(returns_score, score_score)).where(others > 0, 0.0)
+    found = ranks.begun(optimal_constant_baseline, returns_score, score_score)
+    best, count = yield from ranks.joined(found, ranks.begun(ranks.total, scored.sum()))
+    others = count - scored.long()
+    best = (origin + best).where(others > 0, 0.0)
     return best.unsqueeze(1).expand_as(returns)
 
 
+@ranks.collective
 def optimal_token_baseline(
     rollout: Rollout, returns: Float[Tensor, "B T"], *, policy: nn.Module, micro_batch: Split = None
-) -> Float[Tensor, "B T"]:
+) -> Steps[Float[Tensor, "B T"]]:
     """b_t = sum_j W_jt G_jt / sum_j W_jt over the rows of the group (OTB, arXiv 2602.07078), 0 beyond all other rows.
 
     W_jt = sum_{u <= t} (1 - 2 pi(a_u|s_u) + sum_a pi(a|s_u)^2) is the squared norm of the row's score so far, in the
@@ -166,15 +173,16 @@ def optimal_token_baseline(
     mask = rollout.mask.gather(1, order)
     each = in_parts(energy, micro_batch, rollout.obs, rollout.action).gather(1, order).where(mask, 0.0)
     weight, steps = each.cumsum(1) * mask, mask.shape[1]
-    longest = int(ranks.maximum(torch.tensor(steps)))
-    group, own = ranks.gathered(rollout.group)
-    same = group[own].unsqueeze(1) == group.unsqueeze(0)
     returns = returns.gather(1, order).where(mask, 0.0)
+    ask = ranks.begun(ranks.gathered_all, rollout.group, returns[:, 0])
+    ((group, first), own), lengths = yield from ranks.joined(ask, ranks.begun(ranks.each, steps))
+    longest = max(lengths)
+    same = group[own].unsqueeze(1) == group.unsqueeze(0)
     # One return of the group is subtracted from all first, so that of equal returns nothing is left, to the bit.
-    origin = ranks.gathered(returns[:, 0])[0][same.int().argmax(1)].unsqueeze(1)
+    origin = first[same.int().argmax(1)].unsqueeze(1)
     same = same.to(returns.dtype)
-    columns = (weight, weight * (returns - origin), mask.to(returns.dtype))
-    weights, weighted, counts = (ranks.gathered(pad(x, (0, longest - steps)))[0] for x in columns)
+    columns = [pad(x, (0, longest - steps)) for x in (weight, weight * (returns - origin), mask.to(returns.dtype))]
+    (weights, weighted, counts), _ = yield from ranks.begun(ranks.gathered_all, *columns)
     mean = origin + (same @ weighted / (same @ weights).clamp(min=1e-12))[:, :steps]
     others = (same @ counts)[:, :steps] > 1  # another row has a step there
     return torch.zeros_like(returns).scatter(1, order, mean.where(others & mask, 0.0))

@@ -36,7 +36,7 @@ class Guard:
                     blamed.evidence = {
                         name: x
                         for name, x in batch._asdict().items()
-                        if name not in ("charge", "imitation") or isinstance(x, Tensor)
+                        if name not in ("charge", "imitation", "everywhere") or isinstance(x, Tensor)
                     }
                     raise blamed from error
             self.skipped += 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from policygrad import ranks
-from policygrad.rollout import Batch, micro_batches
+from policygrad.rollout import Batch, Everywhere, measured, micro_batches
 from policygrad.updates import Metrics, Update
 
 UNSEEN = 1e-6  # the ratio of signal to noise where no signal is seen
@@ -31,7 +31,8 @@ def gradient_noise(objective: Any, batch: Batch, parts: int = PARTS) -> Metrics:
     rows, count = len(batch.mask), 0
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     squares: Any = 0.0
-    weight = ranks.total(float(batch.weight.sum()))
+    known = measured(batch).everywhere
+    weight = known.weight if isinstance(known, Everywhere) else float(batch.weight.sum())
     for share, part in micro_batches(batch, list(torch.arange(rows).tensor_split(min(parts, rows))), weight):
         found = torch.autograd.grad(objective(part)[0], parameters, allow_unused=True)
         count += 1
@@ -39,8 +40,10 @@ def gradient_noise(objective: Any, batch: Batch, parts: int = PARTS) -> Metrics:
             if x is not None:
                 total += share * x
                 squares = squares + share * x.double().square().sum()
-    *mean, squares = ranks.sum_all([*mean, torch.as_tensor(squares, dtype=torch.float64, device=mean[0].device)])
-    count, counting = ranks.total(count), ranks.total(int(batch.mask.any(1).sum()))
+    own = (squares, count, batch.mask.any(1).sum())
+    numbers = [torch.as_tensor(x, dtype=torch.float64, device=mean[0].device) for x in own]
+    *mean, squares, counts, rows_counting = ranks.sum_all([*mean, *numbers])
+    count, counting = int(counts), int(rows_counting)
     whole = _sum_of_squares(mean)
     if count < 2:
         return _metrics(torch.zeros_like(whole), torch.zeros_like(whole), counting)

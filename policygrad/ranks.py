@@ -3,17 +3,25 @@
 A process alone, which has joined no others, gets back what it hands in. Weights are computed over the mask of all
 ranks, so gradients add up: the ranks are micro-batches of one batch. What a sum returns has the same bits on every
 rank; whatever is decided by it is decided alike, and parameters that begin equal stay equal.
+
+A message between processes costs milliseconds, whatever is in it, because a process that waits has to be woken. So
+gradients go in one sum, with all that belongs to them, and other numbers are asked for by collectives: functions whose
+questions can be put together, so that what is asked at one place goes in one message.
 """
 
+import builtins
+import functools
 import hashlib
+import io
 import os
+import pickle
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +34,7 @@ TIME_LIMIT = 1800.0  # seconds that a rank waits for the others, unless it is to
 JOINING = 300.0  # seconds that it waits for them at the start
 ANSWERING = 10.0  # seconds that it waits for the store when it ends
 BUCKET = 2**22  # numbers of one message; larger sums go in several
+ROOM, LARGEST_ROOM = 2**10, 2**16  # bytes of an object that go in one message: at first, and at most
 
 
 class Lost(UserError):
@@ -36,18 +45,19 @@ class Elsewhere(UserError):
     """Another rank has an error that ends all of them."""
 
 
+Riding = tuple[Any, Callable[[list[Any]], None]]  # what goes with the next message, and who hears that of each rank
+
+
 @runtime_checkable
 class Group(Protocol):
     """Those who learn together. A tensor has the same shape and dtype on each."""
 
     rank: int
     size: int
+    riding: "list[Riding]"
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """The sum or the max of a tensor over the ranks, the same bits on each."""
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """The tensor of each rank."""
 
     def objects(self, x: Any) -> list[Any]:
         """The object of each rank."""
@@ -77,32 +87,20 @@ def rank() -> int:
 def sum(x: Tensor) -> Tensor:
     """x summed over the ranks."""
     group = _group()
-    return x if group is None else group.reduce(x, "sum")
+    return x if group is None else _reduced(group, x, "sum")
 
 
 def maximum(x: Tensor) -> Tensor:
     """The largest x of all ranks, number by number."""
     group = _group()
-    return x if group is None else group.reduce(x, "max")
+    return x if group is None else _reduced(group, x, "max")
 
 
-def maxima(numbers: Sequence[Tensor]) -> list[Tensor]:
-    """Several single numbers of one type, each the largest of all ranks, in one message."""
-    return list(numbers) if _group() is None else list(maximum(torch.stack(list(numbers))).unbind())
-
-
-def total(x: Any) -> Any:
-    """A number summed over the ranks, in the precision of Python."""
-    group = _group()
-    if group is None:
-        return x
-    kind = torch.long if isinstance(x, int) else torch.double
-    return group.reduce(torch.tensor(x, dtype=kind), "sum").item()
-
-
-def some(x: bool) -> bool:
-    """Whether it is so on some rank."""
-    return x if _group() is None else total(int(x)) > 0
+def _reduced(group: Group, x: Tensor, how: str) -> Tensor:
+    """As group.reduce, after a message for what was to ride on it."""
+    if group.riding:
+        objects(None)
+    return group.reduce(x, how)
 
 
 def sum_all(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -121,61 +119,80 @@ def sum_all(tensors: Sequence[Tensor]) -> list[Tensor]:
         filling[x.dtype, x.device] = bucket, count + x.numel()
     found: dict[int, Tensor] = {}
     for bucket in buckets:
-        flat = group.reduce(torch.cat([tensors[i].reshape(-1) for i in bucket]), "sum")
+        flat = _reduced(group, torch.cat([tensors[i].reshape(-1) for i in bucket]), "sum")
         pieces = flat.split([tensors[i].numel() for i in bucket])
         found |= {i: piece.view_as(tensors[i]) for i, piece in zip(bucket, pieces, strict=True)}
     return [found[i] for i in range(len(tensors))]
 
 
-def gathered(x: Tensor) -> tuple[Tensor, slice]:
-    """The rows of x [B, ...] of all ranks, one rank after the other, and where this rank's are. B may differ."""
-    group = _group()
-    if group is None:
-        return x, slice(0, len(x))
-    counts = [int(n) for n in group.gather(torch.tensor(len(x)))]
-    padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[: len(x)] = x
-    rows = [one[:n] for one, n in zip(group.gather(padded), counts, strict=True)]
-    start = len(torch.cat(rows[: group.rank])) if group.rank else 0
-    return torch.cat(rows), slice(start, start + len(x))
-
-
 def objects(x: Any) -> list[Any]:
     """An object of each rank."""
     group = _group()
-    return [x] if group is None else group.objects(x)
+    if group is None:
+        return [x]
+    riding = group.riding[:]
+    group.riding.clear()
+    found = group.objects(([own for own, _ in riding], x))
+    for i, (_, heard) in enumerate(riding):
+        heard([each[0][i] for each in found])
+    return [own for _, own in found]
 
 
 def from_first(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, on all ranks. Its error is that of all."""
-    group = _group()
-    if group is None:
-        return make()
-    made = None
-    with agreed():
-        made = make() if group.rank == 0 else None
-    return group.objects(made)[0]
+    with agreed() as told:
+        told.own = make() if rank() == 0 else None
+    return told.seen[0]
+
+
+class Told:
+    """What a rank tells the others beside an error, and what each of them has told."""
+
+    def __init__(self) -> None:
+        self.own: Any = None
+        self.seen: list[Any] = []
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
-    """A block in which an error of one rank is an error of all: none goes on to wait for it. No sums inside."""
-    group = _group()
+def agreed(then: Callable[[list[Any]], None] | None = None) -> Iterator[Told]:
+    """A block in which an error of one rank is an error of all: none goes on to wait for it. No sums inside.
+
+    What the block sets as `own` is told with it, in the same message, and `seen` is then that of each rank. then: is
+    handed `seen` later, by the next message, on which this rides: a rank goes on until that, and has another's error
+    there. Ranks with shards, which wait for one another in each pass of their model, do not put it off.
+    """
+    group, told = _group(), Told()
     if group is None:
-        yield
+        yield told
+        told.seen = [told.own]
+        if then is not None:
+            then(told.seen)
         return
     own: Exception | None = None
     try:
-        yield
+        yield told
     except Exception as error:
         own = error
-    if not some(own is not None):
-        return
     said = None if own is None else one_line(own if isinstance(own, UserError) else f"{type(own).__name__}: {own}", 190)
-    failed = [(i, x) for i, x in enumerate(group.objects(said)) if x is not None]
-    if own is not None and failed[0][0] == group.rank:
-        raise own
-    raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
+
+    def heard(found: list[Any]) -> None:
+        failed = [(i, x) for i, (x, _) in enumerate(found) if x is not None]
+        if failed and own is not None and failed[0][0] == group.rank:
+            raise own
+        if failed:
+            raise Elsewhere(f"rank {failed[0][0]}: {failed[0][1]}") from own
+        told.seen = [x for _, x in found]
+        if then is not None:
+            then(told.seen)
+
+    group.riding.append(((said, told.own if own is None else None), heard))
+    if then is None or own is not None or _lockstep:
+        try:
+            objects(None)
+        except Lost:
+            if own is not None:
+                raise own from None
+            raise
 
 
 def in_turn(make: Callable[[], Any]) -> Any:
@@ -229,6 +246,144 @@ def seed_from(seed_: int, iteration: int) -> int:
 def _hashed(text: str) -> int:
     """A number of 63 bits."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# Collectives: functions of what all ranks have
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Steps = Generator[Any, list[Any], R]
+
+
+class Collective(Generic[P, R]):
+    """A function of what all ranks have, written as a generator: `seen = yield own` asks each rank for its own.
+
+    own: a tensor, or anything with tensors in it; seen: a list of that of each rank. Called as a function, it sends a
+    message for each of its yields; alone, each is answered by a list of what was yielded. `together` joins the messages
+    of several.
+    """
+
+    __slots__ = ("__dict__", "steps")  # so that a wrapper that takes over the __dict__ is none of its kind
+
+    def __init__(self, steps: Callable[P, Steps[R]]) -> None:
+        self.steps = steps
+        functools.update_wrapper(self, steps)
+
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> R:
+        found: R = _answered(self.steps(*arguments, **options))
+        return found
+
+    def __reduce__(self) -> str:
+        return str(self.__qualname__)  # type: ignore[attr-defined]
+
+
+collective = Collective  # as a decorator
+
+
+def begun(function: Callable[..., R], *arguments: Any) -> Steps[R]:
+    """function(*arguments) for `together`, of a collective or a partial of one. Others ask nothing, or on their own."""
+    options: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        arguments, options = (*function.args, *arguments), {**function.keywords, **options}
+        function = function.func
+    if isinstance(function, Collective):
+        return function.steps(*arguments, **options)
+    return _at_once(functools.partial(function, *arguments, **options))
+
+
+def _at_once(function: Callable[[], R]) -> Steps[R]:
+    """The steps of a function without questions."""
+    return function()
+    yield  # a generator
+
+
+def together(*several: Steps[Any]) -> list[Any]:
+    """What several collectives return that were begun at once. Their first questions are one message, and so on."""
+    found: list[Any] = _answered(joined(*several))
+    return found
+
+
+def joined(*several: Steps[Any]) -> Steps[list[Any]]:
+    """The same as one collective, for another one to `yield from`."""
+    found: list[Any] = [None] * len(several)
+    asked: dict[int, Any] = {}
+
+    def go_on(i: int, seen: Any) -> None:
+        try:
+            asked[i] = several[i].send(seen)
+        except StopIteration as end:
+            asked.pop(i, None)
+            found[i] = end.value
+
+    for i in range(len(several)):
+        go_on(i, None)
+    while asked:
+        seen = yield dict(asked)
+        for i in [*asked]:
+            go_on(i, [each[i] for each in seen])
+    return found
+
+
+def _answered(steps: Steps[Any]) -> Any:
+    """What a collective returns, each of its questions a message."""
+    seen: Any = None
+    try:
+        while True:
+            seen = objects(steps.send(seen))
+    except StopIteration as end:
+        return end.value
+
+
+def added(seen: Sequence[Any]) -> Any:
+    """The sum of what each rank has, a number or a tensor, in their order: the same bits on each."""
+    return functools.reduce(lambda x, y: x + y, seen)
+
+
+def averaged(weights: Sequence[Tensor], seen: Sequence[Tensor]) -> Tensor:
+    """The mean over all ranks of what is a mean on each, by their weights. Alone it is that mean, to the bit."""
+    total = added(weights).clamp(min=1e-12)
+    mean: Tensor = added([(w / total) * x for w, x in zip(weights, seen, strict=True)])
+    return mean
+
+
+def merged(weights: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean and the sum of squared distances from it, of those of the ranks (Chan et al. 1979); alone, the same."""
+    mean = averaged(weights, means)
+    distances = [own + w * (x - mean) ** 2 for w, x, own in zip(weights, means, squares, strict=True)]
+    return mean, added(distances)
+
+
+@collective
+def each(x: Any) -> Steps[list[Any]]:
+    """x of each rank."""
+    return (yield x)
+
+
+@collective
+def total(x: Any) -> Steps[Any]:
+    """A number summed over the ranks, in the precision of Python."""
+    return added((yield x))
+
+
+@collective
+def some(x: bool) -> Steps[bool]:
+    """Whether it is so on some rank."""
+    return any((yield x))
+
+
+@collective
+def gathered_all(*columns: Tensor) -> Steps[tuple[list[Tensor], slice]]:
+    """The rows of several columns [B, ...] of all ranks, and where this rank's are; in one message."""
+    seen = yield columns
+    start = builtins.sum(len(one[0]) for one in seen[: rank()])
+    whole = [torch.cat(x) if len(x) > 1 else x[0] for x in zip(*seen, strict=True)]
+    return whole, slice(start, start + len(columns[0]))
+
+
+def gathered(x: Tensor) -> tuple[Tensor, slice]:
+    """The rows of x [B, ...] of all ranks, one rank after the other, and where this rank's are. B may differ."""
+    (rows,), own = gathered_all(x)
+    return rows, own
 
 
 # Shards: tensors of which each rank holds a part (torch's DTensor). What is not one is left as it is.
@@ -311,6 +466,7 @@ class Processes:
 
     def __init__(self, store: Any) -> None:
         self.rank, self.size, self.store = dist.get_rank(), dist.get_world_size(), store
+        self.room, self.riding = ROOM, list[Riding]()
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """As Group says."""
@@ -320,20 +476,51 @@ class Processes:
             dist.all_reduce(result, kinds[how])
         return result
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """As Group says."""
-        sent = x.detach().contiguous().view(torch.uint8) if x.dtype == torch.bool else x.detach().contiguous()
+    def objects(self, x: Any) -> list[Any]:
+        """As Group says. Objects are pickled, by processes of one job for one another.
+
+        They have different lengths, which no rank knows of the others: one message has room for as much as came before,
+        and the rest of longer ones is a second message.
+        """
+        packed = _packed(x)
+        parts = self._bytes(len(packed).to_bytes(8, "little") + packed[: self.room], 8 + self.room)
+        lengths = [int.from_bytes(part[:8], "little") for part in parts]
+        parts = [part[8:] for part in parts]
+        if (more := max(lengths) - self.room) > 0:
+            rest = self._bytes(packed[self.room :], more)
+            parts = [first + second for first, second in zip(parts, rest, strict=True)]
+            self.room = min(LARGEST_ROOM, 1 << (max(lengths) - 1).bit_length())
+        return [pickle.loads(part[:n]) for part, n in zip(parts, lengths, strict=True)]
+
+    def _bytes(self, own: bytes, length: int) -> list[bytes]:
+        """Those of each rank, with zeros after them up to the length."""
+        sent = torch.frombuffer(bytearray(own.ljust(length, b"\0")), dtype=torch.uint8)
         found = [torch.empty_like(sent) for _ in range(self.size)]
         with _answering():
             dist.all_gather(found, sent)
-        return [one.view(x.dtype) for one in found]
+        return [one.numpy().tobytes() for one in found]
 
-    def objects(self, x: Any) -> list[Any]:
-        """As Group says. Objects are pickled, by processes of one job for one another."""
-        found: list[Any] = [None] * self.size
-        with _answering():
-            dist.all_gather_object(found, x)
-        return found
+
+class _Pickler(pickle.Pickler):
+    """With tensors as their bytes: torch's own way takes a millisecond for each."""
+
+    def reducer_override(self, x: Any) -> Any:
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            return NotImplemented
+        own = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return _unpacked, (own, x.dtype, tuple(x.shape), x.device.type)
+
+
+def _packed(x: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(x)
+    return file.getvalue()
+
+
+def _unpacked(own: bytes, dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> Tensor:
+    """A tensor of another rank, on this rank's device of the same kind."""
+    x = torch.frombuffer(bytearray(own), dtype=dtype) if own else torch.empty(0, dtype=dtype)
+    return x.reshape(shape).to(device(kind))
 
 
 _limit = TIME_LIMIT
@@ -482,15 +669,11 @@ class Sampling:
     """A rank that samples its share, for a learner elsewhere who has all of them: there are no sums here."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.riding = rank, size, list[Riding]()
 
     def objects(self, x: Any) -> list[Any]:
         """Raise UserError."""
         raise UserError("a remote sampler is asked for a sum over all rows, which is its learner's: leave samplers out")
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Raise UserError."""
-        return self.objects(x)
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """Raise UserError."""
@@ -511,6 +694,7 @@ class Threads:
 
     def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.board, self.barrier = rank, size, board, barrier
+        self.riding = list[Riding]()
 
     def objects(self, x: Any) -> list[Any]:
         """As Group says."""
@@ -523,13 +707,9 @@ class Threads:
             raise Lost("another simulated rank has failed") from error
         return found
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """As Group says."""
-        return [one.clone() for one in self.objects(x.detach())]
-
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """As Group says."""
-        stacked = torch.stack(self.gather(x))
+        stacked = torch.stack(self.objects(x.detach()))
         return stacked.sum(0).to(x.dtype) if how == "sum" else stacked.amax(0)
 
 

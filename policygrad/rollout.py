@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from policygrad import ranks
+from policygrad.ranks import Steps, added
 
 Parts = tuple[Sequence[Tensor], dict[str, Tensor]]  # the indices of the rows computed together, and metrics of them
 Split = int | Callable[[Any], Parts] | None  # rows computed at a time; or observations -> parts; None: all
@@ -81,6 +82,23 @@ class Rollout:
         return _each(lambda x: x.to(device), self)
 
 
+def pieces_of(rollout: Rollout) -> int:
+    """The rows of a batch that a row of the rollout becomes."""
+    return rollout.mask.shape[1] if rollout.memoryless else rollout.pieces
+
+
+@dataclass(frozen=True)
+class Everywhere:
+    """What all ranks have of a batch of which each has a part. In trees of tensors it is structure, and no leaf."""
+
+    rows: int
+    weight: float | None = None  # None: not asked yet
+    counts: bool = True  # whether a decision counts on some rank
+
+
+register_pytree_node(Everywhere, lambda x: ([], x), lambda _, x: x)
+
+
 class Batch(NamedTuple):
     """The decisions of a rollout with their credit: an objective's input. All [B, T], or [N, 1] if memoryless.
 
@@ -98,6 +116,7 @@ class Batch(NamedTuple):
     value: Tensor  # the critic's prediction when credit was assigned; 0 without a critic
     charge: Tensor | tuple[()] = ()  # what a penalty of KL(old, new) counts at each decision; (), no leaf: 1 everywhere
     imitation: Tensor | tuple[()] = ()  # the coefficient of log pi itself at each decision; (), no leaf: 0 everywhere
+    everywhere: Everywhere | tuple[()] = ()  # of all ranks; (): not asked yet, or one process
 
 
 def decisions(
@@ -127,19 +146,44 @@ def decisions(
         torch.where(rollout.mask, x, 0.0) if isinstance(x, Tensor) else () for x in (charge, imitation)
     )
     batch = Batch(rollout.obs, rollout.action, logp, rollout.mask, weight, advantage, target, value, charge, imitation)
-    pieces = rollout.mask.shape[1] if rollout.memoryless else rollout.pieces
+    pieces = pieces_of(rollout)
     return tree_map(lambda x: x.unflatten(1, (pieces, -1)).flatten(0, 1), batch) if pieces > 1 else batch
 
 
-def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
+def rows_of_all(batch: Batch) -> int:
+    """The rows of a batch on all ranks."""
+    return batch.everywhere.rows if isinstance(batch.everywhere, Everywhere) else ranks.total(len(batch.mask))
+
+
+def weight_of_all(batch: Batch) -> Float[Tensor, ""]:
+    """The weight of a batch on all ranks."""
+    known = batch.everywhere.weight if isinstance(batch.everywhere, Everywhere) else None
+    return ranks.total(batch.weight.sum()) if known is None else batch.weight.new_tensor(known)
+
+
+@ranks.collective
+def measured(batch: Batch) -> Steps[Batch]:
+    """The batch with its weight on all ranks, where that is not known yet; one process has no others to ask."""
+    if ranks.size() == 1 or (isinstance(batch.everywhere, Everywhere) and batch.everywhere.weight is not None):
+        return batch
+    told = torch.stack([batch.weight.sum().double(), batch.mask.any().double()])
+    counts, seen = zip(*(yield len(batch.mask), told), strict=True)
+    weight, counting = added(seen).tolist()
+    return batch._replace(everywhere=Everywhere(added(counts), weight, counting > 0))
+
+
+def minibatches(
+    batch: Batch, size: int, epochs: int = 1, normalize: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Iterator[Batch]:
     """Shuffle the rows of a batch in each epoch and yield them `size` at a time. All minibatches have the same shape.
 
     If `size` does not divide the rows, rows of weight 0 fill the last minibatch. Weights are multiplied by the number
     of minibatches, so that the mean of the minibatches' objectives is the objective of the batch. size: of a minibatch
-    of all ranks, which have as many minibatches each, though not as many rows.
+    of all ranks, which have as many minibatches each, though not as many rows. normalize: (advantage, mask) ->
+    advantage, of each minibatch. What is asked of other ranks is one message an epoch.
     """
     rows, device = batch.mask.shape[0], batch.mask.device
-    everywhere = ranks.total(rows)
+    everywhere = rows_of_all(batch)
     count = math.ceil(everywhere / min(size, everywhere))
     size = size if everywhere == rows else math.ceil(rows / count)
     size = min(size, rows)
@@ -150,9 +194,17 @@ def minibatches(batch: Batch, size: int, epochs: int = 1) -> Iterator[Batch]:
         order = order.repeat(1 + math.ceil(spare / rows))[: count * size]
         shuffled = tree_map(lambda x, order=order: x[order], batch)  # once an epoch: the minibatches are views
         shuffled = shuffled._replace(weight=(shuffled.weight * count).where(real, 0.0), mask=shuffled.mask & real)
+        shuffled = shuffled._replace(everywhere=())
         columns, layout = tree_flatten(shuffled)
-        for part in zip(*(x.split(size) for x in columns), strict=True):
-            yield tree_unflatten(part, layout)
+        parts = [tree_unflatten(part, layout) for part in zip(*(x.split(size) for x in columns), strict=True)]
+        yield from ranks.together(*(_prepared(part, normalize) for part in parts))
+
+
+def _prepared(part: Batch, normalize: Callable[[Tensor, Tensor], Tensor] | None) -> Steps[Batch]:
+    """A minibatch with its weight on all ranks and its advantage normalized."""
+    asked = [] if normalize is None else [ranks.begun(normalize, part.advantage, part.mask)]
+    part, *advantage = yield from ranks.joined(ranks.begun(measured, part), *asked)
+    return part._replace(advantage=advantage[0]) if advantage else part
 
 
 def parts_of(obs: Any, micro_batch: Split) -> Parts:
@@ -192,7 +244,7 @@ def micro_batches(
         part = tree_map(lambda x, index=index: x[index], batch)
         share = float(part.weight.sum()) / total if total > 0 else float(i == 0)
         if share > 0:
-            yield share, part._replace(weight=part.weight / share)
+            yield share, part._replace(weight=part.weight / share, everywhere=())
 
 
 def state_size(module: Any) -> int:

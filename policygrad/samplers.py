@@ -17,6 +17,7 @@ from policygrad import ranks
 from policygrad.advantages import group_std
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.errors import UserError
+from policygrad.ranks import Steps, averaged
 from policygrad.returns import kl_in_reward
 from policygrad.rollout import Rollout, Split
 from policygrad.score import log_probabilities, log_ratio, token_ratio
@@ -34,6 +35,11 @@ class Wrapper(ABC):
     @abstractmethod
     def __call__(self, policy: nn.Module) -> Rollout:
         """Sample with the current policy."""
+
+    @property
+    def steps(self) -> int:
+        """The inner sampler's steps so far."""
+        return self.sample.steps  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         return {"sample": self.sample.state_dict()}  # type: ignore[attr-defined]
@@ -192,15 +198,31 @@ class OfRanks(Wrapper):
 class Together(OfRanks):
     """Several ranks sample, each its share: where one of them fails, all do, and none waits for it.
 
-    A sampler with running statistics has a method share(), which makes them those of all ranks after each rollout.
+    A sampler with running statistics has two methods: fresh() is what a rank has seen in a rollout, and share(seen),
+    with that of each rank, makes the statistics those of all. This, the number of steps, and whether a rank has failed
+    ride on the next message, which weights and credit need in any case.
     """
 
+    counted = 0
+
     def __call__(self, policy: nn.Module) -> Rollout:
-        with ranks.agreed():
-            rollout = self.sample(policy)
-        if hasattr(self.sample, "share"):
-            self.sample.share()
+        sample: Any = self.sample
+        with ranks.agreed(self._heard) as told:
+            rollout = sample(policy)
+            told.own = getattr(sample, "steps", 0), sample.fresh() if hasattr(sample, "fresh") else None
         return rollout
+
+    def _heard(self, told: list[tuple[int, Any]]) -> None:
+        """What each rank has told of its rollout."""
+        steps, seen = zip(*told, strict=True)
+        self.counted = sum(steps)
+        if hasattr(self.sample, "share"):
+            self.sample.share(seen)
+
+    @property
+    def steps(self) -> int:
+        """The steps of all ranks after the last rollout, once a message has told them."""
+        return self.counted
 
 
 class Gathered(OfRanks):
@@ -248,7 +270,7 @@ class InUnits(Wrapper):
 
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
-        self.critic.rescale(_mean(rollout.reward**2, rollout.mask))
+        self.critic.rescale(mean_of(rollout.reward**2, rollout.mask))
         return rollout
 
 
@@ -270,7 +292,7 @@ class KLCharged(Wrapper):
         rollout = self.sample(policy)
         logp_ref = log_probabilities(self.reference, rollout, self.micro_batch)
         reward = kl_in_reward(rollout.reward, rollout.logp, logp_ref, self.coefficient.value)
-        metrics = {"kl_ref": _mean(k3(rollout.logp, logp_ref), rollout.mask)}
+        metrics = {"kl_ref": mean_of(k3(rollout.logp, logp_ref), rollout.mask)}
         metrics |= self.coefficient.adapt(metrics, "kl_ref")
         return replace(rollout, reward=reward, metrics=rollout.metrics | metrics)
 
@@ -383,19 +405,22 @@ class Rescored(Wrapper):
         logp = log_probabilities(policy, rollout, self.micro_batch)
         difference = log_ratio(logp, rollout.logp, rollout.mask)
         ratio = difference.exp()
-        measured = {
-            "mismatch_kl": _mean(k3(torch.zeros_like(ratio), difference), rollout.mask),
-            "mismatch_ratio": _mean(ratio, rollout.mask),
-            "mismatch_largest": ranks.maximum(ratio.where(rollout.mask, 0.0).max()),
-        }
-        importance = None
+        means, importance = [k3(torch.zeros_like(ratio), difference), ratio], None
         if self.bound:
             whole = self.ratio(logp, rollout.logp, rollout.mask).expand_as(logp)
             inside = (whole >= self.low) & (whole <= self.bound)
             importance = whole.where(inside, 0.0) if self.drop else whole.clamp(self.low, self.bound)
-            mean = _mean(importance, rollout.mask)
-            measured["importance_cut"] = _mean((~inside).to(ratio.dtype), rollout.mask)
-            measured["importance_kept"] = mean / _mean(whole, rollout.mask).clamp(min=1e-12)
+            means += [(~inside).to(ratio.dtype), importance, whole]
+        asked = [ranks.begun(mean_of, x, rollout.mask) for x in means]
+        largest, *found = ranks.together(ranks.begun(ranks.each, ratio.where(rollout.mask, 0.0).max()), *asked)
+        measured = {
+            "mismatch_kl": found[0],
+            "mismatch_ratio": found[1],
+            "mismatch_largest": torch.stack(largest).amax(),
+        }
+        if importance is not None:
+            cut, mean, before = found[2:]
+            measured |= {"importance_cut": cut, "importance_kept": mean / before.clamp(min=1e-12)}
             if self.normalize:
                 importance = importance / mean.clamp(min=1e-12)
         return replace(rollout, logp=logp, importance=importance, metrics=rollout.metrics | measured)
@@ -424,8 +449,9 @@ class WithoutFlatGroups(Wrapper):
             rollout = self.sample(policy)
             group = rollout.group + groups
             rollouts.append(replace(rollout, group=group))
-            rows, groups = len(group), int(ranks.maximum(group.max())) + 1
-            lively += int((~_flat(rollout)).sum())
+            flat, most = ranks.together(ranks.begun(_flat, rollout), ranks.begun(ranks.each, int(group.max())))
+            rows, groups = len(group), max(most) + 1
+            lively += int((~flat).sum())
         drawn = Rollout.join(rollouts)
         order = (drawn.group + groups * _flat(drawn)).argsort(stable=True)  # sorted by group, flat groups last
         filled = drawn.rows(order[:rows])
@@ -440,12 +466,16 @@ class WithoutFlatGroups(Wrapper):
         return {**mean, **counted, "sampling_rounds": float(len(rollouts))}
 
 
-def _mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+@ranks.collective
+def mean_of(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Steps[Float[Tensor, ""]]:
     """The mean of x over the decisions of all ranks."""
-    return ranks.sum(average(x, per_token(mask)))
+    count = mask.to(torch.get_default_dtype()).sum()
+    counts, means = zip(*(yield count, average(x, mask.to(count.dtype) / count.clamp(min=1))), strict=True)
+    return averaged(counts, means)
 
 
-def _flat(rollout: Rollout) -> Bool[Tensor, " B"]:
+@ranks.collective
+def _flat(rollout: Rollout) -> Steps[Bool[Tensor, " B"]]:
     """Whether all rows of each row's group have the same return, on whatever ranks they are."""
-    (returns, own), (group, _) = ranks.gathered(rollout.reward.sum(1)), ranks.gathered(rollout.group)
+    (returns, group), own = yield from ranks.begun(ranks.gathered_all, rollout.reward.sum(1), rollout.group)
     return (group_std(returns, group) == 0)[own]

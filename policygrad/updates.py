@@ -20,7 +20,7 @@ from policygrad import ranks
 from policygrad.compiling import MOVED, VALUE, gradient, gradient_step, has_rule
 from policygrad.errors import NonFiniteError, UserError, shortened
 from policygrad.linalg import add_to, conjugate_gradient, fisher_vector_product, flat_gradient
-from policygrad.rollout import Batch, Split, micro_batches, parts_of
+from policygrad.rollout import Batch, Everywhere, Split, measured, micro_batches, parts_of
 
 Metrics = dict[str, Tensor]
 
@@ -168,15 +168,13 @@ def _clipped(parameters: list[Tensor], most: float) -> Tensor:
 def _idle(batch: Batch, last: tuple[float, Batch] | None) -> tuple[float, Batch]:
     """A part without weight, for a rank that has fewer than others whose model is sharded."""
     part = tree_map(lambda x: x[:1], batch) if last is None else last[1]
-    return 0.0, part._replace(weight=torch.zeros_like(part.weight))
+    return 0.0, part._replace(weight=torch.zeros_like(part.weight), everywhere=())
 
 
 def _everywhere(batch: Batch) -> tuple[float | None, bool]:
     """The weight of a batch of which every rank has a part, and whether a decision of it counts; None: alone."""
-    if ranks.size() == 1:
-        return None, bool(batch.mask.any())
-    weight, count = ranks.sum(torch.stack([batch.weight.sum().double(), batch.mask.any().double()])).tolist()
-    return weight, count > 0
+    known = measured(batch).everywhere
+    return (known.weight, known.counts) if isinstance(known, Everywhere) else (None, bool(batch.mask.any()))
 
 
 def _backward(objective: Scalar, parts: Iterable[tuple[float, Batch]]) -> tuple[Tensor, Metrics]:

@@ -4,41 +4,48 @@ B counts the rows with a decision: a row that is masked whole changes no mean. S
 ranks, so that what each of them averages adds up to the mean (ranks.sum).
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from policygrad import ranks
+from policygrad.ranks import Steps, added
 
 
-def per_token(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def per_token(mask: Bool[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """w = m / sum(m): all decisions of the batch count equally (DAPO, arXiv 2503.14476, eq. 8; usual in control)."""
     m = mask.to(torch.get_default_dtype())
-    return m / ranks.sum(m.sum()).clamp(min=1)
+    return m / added((yield m.sum())).clamp(min=1)
 
 
-def per_row(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def per_row(mask: Bool[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """w_i = m_i / |m_i| / B: mean over rows of each row's mean over its decisions (GRPO, arXiv 2402.03300, eq. 3)."""
-    return normalize(mask.to(torch.get_default_dtype()), p=1.0, dim=1) / _rows(mask)
+    return normalize(mask.to(torch.get_default_dtype()), p=1.0, dim=1) / _rows((yield mask.any(1).sum()))
 
 
-def per_episode(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+@ranks.collective
+def per_episode(mask: Bool[Tensor, "B T"]) -> Steps[Float[Tensor, "B T"]]:
     """w = m / B: mean over rows of each row's SUM over its decisions; each row is an episode.
 
     This is the weighting of the policy-gradient theorem, grad J = E[sum_t grad log pi A_t] (Sutton et al. 2000,
     theorem 1).
     """
-    return mask.to(torch.get_default_dtype()) / _rows(mask)
+    return mask.to(torch.get_default_dtype()) / _rows((yield mask.any(1).sum()))
 
 
-def per_budget(mask: Bool[Tensor, "B T"], limit: int | None = None) -> Float[Tensor, "B T"]:
+@ranks.collective
+def per_budget(mask: Bool[Tensor, "B T"], limit: int | None = None) -> Steps[Float[Tensor, "B T"]]:
     """w = m / (B limit): constant, with `limit` the most decisions that a row may have (Dr. GRPO, arXiv 2503.20783).
 
     None: T. Rows of whole episodes in control are only as long as the longest episode: give the limit of an episode.
     """
-    longest = limit or int(ranks.maximum(torch.tensor(mask.shape[1])))
-    return mask.to(torch.get_default_dtype()) / (_rows(mask) * longest)
+    rows, steps = zip(*(yield mask.any(1).sum(), mask.shape[1]), strict=True)
+    return mask.to(torch.get_default_dtype()) / (_rows(rows) * (limit or max(steps)))
 
 
 def normalized(weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -51,6 +58,6 @@ def average(x: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Float[Tens
     return (weight * x).where(weight != 0, 0.0).sum()
 
 
-def _rows(mask: Bool[Tensor, "B T"]) -> Int[Tensor, ""]:
-    """The number of rows with a decision, or 1 if there are none."""
-    return ranks.sum(mask.any(1).sum()).clamp(min=1)
+def _rows(seen: Sequence[Tensor]) -> Int[Tensor, ""]:
+    """The number of rows with a decision of all ranks, or 1 if there are none."""
+    return added(seen).clamp(min=1)

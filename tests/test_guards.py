@@ -112,7 +112,7 @@ def test_a_step_that_stops_names_the_column_and_has_the_batch(name: str) -> None
         NonFiniteError, match=r"^advantage is not finite in 2 of 8 decisions: the objective is "
     ) as raised:
         guard(made(name, objective)[0])(objective, bad)
-    assert raised.value.evidence.keys() == set(Batch._fields) - {"charge", "imitation"}
+    assert raised.value.evidence.keys() == set(Batch._fields) - {"charge", "imitation", "everywhere"}
     assert torch.equal(raised.value.evidence["obs"], bad.obs)
     assert guard.skipped == 0
     assert all(map(torch.equal, objective.parameters(), theta))

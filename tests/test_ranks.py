@@ -1,8 +1,12 @@
 """What several ranks learn is what one process learns from the rows of all of them; alone, nothing is summed."""
 
+import functools
 import math
+import pickle
+import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -11,21 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_cases import CASES, LAYOUTS, MORE, Problem, alone, as_rank, learned, spawned
+from rank_cases import CASES, LAYOUTS, MORE, Messages, Problem, alone, as_rank, learned, spawned
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from policygrad import ranks
-from policygrad.advantages import standardize
+from policygrad.advantages import mean_baseline, standardize, time_mean_baseline, unnormalized
 from policygrad.algorithms.ppo import PPOObjective
 from policygrad.algorithms.reinforce import ReinforceObjective
 from policygrad.control.normalization import RunningStatistics
+from policygrad.credit import grouped, standardized
 from policygrad.diagnostics import explained_variance
 from policygrad.errors import NonFiniteError, UserError
 from policygrad.rollout import Rollout, decisions, minibatches
-from policygrad.samplers import WithoutFlatGroups
+from policygrad.samplers import WithoutFlatGroups, mean_of
 from policygrad.updates import ascend
-from policygrad.weights import per_token
+from policygrad.weights import per_budget, per_episode, per_row, per_token
 
 close = partial(assert_close, rtol=0, atol=1e-12)
 SOME = [name for name in CASES if "by token" in name][::3] + list(MORE)[::3]
@@ -71,6 +77,11 @@ def test_it_does_not_matter_who_has_which_rows(case: str, layout: str, float64: 
 SPAWNED = {"empty": SOME, "cut": [f"{name} by token" for name in ("trpo", "npg", "ppo", "grpo", "reinforce")]}
 
 
+# Of all types, with one number and with none, and parameters.
+TENSORS = [torch.arange(3).to(x) for x in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)]
+TENSORS += [torch.tensor(-0.0), torch.tensor([math.nan, -math.inf]), nn.Parameter(torch.ones(2))]
+
+
 def in_a_process() -> dict[str, Any]:
     """All cases of SPAWNED as one of two ranks, and what the functions of `ranks` say there."""
     torch.set_default_dtype(torch.float64)
@@ -82,6 +93,12 @@ def in_a_process() -> dict[str, Any]:
     found["gathered"] = flags.tolist(), own.start, own.stop
     found["sums"] = [x.tolist() for x in ranks.sum_all([torch.ones(2), torch.tensor([here]), torch.ones(1).float()])]
     found["total"], found["some"] = ranks.total(here + 1), ranks.some(here == 1)
+    found["objects"] = []
+    for length in (10, 3000 * here, 3000, 200_000, 10):
+        with Messages() as messages:
+            seen = ranks.objects((here, b"x" * length))
+        found["objects"].append(([(i, len(x)) for i, x in seen], messages.calls["allgather_"]))
+    found["tensors"] = ranks.each([x.repeat(here) if x.ndim else x for x in TENSORS])
     try:
         with ranks.agreed():
             if here == 1:
@@ -110,6 +127,23 @@ def test_processes_sum_gather_and_fail_together(processes: list[dict[str, Any]])
         assert found["sums"] == [[2.0, 2.0], [1], [2.0]]
         assert (found["total"], found["some"]) == (3, True)
     assert [found["error"] for found in processes] == ["rank 1: no such file", "no such file"]
+
+
+def test_objects_of_any_length_are_one_message_once_there_is_room(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        (short, _), (one, first), (both, second), (large, two), (after, last) = found["objects"]
+        assert (short, after) == ([(0, 10), (1, 10)],) * 2
+        assert (one, both, large) == ([(0, 0), (1, 3000)], [(0, 3000), (1, 3000)], [(0, 200_000), (1, 200_000)])
+        assert (first, second, two, last) == (2, 1, 2, 1)  # a large one does not make room for as much
+
+
+def test_tensors_come_as_they_were_sent(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        for i, sent in enumerate(found["tensors"]):
+            for x, wanted in zip(sent, TENSORS, strict=True):
+                wanted = wanted.detach().repeat(i) if wanted.ndim else wanted
+                assert (x.dtype, x.shape) == (wanted.dtype, wanted.shape)
+                assert torch.equal(*(y.reshape(-1).view(torch.uint8) for y in (x, wanted)))
 
 
 # The functions
@@ -197,6 +231,162 @@ def test_a_difference_is_said_with_its_rank() -> None:
     ranks.simulated([partial(work, 0.1), partial(work, 0.2)])
 
 
+# Messages
+
+
+def messages_of(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], count: int = 2) -> list[str]:
+    """What rank 0 of some simulated ones sends in this work: "sum" and "max" of tensors, and "objects"."""
+    sent: list[str] = []
+    objects, reduce = ranks.Threads.objects, ranks.Threads.reduce
+
+    def sending(self: Any, x: Any) -> Any:
+        if self.rank == 0:
+            sent.append("objects")
+        return objects(self, x)
+
+    def reducing(self: Any, x: Tensor, how: str) -> Tensor:
+        found = reduce(self, x, how)
+        if self.rank == 0:
+            sent[-1] = how  # which is made of objects here
+        return found
+
+    monkeypatch.setattr(ranks.Threads, "objects", sending)
+    monkeypatch.setattr(ranks.Threads, "reduce", reducing)
+    ranks.simulated([work] * count)
+    return sent
+
+
+def test_each_collective_is_one_message_and_several_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Problem("even").parts[0]
+    mask, reward = rollout.mask, rollout.reward
+    asking = {
+        "standardize": partial(standardize, reward, mask),
+        "explained variance": partial(explained_variance, reward, 2 * reward, per_token_alone(mask)),
+        **{f"weights {x.__name__}": partial(x, mask) for x in (per_token, per_row, per_episode, per_budget)},
+        "mean": partial(mean_baseline, rollout, reward),
+        "time mean": partial(time_mean_baseline, rollout, reward),
+        "groups": partial(grouped(), rollout),
+        "standardized groups": partial(standardized(grouped(), unnormalized), rollout),
+        "unit": partial(mean_of, reward, mask),
+        "total": partial(ranks.total, 3),
+        "rows": partial(ranks.gathered, reward),
+    }
+    for name, work in asking.items():
+        assert messages_of(monkeypatch, work) == ["objects"], name
+        monkeypatch.undo()
+    several = [work for name, work in asking.items() if name != "rows"]  # which is a function around one
+
+    def at_once() -> None:
+        one_by_one = [work() for work in several]
+        found = ranks.together(*map(ranks.begun, several))
+        for x, y in zip(tree_leaves(one_by_one), tree_leaves(found), strict=True):
+            assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+
+    assert messages_of(monkeypatch, at_once) == ["objects"] * (len(several) + 1)
+
+
+def per_token_alone(mask: Tensor) -> Tensor:
+    return mask / mask.sum()
+
+
+@ranks.collective
+def asks_twice(x: int) -> Any:
+    first = yield x
+    second = yield 10 * sum(first)
+    return first, second
+
+
+def test_questions_after_questions_go_together_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        here = ranks.rank()
+        found = ranks.together(asks_twice.steps(here + 1), ranks.begun(ranks.total, here), ranks.begun(lambda: "no"))
+        assert found == [([1, 2], [30, 30]), 1, "no"]
+
+    assert messages_of(monkeypatch, work) == ["objects"] * 2
+    monkeypatch.undo()
+    assert asks_twice(1) == ([1], [10])
+
+
+def test_a_wrapper_of_a_collective_and_its_copy_are_not_passed_over() -> None:
+    @functools.wraps(asks_twice)
+    def wrapper(x: int) -> str:
+        return "wrapped"
+
+    assert ranks.together(ranks.begun(wrapper, 1)) == ["wrapped"]
+    assert pickle.loads(pickle.dumps(per_token)) is per_token
+    assert (
+        ranks.together(ranks.begun(partial(partial(per_budget, limit=3), limit=4), torch.ones(1, 2).bool()))[0]
+        .eq(0.25)
+        .all()
+    )
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_an_agreement_rides_on_the_next_message(sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        heard: list[Any] = []
+        with ranks.agreed(heard.append) as told:
+            told.own = ranks.rank()
+        assert not heard
+        assert float(ranks.sum(torch.ones(())) if sums else ranks.total(1)) == 2
+        assert heard == [[0, 1]]
+
+    assert messages_of(monkeypatch, work) == (["objects", "sum"] if sums else ["objects"])
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_an_error_that_rides_ends_all(sums: bool) -> None:
+    said = []
+
+    def work(fails: bool) -> None:
+        try:
+            with ranks.agreed(lambda _: said.append("heard")):
+                if fails:
+                    raise ValueError("broken")
+            _ = ranks.sum(torch.ones(())) if sums else ranks.total(1)
+            said.append("went on")
+        except (ranks.Elsewhere, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+
+    ranks.simulated([partial(work, i == 1) for i in range(3)])
+    assert sorted(said) == ["Elsewhere: rank 1: ValueError: broken"] * 2 + ["ValueError: broken"]
+
+
+def test_ranks_with_shards_do_not_put_an_agreement_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_lockstep", True)
+
+    def work() -> None:
+        heard: list[Any] = []
+        with ranks.agreed(heard.append):
+            pass
+        assert heard == [[None, None]]
+
+    assert messages_of(monkeypatch, work) == ["objects"]
+
+
+# Of one iteration: o asks for objects and s sums tensors. unit: the critic's; credit: with weights; diagnosis: of the
+# whole update. An epoch of minibatches is prepared in one message, and a whole batch is asked for its weight.
+ITERATIONS = {
+    "ppo by token": ("unit o, credit o, 2 epochs os os, diagnosis o"),
+    "grpo by row": ("credit o, 2 epochs os os, diagnosis o"),
+    "reinforce by episode": ("unit o, 2 steps oos oos, diagnosis o, fit os, explained variance o"),
+    "actor_critic by token": ("unit o, 2 steps oos oos, diagnosis o"),
+    "trpo by token": (
+        "unit o, step oo s, products ssssssssss, line search s, diagnosis o, fit os, explained variance o"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ITERATIONS)
+def test_an_iteration_sends_its_gradients_and_little_else(
+    case: str, monkeypatch: pytest.MonkeyPatch, float64: None
+) -> None:
+    problems = [Problem("even") for _ in range(2)]
+    made = [iter(problem.learner(case, part)[0]) for problem, part in zip(problems, problems[0].parts, strict=True)]
+    sent = messages_of(monkeypatch, lambda: next(made[ranks.rank()]))
+    assert "".join(x[0] for x in sent) == "".join(re.findall(r"\b[os]+\b", ITERATIONS[case]))
+
+
 # What is summed
 
 
@@ -235,7 +425,7 @@ def test_statistics_are_shared_between_rollouts() -> None:
         for x in mine:
             statistics.update(x[:2])
             statistics.update(x[2:])
-            statistics.share()
+            statistics.share(ranks.objects(statistics.fresh()))
             seen.append(statistics.state_dict())
         return seen
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from policygrad.advantages import gae, leave_one_out, standardize
 from policygrad.credit import bootstrapped
@@ -52,7 +52,7 @@ def gradient(policy: nn.Module, *batches: Batch) -> Tensor:
 
 
 def rows(batch: Batch, index: Tensor | slice) -> Batch:
-    return Batch(*(x[index] for x in batch))
+    return tree_map(lambda x: x[index], batch)
 
 
 # Behind the mask
@@ -295,7 +295,7 @@ def test_importance_multiplies_the_weights_and_nothing_else(
     shape = (30, 1) if memoryless else (6, 5)
     assert_close(weighed.weight, plain.weight * importance.view(shape))
     for name in Batch._fields:
-        if name not in ("weight", "charge", "imitation"):
+        if name not in ("weight", "charge", "imitation", "everywhere"):
             assert torch.equal(getattr(weighed, name), getattr(plain, name)), name
     ones = credited(replace(rollout, importance=torch.ones(6, 5)))
     assert torch.equal(ones.weight, plain.weight)
@@ -364,7 +364,7 @@ def test_observation_action_and_credit_of_a_row_stay_together(policy: nn.Module,
             n = row[tuple(part.obs[k].flatten().tolist())]
             for x, whole in zip(part[1:3], batch[1:3], strict=True):
                 assert torch.equal(x[k], whole[n])
-            for x, whole in zip(part[5:], batch[5:], strict=True):
+            for x, whole in zip(part[5:10], batch[5:10], strict=True):
                 assert torch.equal(x[k], whole[n])
 
 
@@ -380,7 +380,7 @@ def test_micro_batches_are_the_rows_in_order_with_their_shares(
     parts = list(micro_batches(batch, size))
     assert [len(part.mask) for _, part in parts] == [len(x) for x in torch.arange(6).split(size)]
     for name in Batch._fields:
-        if name != "weight":
+        if name not in ("weight", "everywhere"):
             assert torch.equal(torch.cat([getattr(part, name) for _, part in parts]), getattr(batch, name)), name
     assert_close(torch.cat([share * part.weight for share, part in parts]), batch.weight)
     assert sum(share for share, _ in parts) == pytest.approx(1, abs=1e-14)

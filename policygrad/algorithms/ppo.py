@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from policygrad import ranks
 from policygrad.advantages import standardize
-from policygrad.credit import Assign, check_modules, check_rows
+from policygrad.credit import Assign, check_modules, check_rows, credited
 from policygrad.critics import Fit, both, fitted, no_fit, unit
 from policygrad.diagnostics import after_update, clip_fraction, clip_fraction_by_side, mean_metrics, ratio_metrics
 from policygrad.divergences import AdaptiveCoefficient, k3
 from policygrad.objectives import clipped_squared_error, clipped_surrogate, dual_clip, imitated, penalized_surrogate
-from policygrad.rollout import Batch, Rollout, decisions, minibatches
+from policygrad.rollout import Batch, Rollout, minibatches, rows_of_all
 from policygrad.score import token_ratio
 from policygrad.updates import Metrics, Objective, Update
 from policygrad.weights import average, per_token
@@ -102,11 +101,10 @@ def ppo(
     check_modules(credit, objective, fit)
     while True:
         rollout = sample(objective.policy)  # Sample
-        batch = decisions(rollout, weights(rollout.mask), *credit(rollout))  # Credit
-        rows, steps = ranks.total(len(batch.mask)), []
+        batch = credited(rollout, weights, credit)  # Credit
+        rows, steps = rows_of_all(batch), []
         size = minibatch_size or rows
-        for part in minibatches(batch, size, epochs):  # Update
-            part = part._replace(advantage=normalize(part.advantage, part.mask))
+        for part in minibatches(batch, size, epochs, normalize):  # Update
             steps.append(update(objective, part))
             if target_kl < torch.inf and steps[-1] and steps[-1]["kl_old"] > 1.5 * target_kl:
                 break

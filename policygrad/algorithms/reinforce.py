@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from policygrad.credit import Assign, check_modules, check_rows
+from policygrad.credit import Assign, check_modules, check_rows, credited
 from policygrad.critics import Fit, fitted, no_fit
 from policygrad.diagnostics import after_update, mean_metrics
-from policygrad.rollout import Batch, Rollout, decisions
+from policygrad.rollout import Batch, Rollout, measured
 from policygrad.score import score
 from policygrad.updates import Metrics, Objective, Update
 from policygrad.weights import average, normalized, per_episode
@@ -59,7 +59,7 @@ def reinforce(
         rollout = sample(objective.policy)  # Sample
         batches, steps = [], []
         for _ in range(epochs):
-            batches.append(decisions(rollout, weights(rollout.mask), *credit(rollout)))  # Credit
+            batches.append(measured(credited(rollout, weights, credit)))  # Credit
             steps.append(update(objective, batches[-1]))  # Update
         metrics = {**diagnose(objective, batches[0]), **mean_metrics(steps)}
         fit_metrics = fitted(fit, batches[-1], objective.policy)

@@ -1,5 +1,6 @@
 """Running normalization of observations and scaling of rewards. Plain numpy, with a state_dict."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ class RunningStatistics:
         self.mean = np.zeros(shape)
         self.var = np.ones(shape)
         self.count = 0.0
-        self.fresh: list[tuple[int, Any, Any]] = []  # what was merged since all ranks had the same
+        self.parts: list[tuple[int, Any, Any]] = []  # what was merged since all ranks had the same
         self.before: dict[str, np.ndarray] = {}  # what they had
 
     def update(self, x: np.ndarray) -> None:
@@ -35,18 +36,21 @@ class RunningStatistics:
         """Merge in n numbers by their mean and the sum of their squared distances from it, [*shape]."""
         if ranks.size() > 1:
             self.before = self.before or self.state_dict()
-            self.fresh.append((n, mean, squares))
+            self.parts.append((n, mean, squares))
         self._merge(n, mean, squares)
 
-    def share(self) -> None:
-        """Merge in what all ranks have seen since the last call, in their order: the same on each."""
+    def fresh(self) -> tuple[float, Any, Any]:
+        """What this rank has seen since the last `share`: how many, their mean, and the sum of squared distances."""
         own = RunningStatistics(self.mean.shape)
-        for x in self.fresh:
+        for x in self.parts:
             own._merge(*x)
-        seen = ranks.objects((own.count, own.mean, own.var * own.count))
+        return own.count, own.mean, own.var * own.count
+
+    def share(self, seen: Sequence[tuple[float, Any, Any]]) -> None:
+        """Merge in what each rank has seen since the last call, in their order: the same on each."""
         if self.before:
             self.load_state_dict(self.before)
-        self.fresh, self.before = [], {}
+        self.parts, self.before = [], {}
         for n, mean, squares in seen:
             if n:
                 self._merge(n, mean, squares)

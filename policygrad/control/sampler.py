@@ -22,7 +22,7 @@ from policygrad.control.checks import Arrays, as_tensor, check_entropy, check_me
 from policygrad.control.distributions import ClippedNormal, JointActions, ScaledBeta, SquashedNormal
 from policygrad.control.memory import Rows
 from policygrad.control.memoryless import STEPS, refuse_memory
-from policygrad.control.normalization import ObservationNormalizer, RewardScaler
+from policygrad.control.normalization import ObservationNormalizer, RewardScaler, RunningStatistics
 from policygrad.control.spaces import Flat, FlatActions, to_environment, units
 from policygrad.control.stepping import Stepping
 from policygrad.control.tensor_sampling import TensorActor, TensorStepping
@@ -240,12 +240,18 @@ class Sampler:
         stepping.load_state_dict(before)
         return torch.as_tensor(total, dtype=torch.get_default_dtype(), device=self.device)
 
-    def share(self) -> None:
+    def fresh(self) -> list[Any]:
+        """What the running statistics have seen since the last `share`."""
+        return [one.fresh() for one in self._statistics()]
+
+    def share(self, seen: Sequence[list[Any]]) -> None:
         """Make the running statistics those of all ranks: each has merged only what it has seen itself."""
+        for i, one in enumerate(self._statistics()):
+            one.share([each[i] for each in seen])
+
+    def _statistics(self) -> list[RunningStatistics]:
         stepping = self.stepping
-        for one in (stepping.observation_normalizer, stepping.reward_scaler):
-            if one is not None:
-                one.statistics.share()
+        return [x.statistics for x in (stepping.observation_normalizer, stepping.reward_scaler) if x is not None]
 
     @torch.no_grad()
     def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -237,7 +237,7 @@ def _padded(batch: Batch, *, steps: bool) -> Batch:
     else:
         longer = False
     if longer:
-        columns = {
+        columns: dict[str, Any] = {
             name: more_steps(x) for name, x in batch._asdict().items() if name != "obs" and isinstance(x, Tensor)
         }
         columns["mask"][:, -MORE:] = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from policygrad import advantages, ranks, returns, score, weights
-from policygrad.advantages import standardize, unnormalized
+from policygrad.advantages import standardize, standardize_alone, unnormalized
 from policygrad.algorithms.actor_critic import ActorCriticObjective, actor_critic
 from policygrad.algorithms.grpo import Anchor, Gain, GRPOObjective, Penalty, grpo, measured_in_steps
 from policygrad.algorithms.ppo import PPOObjective, ppo
@@ -125,7 +125,7 @@ from policygrad.updates import (
 )
 
 COMPILE_PAYS = 30_000  # gradient steps: twice as many as save the time that a graph takes
-WEIGHTS = {
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "token": weights.per_token, "row": weights.per_row, "episode": weights.per_episode, "budget": weights.per_budget,
 }  # fmt: skip
 RATIOS = {
@@ -515,7 +515,7 @@ def loop_of(
         return partial(loop, epochs=getattr(options, "epochs", 1))
     normalize: Callable[..., Tensor] = standardize if options.normalize_advantages == "minibatch" else unnormalized
     if compiles(options) and normalize is standardize and ranks.size() == 1:  # sums over ranks have no graph
-        normalize = graph(standardize, standardize, 2 * varies(options))
+        normalize = graph(standardize_alone, standardize_alone, 2 * varies(options))
     return partial(
         loop,
         epochs=options.epochs,
@@ -529,8 +529,7 @@ def average_of(options: Any, sample: Any) -> Callable[[Tensor], Tensor]:
     """How the method averages decisions: mask -> weights."""
     if options.weights == "budget":
         return partial(weights.per_budget, limit=getattr(sample, "length", None))
-    found: Callable[[Tensor], Tensor] = WEIGHTS[options.weights]
-    return found
+    return WEIGHTS[options.weights]
 
 
 def rows_in(sample: Any, policy: nn.Module, size: Any) -> Any:

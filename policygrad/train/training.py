@@ -624,7 +624,8 @@ class Training:
         """Whether the current iteration's row may be kept."""
         if getattr(self.options, "overlap", False) or getattr(self.options, "lag", 0):
             return True  # the sampler is at the next rollout, and not to be waited for
-        share = self._share(float(ranks.total(self.sample.steps)), self.iteration + 1)
+        sample: Any = self.learner.sample  # of all ranks
+        share = self._share(float(sample.steps), self.iteration + 1)
         return share >= min(self.next_row, 1.0) or self._judged(self.iteration + 1)
 
     def _noise(self, metrics: dict[str, Any]) -> dict[str, Any]:

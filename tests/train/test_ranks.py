@@ -23,7 +23,7 @@ import pytest
 import torch
 from outcomes import parameters, untimed
 from probes import Known
-from rank_cases import free_port, spawned
+from rank_cases import Messages, free_port, spawned
 from safetensors.torch import load_file
 from stopped import killed, known, without_pictures
 from tiny_files import write_all
@@ -92,8 +92,29 @@ def in_a_process(place: Path) -> dict[str, Any]:
     for name in DISTURBED:
         with disturbed(name):
             found[name] = parameters(pg.train("ppo", "CartPole-v1", **known("ppo", num_envs=3) | {"threads": 1}))
+    found["messages"] = {name: messages_of(name, place) for name in SENT}
     found["environment"] = refused(partial(Training, "ppo", pg.make_environments("CartPole-v1", 2)))
     return found
+
+
+# Of an iteration, sums of gradients and messages of other things: weights and credit, minibatches of each epoch, the
+# size of the update, and its row with the comparison of parameters. Running statistics ride on them. In an exact world
+# each iteration ends with an evaluation, which rank 0 makes.
+SENT = {"statistics": (4, 1 + 2 + 1 + 1), "language, grpo": (2, 1 + 2 + 1), "answers": (1, 1 + 1 + 1 + 1 + 1)}
+
+
+def messages_of(name: str, place: Path) -> tuple[int, int]:
+    """What a rank sends in the third iteration of a case: sums, and other messages."""
+    method, task, given = arguments_of(name, place)
+    given |= {"num_steps": 8, "minibatch_size": 16, "epochs": 2, "num_envs": 4} if name == "statistics" else {}
+    with Training(method, task, **given | {"iterations": 9}) as training:
+        for _ in range(2):
+            next(training)
+        with Messages() as messages:
+            next(training)
+    calls = dict(messages.calls)
+    assert set(calls) == {"allreduce_", "allgather_"} | {x for x in calls if not calls[x]}
+    return calls["allreduce_"], calls["allgather_"]
 
 
 # What happens to rank 1, whose one environment is fewer than the two of rank 0.
@@ -313,6 +334,11 @@ def test_what_ranks_cannot_do_is_one_error_on_all(processes: list[dict[str, Any]
     }
 
 
+def test_an_iteration_sends_one_message_for_each_gradient_and_few_others(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        assert found["messages"] == SENT
+
+
 def test_compiled_gradients_of_ranks_are_the_plain_ones(processes: list[dict[str, Any]]) -> None:
     on, off = (processes[0][f"compile {x}"] for x in ("on", "off"))
     assert not torch.equal(on, off)  # to rounding
@@ -434,9 +460,9 @@ from policygrad.errors import UserError
 def odd(*arguments):
     if os.environ["RANK"] == "1":
         raise UserError("this rank alone is odd: mend it")
-    return decisions(*arguments)
+    return credited(*arguments)
 
-decisions, module.decisions = module.decisions, odd
+credited, module.credited = module.credited, odd
 cli.main(sys.argv[1:])
 """
 

@@ -18,6 +18,7 @@ from policygrad import (
     divergences,
     linalg,
     objectives,
+    ranks,
     returns,
     rollout,
     score,
@@ -41,8 +42,10 @@ def inject(monkeypatch, owner, name, fault):
     function = inspect.unwrap(getattr(owner, name))
     original = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     original.__kwdefaults__ = function.__kwdefaults__
-    made = {}
-    exec(f"def fault(*x, **o): return _fault_in_{name}(*x, **o)", made)
+    made, code = {}, f"def fault(*x, **o):\n    return _fault_in_{name}(*x, **o)\n"
+    if isinstance(getattr(owner, name), ranks.Collective):  # a generator
+        original, code = ranks.Collective(original), f"{code}    yield\n"
+    exec(code, made)
     monkeypatch.setitem(function.__globals__, f"_fault_in_{name}", fault(original))
     for attribute, x in (("__defaults__", None), ("__kwdefaults__", None), ("__code__", made["fault"].__code__)):
         monkeypatch.setattr(function, attribute, x)
@@ -93,9 +96,9 @@ def reset_counts(f):
 
 
 def unscaled_minibatches(f):
-    def faulty(batch, size, epochs=1):
+    def faulty(batch, size, *more):
         count = -(-len(batch.mask) // min(size, len(batch.mask)))
-        for part in f(batch, size, epochs):
+        for part in f(batch, size, *more):
             yield part._replace(weight=part.weight / count)
 
     return faulty
