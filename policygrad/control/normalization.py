@@ -50,7 +50,6 @@ class RunningStatistics:
         """Merge in what each rank has seen since the last call, in their order: the same on each."""
         if self.before:
             self.load_state_dict(self.before)
-        self.parts, self.before = [], {}
         for n, mean, squares in seen:
             if n:
                 self._merge(n, mean, squares)
@@ -69,7 +68,8 @@ class RunningStatistics:
         return {name: np.array(getattr(self, name)) for name in ("mean", "var", "count")}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restore a state_dict."""
+        """Restore a state_dict, which all ranks have."""
+        self.parts, self.before = [], {}
         self.mean, self.var = (np.array(state[name], dtype=np.float64) for name in ("mean", "var"))
         self.count = float(state["count"])
 

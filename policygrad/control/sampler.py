@@ -242,14 +242,15 @@ class Sampler:
 
     def fresh(self) -> list[Any]:
         """What the running statistics have seen since the last `share`."""
-        return [one.fresh() for one in self._statistics()]
+        return [one.fresh() for one in self.statistics()]
 
     def share(self, seen: Sequence[list[Any]]) -> None:
         """Make the running statistics those of all ranks: each has merged only what it has seen itself."""
-        for i, one in enumerate(self._statistics()):
+        for i, one in enumerate(self.statistics()):
             one.share([each[i] for each in seen])
 
-    def _statistics(self) -> list[RunningStatistics]:
+    def statistics(self) -> list[RunningStatistics]:
+        """The running statistics: of observations, and of returns, as far as there are any."""
         stepping = self.stepping
         return [x.statistics for x in (stepping.observation_normalizer, stepping.reward_scaler) if x is not None]
 

@@ -945,8 +945,6 @@ def _remote_conflicts(o: Any, shared: int) -> Any:
         "overlap": of_control and o.overlap,
         "opponent": of_control and o.opponent == "self",
         "profile": o.profile,
-        "normalize_observations": of_control and o.normalize_observations,
-        "scale_rewards": of_control and o.scale_rewards,
     }
     why = {
         "overlap": "samplers have lag for this",
@@ -955,8 +953,7 @@ def _remote_conflicts(o: Any, shared: int) -> Any:
     }
     for name, given in unfit.items():
         if given:
-            said = why.get(name, f"samplers share no running statistics, and {name} is one")
-            yield name, f"{said}: leave {name} or samplers out"
+            yield name, f"{why[name]}: leave {name} or samplers out"
 
 
 def _uncorrected(o: Any) -> str:

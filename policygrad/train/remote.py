@@ -53,23 +53,30 @@ class Sampling:
         world = self._made()
         return _alike(world), self._state(world)
 
-    def sample(self, weights: dict[str, Any], state: dict[str, Any] | None) -> tuple[Any, Any, Any, list[str]]:
-        """One rollout. state: where to go on; None: where the last one stopped.
+    def sample(
+        self, weights: dict[str, Any], statistics: list[Any], state: dict[str, Any] | None
+    ) -> tuple[Any, Any, Any, Any, list[str]]:
+        """One rollout. statistics: the running ones of all. state: where to go on; None: where the last one stopped.
 
-        Returns the rollout's columns, its metrics as `World.part` has them, the state after it, and notes.
+        Returns the rollout's columns, its metrics as `World.part` has them, what its running statistics have seen (of
+        a sampler that is alone: what they are), the state after it, and notes.
         """
         world = self._made()
         with warnings.catch_warnings(record=True, action="always") as seen:
             with self.random.inside(), arithmetic(world, self.options.threads):
                 if state is not None and (lost := self._restore(world, state)):
                     warnings.warn(lost, Note, stacklevel=1)
+                running = _statistics(world)
+                for one, x in zip(running, statistics, strict=True):
+                    one.load_state_dict(x)
                 for name, x in weights.items():
                     getattr(world, name).load_state_dict(_tensors(x))
                 rollout: Rollout = world.sample(world.policy)
             notes = [str(x.message) for x in seen if issubclass(x.category, Note)]
         part = world.part({name: float(x) for name, x in rollout.metrics.items()})
         columns = {x.name: _arrays(getattr(rollout, x.name)) for x in fields(Rollout) if x.name != "metrics"}
-        return columns, part, self._state(world), notes
+        seen = [x.state_dict() if self.size == 1 else x.fresh() for x in running]
+        return columns, part, seen, self._state(world), notes
 
     def _made(self) -> World:
         """The world, made as Training makes it, with the seeds of this rank."""
@@ -106,8 +113,9 @@ class Remote(Wrapper):
 
     An actor that dies is started again by Ray, and samples its rollout again from the state before it: a synchronous
     run comes out as if nothing had happened. The state is that of all samplers after the last rollouts that were
-    learned from. Raises UserError for what a sampler raises, if it dies of one rollout again and again, and if it does
-    not answer within `limit` seconds.
+    learned from. Running statistics (of observations and rewards) are those of all samplers when a rollout begins, and
+    within it a sampler goes on with what it sees itself, as a rank does. Raises UserError for what a sampler raises, if
+    it dies of one rollout again and again, and if it does not answer within `limit` seconds.
     """
 
     def __init__(self, world: World, count: int, *, lag: int = 0, address: str | None = None, limit: float) -> None:
@@ -128,6 +136,7 @@ class Remote(Wrapper):
         self.actors: list[Any] = made
         self.pending: dict[int, tuple[Any, int]] = {}  # the rollout that a sampler is at, and its policy's version
         self.weights: Any = None  # of the newest version, in Ray's object store
+        self.statistics: list[Any] = []  # the running ones that a sampler begins with
         self.parts: dict[int, Any] = {}  # the metrics of each sampler's last rollout
         self.anew: set[int] = set()  # samplers that go on from `states`, and not from where they are
         try:
@@ -152,6 +161,7 @@ class Remote(Wrapper):
         modules = {"policy": policy} | ({"critic": critic} if critic is not None and state_size(critic) else {})
         self.weights = self.ray.put({name: _arrays(x.state_dict()) for name, x in modules.items()})
         self.version += 1
+        self.statistics = [x.state_dict() for x in _statistics(self.world)]
         for i in range(len(self.actors)):
             if i not in self.pending:
                 self._begin(i)
@@ -174,6 +184,7 @@ class Remote(Wrapper):
             ready, _ = self.ray.wait(list(among), num_returns=1, timeout=self.limit)
             i = among[ready[0]] if ready else next(iter(among.values()))  # whose time is then over
             found.append((i, *self._taken(i)))
+            self.statistics = [x.state_dict() for x in _statistics(self.world)]
             self._begin(i)
         return [x for _, *x in sorted(found, key=lambda x: x[0])]  # type: ignore[misc]
 
@@ -181,14 +192,14 @@ class Remote(Wrapper):
         """Let a sampler begin a rollout by the newest policy."""
         state = self.states[i] if i in self.anew else None
         self.anew.discard(i)
-        self.pending[i] = self.actors[i].sample.remote(self.weights, state), self.version
+        self.pending[i] = self.actors[i].sample.remote(self.weights, self.statistics, state), self.version
 
     def _taken(self, i: int) -> tuple[Rollout, int]:
         """The rollout that a sampler is at, and how many versions old its policy is."""
         for _ in range(TRIES):
             answer, version = self.pending[i]
             try:
-                columns, self.parts[i], self.states[i], notes = self._answer(i, answer, self.limit)
+                columns, self.parts[i], seen, self.states[i], notes = self._answer(i, answer, self.limit)
             except self.ray.exceptions.RayActorError:
                 warnings.warn(f"sampler {i} has died: it starts again, with the same rollout", Note, stacklevel=3)
                 self._wait_for(i)
@@ -196,10 +207,19 @@ class Remote(Wrapper):
                 self._begin(i)
                 continue
             del self.pending[i]
+            self._merge(seen)
             for note in notes:
                 warnings.warn(f"sampler {i}: {note}", Note, stacklevel=3)
             return Rollout(**_tensors(columns)), self.version - version
         raise UserError(f"sampler {i} has died of one rollout {TRIES} times: sample without samplers to see why")
+
+    def _merge(self, seen: list[Any]) -> None:
+        """Take what a sampler's running statistics have seen into those of all, which are the world's here."""
+        for one, x in zip(_statistics(self.world), seen, strict=True):
+            if isinstance(x, dict):
+                one.load_state_dict(x)
+            elif x[0]:
+                one.merge(*x)
 
     def _wait_for(self, i: int) -> None:
         """Until an actor that has died is there again: before that Ray refuses what it is asked, at once."""
@@ -233,12 +253,16 @@ class Remote(Wrapper):
             raise own from error
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samplers": list(self.states), "parts": [self.parts.get(i) for i in range(len(self.actors))]}
+        own = [x.state_dict() for x in _statistics(self.world)]
+        parts = [self.parts.get(i) for i in range(len(self.actors))]
+        return {"samplers": list(self.states), "parts": parts, "statistics": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.states = list(state["samplers"])
         self.parts = {i: part for i, part in enumerate(state["parts"]) if part is not None}
         self.pending, self.anew = {}, set(range(len(self.actors)))
+        for one, x in zip(_statistics(self.world), state["statistics"], strict=True):
+            one.load_state_dict(x)
         if self.parts:
             self.world.joined(list(self.parts.values()))  # which takes note of the last episodes
 
@@ -306,6 +330,11 @@ def _check_alike(i: int, here: dict[str, str], there: dict[str, str]) -> None:
                 f"{one_line(name, 40)} is {one_line(here.get(name), 40)}, and {one_line(there.get(name), 40)} at "
                 f"sampler {i}: make them alike"
             )
+
+
+def _statistics(world: World) -> list[Any]:
+    """The running statistics of a world's sampler, which has them in the same order everywhere."""
+    return getattr(world.sample, "statistics", list)()
 
 
 def _arrays(tree: Any) -> Any:

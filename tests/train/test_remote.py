@@ -7,6 +7,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from stopped import killed, without_pictures
 from torch.utils._pytree import tree_map
 
 import policygrad as pg
+from policygrad import ranks
+from policygrad.control.normalization import ObservationNormalizer, RewardScaler
 from policygrad.errors import Note, UserError
 from policygrad.rollout import Rollout
+from policygrad.samplers import Together
 from policygrad.train.options import OptionError
 from policygrad.train.training import Training
 
@@ -114,10 +119,45 @@ def test_rows_of_a_policy_with_memory_keep_the_states_before_their_pieces() -> N
         assert_joined(found, parts)
 
 
+RUNNING: dict[str, Any] = {"normalize_observations": True, "scale_rewards": True}
+
+
+def test_running_statistics_are_those_that_ranks_have() -> None:
+    """Of all samplers at the start of a rollout, with what a sampler sees itself on top; bit for bit as ranks do it."""
+    with Training("ppo", "CartPole-v1", samplers=2, **SMALL, **RUNNING) as training:
+        policy = training.run.policy
+
+        def rank(i: int) -> tuple[list[Rollout], list[Any]]:
+            count = (2, 1)[i]
+            normalizer, scaler = ObservationNormalizer((4,)), RewardScaler(count, 0.99)
+            own = pg.Sampler(
+                pg.make_environments("CartPole-v1", count), 16, seed=seeds(2)[i],
+                observation_normalizer=normalizer, reward_scaler=scaler,
+            )  # fmt: skip
+            sample, rollouts = Together(own), []
+            for _ in range(4):
+                rollout = sample(policy)
+                rollouts.append(replace(rollout, group=rollout.group - (i << 32)))
+                ranks.sum(torch.zeros(()))  # the message that tells the others
+            return rollouts, [x.state_dict() for x in own.statistics()]
+
+        (first, seen), (second, same) = ranks.simulated([partial(rank, 0), partial(rank, 1)])
+        for parts in zip(first, second, strict=True):
+            assert_joined(training.sample(policy), list(parts))
+        for one, *others in zip(training.run.world.sample.statistics(), seen, same, strict=True):
+            assert one.count > 3 * 16
+            for other in others:
+                assert all(np.array_equal(x, other[name]) for name, x in one.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("method", "task", "options"),
-    [("ppo", "CartPole-v1", {}), ("npg", "exact:chain", {"num_envs": 4, "preset": "none"})],
-    ids=["control", "exact"],
+    [
+        ("ppo", "CartPole-v1", {}),
+        ("ppo", "CartPole-v1", {**SMALL, **RUNNING}),
+        ("npg", "exact:chain", {"num_envs": 4, "preset": "none"}),
+    ],
+    ids=["control", "statistics", "exact"],
 )
 def test_one_sampler_is_as_none(method: str, task: str, options: dict[str, Any]) -> None:
     options = {**(options or SMALL), "iterations": 3, "progress": False}
@@ -130,8 +170,9 @@ def pid(training: Training, i: int) -> int:
     return ray.get(training.remote.actors[i].__ray_call__.remote(lambda self: os.getpid()))
 
 
-def test_a_sampler_that_is_killed_costs_its_rollout_only() -> None:
-    options = {**SMALL, "iterations": 4, "samplers": 2}
+@pytest.mark.parametrize("running", [{}, RUNNING], ids=["plain", "statistics"])
+def test_a_sampler_that_is_killed_costs_its_rollout_only(running: dict[str, Any]) -> None:
+    options = {**SMALL, **running, "iterations": 4, "samplers": 2}
     whole = pg.train("ppo", "CartPole-v1", progress=False, **options)
     with Training("ppo", "CartPole-v1", **options) as training, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -145,8 +186,11 @@ def test_a_sampler_that_is_killed_costs_its_rollout_only() -> None:
     assert untimed(training.run.metrics) == untimed(whole.metrics)
 
 
-def test_a_run_that_was_killed_goes_on_with_its_samplers_where_they_were(tmp_path: Path) -> None:
-    options = {**SMALL, "iterations": 5, "samplers": 2}
+@pytest.mark.parametrize("running", [{}, RUNNING], ids=["plain", "statistics"])
+def test_a_run_that_was_killed_goes_on_with_its_samplers_where_they_were(
+    running: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {**SMALL, **running, "iterations": 5, "samplers": 2}
     whole = pg.train("ppo", "CartPole-v1", progress=False, **options)
     killed("ppo", "CartPole-v1", tmp_path / "run", 3, checkpoint_every=2, **options)
     with warnings.catch_warnings():
@@ -299,14 +343,26 @@ def test_samplers_that_do_not_wait_learn_by_vtrace(tmp_path: Path) -> None:
     assert steps == sorted(steps)
 
 
-def test_one_sampler_that_is_one_update_behind_is_overlap_in_another_process() -> None:
-    options = SMALL | {"iterations": 4, "progress": False}
+@pytest.mark.parametrize("running", [{}, RUNNING], ids=["plain", "statistics"])
+def test_one_sampler_that_is_one_update_behind_is_overlap_in_another_process(running: dict[str, Any]) -> None:
+    options = SMALL | running | {"iterations": 4, "progress": False}
     runs = [pg.train("ppo", "CartPole-v1", **options, **x) for x in ({"samplers": 1, "lag": 1}, {"overlap": True})]
     assert [[x["policy_lag"] for x in run.metrics] for run in runs] == [[0, 1, 1, 1]] * 2
     parameters = [run.world.modules().state_dict() for run in runs]
     assert parameters[0].keys() == parameters[1].keys()
     for name, x in parameters[0].items():
         assert torch.equal(x, parameters[1][name]), name
+
+
+def test_nothing_that_a_sampler_has_seen_is_lost_or_counted_twice() -> None:
+    """Samplers that do not wait: of the steps of all rollouts that were taken, each is in the statistics once."""
+    options = {**SMALL, **RUNNING, "num_envs": 4, "samplers": 2, "lag": 1}
+    with Training("ppo", "CartPole-v1", **options) as training:
+        for _ in range(5):
+            training.sample(training.run.policy)
+        observations, returns = (x.count for x in training.run.world.sample.statistics())
+        assert returns == training.sample.steps
+        assert observations == training.sample.steps + 4  # those of the next decisions
 
 
 def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -330,7 +386,6 @@ def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None
         ({"samplers": 1, "ray": "auto"}, "this process has begun with Ray"),
         ({"samplers": 1, "overlap": True}, "samplers have lag for this: leave overlap or samplers out"),
         ({"samplers": 1, "profile": True}, "profile follows one process"),
-        ({"samplers": 1, "scale_rewards": True}, "samplers share no running statistics, and scale_rewards is one"),
         ({"samplers": 1, "wrap": ("NormalizeObservation",)}, "a wrapper of the environment learns"),
         ({"samplers": 1, "policy": torch.nn.Linear(4, 2)}, "samplers make policy and critic anew"),
     ],
