@@ -263,7 +263,7 @@ class Collective(Generic[P, R]):
     of several.
     """
 
-    __slots__ = ("__dict__", "steps")  # so that a wrapper that takes over the __dict__ is none of its kind
+    __slots__ = ("__dict__", "steps")  # steps is not in the __dict__, which functools.wraps hands on
 
     def __init__(self, steps: Callable[P, Steps[R]]) -> None:
         self.steps = steps

@@ -312,7 +312,14 @@ def test_a_wrapper_of_a_collective_and_its_copy_are_not_passed_over() -> None:
     def wrapper(x: int) -> str:
         return "wrapped"
 
+    @ranks.collective
+    @functools.wraps(asks_twice)
+    def again(x: int) -> Any:
+        first, second = yield from asks_twice.steps(x)
+        return "again", first, second
+
     assert ranks.together(ranks.begun(wrapper, 1)) == ["wrapped"]
+    assert again(1) == ("again", [1], [10])
     assert pickle.loads(pickle.dumps(per_token)) is per_token
     assert (
         ranks.together(ranks.begun(partial(partial(per_budget, limit=3), limit=4), torch.ones(1, 2).bool()))[0]
