@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -260,6 +261,7 @@ def test_no_rollout_is_older_than_the_bound_and_none_is_dropped() -> None:
     for bound in (1, 2, 3):
         remote = Remote.__new__(Remote)
         remote.lag, remote.limit, remote.version, remote.actors = bound, 1.0, 0, [None] * 3
+        remote.world = SimpleNamespace(sample=None)  # without running statistics
         remote.ray, remote.pending = Scripted([0, 0, 1, 0] * 30), {}
         begun: list[tuple[int, int, int]] = []
         taken: list[tuple[int, int, int]] = []
@@ -309,7 +311,7 @@ class Restarting:
         ones = np.ones((1, 1), dtype=bool)
         columns = dict.fromkeys(("obs", "action", "logp", "reward"), np.zeros((1, 1)))
         columns |= {"terminated": ones, "ended": ones, "mask": ones, "group": np.zeros(1)}
-        return columns, ({}, 1.0), "its state", []
+        return columns, ({}, 1.0), [], "its state", []
 
 
 @pytest.mark.parametrize("refusals", [1, 9])
@@ -319,6 +321,7 @@ def test_a_sampler_that_has_died_is_asked_again_when_it_is_there_and_not_before(
     remote, actor = Remote.__new__(Remote), Restarting(refusals)
     remote.ray, remote.actors, remote.states, remote.parts = actor, [actor], ["the state before"], {}
     remote.anew, remote.weights, remote.version, remote.limit, remote.pending = set(), "weights", 1, 30.0, {}
+    remote.world, remote.statistics = SimpleNamespace(sample=None), []
     remote._begin(0)
     with pytest.warns(Note, match="sampler 0 has died: it starts again, with the same rollout") as said:
         assert remote._taken(0)[0].mask.all()
