@@ -3,16 +3,17 @@
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 sb3-contrib popgym
     python benchmarks/beside.py memory --peers PEERS/bin/python [--repetitions 2]
     python benchmarks/beside.py masks --peers PEERS/bin/python
+    python benchmarks/beside.py memory-long --peers PEERS/bin/python --workers 2     ten times as long: the returns
 
 The environments are the peers' own, in their environment of packages: popgym's RepeatPreviousEasy (say what was seen
 four steps ago; without memory the best mean return is about -0.5) and sb3-contrib's InvalidActionEnvDiscrete (80
 actions of which 60 are forbidden at a time; the mask is made by numpy, because its own loop over the actions takes four
 times as long as a step, for both sides). PEERS sees this library by PYTHONPATH; it needs its dependencies, too.
 
-Each run is a process of its own, in alternation, with torch on one thread. Speed is decisions per second of the whole
-training, median of the repetitions; the return is that of the last 100 training episodes, a mean over the repetitions'
-seeds. Results are kept in benchmarks/beside.json, and `python benchmarks/learning.py --table` writes them to
-docs/learning.md.
+Each run is a process of its own, in alternation, with torch on one thread; --workers: so many seeds at a time. Speed is
+decisions per second of the whole training, median of the repetitions; the return is that of the last 100 training
+episodes, a mean over the repetitions' seeds. Results are kept in benchmarks/beside.json, and `python
+benchmarks/learning.py --table` writes them to docs/learning.md.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,11 @@ WAYS = {
         "ours, no memory": {},
         "RecurrentPPO": None,
     },
+    "memory-long": {
+        "ours, GRU, pieces of 16": {"memory": "gru", "sequence_length": 16},
+        "ours, no memory": {},
+        "RecurrentPPO": None,
+    },
     "masks": {"ours": {"action_mask": "info"}, "ours, without the mask": {}, "MaskablePPO": None},
 }
 NOTES = {
@@ -45,12 +52,12 @@ Another 76 check and join their observations and masks, one environment at a tim
 they are compiled), and acting 29. MaskablePPO checks nothing, and asks each environment a second time for its mask.
 Twice its speed would be 124 ms an iteration.""",
 }
-STEPS = {"memory": 100_000, "masks": 240_000}
+STEPS = {"memory": 100_000, "memory-long": 1_000_000, "masks": 240_000}
 
 
 def environment(task: str) -> Any:
     """One environment; of masks with the mask in its info too, where this library reads it."""
-    if task == "memory":
+    if task.startswith("memory"):
         from popgym.envs.repeat_previous import RepeatPreviousEasy
 
         return RepeatPreviousEasy()
@@ -108,7 +115,7 @@ def theirs(task: str, seed: int) -> dict[str, float]:
     network: dict[str, Any] = {"net_arch": [SHARED["units"]]}
     environments = make_vec_env(lambda: environment(task), SHARED["envs"])
     start = time.perf_counter()
-    if task == "memory":
+    if task.startswith("memory"):
         network |= {"lstm_hidden_size": SHARED["units"]}
         model: Any = RecurrentPPO("MlpLstmPolicy", environments, policy_kwargs=network, **shared)
     else:
@@ -135,20 +142,27 @@ def main() -> None:
     parser.add_argument("task", choices=WAYS)
     parser.add_argument("--peers", default=sys.executable)
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--child", nargs=2, metavar=("WAY", "SEED"))
     arguments = parser.parse_args()
     if arguments.child:
         way, seed = arguments.child
         print(json.dumps(child(arguments.task, way, int(seed))))
         return
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS[arguments.task]}
-    for seed in range(arguments.repetitions):
-        for way in found:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+    def of_seed(seed: int) -> dict[str, dict[str, float]]:
+        each = {}
+        for way in WAYS[arguments.task]:
             command = [arguments.peers, __file__, arguments.task, "--child", way, str(seed)]
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
             answer = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": path}, text=True)
-            found[way].append(json.loads(answer.splitlines()[-1]))
-            print(f"{way} {seed}: {found[way][-1]}", file=sys.stderr)
+            each[way] = json.loads(answer.splitlines()[-1])
+            print(f"{way} {seed}: {each[way]}", file=sys.stderr)
+        return each
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        seeds = list(pool.map(of_seed, range(arguments.repetitions)))
+    found = {way: [each[way] for each in seeds] for way in WAYS[arguments.task]}
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps({**kept, arguments.task: found}, indent=1) + "\n")
     print("\n".join(table(arguments.task, found)))

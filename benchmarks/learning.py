@@ -104,6 +104,7 @@ def beside_others() -> list[str]:
     lines = []
     for task, said in (
         ("memory", "Memory: popgym's RepeatPreviousEasy, beside RecurrentPPO"),
+        ("memory-long", "The same for ten times as long, two seeds at a time"),
         ("masks", "Masks: sb3-contrib's InvalidActionEnvDiscrete (80 actions, 60 forbidden), beside MaskablePPO"),
     ):
         if task in found:

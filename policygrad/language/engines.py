@@ -47,18 +47,16 @@ class ProcessEngine:
     its GPU after each answer.
 
     The process starts at the first call. A call hands over the policy's weights if they are others than before
-    (parameters without gradient are taken to stay), as safetensors in a temporary directory.
-    A prompt's completions have one seed, from the generator, so that it decides the samples. A process that ends, or
-    exceeds the time limit, is started again and asked the same: that costs time only. Stop texts are looked for here,
-    in samples that went on.
+    (parameters without gradient are taken to stay), as safetensors in a temporary directory. A prompt's completions
+    have one seed, from the generator, so that it decides the samples. A process that ends, or exceeds the time limit,
+    is started again and asked the same: that costs time only. Stop texts are looked for here, in samples that went on.
 
     After the start and each change of the weights, the learner computes the log-probabilities of the first 64 tokens
     sampled, which must be within the tolerance of the engine's: other weights and other settings show so. Those of
     greedy completions are always the learner's, since an engine's are not at the policy's temperature.
 
-    Raises UserError if adapter_alone or sleep is for another kind. A call raises it if the process
-    cannot start, says that it cannot do what it is asked, or ends again and again, and
-    if engine and learner do not agree.
+    Raises UserError if adapter_alone or sleep is for another kind. A call raises it if the process cannot start, says
+    that it cannot do what it is asked, or ends again and again, and if engine and learner do not agree.
     """
 
     def __init__(
@@ -232,9 +230,7 @@ class ProcessEngine:
         timer.daemon = True
         timer.start()
         try:
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # it does not listen any more, but what it said can still be read
+            with contextlib.suppress(BrokenPipeError):  # what it said before it ended can still be read
                 process.stdin.write(json.dumps(asked | {"version": self.version}) + "\n")
                 process.stdin.flush()
             line = process.stdout.readline()
