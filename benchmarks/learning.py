@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import beside
+import pong
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "learning.json"
@@ -93,8 +94,8 @@ def write_table(results: list[dict]) -> None:
             f"| `{method}` | {task} | {steps:,} | {threshold} | **{statistics.mean(scores):,.{digits}f}** | "
             f"{', '.join(f'{x:,.{each}f}' for x in scores)} | {seconds:,.0f} |"
         )
-    lines += ["", "The seconds were taken with two to four runs at a time on two cores: allow at most that long."]
-    lines += beside_others() + of_kuhn()
+    lines += ["", "The seconds were taken with two runs at a time on two cores."]
+    lines += beside_others() + of_pong() + of_kuhn()
     TABLE.write_text("\n".join(lines) + "\n")
 
 
@@ -120,6 +121,21 @@ def beside_others() -> list[str]:
             ]
             lines += beside.table(task, found[task])
     return lines
+
+
+def of_pong() -> list[str]:
+    """Pong beside Stable-Baselines3, if benchmarks/pong.py has been run."""
+    if not pong.RESULTS.exists():
+        return []
+    said = "`python benchmarks/pong.py`: the same settings, at the same time, a core each."
+    return [
+        "",
+        "## Pong from pixels, beside Stable-Baselines3",
+        "",
+        said,
+        "",
+        *pong.table(json.loads(pong.RESULTS.read_text())),
+    ]
 
 
 def of_kuhn() -> list[str]:

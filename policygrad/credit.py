@@ -56,7 +56,6 @@ Assign = Callable[[Rollout], Any]  # a Credit, Charged or Imitating
 
 def credited(rollout: Rollout, weights: Callable[[Tensor], Tensor], assign: Assign) -> Batch:
     """The decisions of a rollout with their weights and credit. What both ask of other ranks goes in one message."""
-
     rows = ranks.begun(ranks.total, len(rollout.mask) * pieces_of(rollout))
     weight, credit, count = ranks.together(ranks.begun(weights, rollout.mask), ranks.begun(assign, rollout), rows)
     batch = decisions(rollout, weight, *credit)

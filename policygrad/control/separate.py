@@ -18,6 +18,7 @@ from policygrad.control.distributions import ActionDistribution
 from policygrad.control.memory import Rows
 from policygrad.control.policies import Critic, Policy
 from policygrad.control.spaces import AGENT, Flat, rebuild
+from policygrad.critics import both
 from policygrad.errors import UserError
 
 
@@ -157,6 +158,16 @@ class SeparateCritics(nn.Module):
         routes = Routes(obs, self.place, self.count)
         parts = zip(routes.of, routes.split(obs), strict=True)
         return routes.join([self.critics[k](x) for (k, _), x in parts])
+
+    def with_policy(self, policy: nn.Module, obs: Any) -> tuple[Any, Tensor]:
+        """The policies' distribution and V(s), and what each agent's two share computed once (critics.both)."""
+        if not isinstance(policy, SeparatePolicies):
+            return policy(obs), self(obs)
+        routes = Routes(obs, self.place, self.count)
+        parts = zip(routes.of, routes.split(obs), strict=True)
+        found = [both(policy.policies[k], self.critics[k], x) for (k, _), x in parts]
+        distributions, values = zip(*found, strict=True)
+        return OfAgents(policy.action_space, routes, distributions), routes.join(values)
 
     def _unrolled(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """V(s) at each step of Rows, and the memory [B, S] after the last."""

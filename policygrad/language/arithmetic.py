@@ -15,7 +15,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from policygrad.errors import UserError
-from policygrad.language.models import small_llama
+from policygrad.language.models import HEADS, small_llama
 
 CHARACTERS = "0123456789+=,:"
 NUMBERS = 1000  # both numbers of a problem are below this
@@ -117,11 +117,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-def configuration(hidden: int = 96, layers: int = 3, heads: int = 4) -> LlamaConfig:
+def configuration(hidden: int = 96, layers: int = 3, heads: int = HEADS) -> LlamaConfig:
     """The configuration of a small Llama. Raises UserError as small_llama does."""
     return small_llama(tokenizer(), hidden, layers, heads, context=64)
 
 
-def model(hidden: int = 96, layers: int = 3, heads: int = 4) -> LlamaForCausalLM:
+def model(hidden: int = 96, layers: int = 3, heads: int = HEADS) -> LlamaForCausalLM:
     """A small Llama with weights from torch's global generator."""
     return LlamaForCausalLM(configuration(hidden, layers, heads))

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from policygrad.language import data
 from policygrad.language.completions import Completions, Request
 from policygrad.language.conversations import Dialogue, Message, Messages, from_seed, starts
-from policygrad.language.models import small_llama
+from policygrad.language.models import HEADS, small_llama
 from policygrad.language.policies import LanguagePolicy, Prefixes
 from policygrad.language.sampler import request_of
 from policygrad.language.tasks import prepared
@@ -120,11 +120,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def configuration(hidden: int = 64, layers: int = 2, heads: int = 4) -> LlamaConfig:
+def configuration(hidden: int = 64, layers: int = 2, heads: int = HEADS) -> LlamaConfig:
     """The configuration of a small Llama. Raises UserError as small_llama does."""
     return small_llama(tokenizer(), hidden, layers, heads, context=192)
 
 
-def model(hidden: int = 64, layers: int = 2, heads: int = 4) -> LlamaForCausalLM:
+def model(hidden: int = 64, layers: int = 2, heads: int = HEADS) -> LlamaForCausalLM:
     """A small Llama with weights from torch's global generator."""
     return LlamaForCausalLM(configuration(hidden, layers, heads))

@@ -20,6 +20,7 @@ from policygrad.language.policies import LanguagePolicy, ValueModel, causal, tru
 from policygrad.language.quantization import four_bits, settle
 
 LAYERS = 10_000  # more than any model has; each would be built before its weights are missed
+HEADS = 4  # of attention in the models that tasks bring, if nothing else is said
 
 
 def small_llama(

@@ -35,7 +35,7 @@ def warmed_up(
     progress: Progress | None = None,
     *,
     task: str = ARITHMETIC,
-    heads: int = 4,
+    heads: int = models.HEADS,
     device: torch.device | str = "cpu",
 ) -> LlamaForCausalLM:
     """A task's own model after its demonstrations, from the cache. If it is not there, train it first.

@@ -18,6 +18,7 @@ import policygrad as pg
 from policygrad.control import Sampler, make_environments
 from policygrad.control.memory import Rows
 from policygrad.control.separate import SeparateCritics, SeparatePolicies
+from policygrad.critics import both
 from policygrad.errors import UserError
 from policygrad.rollout import decisions
 from policygrad.updates import ascend
@@ -108,6 +109,27 @@ def test_each_row_has_the_policy_of_its_agent(memory: str, box: bool) -> None:
     first, second = (bits(x) for x in (of_agent(value, 0), of_agent(value, 1)))
     assert first != second, "they see the same"
     assert policies.policies[0].encode.size == 1, "no policy sees its number"
+
+
+def test_what_an_agents_policy_and_critic_share_is_computed_once() -> None:
+    policies, _, rollout = made("gru")
+    critics = SeparateCritics(policies.observation_space, of=policies, **HOW)
+    wanted = [*policies.parameters(), *(p for x in critics.critics for p in x.network.parameters())]  # type: ignore
+
+    def slopes(distribution: Any, value: Tensor) -> tuple[Tensor, ...]:
+        total = distribution.log_prob(rollout.action)[rollout.mask].sum() + (value**2).sum()
+        return torch.autograd.grad(total, wanted)
+
+    expected = slopes(policies(rollout.obs), critics(rollout.obs))
+    calls: list[int] = []
+    for one in policies.policies:
+        one.memory.register_forward_pre_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    found = slopes(*both(policies, critics, rollout.obs))
+    assert len(calls) == len(NAMES)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    alone = both(policies.policies[0], critics, rollout.obs)
+    assert torch.equal(alone[1], critics(rollout.obs))
 
 
 def test_the_update_is_that_of_two_runs_bit_for_bit() -> None:

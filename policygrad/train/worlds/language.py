@@ -439,7 +439,7 @@ class LanguageWorld(World):
                 "heads", "heads is of the model that a task brings, and there is another: leave heads out"
             )
         if source is None:
-            heads = 4 if options.heads is None else options.heads
+            heads = models.HEADS if options.heads is None else options.heads
             source = str(warm_model(progress, options.device, self.task, heads).name_or_path)
         tokenizer = models.load_tokenizer(options.tokenizer or source, trust_remote_code=options.trust_remote_code)
         model = models.load_model(
@@ -800,7 +800,7 @@ def _stage(folder: Path, directory: Path) -> Stage:
     return stages.pop()
 
 
-def warm_model(progress: bool, device: str, task: str = ARITHMETIC, heads: int = 4) -> Any:
+def warm_model(progress: bool, device: str, task: str = ARITHMETIC, heads: int = models.HEADS) -> Any:
     """A task's own model after its demonstrations, with a progress bar if it is trained now."""
     with progress_bar("learning from demonstrations", int(RECIPE["steps"]), progress) as advance:
         return warmed_up(progress=lambda done, total, status: advance(status), task=task, heads=heads, device=device)
