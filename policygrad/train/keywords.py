@@ -131,7 +131,9 @@ class Keywords(TypedDict, total=False):
     n: int
     rho_bar: float
     c_bar: float
-    baseline: Literal["none", "mean", "time_mean", "optimal", "greedy", "length_weighted", "token", "value", "start_value"]
+    baseline: Literal[
+        "none", "mean", "time_mean", "optimal", "greedy", "length_weighted", "token", "value", "start_value"
+    ]
     turn_level: bool
     state_weight: float
     discounted: bool
