@@ -1,5 +1,7 @@
 """The options as keywords: exactly those of the table. Run as a script, this file writes keywords.py anew."""
 
+import subprocess
+import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -76,3 +78,4 @@ def test_train_and_training_take_the_same_arguments() -> None:
 
 if __name__ == "__main__":
     FILE.write_text(source())
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", FILE], check=True)
