@@ -18,7 +18,6 @@ from policygrad.control.distributions import ActionDistribution
 from policygrad.control.memory import Rows
 from policygrad.control.policies import Critic, Policy
 from policygrad.control.spaces import AGENT, Flat, rebuild
-from policygrad.critics import both
 from policygrad.errors import UserError
 
 
@@ -160,12 +159,12 @@ class SeparateCritics(nn.Module):
         return routes.join([self.critics[k](x) for (k, _), x in parts])
 
     def with_policy(self, policy: nn.Module, obs: Any) -> tuple[Any, Tensor]:
-        """The policies' distribution and V(s), and what each agent's two share computed once (critics.both)."""
+        """The policies' distribution and V(s), and what each agent's two share computed once (Critic.with_policy)."""
         if not isinstance(policy, SeparatePolicies):
             return policy(obs), self(obs)
         routes = Routes(obs, self.place, self.count)
         parts = zip(routes.of, routes.split(obs), strict=True)
-        found = [both(policy.policies[k], self.critics[k], x) for (k, _), x in parts]
+        found = [self.critics[k].with_policy(policy.policies[k], x) for (k, _), x in parts]  # type: ignore[operator]
         distributions, values = zip(*found, strict=True)
         return OfAgents(policy.action_space, routes, distributions), routes.join(values)
 
