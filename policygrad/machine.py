@@ -24,6 +24,22 @@ def described(root: Path = Path("/")) -> dict[str, str]:
     }
 
 
+_sharing = 1  # processes like this one on the machine, as share() was told
+
+
+def share(processes: int) -> None:
+    """Say that this process is one of several that train on this machine at the same time."""
+    global _sharing
+    _sharing = max(1, processes)
+
+
+def cores() -> int:
+    """The cores that are this process's: those it may run on, divided by those of share(), or torchrun's ranks here."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, count // max(_sharing, int(ranks) if ranks.isdecimal() else 1))
+
+
 def free_memory(root: Path = Path("/")) -> float:
     """The bytes of memory that this process can still have; infinity where the system does not say.
 

@@ -1,6 +1,8 @@
 """Environments whose every number is known. `probes:Known-v0` and `probes:Broken-v0` have an id."""
 
+import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -209,6 +211,15 @@ BROKEN = (
 )
 
 
+class Slow(Known):
+    """Waits in each step, as if for a simulator elsewhere, which several processes do at once. Says if it is in one."""
+
+    def step(self, action: Any) -> Step:
+        time.sleep(5e-3)
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, {**info, "child": multiprocessing.parent_process() is not None}
+
+
 def limited(make: Callable[[], gymnasium.Env], steps: int) -> Callable[[], gymnasium.Env]:
     """A maker of the environment with a time limit."""
     return lambda: TimeLimit(make(), steps)
@@ -216,6 +227,7 @@ def limited(make: Callable[[], gymnasium.Env], steps: int) -> Callable[[], gymna
 
 gymnasium.register("Known-v0", entry_point=Known, max_episode_steps=8)
 gymnasium.register("Endless-v0", entry_point=Known)
+gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=8)
 gymnasium.register("Broken-v0", entry_point=Broken, max_episode_steps=8)
 gymnasium.register(
     "Missing-v0", entry_point=lambda: (_ for _ in ()).throw(gymnasium.error.DependencyNotInstalled("no such\npackage"))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from policygrad.machine import described, free_memory
+from policygrad import machine
+from policygrad.machine import cores, described, free_memory, share
 
 
 def made(root: Path, files: dict[str, str]) -> Path:
@@ -61,3 +62,26 @@ def test_a_machine_is_described_by_what_bits_depend_on(tmp_path: Path) -> None:
     assert {"system", "instructions", "cores", "python"} <= set(found)
     assert all(isinstance(x, str) for x in found.values())
     assert described() == described()
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "ranks", "count"),
+    [(8, 1, None, 8), (8, 3, None, 2), (8, 9, None, 1), (8, 1, "4", 2), (8, 2, "4", 2), (1, 1, "4", 1), (8, 1, "x", 8)],
+)
+def test_cores_are_shared(
+    given: int, processes: int, ranks: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(given)), raising=False)
+    monkeypatch.setattr(machine, "_sharing", 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    share(processes)
+    assert cores() == count
+
+
+def test_where_the_system_does_not_say_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(machine.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cores() == 1

@@ -24,7 +24,7 @@ from policygrad.control.envpool import EnvPool
 from policygrad.control.flattening import VectorFlattened
 from policygrad.control.masks import MaskFromInfo, VectorMaskFromInfo
 from policygrad.control.players import Agents, GameFound, game, is_game, takes_turns
-from policygrad.control.processes import RESTARTED, Processes, another_seed
+from policygrad.control.processes import RESTARTED, Processes, another_seed, pays
 from policygrad.control.replay import Recording
 from policygrad.control.seats import Opponents, Seat, Selves, SideBySide
 from policygrad.control.spaces import MASK, flat
@@ -75,8 +75,10 @@ def make_environments(
     environment: an id that Gymnasium knows (`module:Id-v0` imports the module first); the name of a class or function
     that makes one, as `module:Name` or `path/file.py:Name`; such a callable itself; an environment object (for one
     copy); or a vector environment, which stays as it is. vectorization: `auto` uses the environment's own vectorized
-    form if it has one, else `sync`; `async` runs a process per core; `envpool` takes EnvPool's environment of this
-    id and its options, in spaces of its own types. step_time_limit: seconds that such a process may take for its
+    form if it has one; else what is faster for one that has a name, `sync` or `async`, by the time that a step of it
+    takes (processes.pays), and `sync` for a callable, which may share objects with its caller; the numbers are the
+    same. `async` runs a process per core; `envpool` takes EnvPool's environment of this id and its options, in spaces
+    of its own types. step_time_limit: seconds that such a process may take for its
     start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
     dies or hangs, is made anew (RESTARTED says so in its info). wrap: Gymnasium's wrappers by name, the first one
     inside (see wrapping.py). With either, auto takes no native form. action_mask: where the mask of allowed actions is
@@ -110,6 +112,9 @@ def make_environments(
             return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)
 
         copies = [_one(make, name, wraps, opponents or Opponents(), restarts, action_mask)] * num_envs
+        measured = vectorization == "auto" and isinstance(environment, str) and not isinstance(opponents, Selves)
+        if measured and pays(copies[0], num_envs):
+            vectorization = "async"
         environments = _together(copies, vectorization, step_time_limit, restarts)
         environments.spec = spec
         if isinstance(opponents, Selves) and isinstance(environments, SyncVectorEnv):

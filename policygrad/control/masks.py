@@ -90,6 +90,23 @@ def random_masks(count: int, action_space: spaces.Space) -> np.ndarray:
     return np.concatenate(masks, 1)
 
 
+def random_action(obs: Any, space: spaces.Space, action_space: spaces.Space, generator: np.random.Generator) -> Any:
+    """A random action for an observation of one environment, with the choices that its mask allows."""
+    action = action_space.sample()
+    if not isinstance(space, Flat) or space.mask is None:
+        return action
+    allowed = np.split(obs[space.mask], np.cumsum(choices(action_space))[:-1])
+    drawn = np.array([generator.choice(np.flatnonzero(x)) for x in allowed])
+    if not isinstance(action_space, FlatActions):
+        return (drawn.reshape(np.shape(action)) + getattr(action_space, "start", 0)).astype(action_space.dtype)[()]
+    for part, where in action_space.parts:
+        if not is_box(part):
+            count = where.stop - where.start
+            action[where] = drawn[:count] + np.ravel(getattr(part, "start", 0))
+            drawn = drawn[count:]
+    return action
+
+
 class MaskFromInfo(gymnasium.Wrapper):
     """The observation joined by the info's `action_mask`, as a Dict of `observation` and `action_mask`.
 

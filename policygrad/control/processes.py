@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -11,12 +12,18 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
+from policygrad.control.masks import random_action
 from policygrad.errors import UserError, one_line
+from policygrad.machine import cores
 
 CLOSING = 10.0  # seconds that the processes have to close their environments
+COST = 3e-4  # seconds that a step takes longer in processes, besides the environments' own (docs/log.md, 2026-11-27)
+TRYING = 0.02  # seconds of steps from which the time of one is measured
+WAITING = 60.0  # seconds for that; a process that is forked beside other threads may wait for what they had
 RESTARTED = "restarted"  # in the info of the step in which an environment failed and was made anew: why
 COLUMNS = ("obs", "action", "reward", "terminated", "truncated")
 
@@ -46,9 +53,8 @@ class Processes(VectorEnv):
         example.close()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.shares = [
-            list(map(int, x)) for x in np.array_split(range(self.num_envs), min(workers or cores, len(makers)))
+            list(map(int, x)) for x in np.array_split(range(self.num_envs), min(workers or cores(), len(makers)))
         ]
         like = {
             "obs": self.observation_space, "action": self.action_space, "reward": np.dtype(np.float64),
@@ -224,6 +230,85 @@ class Processes(VectorEnv):
         self.closed = True
 
 
+def pays(make: Callable[[], gymnasium.Env], count: int) -> bool:
+    """Whether `count` environments are to be stepped in processes: it saves at least twice what it costs.
+
+    Saved is count * (the time of a step alone) - ceil(count / cores) * (that time with all cores at work), and the cost
+    is COST. Environments are made and stepped for that in processes, so that this one stays as it is. False if one
+    fails, which the run will meet and say, and where processes cannot be forked: a script must be written for those.
+    """
+    workers = min(cores(), count)
+    if workers == 1 or multiprocessing.get_start_method() != "fork" or multiprocessing.current_process().daemon:
+        return False
+    alone, largest = _measured(make, 1), -(-count // workers)
+    if alone * (count - largest) <= 2 * COST:
+        return False
+    together = _measured(make, workers)
+    return together > 0 and count * alone - largest * together > 2 * COST
+
+
+def _measured(make: Callable[[], gymnasium.Env], count: int) -> float:
+    """The seconds of a step in the slowest of `count` processes that step at the same time; 0 if one fails."""
+    begin, pipes, processes = multiprocessing.Barrier(count), [], []
+    try:
+        for _ in range(count):
+            ours, theirs = multiprocessing.Pipe()
+            pipes.append(ours)
+            processes.append(multiprocessing.Process(target=_measure, args=(make, begin, theirs), daemon=True))
+            processes[-1].start()
+            theirs.close()
+        until = time.monotonic() + WAITING
+        if not all(ours.poll(max(0.0, until - time.monotonic())) for ours in pipes):
+            return 0.0
+        found = [ours.recv() for ours in pipes]
+        for process in processes:
+            process.join(CLOSING)
+        return min(found) and max(found)
+    except (EOFError, OSError):  # one has died
+        return 0.0
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for ours in pipes:
+            ours.close()
+
+
+def _measure(make: Callable[[], gymnasium.Env], begin: Any, pipe: Any) -> None:
+    """Send the seconds of a step of an environment, 0 if it fails. begin: the moment. What it prints is not shown."""
+    _as_child()
+    sys.stdout = sys.stderr = nowhere = open(os.devnull, "w")  # noqa: SIM115 - until this process ends
+    for stream in (1, 2):
+        os.dup2(nowhere.fileno(), stream)
+    seconds, environment = 0.0, None
+    try:
+        environment = make()
+        begin.wait(WAITING)
+        seconds = step_time(environment)
+    except Exception:
+        begin.abort()
+    pipe.send(seconds)
+    with suppress(Exception):
+        if environment is not None:
+            environment.close()
+
+
+def step_time(environment: gymnasium.Env) -> float:
+    """The median seconds of a step of an environment, with random actions."""
+    times: list[float] = []
+    generator, ended = np.random.default_rng(0), True
+    environment.action_space.seed(0)
+    while sum(times) < TRYING:
+        if ended:
+            obs, _ = environment.reset(seed=len(times))
+        action = random_action(obs, environment.observation_space, environment.action_space, generator)
+        began = time.perf_counter()
+        obs, _, terminated, truncated, _ = environment.step(action)
+        times.append(time.perf_counter() - began)
+        ended = terminated or truncated
+    return float(np.median(times))
+
+
 def another_seed(seed: int, times: int) -> int:
     """The seed of an environment that is made anew: with the old one it would repeat what it has done."""
     return int(np.random.SeedSequence([seed, times], spawn_key=(4,)).generate_state(1)[0])
@@ -239,12 +324,18 @@ def _array(memory: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
 
-def _work(k: int, share: list[int], made: Any, memory: dict[str, Any], current: Any, pipes: list[Any]) -> None:
-    """What a process does: it answers requests until it is told to close, or its parent is gone."""
-    for name in ("SIGINT", "SIGHUP"):  # of a terminal, for all its processes: the parent decides
+def _as_child() -> None:
+    """What this process leaves to its parent: the signals of a terminal, and the other cores."""
+    for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # and OpenMP's threads do not survive a fork
+
+
+def _work(k: int, share: list[int], made: Any, memory: dict[str, Any], current: Any, pipes: list[Any]) -> None:
+    """What a process does: it answers requests until it is told to close, or its parent is gone."""
+    _as_child()
     for other, (ours, theirs) in enumerate(pipes):
         ours.close()  # so that a pipe ends with either of its two processes
         if other != k and theirs is not None:

@@ -135,8 +135,8 @@ class Options:
         "Episodes in a group, all from the same start; None: the whole rollout is one group.",
         TWO, **CONTROL, **SAMPLED)
     vectorization: Literal["auto", "sync", "async", "envpool"] = option("auto",
-        "auto: the environment's own vectorized version, else sync; async: a process per core; envpool: "
-        "EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
+        "auto: the environment's own vectorized version, else sync or async, as measures faster; async: a process per "
+        "core; envpool: EnvPool's environment of this id, in C++ (pip install envpool).", **CONTROL)
     step_time_limit: float | None = option(None,
         "Seconds that an environment's process, or one of conversations, may take for its start, a step or a reset. "
         "None: any time; of conversations 60.", POSITIVE, world=("control", "language"), vectorization=("async",))

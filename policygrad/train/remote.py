@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from policygrad import ranks
 from policygrad.errors import NonFiniteError, Note, UserError, one_line, shortened
+from policygrad.machine import share
 from policygrad.rollout import Rollout, state_size
 from policygrad.samplers import Wrapper
 from policygrad.train.generators import Generators
@@ -82,6 +83,7 @@ class Sampling:
         """The world, made as Training makes it, with the seeds of this rank."""
         if self.world is None:
             ranks.sample_as(self.rank, self.size)
+            share(self.size)  # at most: they may be on several machines
             torch.set_default_dtype(self.dtype)
             self.random = Generators(self.options.seed)
             world = world_of(self.kind, self.options.method)(self.task, self.options)

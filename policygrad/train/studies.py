@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from policygrad import __version__
 from policygrad.errors import Kept, Note, UserError, ending, listed, one_line, shortened
 from policygrad.files import as_path, damaged, read_json, write_json
+from policygrad.machine import cores
 from policygrad.train.comparison import Comparison, compare, outcome_of
 from policygrad.train.directories import STUDY, file_name
 from policygrad.train.keywords import Keywords
@@ -208,10 +209,9 @@ def _processes(given: Any, name: str, task: Any, values: dict[str, Any], seeds: 
     """How many processes at a time."""
     if given is not None and (type(given) is not int or not 1 <= given <= MOST):
         raise UserError(f"processes is {shortened(given, 30)}: it must be a whole number between 1 and {MOST:,}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = kind_of(task if isinstance(task, str) or not _is_rows(task) else "rows", values)
-    threads = values.get("threads", options_of(name, kind)().threads) or cores
-    default = max(1, cores // threads) if str(values.get("device", "cpu")) == "cpu" else 1
+    threads = values.get("threads", options_of(name, kind)().threads) or cores()
+    default = max(1, cores() // threads) if str(values.get("device", "cpu")) == "cpu" else 1
     return min(given or default, max(1, seeds))
 
 
@@ -269,7 +269,7 @@ def _train(
     every = len(seeds) + len(found.runs)
     shares: dict[int, tuple[float, str]] = {}
     stop = threading.Event()
-    children = [_Child(found.directory / f"seed-{seed}", seed, name, task, values, stop) for seed in seeds]
+    children = [_Child(found.directory / f"seed-{seed}", seed, workers, name, task, values, stop) for seed in seeds]
 
     with ProgressLine(label, every, progress) as line, ThreadPoolExecutor(max(1, workers)) as pool:
 
@@ -324,12 +324,15 @@ def _standing(found: Study, seeds: list[int]) -> str:
 
 
 class _Child:
-    """A process that trains one seed. It is told what to train on its standard input, and stops when that closes."""
+    """A process that trains one seed, one of `beside` at a time.
+
+    It is told what to train on its standard input, and stops when that closes.
+    """
 
     def __init__(
-        self, path: Path, seed: int, name: str, task: Any, values: dict[str, Any], stopped: threading.Event
+        self, path: Path, seed: int, beside: int, name: str, task: Any, values: dict[str, Any], stopped: threading.Event
     ) -> None:
-        self.path, self.seed, self.stopped = path, seed, stopped
+        self.path, self.seed, self.beside, self.stopped = path, seed, beside, stopped
         self.job = (name, task, {**values, "seed": seed, "out": str(path)})
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -338,6 +341,7 @@ class _Child:
         make_room(self.job)
         job = _sent(self.job)
         code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
+        code += f"from policygrad.machine import share; share({self.beside}); "
         code += "from policygrad.train.studies import child; child()"
         path = json.dumps([x for x in sys.path if isinstance(x, str)])
         process = self.process = subprocess.Popen(
@@ -459,7 +463,8 @@ def child() -> None:
             reports.flush()
 
     def watch() -> None:
-        pipe.read()
+        while os.read(pipe.fileno(), 4096):  # without Python's lock of stdin, which a forked process closes first
+            pass
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -16,7 +16,8 @@ import policygrad as pg
 from policygrad.control import ObservationNormalizer, Policy, Sampler, evaluate, make_environments
 from policygrad.control.acting import Mode
 from policygrad.control.encoders import make_encoder
-from policygrad.control.masks import choices, flat_mask, random_masks
+from policygrad.control.masks import choices, flat_mask, random_action, random_masks
+from policygrad.control.processes import step_time
 from policygrad.control.spaces import Flat, FlatActions, describe, rebuild
 from policygrad.errors import Note, UserError
 
@@ -151,6 +152,33 @@ def test_the_network_does_not_see_the_mask() -> None:
 
 
 # Sampling
+
+
+@pytest.mark.parametrize("space", [*KINDS.values(), PAIR], ids=[*KINDS, "pair"])
+def test_random_actions_are_all_that_is_allowed(space: Any) -> None:
+    taken: Any = FlatActions(space) if space is PAIR else space
+    observed, generator = Flat(dict_space(taken)), np.random.default_rng(0)
+    for mask in random_masks(5, taken).astype(np.int8):
+        obs = spaces.flatten(observed.of, {"action_mask": mask, "observation": np.zeros(2, np.float32)})
+        seen = [random_action(obs, observed, taken, generator) for _ in range(200)]
+        assert all(taken.contains(x) for x in seen)
+        if space is PAIR:  # the first two numbers are of the Box
+            drawn, starts = np.array(seen)[:, 2:], np.array([3, 1, -1, 0, 0, 0])
+        else:
+            drawn, starts = np.reshape(seen, (200, -1)), getattr(space, "start", 0)
+        allowed = np.split(mask, np.cumsum(choices(taken))[:-1])
+        for column, each in zip((drawn - starts).T, allowed, strict=True):
+            assert set(column.tolist()) == set(np.flatnonzero(each).tolist())
+
+
+@each_kind
+@pytest.mark.parametrize("key", [True, False])
+def test_a_copy_whose_masks_are_strict_can_be_measured(kind: str, key: bool) -> None:
+    """It raises an error at what is forbidden."""
+    how = "auto" if key else "info"
+    options = {"kind": kind, "key": key}
+    environments: Any = make_environments(Forbidding, 1, action_mask=how, env_options=options)
+    assert step_time(environments.envs[0]) > 0
 
 
 @each_kind

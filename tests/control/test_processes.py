@@ -1,5 +1,6 @@
 """Environments in processes: the same numbers, and what happens to a process is said in one line."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from probes import Broken, Known, limited
+from probes import Broken, Known, Slow, limited
 
-from policygrad.control import make_environments
+from policygrad.control import make_environments, processes
 from policygrad.control.environments import close
-from policygrad.control.processes import Processes
+from policygrad.control.processes import Processes, pays, step_time
 from policygrad.control.stepping import Stepping
 from policygrad.errors import Note, UserError
 
@@ -69,7 +70,7 @@ def test_a_process_that_is_lost_is_named(how: str, said: str, capfd: pytest.Capt
     assert capfd.readouterr().err == ""
 
 
-class Slow(Known):
+class Late(Known):
     """Takes its time to be made, and to say what it has learned, in a process of its own."""
 
     def __init__(self, where: str) -> None:
@@ -87,8 +88,8 @@ PARENT = os.getpid()
 
 def test_the_time_limit_is_also_of_the_start_and_of_calls() -> None:
     with pytest.raises(UserError, match=r"^environment 0 of 2 did not finish its start within 0\.3 s: "):
-        make_environments(lambda: Slow("start"), 2, vectorization="async", step_time_limit=0.3)
-    made = Processes([lambda: Slow("call")] * 2, time_limit=0.3)
+        make_environments(lambda: Late("start"), 2, vectorization="async", step_time_limit=0.3)
+    made = Processes([lambda: Late("call")] * 2, time_limit=0.3)
     with pytest.raises(UserError, match=r"^environment 0 of 2 did not finish learned within 0\.3 s: "):
         made.call("learned")
 
@@ -275,3 +276,90 @@ def test_an_error_in_close_is_a_note(vectorization: str, capfd: pytest.CaptureFi
         close(environments)
         assert "Traceback" not in capfd.readouterr().err
     assert environments.closed
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores, whatever the machine has."""
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count", "options", "kind"),
+    [
+        ("probes:Slow-v0", 4, {}, Processes),
+        ("probes:Slow", 4, {"wrap": ["TimeLimit:3"], "restarts": 1}, Processes),
+        ("probes:Slow-v0", 1, {}, SyncVectorEnv),  # there is nothing to share
+        ("probes:Slow-v0", 4, {"vectorization": "sync"}, SyncVectorEnv),
+        ("probes:Known-v0", 2, {}, SyncVectorEnv),  # the pipes would take longer than the steps
+        (Slow, 4, {}, SyncVectorEnv),  # a class may share objects with its caller
+    ],
+)
+def test_auto_takes_what_is_faster(environment: Any, count: int, options: Any, kind: type, two: None) -> None:
+    made = make_environments(environment, count, **options)
+    assert type(made.unwrapped) is kind
+    made.close()
+
+
+def test_one_core_steps_as_fast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 1)
+    assert not pays(Slow, 4)
+
+
+@pytest.mark.parametrize("other", ["spawn", "daemon"])
+def test_processes_are_not_for_a_parent_that_cannot_have_them(
+    other: str, two: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pays(Slow, 4)
+    if other == "spawn":
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    else:
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    assert not pays(Slow, 4)
+
+
+@pytest.mark.parametrize("kind", ["no environment", "raises", "killed", "hangs"])
+def test_what_cannot_be_measured_is_met_by_the_run(
+    kind: str, two: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "WAITING", 0.5)
+    makers: Any = {"no environment": lambda: 1 / 0, "raises": Broken}
+    assert not pays(makers.get(kind, lambda: Ending(kind)), 4)
+    assert capfd.readouterr() == ("", "")
+
+
+class Loud(Slow):
+    """Says what it does, draws from the generator of all, and counts itself."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Loud.made += 1
+
+    def step(self, action: Any) -> Any:
+        print("a step", flush=True)
+        np.random.random()  # noqa: NPY002
+        return super().step(action)
+
+
+def test_measuring_leaves_no_trace(two: None, capfd: pytest.CaptureFixture[str]) -> None:
+    before = np.random.get_state()[2]  # noqa: NPY002
+    assert pays(Loud, 4)
+    assert np.random.get_state()[2] == before  # noqa: NPY002
+    assert Loud.made == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_time_of_a_step_is_its_median() -> None:
+    class Uneven(Known):
+        """Every third step takes 30 ms, the others one."""
+
+        count = 0
+
+        def step(self, action: Any) -> Any:
+            self.count += 1
+            time.sleep(0.03 if self.count % 3 == 0 else 0.001)
+            return super().step(action)
+
+    assert 1e-3 <= step_time(Uneven()) < 25e-3

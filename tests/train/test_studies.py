@@ -53,6 +53,19 @@ def test_each_seed_is_bit_for_bit_the_run_of_that_seed_alone(place: Path, found:
         assert (path / "config.json").read_text() == (alone / "config.json").read_text()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.parametrize(("seeds", "in_processes"), [([0, 1], 0), ([0], 1)])
+def test_seeds_at_a_time_share_the_cores(seeds: list[int], in_processes: int, tmp_path: Path) -> None:
+    """With a core for each seed there is none left for processes of their environments."""
+    had = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(had)[:2])
+    try:
+        found = pg.study("ppo", "probes:Slow-v0", seeds=seeds, out=tmp_path / "study", processes=len(seeds), **QUIET)
+    finally:
+        os.sched_setaffinity(0, had)
+    assert [rows(path)[-1]["info/child"] for path in found.runs.values()] == [in_processes] * len(seeds)
+
+
 def test_a_study_is_summed_up_in_its_directory(place: Path, found: Any) -> None:
     (group,) = found.comparison.groups
     assert [run.seed for run in group.runs] == [0, 3]

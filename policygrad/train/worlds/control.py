@@ -27,6 +27,7 @@ from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import measured_memory, rows_of
 from policygrad.control.memoryless import refuse_memory
 from policygrad.control.players import agents_of
+from policygrad.control.processes import Processes
 from policygrad.control.replay import restore, state_of
 from policygrad.control.seats import Frozen, Selves
 from policygrad.control.separate import SeparateCritics, SeparatePolicies
@@ -68,6 +69,7 @@ class ControlWorld(World):
     action_space: gymnasium.Space
     trained_on = "an environment"  # its name, where it is all that is known
     unflattened: gymnasium.Space | None = None  # as the environment gives it
+    processes = 0  # that step the environments because that measured as faster
     selves: Selves | None = None  # the opponents of self-play
     packed = False  # whether all that reads observations takes packed ones, too
     finished: list[tuple[float, int]] | None = None  # the last episodes of all ranks
@@ -128,6 +130,9 @@ class ControlWorld(World):
 
     def build(self, own: Own, progress: bool) -> None:
         options, self.environments = self.options, self._environments()
+        base = self.environments.unwrapped
+        if options.vectorization == "auto" and self.mine and isinstance(base, Processes):
+            self.processes = len(base.processes)
         of_users = own.policy, own.critic, getattr(options, "symmetry", None)
         self.packed = not self._separate and all(x is None for x in of_users)
         self.wrappers = Wrappers(self.environments)
@@ -623,9 +628,14 @@ class ControlWorld(World):
         return f"{score}, {speed}"
 
     def notes(self, run: Any) -> list[str]:
-        """Says since when a policy has not explored, or has done little but go to the bounds, and what to change."""
+        """What a user should know: processes nobody asked for, and a policy that explores no more, or only wildly."""
         rows = [row for row in run.metrics if "entropy" in row]
         notes = []
+        if self.processes:
+            notes.append(
+                f"{self.processes} processes stepped the environments, which measured as faster; vectorization sync "
+                "keeps them in this one, with the same numbers"
+            )
         quiet = since(rows, lambda row: row.get("action_std", math.inf) < 1e-3 or _certain(row))
         if quiet is not None and (quiet < 0.25 or not _has_improved(rows)):
             notes.append(

@@ -19,6 +19,7 @@ from probes import Counting, Known, Potential, limited
 from torch import nn
 
 import policygrad as pg
+from policygrad.control import processes
 from policygrad.control.processes import Processes
 from policygrad.errors import Note, UserError
 from policygrad.train.methods import METHODS
@@ -45,14 +46,30 @@ def test_every_method_trains_on_an_environment(method: str) -> None:
         ("CartPole-v1", "sync", SyncVectorEnv),
         ("Acrobot-v1", "auto", SyncVectorEnv),
         ("probes:Known-v0", "async", Processes),
+        ("probes:Slow-v0", "auto", Processes),
+        ("probes:Slow-v0", "sync", SyncVectorEnv),
     ],
 )
 @pytest.mark.parametrize("method", ["actor_critic", "grpo"])
 def test_vectorization_says_how_the_environments_are_stepped(
-    method: str, environment: str, vectorization: str, kind: type
+    method: str, environment: str, vectorization: str, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 2)
     with pg.Training(method, environment, vectorization=vectorization, num_envs=2, preset="none") as training:
         assert isinstance(training.world.environments.unwrapped, kind)
+
+
+def test_processes_that_nobody_asked_for_are_said_and_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    runs = [
+        pg.train("ppo", "probes:Slow-v0", vectorization=x, num_steps=16, **SMALL) for x in ("auto", "sync", "async")
+    ]
+    said = "2 processes stepped the environments, which measured as faster; vectorization sync keeps them in this one"
+    assert [sum(said in x for x in run.world.notes(run)) for run in runs] == [1, 0, 0]
+    assert [{row["info/child"] for row in run.metrics if "info/child" in row} for run in runs] == [{1}, {0}, {1}]
+    for run in runs[1:]:
+        for ours, theirs in zip(runs[0].policy.parameters(), run.policy.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_groups_smaller_than_the_rollout_need_a_seed_for_each_environment() -> None:
