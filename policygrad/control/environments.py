@@ -62,6 +62,7 @@ def make_environments(
     num_envs: int = 1,
     *,
     vectorization: str = "auto",
+    native: bool = True,
     step_time_limit: float | None = None,
     restarts: int = 0,
     wrap: Sequence[str] = (),
@@ -78,14 +79,14 @@ def make_environments(
     form if it has one; else what is faster for one that has a name, `sync` or `async`, by the time that a step of it
     takes (processes.pays), and `sync` for a callable, which may share objects with its caller; the numbers are the
     same. `async` runs a process per core; `envpool` takes EnvPool's environment of this id and its options, in spaces
-    of its own types. step_time_limit: seconds that such a process may take for its
-    start, a step or a reset; None: any time. restarts: how often an environment that raises an error, or whose process
-    dies or hangs, is made anew (RESTARTED says so in its info). wrap: Gymnasium's wrappers by name, the first one
-    inside (see wrapping.py). With either, auto takes no native form. action_mask: where the mask of allowed actions is
-    (see masks.py); auto: in the key action_mask of Dict observations, info: in the info, off: nowhere. agents: separate
-    lets observations of a game of several say whose they are (separate.py). env_options go to gymnasium.make, the class
-    or the function. Dict, Tuple and other composite observations are flattened into a Box;
-    that of a Dict or Tuple is a Flat, which knows its parts.
+    of its own types. native: False leaves out that own form, which takes one seed for all. step_time_limit: seconds
+    that such a process may take for its start, a step or a reset; None: any time. restarts: how often an environment
+    that raises an error, or whose process dies or hangs, is made anew (RESTARTED says so in its info). wrap:
+    Gymnasium's wrappers by name, the first one inside (see wrapping.py). With either, auto takes no native form.
+    action_mask: where the mask of allowed actions is (see masks.py); auto: in the key action_mask of Dict observations,
+    info: in the info, off: nowhere. agents: separate lets observations of a game of several say whose they are
+    (separate.py). env_options go to gymnasium.make, the class or the function. Dict, Tuple and other composite
+    observations are flattened into a Box; that of a Dict or Tuple is a Flat, which knows its parts.
 
     Raises UserError for an environment that is unknown or cannot be made, for num_envs < 1, for a callable that returns
     the same object twice, and for settings that an object which exists already cannot follow.
@@ -106,7 +107,7 @@ def make_environments(
                 raise UserError("EnvPool's environments are one object, neither made anew nor wrapped one by one")
             return _flat(EnvPool(environment, num_envs, dict(env_options or {})), action_mask)
         spec, make = _maker(environment, dict(env_options or {}))
-        native = vectorization == "auto" and not (restarts or wraps or agents == "separate")
+        native = native and vectorization == "auto" and not (restarts or wraps or agents == "separate")
         if native and spec is not None and spec.vector_entry_point is not None:
             how: Any = {"vectorization_mode": "vector_entry_point", **(env_options or {})}
             return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)

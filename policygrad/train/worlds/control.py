@@ -102,8 +102,6 @@ class ControlWorld(World):
                 "function that makes it",
             )
         vectorization = options.vectorization
-        if getattr(options, "group_size", None) is not None and vectorization == "auto" and self.mine:
-            vectorization = "sync"  # a native vector environment takes one seed for all
         if ranks.size() > 1 and not self.mine:
             raise UserError("several ranks need environments of their own: hand in a function that makes one")
         together = getattr(options, "group_size", None) or 1
@@ -117,6 +115,7 @@ class ControlWorld(World):
                 "restart_envs makes environments anew one by one: hand in a function that makes one, not with envpool",
             )
         how: dict[str, Any] = {"vectorization": vectorization, "restarts": options.restart_envs, **limit}
+        how["native"] = getattr(options, "group_size", None) is None  # a group has a seed of its own
         if options.opponent == "random":
             return self._made(count, **how)
         self.selves = Selves()

@@ -80,6 +80,14 @@ def test_groups_smaller_than_the_rollout_need_a_seed_for_each_environment() -> N
     assert row["episodes"] == 4
 
 
+def test_groups_are_stepped_in_processes_too_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    runs = [pg.train("grpo", "probes:Slow-v0", group_size=2, vectorization=x, **SMALL) for x in ("auto", "sync")]
+    assert runs[0].world.processes == 2
+    for ours, theirs in zip(*(run.policy.parameters() for run in runs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_group_begins_in_the_same_state() -> None:
     with pg.Training("grpo", "CartPole-v1", group_size=2, num_envs=6, preset="none") as training:
         rollout = training.world.sample(training.world.policy)
