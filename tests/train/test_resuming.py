@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import policygrad as pg
+from policygrad.control import processes
 from policygrad.errors import Note, UserError
 from policygrad.train import recording
 from policygrad.train import training as module
@@ -139,6 +140,24 @@ def test_everything_that_changes_goes_on(name: str, tmp_path: Path) -> None:
 def test_masks_of_actions_go_on(options: dict[str, Any], tmp_path: Path) -> None:
     options = {"normalize_observations": True, **options}
     assert_resumes(tmp_path, "ppo", "tests.control.test_masks:Forbidding", 3, **known("ppo", **options))
+
+
+@pytest.mark.parametrize("cores", [(2, 1), (1, 2)])
+def test_a_run_goes_on_in_the_form_that_is_faster_there(
+    cores: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vectorization auto: what was sampled in processes goes on in one, and the other way, bit for bit."""
+    values = known("ppo", vectorization="auto")
+    whole = pg.train("ppo", "probes:Slow-v0", out=tmp_path / "whole", **values | {"vectorization": "sync"})
+    monkeypatch.setattr(processes, "cores", lambda: cores[0])
+    killed("ppo", "probes:Slow-v0", tmp_path / "broken", 4, **values)
+    monkeypatch.setattr(processes, "cores", lambda: cores[1])
+    resumed = pg.resume(tmp_path / "broken", progress=False, trust=True)
+    assert resumed.world.processes == {1: 0, 2: 2}[cores[1]]
+    for ours, theirs in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    found, expected = ([{**row, "info/child": 0} for row in untimed(run.metrics)] for run in (resumed, whole))
+    assert found == expected
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
