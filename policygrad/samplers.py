@@ -259,8 +259,10 @@ class Mixed(Wrapper):
 
 
 class InUnits(Wrapper):
-    """Give the critic its unit, the root mean square of the rewards, before it is asked for the values of a rollout.
+    """Give the critic its unit, the size of a reward, before it is asked for the values of a rollout.
 
+    That is the root mean square of the rewards that are not 0: where most decisions have none, the mean over all would
+    be far below the size of one, and errors of V in it far above the advantages, which share their gradient's norm.
     The critic has a method rescale(mean square). Rewards that are scaled already need no unit.
     """
 
@@ -270,7 +272,7 @@ class InUnits(Wrapper):
 
     def __call__(self, policy: nn.Module) -> Rollout:
         rollout = self.sample(policy)
-        self.critic.rescale(mean_of(rollout.reward**2, rollout.mask))
+        self.critic.rescale(mean_of(rollout.reward**2, rollout.mask & (rollout.reward != 0)))
         return rollout
 
 

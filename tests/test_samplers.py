@@ -180,14 +180,17 @@ class Seen(nn.Module):
 
 
 @pytest.mark.parametrize("garbage", [0.0, torch.nan, inf])
-def test_the_critic_is_told_the_mean_square_of_the_rewards_and_nothing_changes(
+def test_the_critic_is_told_the_mean_square_of_the_rewards_that_are_not_0_and_nothing_changes(
     garbage: float, policy: OnPrefixes
 ) -> None:
     rollout, critic = CompletionSampler(WORLD, 3, 2)(policy), Seen()
-    rollout = replace(rollout, reward=torch.randn_like(rollout.logp).where(rollout.mask, garbage))
+    reward = torch.randn_like(rollout.logp) * (torch.rand_like(rollout.logp) < 0.5)
+    rollout = replace(rollout, reward=reward.where(rollout.mask, garbage))
     sample = InUnits(lambda _: rollout, critic)
     assert sample(policy) is rollout is sample(policy)
-    square = sum(x * x for x in rollout.reward[rollout.mask].tolist()) / int(rollout.mask.sum())
+    given = [x for x in rollout.reward[rollout.mask].tolist() if x != 0]
+    assert 0 < len(given) < int(rollout.mask.sum())
+    square = sum(x * x for x in given) / len(given)
     assert critic.squares == [pytest.approx(square)] * 2
 
 

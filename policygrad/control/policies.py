@@ -152,10 +152,10 @@ class Critic(nn.Module):
     of: a policy whose encoder and memory it shares, in place of its own; with_policy then computes them once. A critic
     without memory takes Rows, too.
 
-    The scale is the root mean square of the rewards, so that the network learns the same numbers in any unit of reward
-    (as PopArt, van Hasselt et al. 2016, arXiv 1602.07714, which takes the size of the targets instead). A step of the
-    optimizer then moves V by a share of one reward. In units of a whole return, that step would be as large as the
-    differences between states that the advantages are made of.
+    The scale is the root mean square of the rewards that are not 0 (samplers.InUnits), so that the network learns the
+    same numbers in any unit of reward (as PopArt, van Hasselt et al. 2016, arXiv 1602.07714, which takes the size of
+    the targets instead). A step of the optimizer then moves V by a share of one reward. In units of a whole return,
+    that step would be as large as the differences between states that the advantages are made of.
     """
 
     square: Tensor

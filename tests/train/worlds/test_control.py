@@ -88,6 +88,12 @@ def test_groups_are_stepped_in_processes_too_where_that_is_faster(monkeypatch: p
         assert torch.equal(ours, theirs)
 
 
+def test_the_critics_unit_is_the_size_of_a_reward_where_most_decisions_have_none() -> None:
+    """Catch pays -1 or 1 once in an episode. In a smaller unit, errors of V would drown the advantages."""
+    run = pg.train("ppo", "policygrad/Catch-v0", num_steps=32, **SMALL | {"hidden": ()})
+    assert run.critic.scale.item() == 1
+
+
 def test_a_group_begins_in_the_same_state() -> None:
     with pg.Training("grpo", "CartPole-v1", group_size=2, num_envs=6, preset="none") as training:
         rollout = training.world.sample(training.world.policy)
