@@ -566,6 +566,8 @@ def wrapped(
         sample = Overlapped(sample, lag)
     if ranks.size() > 1:
         sample = Together(sample)
+    if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):
+        sample = InUnits(sample, critic)  # of the task's rewards: a KL is charged to every decision
     if getattr(options, "shard", False):
         from policygrad.language.sharding import whole
 
@@ -588,8 +590,6 @@ def wrapped(
         sample = Refreshed(sample, reference, decay=options.reference_decay)
     if reference is not None and options.kl_ref == "reward":
         sample = KLCharged(sample, reference, coefficients["kl_ref"], micro_batch)
-    if has_critic(options) and hasattr(critic, "rescale") and not getattr(options, "scale_rewards", False):
-        sample = InUnits(sample, critic)
     return sample
 
 

@@ -91,6 +91,13 @@ def test_a_critic_with_a_scale_learns_the_unit_of_rewards_unless_they_are_scaled
     assert not hasattr(assemble(method, policy, sample, critic=critic, scale_rewards=True).sample, "critic")
 
 
+def test_the_unit_of_rewards_is_the_tasks_and_not_that_of_a_kl_in_them(sample: Sample) -> None:
+    critic = Critic()
+    critic.rescale = lambda square: None  # type: ignore[assignment]
+    found: Any = assemble("ppo", Softmax(), sample, critic=critic, kl_ref="reward").sample
+    assert [type(found), type(found.sample)] == [KLCharged, InUnits]
+
+
 @pytest.mark.parametrize("where", ["reward", "loss"])
 def test_the_reference_is_the_policy_as_it_was_or_the_one_handed_in(where: str, sample: Sample) -> None:
     options: dict[str, Any] = {"kl_ref": where, "learning_rate": 0.1}
