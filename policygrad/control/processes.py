@@ -22,7 +22,7 @@ from policygrad.machine import cores
 
 CLOSING = 10.0  # seconds that the processes have to close their environments
 COST = 3e-4  # seconds that a step takes longer in processes, besides the environments' own (docs/log.md, 2026-11-27)
-TRYING = 0.02  # seconds of steps from which the time of one is measured
+TRIED, TRYING = 64, 0.02  # the most steps, and about the most seconds of steps, from which the time of one is measured
 WAITING = 60.0  # seconds for that; a process that is forked beside other threads may wait for what they had
 RESTARTED = "restarted"  # in the info of the step in which an environment failed and was made anew: why
 COLUMNS = ("obs", "action", "reward", "terminated", "truncated")
@@ -298,7 +298,7 @@ def step_time(environment: gymnasium.Env) -> float:
     times: list[float] = []
     generator, ended = np.random.default_rng(0), True
     environment.action_space.seed(0)
-    while sum(times) < TRYING:
+    while len(times) < TRIED and sum(times) < TRYING:
         if ended:
             obs, _ = environment.reset(seed=len(times))
         action = random_action(obs, environment.observation_space, environment.action_space, generator)
