@@ -122,7 +122,8 @@ def test_a_study_that_is_stopped_goes_on_as_if_it_had_not(tmp_path: Path, capsys
     """In the middle of the second trial. Its rows of before stay, and the end is that of a study never stopped."""
     (tmp_path / "once.py").write_text(ONCE)
     command = ["tune", "ppo", f"{tmp_path}/once.py:Once", "--trials", "2", "--num-envs", "4", "--steps", "100"]
-    command += ["--checkpoint-every", "1", "--num-steps", "8", "--minibatch-size", "16", "--out"]
+    command += ["--checkpoint-every", "1", "--num-steps", "8", "--minibatch-size", "16"]
+    command += ["--vectorization", "sync", "--out"]  # it counts its steps in a file: none of them are to be measured
 
     def ended(out: str) -> Any:
         with pytest.raises(SystemExit) as stop:
@@ -149,6 +150,7 @@ def test_a_study_that_is_stopped_goes_on_as_if_it_had_not(tmp_path: Path, capsys
 def test_an_error_of_the_environment_ends_the_study_and_the_trial_is_run_again(tmp_path: Path) -> None:
     (tmp_path / "once.py").write_text(ONCE)
     common: dict[str, Any] = {"trials": 2, "out": tmp_path / "study", **QUIET, "num_steps": 8, "minibatch_size": 16}
+    common["vectorization"] = "sync"  # it counts its steps in a file: none of them are to be measured
     (tmp_path / "fail").write_text("150")
     with pytest.raises(UserError, match="the disk of this environment is full"):
         pg.tune("ppo", f"{tmp_path}/once.py:Once", **common)
