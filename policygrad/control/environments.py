@@ -112,14 +112,12 @@ def make_environments(
             how: Any = {"vectorization_mode": "vector_entry_point", **(env_options or {})}
             return _flat(gymnasium.make_vec(spec, num_envs, **how), action_mask)
 
-        copies = [_one(make, name, wraps, opponents or Opponents(), restarts, action_mask)] * num_envs
+        opponents = opponents or Opponents()
+        one = _one(make, name, wraps, opponents, restarts, action_mask)
         measured = vectorization == "auto" and isinstance(environment, str) and not isinstance(opponents, Selves)
-        if measured and pays(copies[0], num_envs):
-            vectorization = "async"
-        environments = _together(copies, vectorization, step_time_limit, restarts)
-        environments.spec = spec
-        if isinstance(opponents, Selves) and isinstance(environments, SyncVectorEnv):
-            environments = SideBySide(environments)
+        in_processes = vectorization == "async" or (measured and pays(one, num_envs))
+        environments = _together([one] * num_envs, in_processes, step_time_limit, restarts, opponents)
+        environments.unwrapped.spec = spec
         if agents == "separate":
             close(environments)
             raise UserError(f"agents separate is for games of several agents, and {name} is none: leave agents out")
@@ -179,15 +177,15 @@ def _not_made(name: str, error: Exception) -> UserError:
     return UserError(said + one_line(error, 200 - len(said) - len(hint)) + hint)
 
 
-def _together(copies: list[Any], vectorization: str, step_time_limit: float | None, restarts: int) -> VectorEnv:
-    """The environments that these functions make, in processes if they are async."""
-    environments: VectorEnv
-    if vectorization == "async":
-        environments = Processes(copies, step_time_limit, restarts=restarts)
-    else:
-        environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
+def _together(
+    copies: list[Any], in_processes: bool, step_time_limit: float | None, restarts: int, opponents: Opponents
+) -> VectorEnv:
+    """The environments that these functions make. opponents: of their seats, which move for all games at once."""
+    if in_processes:
+        return Processes(copies, step_time_limit, restarts=restarts)
+    environments = SyncVectorEnv(copies, autoreset_mode=AutoresetMode.NEXT_STEP)
     _distinct(environments)
-    return environments
+    return SideBySide(environments) if isinstance(opponents, Selves) else environments
 
 
 def _given(environment: Any, num_envs: int, vectorization: str, action_mask: str, unread: list[str]) -> VectorEnv:
