@@ -127,7 +127,9 @@ def of_pong() -> list[str]:
     """Pong beside Stable-Baselines3, if benchmarks/pong.py has been run."""
     if not pong.RESULTS.exists():
         return []
-    said = "`python benchmarks/pong.py`: the same settings, at the same time, a core each."
+    said = (
+        "`python benchmarks/pong.py`: the same settings but for the arithmetic's type, at the same time, a core each."
+    )
     return [
         "",
         "## Pong from pixels, beside Stable-Baselines3",

@@ -1,14 +1,15 @@
 """Pong from pixels beside Stable-Baselines3: the same settings, an hour of processor time each, side by side.
 
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 stable-baselines3 ale-py opencv-python-headless
-    python benchmarks/pong.py --peers PEERS/bin/python [--hours 1]
+    python benchmarks/pong.py --peers PEERS/bin/python [--hours 1] [--sides bfloat16 SB3]
     python benchmarks/pong.py --write        only the page's table and the picture, from benchmarks/pong.json
 
 ALE/Pong-v5 with sticky actions: gray, 84 x 84, four frames; the preset (PPO, 8 environments of 128 steps, 4 epochs of
 minibatches of 256, one network of three convolutions for policy and critic), which is the zoo's of Stable-Baselines3
-but for the clip, which stays 0.1 on both sides. Both run at the same time, each on a core of its own with one thread,
-and each stops once its process has used its hours of processor time, whatever else the machine does. The return is the
-mean of the last 100 training episodes, from -21 to 21. PEERS sees this library by PYTHONPATH; it needs its
+but for the clip, which stays 0.1 on both sides. `bfloat16` is ours with `--autocast bfloat16`, `float32` ours without.
+The sides named run at the same time, each on a core of its own with one thread, and each stops once its process has
+used its hours of processor time, whatever else the machine does; those of other runs stay in the results. The return is
+the mean of the last 100 training episodes, from -21 to 21. PEERS sees this library by PYTHONPATH; it needs its
 dependencies, too. `python benchmarks/learning.py --table` writes the result to docs/learning.md.
 """
 
@@ -20,12 +21,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "pong.json", ROOT / "docs" / "pong.png"
+LINES = {
+    "bfloat16": ("#1b6ca8", "policygrad, bfloat16"),
+    "float32": ("#6fa8dc", "policygrad"),
+    "SB3": ("#d1752c", "Stable-Baselines3"),
+}
 STEPS = 10_000_000  # to which the learning rate falls
-SIDES = ("ours", "SB3")
+SIDES = {"bfloat16": "ours, `--autocast bfloat16`", "float32": "ours", "SB3": "Stable-Baselines3"}
 
 
 class Enough(Exception):
@@ -52,10 +60,11 @@ def watched(hours: float) -> Report:
     return report
 
 
-def ours(seed: int, report: Report) -> None:
+def ours(seed: int, report: Report, autocast: str = "none") -> None:
     import policygrad as pg
 
-    with pg.Training("ppo", "ALE/Pong-v5", steps=STEPS, seed=seed, threads=1, checkpoints=0) as training:
+    how: Any = {"steps": STEPS, "seed": seed, "threads": 1, "checkpoints": 0, "autocast": autocast}
+    with pg.Training("ppo", "ALE/Pong-v5", **how) as training:
         for row in training:
             report(row["steps"], row.get("return", -21.0))
 
@@ -95,18 +104,20 @@ def child(side: str, seed: int, hours: float) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[SIDES.index(side) % len(cores)]})
+    run = {"bfloat16": partial(ours, autocast="bfloat16"), "float32": ours, "SB3": theirs}[side]
     with contextlib.suppress(Enough):
-        {"ours": ours, "SB3": theirs}[side](seed, watched(hours))
+        run(seed, watched(hours))
 
 
-def measure(peers: str, hours: float, seed: int) -> dict[str, list[dict[str, float]]]:
-    """Both sides, at the same time."""
+def measure(peers: str, sides: list[str], hours: float, seed: int) -> dict[str, list[dict[str, float]]]:
+    """The sides, at the same time, each on a core of its own as far as they reach."""
+    cores = sorted(os.sched_getaffinity(0))
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     running = {}
-    for side in SIDES:
-        command = [peers, __file__, "--child", side, "--seed", str(seed), "--hours", str(hours)]
+    for place, side in enumerate(sides):
+        core = cores[place % len(cores)]
+        command = ["taskset", "-c", str(core), peers, __file__, "--child", side]
+        command += ["--seed", str(seed), "--hours", str(hours)]
         running[side] = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
         )
@@ -121,17 +132,16 @@ def measure(peers: str, hours: float, seed: int) -> dict[str, list[dict[str, flo
 
 def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     """The lines of docs/learning.md."""
-    last = {side: rows[-1] for side, rows in found.items()}
+    last = {side: found[side][-1] for side in SIDES if side in found}
     base = last["SB3"]["steps"] / last["SB3"]["hours"]
     lines = [
         "| side | hours of a core | decisions | a second | ratio | return, last 100 games |",
         "|---|---|---|---|---|---|",
     ]
-    names = {"ours": "ours", "SB3": "Stable-Baselines3"}
     for side, x in last.items():
         speed = x["steps"] / x["hours"]
         lines.append(
-            f"| {names[side]} | {x['hours']:.2f} | {x['steps']:,.0f} | {speed / 3600:,.0f} | {speed / base:.2f} | "
+            f"| {SIDES[side]} | {x['hours']:.2f} | {x['steps']:,.0f} | {speed / 3600:,.0f} | {speed / base:.2f} | "
             f"{x['return']:.1f} |"
         )
     return [*lines, "", "![The return by hours, and by decisions](pong.png)"]
@@ -147,9 +157,10 @@ def draw(found: dict[str, list[dict[str, float]]]) -> None:
     for panel, (name, label, unit) in zip(
         panels, [("hours", "hours of one core", 1), ("steps", "decisions (thousands)", 1e3)], strict=True
     ):
-        for side, (color, said) in {"ours": ("#1b6ca8", "policygrad"), "SB3": ("#d1752c", "Stable-Baselines3")}.items():
-            rows = found[side]
-            panel.plot([x[name] / unit for x in rows], [x["return"] for x in rows], color=color, label=said, lw=1.8)
+        for side, (color, said) in LINES.items():
+            rows = found.get(side, [])
+            if rows:
+                panel.plot([x[name] / unit for x in rows], [x["return"] for x in rows], color=color, label=said, lw=1.8)
         panel.set_xlabel(label)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
@@ -162,6 +173,7 @@ def draw(found: dict[str, list[dict[str, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=sys.executable)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["bfloat16", "SB3"])
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true")
@@ -171,7 +183,9 @@ def main() -> None:
         child(arguments.child, arguments.seed, arguments.hours)
         return
     if not arguments.write:
-        RESULTS.write_text(json.dumps(measure(arguments.peers, arguments.hours, arguments.seed), indent=1) + "\n")
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        measured = measure(arguments.peers, arguments.sides, arguments.hours, arguments.seed)
+        RESULTS.write_text(json.dumps(before | measured, indent=1) + "\n")
     found = json.loads(RESULTS.read_text())
     draw(found)
     print("\n".join(table(found)))

@@ -14,7 +14,7 @@ import policygrad
 ROOT = Path(policygrad.__file__).parent
 LAYER = {
     "ranks": -1,
-    **dict.fromkeys(["errors", "files", "functions", "lazy", "machine", "rollout", "weights"], 0),
+    **dict.fromkeys(["errors", "files", "functions", "lazy", "machine", "precision", "rollout", "weights"], 0),
     **dict.fromkeys(["score", "returns", "advantages", "divergences", "objectives", "diagnostics"], 1),
     **dict.fromkeys(
         ["compiling", "linalg", "updates", "guards", "noise", "critics", "credit", "turns", "samplers", "symmetry"], 2

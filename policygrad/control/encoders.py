@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.functional import one_hot, relu
 from policygrad.control.memory import is_mapped
 from policygrad.control.spaces import MASK, Flat, is_image
 from policygrad.errors import UserError, listed, one_line, type_of
+from policygrad.precision import precision
 
 
 class Flatten(nn.Module):
@@ -41,16 +43,22 @@ class OneHot(nn.Module):
 class Each(nn.Module):
     """Every observation by itself through a network from batches [N, ...] to features [N, size].
 
-    A Box arrives as floats, a state number as it is. Raises UserError if the network returns no features.
+    A Box arrives as floats, a state number as it is. autocast: the type of the network's arithmetic (bfloat16); its
+    weights and the features keep theirs. Raises UserError if the network returns no features.
     """
 
-    def __init__(self, network: nn.Module, space: spaces.Space) -> None:
+    def __init__(self, network: nn.Module, space: spaces.Space, autocast: torch.dtype | None = None) -> None:
         super().__init__()
+        self.autocast = autocast
         self.network, self.mask = network, space.mask if isinstance(space, Flat) else None
         self.size = _feature_count(network, self.prepared(torch.from_numpy(np.stack([_least(space)] * 2))))
 
     def forward(self, obs: Tensor) -> Tensor:
-        features = self.network(self.prepared(obs.flatten(0, 1)))
+        prepared = self.prepared(obs.flatten(0, 1))
+        with precision(obs.device, self.autocast):
+            features = self.network(prepared)
+        if self.autocast is not None:
+            features = features.to(torch.get_default_dtype())
         return features.reshape(*obs.shape[:2], self.size)
 
     def prepared(self, obs: Tensor) -> Tensor:
@@ -66,10 +74,12 @@ class Images(Each):
     space: a Box of uint8 and three dimensions. channels: "first" or "last", where they stand in it.
     """
 
-    def __init__(self, network: nn.Module, space: spaces.Box, channels: str) -> None:
+    def __init__(
+        self, network: nn.Module, space: spaces.Box, channels: str, autocast: torch.dtype | None = None
+    ) -> None:
         self.low, self.span = float(space.low.min()), float(max(1, int(space.high.max()) - int(space.low.min())))
         self.shape, self.channels = space.shape, channels
-        super().__init__(network, space)
+        super().__init__(network, space, autocast)
 
     def prepared(self, obs: Tensor) -> Tensor:
         if obs.dtype != torch.uint8:
@@ -93,13 +103,22 @@ class Joined(nn.Module):
     mask.
     """
 
-    def __init__(self, space: Flat, encoder: str, channels: str, orthogonal: bool, keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        space: Flat,
+        encoder: str,
+        channels: str,
+        orthogonal: bool,
+        keys: Sequence[str],
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.vectors, images = seen(space, keys)
         self.others = [space.place(x) for x in self.vectors]
         self.places = [space.place(place) for _, place in images]
         self.shapes = [part.shape for part, _ in images]
-        self.images = nn.ModuleList(make_encoder(part, encoder, channels, orthogonal) for part, _ in images)
+        made = [make_encoder(part, encoder, channels, orthogonal, autocast=autocast) for part, _ in images]
+        self.images = nn.ModuleList(made)
         self.whole = self.vectors == [slice(0, space.shape[0])]
         widths = [x.stop - x.start for x in self.vectors]
         self.size: int = sum(widths) + sum(x.size for x in self.images)  # type: ignore[misc]
@@ -269,6 +288,7 @@ def make_encoder(
     channels: str = "auto",
     orthogonal: bool = True,
     keys: Sequence[str] = (),
+    autocast: torch.dtype | None = None,
 ) -> Any:
     """The encoder of an observation space, which has a `size`.
 
@@ -276,7 +296,8 @@ def make_encoder(
     from 36 x 36 on: nature, from 3 x 3 on: small), or a module from observations [N, ...], of images floats
     [N, C, H, W] in [0, 1], to features [N, size]. channels: `first`, `last`, or `auto`: the smaller one of the two.
     orthogonal: orthogonal initial weights of gain sqrt(2); impala keeps torch's own, so that its sums do not grow.
-    keys: the parts of a Dict or Tuple (a Flat) that are seen; by default all, but no action mask.
+    keys: the parts of a Dict or Tuple (a Flat) that are seen; by default all, but no action mask. autocast: the type
+    of the arithmetic of an encoder's network, where there is one (bfloat16); weights and features keep theirs.
 
     Raises UserError for a space that is neither a Box nor Discrete, and for what does not fit the space.
     """
@@ -293,12 +314,13 @@ def make_encoder(
         if keys:
             raise UserError("keys and an encoder of your own are two ways to choose what is seen: leave one out")
         _, channels = chosen(space, "nature" if is_image(space) else "auto", channels)
-        return Images(encoder, space, channels) if is_image(space) else Each(encoder, space)  # type: ignore[arg-type]
+        kind: Any = partial(Images, channels=channels) if is_image(space) else Each
+        return kind(encoder, space, autocast=autocast)
     if encoder not in ("auto", "flat", *NETWORKS):
         raise UserError(f"encoder is {one_line(encoder, 40)}: choose auto, flat, {', '.join(NETWORKS)}, or a module")
     encoder, channels = chosen(space, encoder, channels)
     if isinstance(space, Flat):
-        return Joined(space, encoder, channels, orthogonal, keys)
+        return Joined(space, encoder, channels, orthogonal, keys, autocast)
     if isinstance(space, spaces.Discrete):
         return OneHot(int(space.n), int(space.start))
     if not is_image(space):
@@ -310,7 +332,12 @@ def make_encoder(
         if isinstance(layer, nn.Conv2d | nn.Linear) and encoder != "impala":
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return Images(network, space, channels)
+    return Images(network, space, channels, autocast)
+
+
+def has_network(module: nn.Module) -> bool:
+    """Whether a policy or critic has an encoder with weights, which is what autocast is for."""
+    return any(isinstance(part, Each) and any(True for _ in part.parameters()) for part in module.modules())
 
 
 def _least(space: Any) -> np.ndarray:

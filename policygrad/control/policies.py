@@ -31,6 +31,7 @@ from policygrad.control.spaces import Flat, FlatActions, describe, rebuild, to_e
 from policygrad.errors import UserError, one_line, shortened
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
+AUTOCAST = {None: None, "bfloat16": torch.bfloat16}
 DISTRIBUTIONS = ("normal", "squashed", "beta")  # of Box actions
 
 
@@ -38,8 +39,8 @@ class Policy(nn.Module):
     """obs [B, T, ...] -> the distribution of the action, of batch_shape [B, T].
 
     observation_space: Box of any rank or Discrete, or Flat, a Dict or Tuple as one vector, packed or not; encoder,
-    channels and keys say how it becomes features (make_encoder). Where it has an action mask the distribution is that
-    of the allowed actions, and the network does not see the mask. memory: `gru`, `lstm` or `transformer` (over
+    channels, keys and autocast say how it becomes features (make_encoder). Where it has an action mask the distribution
+    is that of the allowed actions, and the network does not see the mask. memory: `gru`, `lstm` or `transformer` (over
     memory_window steps) after the encoder, of memory_size features; it then takes Rows, and observations alone are rows
     that start an episode. action_space: Discrete, MultiDiscrete, MultiBinary, or Box with a `distribution` of its own;
     or FlatActions, a Dict or Tuple of these. hidden: the layers after the encoder; () is none. distribution: "normal"
@@ -59,6 +60,7 @@ class Policy(nn.Module):
         encoder: str | nn.Module = "auto",
         channels: str = "auto",
         keys: Sequence[str] = (),
+        autocast: torch.dtype | None = None,
         memory: str = "none",
         memory_size: int = 64,
         memory_window: int = 16,
@@ -79,6 +81,7 @@ class Policy(nn.Module):
                 "encoder": encoder,
                 "channels": channels,
                 "keys": list(keys),
+                "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
                 "memory": memory,
                 "memory_size": memory_size,
                 "memory_window": memory_window,
@@ -89,7 +92,7 @@ class Policy(nn.Module):
                 "state_dependent_std": state_dependent_std,
                 "initial_log_std": initial_log_std,
             }
-        self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
+        self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys, autocast)
         self.memory = make_memory(memory, self.encode.size, memory_size, memory_window, orthogonal)
         self.observation_space, self.action_space = observation_space, action_space
         check_mask_space(observation_space, action_space)
@@ -142,7 +145,7 @@ class Policy(nn.Module):
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "Policy":
         """A new policy with the arguments in `policy.description`."""
-        rest = dict(description)
+        rest = {**description, "autocast": AUTOCAST[description.get("autocast")]}
         return cls(rebuild(rest.pop("observation_space")), rebuild(rest.pop("action_space")), **rest)
 
 
@@ -169,6 +172,7 @@ class Critic(nn.Module):
         encoder: str | nn.Module = "auto",
         channels: str = "auto",
         keys: Sequence[str] = (),
+        autocast: torch.dtype | None = None,
         memory: str = "none",
         memory_size: int = 64,
         memory_window: int = 16,
@@ -180,7 +184,7 @@ class Critic(nn.Module):
         super().__init__()
         self.shares = of is not None
         if of is None:
-            self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys)
+            self.encode = make_encoder(observation_space, encoder, channels, orthogonal, keys, autocast)
             self.memory = make_memory(memory, self.encode.size, memory_size, memory_window, orthogonal)
         else:
             self.encode, self.memory = of.encode, of.memory

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from policygrad.control.distributions import ActionDistribution
 from policygrad.control.memory import Rows
-from policygrad.control.policies import Critic, Policy
+from policygrad.control.policies import AUTOCAST, Critic, Policy
 from policygrad.control.spaces import AGENT, Flat, rebuild
 from policygrad.errors import UserError
 
@@ -127,6 +127,7 @@ class SeparatePolicies(nn.Module):
     def from_description(cls, description: dict[str, Any]) -> "SeparatePolicies":
         """New policies with the arguments in `description`."""
         rest = {name: x for name, x in description.items() if name != "agents"}
+        rest["autocast"] = AUTOCAST[rest.get("autocast")]
         return cls(rebuild(rest.pop("observation_space")), rebuild(rest.pop("action_space")), **rest)
 
 

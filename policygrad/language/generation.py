@@ -12,8 +12,9 @@ from transformers import DynamicCache
 from policygrad.errors import UserError
 from policygrad.language.completions import Completions, Request
 from policygrad.language.decoding import Captured, Decoding, Growing
-from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions, precision
+from policygrad.language.policies import LanguagePolicy, causal, evaluating, positions
 from policygrad.machine import free_memory
+from policygrad.precision import precision
 
 BYTES = 64  # of a token in a rollout: the token, its random number, log-probabilities, reward, marks, credit
 

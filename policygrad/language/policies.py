@@ -4,7 +4,7 @@ T counts the tokens of the completion. A left-padded prompt precedes it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from policygrad.language.distributions import CHUNK, TokenDistribution
 from policygrad.language.packing import Row, by_group, cheapest, packed, padding
+from policygrad.precision import precision
 from policygrad.rollout import Parts
 
 
@@ -320,20 +321,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was)
-
-
-def has_bfloat16(device: torch.device | str) -> bool:
-    """Whether the device computes in bfloat16 itself: Ampere and later, AMX or AVX512-BF16."""
-    kind = torch.device(device)
-    if kind.type == "cuda":
-        return torch.cuda.get_device_capability(kind) >= (8, 0)
-    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return kind.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
-
-
-def precision(device: torch.device, dtype: torch.dtype | None) -> Any:
-    """torch.autocast to a type inside the block; None: no autocast."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @torch.no_grad()

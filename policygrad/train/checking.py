@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from policygrad import ranks
 from policygrad.errors import UserError
+from policygrad.precision import computed_in
 from policygrad.rollout import Batch, Rollout, Split
 from policygrad.train.compose import Learner, compose
 from policygrad.train.keywords import Keywords
@@ -114,7 +115,7 @@ def check(
                 raise UserError(
                     "the gradient of this rollout is 0, since all its advantages are: sample more, or take another seed"
                 )
-            precision = max((TOLERANCES.get(p.dtype, 0.0) for p in world.policy.parameters()), default=0.0)
+            precision = max((TOLERANCES.get(x, 0.0) for x in computed_in(world.policy)), default=0.0)
             found = Checked(method, world.name, int(batch.mask.sum()), precision if tolerance is None else tolerance)
             for name, split in _micro_batches(len(batch.mask), world.policy).items():
                 _compare(found, name, whole, _gradient(made(rollout), split)[0])

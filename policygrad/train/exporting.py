@@ -33,6 +33,7 @@ from policygrad.control.spaces import Flat, FlatActions
 from policygrad.control.tensors import normalized, to_environment
 from policygrad.errors import Note, UserError, ending, listed, one_line, shortened, type_of
 from policygrad.files import as_path, write_bytes
+from policygrad.precision import without_autocast
 from policygrad.rollout import state_size
 from policygrad.train.run import Run, arithmetic
 
@@ -80,7 +81,7 @@ def export(run: Run | Path | str, *, format: Format = "onnx", out: Path | str | 
     if names := _around(run):
         said = f"the graph takes observations as the environment's wrappers give them ({listed(names, 80)})"
         warnings.warn(f"{said}, and its actions go to the outermost one", Note, stacklevel=2)
-    with arithmetic(run.world, run.options.threads):
+    with arithmetic(run.world, run.options.threads), without_autocast(run.policy):
         content = _graph_in(format, run)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def _around(run: Run) -> list[str]:
 
 
 def _graph_in(format: Format, run: Run) -> bytes:
-    """The file's content, checked. Raises UserError."""
+    """The file's content, checked. Raises UserError. A policy that computes in bfloat16 becomes a graph of float32."""
     world: Any = run.world
     given = _inputs(run)
     make = _onnx if format == "onnx" else _torch_export

@@ -257,8 +257,9 @@ class Options:
         **LANGUAGE)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory.", **LANGUAGE)
     autocast: Literal["none", "bfloat16", "auto"] = option("none",
-        "Type of the computation; weights keep their type, and log-probabilities are float32. auto: bfloat16 where the "
-        "device has arithmetic for it.", **LANGUAGE)
+        "Type of the computation of a language model, or of the encoder of images; weights keep their type, and "
+        "log-probabilities are float32. auto: bfloat16 where the device has arithmetic for it.",
+        world=("control", "language"))
     dataset: tuple[str, ...] = option((),
         "Prompts: a JSON, JSONL, CSV or Parquet file, or a hub id, with a column `prompt`; the rewards receive the "
         "other columns. Repeatable: the sets are mixed in proportion to their sizes.", **LANGUAGE)

@@ -860,7 +860,7 @@ def _check_shape_read(options: Any, defaults: Any, policy: Any, critic: Any) -> 
     both = own_policy and (critic is not None or not has_critic(options))
     unread = {"distribution": own_policy, "state_dependent_std": own_policy, "initial_log_std": own_policy}
     unread |= {"critic_encoder": critic is not None}
-    unread |= dict.fromkeys(("encoder", "channels", "hidden", "activation", "orthogonal"), both)
+    unread |= dict.fromkeys(("encoder", "channels", "autocast", "hidden", "activation", "orthogonal"), both)
     for name, ignored in unread.items():
         if ignored and getattr(options, name, None) != getattr(defaults, name, None):
             raise OptionError(name, f"{name} shapes the networks made here, and you hand in your own: leave {name} out")

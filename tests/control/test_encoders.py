@@ -21,6 +21,7 @@ from policygrad.control import Critic, Policy
 from policygrad.control.encoders import (
     NETWORKS,
     chosen,
+    has_network,
     impala,
     least_side,
     make_encoder,
@@ -28,7 +29,9 @@ from policygrad.control.encoders import (
     nature,
     small,
 )
+from policygrad.control.spaces import Flat
 from policygrad.errors import UserError
+from policygrad.precision import computed_in, without_autocast
 
 
 def image(*shape: int, high: int = 255) -> spaces.Box:
@@ -220,6 +223,71 @@ def test_a_policy_is_rebuilt_from_its_description(encoder: str, channels: str) -
     assert again.description == policy.description
 
 
+@pytest.mark.parametrize("encoder", NETWORKS)
+def test_under_autocast_a_network_computes_what_its_copy_in_bfloat16_does(encoder: str) -> None:
+    space, obs = image(3, 36, 36), torch.randint(256, (2, 5, 3, 36, 36), dtype=torch.uint8)
+    encode = make_encoder(space, encoder, autocast=torch.bfloat16)
+    copy = deepcopy(encode.network).bfloat16()
+    features, expected = encode(obs), copy(encode.prepared(obs.flatten(0, 1)).bfloat16())
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected.float().reshape(2, 5, -1), rtol=0, atol=0)
+    with without_autocast(encode):
+        plain = encode(obs)
+    assert 0 < (features - plain).norm() / plain.norm() < 2**-6  # of 8 significant bits, some are lost on the way
+    seen = []
+    for x in (features, plain):
+        encode.zero_grad()
+        x.square().sum().backward()
+        assert all(p.grad.dtype == p.dtype == torch.float32 for p in encode.parameters())
+        seen.append(torch.cat([p.grad.flatten() for p in encode.parameters()]))
+    assert 0 < (seen[0] - seen[1]).norm() / seen[1].norm() < 2**-4
+    assert encode.autocast == torch.bfloat16
+
+
+def test_autocast_is_kept_with_the_policy_and_reaches_images_among_other_parts() -> None:
+    parts = Flat(spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": image(3, 7, 7)}))
+    for space in (image(3, 7, 7), parts):
+        policy = Policy(space, spaces.Discrete(3), autocast=torch.bfloat16)
+        again = Policy.from_description(policy.description)  # type: ignore[arg-type]
+        assert computed_in(policy) == computed_in(again) == {torch.float32, torch.bfloat16}
+        assert policy.description["autocast"] == again.description["autocast"] == "bfloat16"  # type: ignore[index]
+        assert has_network(policy)
+        assert computed_in(Policy(space, spaces.Discrete(3))) == {torch.float32}
+    assert not has_network(Policy(image(3, 7, 7), spaces.Discrete(3), encoder="flat"))
+
+
+@pytest.mark.parametrize("method", ["reinforce", "a2c", "ppo", "trpo", "npg"])
+def test_a_run_in_bfloat16_trains_and_is_loaded_as_it_was(method: str, tmp_path: Path) -> None:
+    how: Any = {"iterations": 2, "num_envs": 4, "autocast": "bfloat16", "out": tmp_path / "run", "preset": "none"}
+    run = pg.train(method, "policygrad/Catch-v0", **how)
+    loaded = pg.load(tmp_path / "run")
+    assert run.critic is not None
+    for network in (run.policy, run.critic, loaded.policy):
+        assert computed_in(network) == {torch.float32, torch.bfloat16}
+    obs = torch.randint(256, (3, 2, *run.world.observation_space.shape), dtype=torch.uint8)  # type: ignore[attr-defined]
+    assert torch.equal(run.policy(obs).logits, loaded.policy(obs).logits)
+    other = pg.train(method, "policygrad/Catch-v0", **how | {"autocast": "none", "out": tmp_path / "other"})
+    assert not torch.equal(run.policy(obs).logits, other.policy(obs).logits)
+
+
+def test_a_run_in_float32_goes_on_in_bfloat16(tmp_path: Path) -> None:
+    how: Any = {"iterations": 1, "num_envs": 4, "preset": "none"}
+    pg.train("ppo", "policygrad/Catch-v0", **how, out=tmp_path / "run")
+    goes_on = {"start": tmp_path / "run", "autocast": "bfloat16", "out": tmp_path / "next"}
+    assert computed_in(pg.train("ppo", "policygrad/Catch-v0", **how, **goes_on).policy) == {
+        torch.float32,
+        torch.bfloat16,
+    }
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "auto"])
+@pytest.mark.parametrize(("task", "how"), [("CartPole-v1", {}), ("policygrad/Catch-v0", {"encoder": "flat"})])
+def test_autocast_that_no_network_reads_is_refused(autocast: Any, task: str, how: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^autocast is of the encoder of images, and these observations have none"):
+        pg.train("ppo", task, autocast=autocast, iterations=1, out=tmp_path / "run", **how)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_auto_chose_is_in_the_description() -> None:
     description: Any = Policy(image(84, 84, 4), spaces.Discrete(3)).description
     assert (description["encoder"], description["channels"]) == ("nature", "last")
@@ -296,9 +364,10 @@ def compare_compiled() -> None:
     """Steps as one graph on images are the plain ones. Run where shapes are not checked."""
     compiling.BACKEND = "eager"  # the graph, without the minute in which code is made of convolutions
     torch.manual_seed(0)
-    for encoder in ("small",):
-        policy = Policy(image(2, 36, 36), spaces.Discrete(3), encoder=encoder, hidden=())
-        objectives = [pg.PPOObjective(x, Critic(image(2, 36, 36), encoder=encoder)) for x in (policy, deepcopy(policy))]
+    for autocast in (None, torch.bfloat16):
+        how: Any = {"encoder": "small", "autocast": autocast}
+        policy = Policy(image(2, 36, 36), spaces.Discrete(3), hidden=(), **how)
+        objectives = [pg.PPOObjective(x, Critic(image(2, 36, 36), **how)) for x in (policy, deepcopy(policy))]
         objectives[1].critic.load_state_dict(objectives[0].critic.state_dict())
         obs = torch.randint(256, (16, 1, 2, 36, 36), dtype=torch.uint8)
         with torch.no_grad():

@@ -21,6 +21,7 @@ import policygrad as pg
 from policygrad import cli
 from policygrad.control.spaces import FlatActions
 from policygrad.errors import Note, UserError
+from policygrad.precision import without_autocast
 from policygrad.train.exporting import TOLERANCE, observations
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -173,6 +174,17 @@ def pendulum(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("export") / "run"
     own = {"normalize_observations": True, "hidden": (16, 8), "initial_log_std": -1.0}
     return pg.train("ppo", "Pendulum-v1", out=out, **FEW | {"iterations": 3, "epochs": 4}, **own)
+
+
+def test_a_policy_in_bfloat16_becomes_a_graph_of_float32(tmp_path: Path) -> None:
+    images, action = spaces.Box(0, 255, (9, 8, 3), np.uint8), float_box(-1, 2, 0, 3)
+    run = pg.train("ppo", lambda: Odd(images, action), out=tmp_path / "run", autocast="bfloat16", **FEW)
+    act, obs = loaded(pg.export(run)), observations(run.world)
+    assert run.policy.encode.autocast == torch.bfloat16
+    in_bfloat16 = taken(run, obs)
+    with without_autocast(run.policy):
+        check_same(act(obs), taken(run, obs))
+        assert (taken(run, obs) != in_bfloat16).any()
 
 
 def test_it_is_the_equation_of_the_policy(pendulum: Any) -> None:

@@ -118,6 +118,7 @@ VALUES: dict[str, Any] = {
     "normalize_observations": True,
     "scale_rewards": True,
     "encoder": ("flat", {"task": "policygrad/Catch-v0"}),
+    "autocast": ("bfloat16", {"task": "policygrad/Catch-v0", "seed": 2}),  # one with a ball caught
     "channels": ("last", {"task": "policygrad/Catch-v0", "encoder": "impala"}),
     "memory": "gru",
     "memory_size": 5,

@@ -21,7 +21,7 @@ from policygrad import ranks
 from policygrad.control import Critic, ObservationNormalizer, Policy, RewardScaler, Sampler, make_environments
 from policygrad.control.acting import act, shape_of
 from policygrad.control.checks import called, check_memory
-from policygrad.control.encoders import chosen, measured
+from policygrad.control.encoders import chosen, has_network, measured
 from policygrad.control.environments import close, importable, label, unflattened
 from policygrad.control.evaluation import Evaluation, evaluate, time_limit
 from policygrad.control.memory import measured_memory, rows_of
@@ -35,6 +35,7 @@ from policygrad.control.spaces import describe, has_densities, is_image, kept_of
 from policygrad.control.wrappers import Learned, Wrappers
 from policygrad.errors import Note, UserError, one_line, shortened, type_of
 from policygrad.files import damaged, read_json, read_tensors
+from policygrad.precision import autocast_to
 from policygrad.rollout import state_size
 from policygrad.train.checkpoints import (
     Stage,
@@ -164,6 +165,14 @@ class ControlWorld(World):
         self.policy.to(options.device)
         self._check_memory()
         self._check_probabilities()
+        self._build_critic(own)
+        networks = [self.policy] if self.critic is None else [self.policy, self.critic]
+        if options.autocast != "none" and not any(map(has_network, networks)):
+            said = "autocast is of the encoder of images, and these observations have none: leave autocast out"
+            raise OptionError("autocast", said)
+
+    def _build_critic(self, own: Own) -> None:
+        options, observation_space = self.options, self.observation_space
         if not has_critic(options):
             if getattr(options, "critic_keys", ()):
                 said = f"critic_keys is for a critic, and credit {options.credit} has none: leave it out"
@@ -279,7 +288,8 @@ class ControlWorld(World):
     def _shape(self) -> dict[str, Any]:
         """The options that policy and critic share."""
         shared = ("encoder", "channels", "hidden", "activation", "orthogonal")
-        return {name: getattr(self.options, name) for name in shared}
+        autocast = autocast_to(self.options.autocast, self.options.device)
+        return {name: getattr(self.options, name) for name in shared} | {"autocast": autocast}
 
     def _check_networks(self, space: gymnasium.Space) -> None:
         """Raise UserError if the networks do not fit the observations, or the memory, before they are made."""

@@ -38,7 +38,7 @@ from policygrad.language.conversations import (
 from policygrad.language.engines import ProcessEngine
 from policygrad.language.evaluation import Evaluation, evaluate_policy
 from policygrad.language.generation import check_memory, generate
-from policygrad.language.policies import LanguagePolicy, can_share, causal, has_bfloat16, reference_of
+from policygrad.language.policies import LanguagePolicy, can_share, causal, reference_of
 from policygrad.language.sampler import (
     Answering,
     CompletionSampler,
@@ -61,6 +61,7 @@ from policygrad.language.tasks import (
 )
 from policygrad.language.tools import Tool, load_tool, schema_of, with_tools
 from policygrad.language.warmup import OWN, RECIPE, warmed_up
+from policygrad.precision import autocast_to
 from policygrad.train.checkpoints import Stage, finite, part_of
 from policygrad.train.hub import directory_of
 from policygrad.train.methods import KNOWN
@@ -474,10 +475,7 @@ class LanguageWorld(World):
         return KNOWN[self.options.method].update != "ascend"
 
     def _autocast(self) -> torch.dtype | None:
-        wanted = self.options.autocast
-        return (
-            torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and has_bfloat16(self.options.device)) else None
-        )
+        return autocast_to(self.options.autocast, self.options.device)
 
     def load(self, directory: Path) -> Stage:
         folder = directory / "model"
