@@ -137,6 +137,8 @@ def of_pong() -> list[str]:
         said,
         "",
         *pong.table(json.loads(pong.RESULTS.read_text())),
+        "",
+        "One seed. Stable-Baselines3 computes in float32, in which an iteration of ours takes 1.8 times as long.",
     ]
 
 

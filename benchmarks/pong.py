@@ -166,7 +166,7 @@ def draw(found: dict[str, list[dict[str, float]]]) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("return of the last 100 games")
     panels[0].legend(frameon=False)
-    figure.suptitle("Pong from pixels, the same settings", fontsize=11)
+    figure.suptitle("Pong from pixels, the same settings, one seed", fontsize=11)
     figure.savefig(PICTURE, dpi=120)
 
 
