@@ -29,18 +29,23 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> Any:
 
 def computed_in(module: nn.Module) -> set[torch.dtype]:
     """The types of a module's weights, and of the arithmetic of those of its parts that have an `autocast`."""
-    found = [getattr(part, "autocast", None) for part in module.modules()]
-    return {x for x in found if isinstance(x, torch.dtype)} | {p.dtype for p in module.parameters()}
+    return {dtype for _, dtype in _under_autocast(module)} | {p.dtype for p in module.parameters()}
 
 
 @contextmanager
 def without_autocast(module: nn.Module) -> Iterator[None]:
     """Inside the block each part of a module computes in the type of its weights."""
-    kept = [(part, part.autocast) for part in module.modules() if getattr(part, "autocast", None) is not None]
+    kept = _under_autocast(module)
     try:
         for part, _ in kept:
-            part.autocast = None  # type: ignore[assignment]
+            part.autocast = None
         yield
     finally:
         for part, dtype in kept:
             part.autocast = dtype
+
+
+def _under_autocast(module: nn.Module) -> list[tuple[Any, torch.dtype]]:
+    """The parts whose `autocast` is a type; a user's own module may mean something else by the name."""
+    found = [(part, getattr(part, "autocast", None)) for part in module.modules()]
+    return [(part, dtype) for part, dtype in found if isinstance(dtype, torch.dtype)]

@@ -299,7 +299,8 @@ def make_encoder(
     keys: the parts of a Dict or Tuple (a Flat) that are seen; by default all, but no action mask. autocast: the type
     of the arithmetic of an encoder's network, where there is one (bfloat16); weights and features keep theirs.
 
-    Raises UserError for a space that is neither a Box nor Discrete, and for what does not fit the space.
+    Raises UserError for a space that is neither a Box nor Discrete, for what does not fit the space, and for another
+    type of arithmetic.
     """
     if not isinstance(space, spaces.Box | spaces.Discrete):
         raise UserError(
@@ -310,6 +311,8 @@ def make_encoder(
         raise UserError(
             f"keys are of Dict or Tuple observations, and these are in {one_line(space, 60)}: leave them out"
         )
+    if autocast not in (None, torch.bfloat16):
+        raise UserError(f"autocast is {one_line(autocast, 40)}: choose torch.bfloat16, or None")
     if isinstance(encoder, nn.Module):
         if keys:
             raise UserError("keys and an encoder of your own are two ways to choose what is seen: leave one out")

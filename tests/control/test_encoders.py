@@ -256,6 +256,23 @@ def test_autocast_is_kept_with_the_policy_and_reaches_images_among_other_parts()
     assert not has_network(Policy(image(3, 7, 7), spaces.Discrete(3), encoder="flat"))
 
 
+@pytest.mark.parametrize("autocast", [torch.float16, "bfloat16", True])
+def test_another_type_of_arithmetic_is_refused(autocast: Any) -> None:
+    with pytest.raises(UserError, match=r"^autocast is .*: choose torch.bfloat16, or None$"):
+        Policy(image(3, 7, 7), spaces.Discrete(3), autocast=autocast)
+
+
+def test_a_module_that_means_something_else_by_autocast_keeps_it() -> None:
+    own = nn.Sequential(nn.Flatten(), nn.Linear(147, 2))
+    own.autocast = "mine"
+    policy = Policy(image(3, 7, 7), spaces.Discrete(3), encoder=own, autocast=torch.bfloat16)
+    assert computed_in(policy) == {torch.float32, torch.bfloat16}
+    with without_autocast(policy):
+        assert own.autocast == "mine"
+        assert computed_in(policy) == {torch.float32}
+    assert policy.encode.autocast == torch.bfloat16
+
+
 @pytest.mark.parametrize("method", ["reinforce", "a2c", "ppo", "trpo", "npg"])
 def test_a_run_in_bfloat16_trains_and_is_loaded_as_it_was(method: str, tmp_path: Path) -> None:
     how: Any = {"iterations": 2, "num_envs": 4, "autocast": "bfloat16", "out": tmp_path / "run", "preset": "none"}
