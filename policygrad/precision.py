@@ -33,9 +33,9 @@ def computed_in(module: nn.Module) -> set[torch.dtype]:
 
 
 @contextmanager
-def without_autocast(module: nn.Module) -> Iterator[None]:
-    """Inside the block each part of a module computes in the type of its weights."""
-    kept = _under_autocast(module)
+def without_autocast(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block each part of the modules computes in the type of its weights."""
+    kept = [found for module in modules for found in _under_autocast(module)]
     try:
         for part, _ in kept:
             part.autocast = None

@@ -31,7 +31,7 @@ from policygrad.control.spaces import Flat, FlatActions, describe, rebuild, to_e
 from policygrad.errors import UserError, one_line, shortened
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
-AUTOCAST = {None: None, "bfloat16": torch.bfloat16}
+AUTOCAST = {None: None, "bfloat16": torch.bfloat16}  # as a description names them
 DISTRIBUTIONS = ("normal", "squashed", "beta")  # of Box actions
 
 

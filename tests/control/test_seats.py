@@ -125,14 +125,11 @@ def test_a_random_player_of_a_game_without_masks() -> None:
 
 def test_nim_is_learned_as_well_as_it_can_be() -> None:
     """Against a random player the best result is known: who can leave a multiple of three has won."""
-    how: Any = {"num_envs": 32, "num_steps": 16, "minibatch_size": 64, "learning_rate": 0.005, "gamma": 1}
+    how: Any = {"num_envs": 32, "num_steps": 16, "minibatch_size": 64, "learning_rate": 0.003, "gamma": 1}
+    # Without the entropy some seeds keep to a worse way to play; which, depends on the processor's rounding.
+    run = pg.train("ppo", Nim, steps=8_000, entropy_coefficient=0.03, progress=False, compile="off", **how)
     assert best(7) == 1.0
-    for seed in range(6):  # some seeds stay at a worse way to play; which, depends on the processor's rounding
-        run = pg.train("ppo", Nim, steps=8_000, seed=seed, progress=False, compile="off", **how)
-        found = run.evaluate(400)
-        assert found.return_mean < best_of_seats(7) + 0.08
-        if found.return_mean > best_of_seats(7) - 0.08:
-            break
+    found = run.evaluate(400)
     assert found.return_mean == pytest.approx(best_of_seats(7), abs=0.08)
     assert found.success is not None
     assert found.info["success_first"] == 1
