@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "held_out": 256,
     },
     "products": {
-        "said": "products of two digits",
+        "said": "products of two numbers of one digit",
         "problems": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
         "size": 2000,
         "held_out": 30,
@@ -81,10 +81,10 @@ def child(task: str, model: str, minutes: float, work: Path) -> None:
     with pg.Training("grpo", str(files[0]), **how) as training:
         print(json.dumps({"before": answers(training.run)}), flush=True)
         began = time.perf_counter()
-        for row in training:
+        for iteration, row in enumerate(training, 1):
             used = (time.perf_counter() - began) / 60
             found = {name: row[name] for name in ("reward", "length", "kl_old", "entropy") if name in row}
-            print(json.dumps({"minutes": used, "iteration": row["iteration"], **found}), flush=True)
+            print(json.dumps({"minutes": used, "iteration": iteration, **found}), flush=True)
             if used >= minutes:
                 break
         print(json.dumps({"after": answers(training.run)}), flush=True)
@@ -145,8 +145,10 @@ def page(found: dict[str, Any]) -> str:
         "",
         "`python benchmarks/real_model.py --model MODEL` trains SmolLM2-135M-Instruct by GRPO with LoRA on two tasks",
         "of reasoning-gym, at the same time, on one core each: "
-        + " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in shown.items())
-        + f". A completion has up to {HOW['max_tokens']}",
+        + "`"
+        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
+        + "`.",
+        f"A completion has up to {HOW['max_tokens']}",
         f'tokens behind "{PREFILL}", and earns 1 if it names the right number, else 0. Held-out problems are in no',
         "rollout. Intervals are of 95%, over problems.",
         "",
