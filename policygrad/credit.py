@@ -243,7 +243,7 @@ def covariance_thinned(assign: Assign, *, low: float, high: float, share: float)
 
 def covariance_charged(assign: Assign, *, share: float) -> Assign:
     """The same credit, with a charge of 1 at the k = max(1, floor(share N)) of N decisions whose covariance is largest,
-    and 0 at the others (KL-Cov, arXiv 2505.22617, section 4). Of equal ones all are charged.
+    and 0 at the others (KL-Cov, arXiv 2505.22617, section 4). Of those that are equal to rounding all are charged.
     """
 
     @ranks.collective
@@ -252,8 +252,7 @@ def covariance_charged(assign: Assign, *, share: float) -> Assign:
         found = yield from ranks.begun(covariance, rollout, credit.advantage)
         found = found.where(rollout.mask, -torch.inf)
         whole, counts = zip(*(yield found.flatten(), rollout.mask.sum()), strict=True)
-        ranked = torch.cat(whole).sort(descending=True).values
-        least = ranked.gather(0, (_share_of(added(counts), share) - 1).reshape(1))
+        least = _largest(torch.cat(whole), _share_of(added(counts), share))
         charge = ((found >= least) & rollout.mask).to(credit.advantage.dtype)
         return Charged(credit.advantage, credit.target, credit.value, charge)
 
@@ -286,6 +285,16 @@ def _share_of(count: Int[Tensor, ""], share: float) -> Int[Tensor, ""]:
     return (share * count).floor().long().clamp(min=1)
 
 
+def _largest(x: Float[Tensor, " N"], count: Int[Tensor, ""]) -> Float[Tensor, "1"]:
+    """The count-th largest of x, less what rounding makes of equal ones.
+
+    The completions of a prompt begin at the same state. What is computed there differs in its last bits with the rows
+    beside it, and where the limit falls among equal ones, only some of them would be above it.
+    """
+    least = x.sort(descending=True).values.gather(0, (count - 1).reshape(1))
+    return least - 16 * torch.finfo(x.dtype).eps * (1 + least.abs())
+
+
 @ranks.collective
 def high_entropy(
     rollout: Rollout, *, policy: nn.Module, share: float, micro_batch: Split = None
@@ -293,14 +302,13 @@ def high_entropy(
     """Where H(pi(.|s)) is among the largest `share` of the rollout's decisions (Wang et al. 2025, arXiv 2506.01939).
 
     The paper finds that the forks of a chain of thought, the fifth of its tokens with the most entropy, teach it all.
-    The number is rounded up; of equal entropies all are kept.
+    The number is rounded up; of entropies that are equal to rounding all are kept.
     """
     with torch.no_grad():
         entropy = in_parts(lambda obs: policy(obs).entropy(), micro_batch, rollout.obs)
     counted, counts = zip(*(yield entropy.where(rollout.mask, -torch.inf).flatten(), rollout.mask.sum()), strict=True)
-    ranked = torch.cat(counted).sort(descending=True).values
     count = (share * added(counts)).ceil().long().clamp(min=1)
-    return (entropy >= ranked.gather(0, (count - 1).reshape(1))) & rollout.mask
+    return (entropy >= _largest(torch.cat(counted), count)) & rollout.mask
 
 
 def modules_of(assign: Assign) -> dict[str, nn.Module]:

@@ -669,6 +669,28 @@ def test_high_entropy_is_the_share_of_decisions_with_the_most(
         assert torch.equal(high_entropy(rollout, policy=softmax, share=share, micro_batch=rows), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_does_not_choose_among_equal_decisions(
+    dtype: torch.dtype, softmax: nn.Module, sample: Callable[..., Rollout]
+) -> None:
+    """Rows of one state, as a prompt's completions begin: their entropies and covariances differ in the last bits."""
+    rollout = sample(softmax, rows=6, steps=4)
+    rollout = replace(rollout, mask=torch.ones(6, 4, dtype=torch.bool))
+    noise = 1 + torch.finfo(dtype).eps * torch.arange(-3, 3).to(dtype)[:, None]
+    at = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=dtype) * noise  # 6 decisions of each
+    policy = nn.Identity()
+    policy.forward = lambda _: SimpleNamespace(entropy=lambda: at)  # type: ignore[method-assign]
+    logp, advantage = torch.full((6, 4), -1.0, dtype=dtype), at * torch.tensor([1, -1], dtype=dtype).repeat(2)
+    plain = Credit(advantage, advantage, advantage)
+    rollout = replace(rollout, logp=logp.index_fill(1, torch.tensor([1, 3]), -2.0))
+    for share, columns in [(0.02, 1), (0.25, 1), (0.3, 2), (0.5, 2), (0.6, 3), (0.75, 3), (0.9, 4)]:
+        wanted = torch.arange(4).expand(6, 4) < columns
+        assert torch.equal(high_entropy(rollout, policy=policy, share=share), wanted)
+    for share in (0.02, 0.1, 0.25, 0.3, 0.5):  # 0.35 0.5, -0.35 (-0.5), and 0.15 0.5, -0.15 (-0.5)
+        charge = covariance_charged(lambda _: plain, share=share)(rollout).charge
+        assert torch.equal(charge, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=dtype).expand(6, 4))
+
+
 # Two lambdas
 
 
