@@ -52,7 +52,19 @@ HOW: dict[str, Any] = {
 }
 SAMPLES = 4  # of each held-out problem
 SHOWN = 12  # of them on the page
-READ = ""  # what the samples show, by eye
+READ = """## Read by eye
+
+All greedy answers after training, 256 and 30, are a number and a period: nothing else is rewarded, and nothing else
+came.
+
+`chain_sum`: of problems whose answer is not negative, those with two numbers are right in 56 of 93 (30
+before), those with three in 9 of 103 (6). Of the 60 whose answer is negative none is right: no greedy answer
+begins with a minus, before or after. Wrong answers have come nearer: half of all are within 4 of the right
+number (8 before). The curve was still rising when the time was over.
+
+`products` has 100 problems in all, so many that are held out are in training the other way round (8 times 7
+for 7 times 8). The two that are wrong at the end, 4 times 7 and 7 times 4, are both held out.
+"""  # of the results in real_model.json
 
 
 def problems(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -144,13 +156,10 @@ def page(found: dict[str, Any]) -> str:
         "# A real model",
         "",
         "`python benchmarks/real_model.py --model MODEL` trains SmolLM2-135M-Instruct by GRPO with LoRA on two tasks",
-        "of reasoning-gym, at the same time, on one core each: "
-        + "`"
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
-        + "`.",
-        f"A completion has up to {HOW['max_tokens']}",
-        f'tokens behind "{PREFILL}", and earns 1 if it names the right number, else 0. Held-out problems are in no',
-        "rollout. Intervals are of 95%, over problems.",
+        "of reasoning-gym, at the same time, on one core each:",
+        "`" + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items()) + "`.",
+        f'A completion has up to {HOW["max_tokens"]} tokens behind "{PREFILL}", and earns 1 if it names the right',
+        "number, else 0. Held-out problems are in no rollout. Intervals are of 95%, over problems.",
         "",
         "| task | held out | minutes | iterations | greedy, before | after | sampled, before | after |",
         "|---|---|---|---|---|---|---|---|",
@@ -204,7 +213,7 @@ def draw(found: dict[str, Any]) -> None:
     panel.set_ylim(0, 1)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, loc="upper left")
+    panel.legend(frameon=False, loc=(0.5, 0.55))
     figure.suptitle("SmolLM2-135M-Instruct, GRPO with LoRA; dots: held-out problems", fontsize=11)
     figure.savefig(PICTURE, dpi=120)
 

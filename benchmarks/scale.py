@@ -6,7 +6,8 @@
     python benchmarks/scale.py --quick          tiny numbers, printed only: does the script run?
 
 Scaling: each workload on 1 and on 2 processes, in turn, `--repeats` times; of each the median seconds of an iteration
-after the first. Weak: twice the environments or prompts on twice the processes. Strong: the same number on both.
+after the first. Weak: twice the environments or prompts on twice the processes. Strong: the same number on both. Apart:
+two runs of one process each, at the same time, which is the most that weak scaling can reach on this machine.
 Nothing else should run beside it: processes that wait for one another feel every other one. Messages: every call of
 torch.distributed in an iteration of 2 processes, and the bytes that a rank sends where they go around a ring, beside
 the least that data-parallel learning can do, one sum of the gradient for each gradient step. (Kills are kills.py, two
@@ -25,7 +26,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -35,15 +36,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured by benchmarks/scale.py -->", "<!-- end of what was measured -->"
 COMMON: dict[str, Any] = {"preset": "none", "progress": False, "threads": 1}
+# A process has a core: without this, one that is alone steps its environments in processes of their own, on both.
+CONTROL: dict[str, Any] = {"vectorization": "sync", "compile": "off"}
 # name -> (method, task, options, the option that grows with the processes, iterations)
 WORKLOADS: dict[str, tuple[str, str, dict[str, Any], str, int]] = {
     "environments": ("ppo", "HalfCheetah-v5", {"num_envs": 16, "num_steps": 128, "epochs": 1, "minibatch_size": 512,
-                                                      "compile": "off"},
-                     "num_envs", 12),
+                                               **CONTROL}, "num_envs", 12),
     "learning": ("ppo", "CartPole-v1", {"num_envs": 16, "num_steps": 128, "epochs": 4, "minibatch_size": 512,
-                                        "hidden": (256, 256), "compile": "off"}, "num_envs", 12),
+                                        "hidden": (256, 256), **CONTROL}, "num_envs", 12),
     "trpo": ("trpo", "HalfCheetah-v5", {"num_envs": 16, "num_steps": 128, "critic_epochs": 1,
-                                        "critic_minibatch_size": 512, "compile": "off"}, "num_envs", 12),
+                                        "critic_minibatch_size": 512, **CONTROL}, "num_envs", 12),
     "language": ("grpo", "arithmetic", {"prompts_per_rollout": 8, "completions": 8, "held_out": 0, "max_tokens": 24,
                                         "learning_rate": 1e-4}, "prompts_per_rollout", 6),
 }  # fmt: skip
@@ -118,31 +120,41 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def measured(name: str, processes: int, options: dict[str, Any], counting: bool = False) -> dict[str, Any]:
-    """A workload on so many processes, once."""
-    with tempfile.TemporaryDirectory() as place:
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-        given = [sys.executable, __file__, "--rank-of", name, "--options", json.dumps(options), "--place", place]
-        given += ["--counting"] if counting else []
-        running = [
-            subprocess.Popen(given, env={**os.environ, "OMP_NUM_THREADS": "1", **together, "RANK": str(i)})
-            for i in range(processes)
-        ]
+def measured(
+    name: str, processes: int, options: dict[str, Any], counting: bool = False, runs: int = 1
+) -> list[dict[str, Any]]:
+    """A workload on so many processes, and so many runs of it at the same time, once."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / str(run) for run in range(runs)]
+        running = []
+        for place in places:
+            place.mkdir()
+            together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+            together |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+            given = [sys.executable, __file__, "--rank-of", name, "--options", json.dumps(options)]
+            given += ["--place", str(place), *(["--counting"] if counting else [])]
+            running += [
+                subprocess.Popen(given, env={**os.environ, **together, "RANK": str(i)}) for i in range(processes)
+            ]
         if any(process.wait() for process in running):
             raise SystemExit(f"{name} on {processes} processes has failed")
-        return json.loads((Path(place) / "0.json").read_text())
+        return [json.loads((place / "0.json").read_text()) for place in places]
 
 
 def scaling(name: str, repeats: int, quick: bool) -> dict[str, Any]:
-    """Seconds of an iteration on one process, and on two: of the same work, and of twice as much."""
+    """Seconds of an iteration on one process, on two of the same work, on two of twice as much, and of two runs that
+    know nothing of each other: what the machine leaves to each where both are at work.
+    """
     options, grows = shortened(WORKLOADS[name][2], quick), WORKLOADS[name][3]
-    cases = {"one": (1, options), "strong": (2, options), "weak": (2, options | {grows: 2 * options[grows]})}
+    twice = options | {grows: 2 * options[grows]}
+    cases = {"one": (1, options, 1), "strong": (2, options, 1), "weak": (2, twice, 1), "apart": (1, options, 2)}
     seconds: dict[str, list[float]] = {case: [] for case in cases}
     for _ in range(repeats):
-        for case, (processes, given) in cases.items():
-            seconds[case].append(median(measured(name, processes, given)["seconds"]))
-    one, strong, weak = (median(seconds[case]) for case in cases)
-    return {"seconds": seconds, "strong": one / (2 * strong), "weak": one / weak}
+        for case, (processes, given, runs) in cases.items():
+            found = measured(name, processes, given, runs=runs)
+            seconds[case].append(mean(median(x["seconds"]) for x in found))
+    one, strong, weak, apart = (median(seconds[case]) for case in cases)
+    return {"seconds": seconds, "strong": one / (2 * strong), "weak": one / weak, "apart": one / apart}
 
 
 def shortened(options: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -161,7 +173,7 @@ def traffic(name: str, quick: bool) -> dict[str, float]:
     matrix, of which a natural step has as many as conjugate gradient has iterations, are sums as long as a gradient.
     """
     options = shortened(COUNTED[name][2], quick)
-    found = measured(name, 2, options, counting=True)
+    [found] = measured(name, 2, options, counting=True)
     calls, size = (median(x[i] for x in found["messages"]) for i in range(2))
     sums = median(found["updates"]) + 10 * (name == "trpo")
     size_of_sums = 4 * found["parameters"] * sums
@@ -212,11 +224,14 @@ def section(found: dict[str, Any]) -> str:
     """What was measured, as Markdown."""
     lines = [BEGIN, ""]
     if found["scaling"]:
-        lines += ["| workload | 1 process, s | 2, same work, s | efficiency | 2, twice the work, s | efficiency |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["| workload | 1 process, s | 2, same work, s | efficiency | 2, twice the work, s | efficiency | "
+                  "2 runs apart, s | efficiency |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for name, x in found["scaling"].items():
-            one, strong, weak = (median(x["seconds"][case]) for case in ("one", "strong", "weak"))
-            lines.append(f"| {name} | {one:.3f} | {strong:.3f} | {x['strong']:.2f} | {weak:.3f} | {x['weak']:.2f} |")
+            cells = [f"{median(x['seconds']['one']):.3f}"]
+            for case in ("strong", "weak", "apart"):
+                cells += [f"{median(x['seconds'][case]):.3f}", f"{x[case]:.2f}"] if case in x else ["", ""]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     if found["messages"]:
         lines += ["| workload | parameters | messages | least | bytes | least |", "|---|---|---|---|---|---|"]
